@@ -1,0 +1,235 @@
+"""Every setting of an edit run, with its reason and source: :class:`AlphaEditConfig`.
+
+In: what the user sets. Out: a validated config; fields left at None are filled for the model at
+hand by ``resolve`` from the preset: ``auto`` (settings relative to the model's own scales) or
+``paper`` (the numbers of arXiv 2410.02355 and its code). It is stored in the pack's sidecar, not
+in ``adapter_config.json``, which holds pure LoRA keys.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+from peft import LoraConfig, PeftConfig
+from peft.utils import TaskType
+
+from alphaedit_peft.algebra import THRESHOLD_MODES
+from alphaedit_peft.architecture import Architecture, default_rewrite_layers, describe, paper_preset
+
+SIDECAR = "alphaedit"
+CONFIG_FILE = "config.json"
+PRESETS = ("auto", "paper")
+OBJECTIVES = ("alphaedit", "memit")
+CONFLICT_RULES = ("error", "replace", "keep")
+RIDGE_MODES = ("absolute", "relative")
+
+
+@dataclass(frozen=True)
+class _Preset:
+    """Values for fields left at None; ``paper`` ones are appendix B of the paper and its code."""
+
+    ridge: float
+    ridge_mode: str
+    threshold: float
+    threshold_mode: str
+    steps: int
+    learning_rate: float
+    clamp_factor: float
+
+
+_PRESET_VALUES = {
+    "paper": _Preset(10.0, "absolute", 2e-2, "absolute", 25, 0.5, 0.75),
+    "auto": _Preset(0.05, "relative", 0.02, "energy", 25, 0.5, 2.0),
+}
+
+
+def _setting(default: Any, help: str) -> Any:
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass
+class AlphaEditConfig(PeftConfig):
+    """Settings of AlphaEdit for one model; see each field's help for reason and source.
+
+    Raises:
+        ValueError: a value outside its range; the message names the value and the range.
+    """
+
+    preset: str = _setting("auto", "auto: relative to the model's scales; paper: its numbers")
+    rewrite_layers: list[int] | None = _setting(None, "blocks to rewrite; None: preset or depth")
+    rewrite_module: str | None = _setting(None, "module name with {} for the block, other families")
+    block_module: str | None = _setting(None, "block name with {} for its number, other families")
+
+    objective: str = _setting("alphaedit", "alphaedit (projector) or memit (inverse key moment)")
+    history: bool = _setting(True, "protect earlier batches' keys; MEMIT's released code: False")
+    projection: bool | None = _setting(None, "project updates; None: yes for alphaedit only")
+    moment_weight: float | None = _setting(None, "MEMIT's w on C0; 15,000 (GPT2-XL 20,000)")
+
+    ridge: float | None = _setting(None, "lambda of Eq. 11; text 1, code 10; auto 0.05 relative")
+    ridge_mode: str | None = _setting(None, "absolute, or relative to the batch's mean |P k|^2")
+    threshold: float | None = _setting(None, "eigenvalues below it are null; text 1e-2, code 2e-2")
+    threshold_mode: str | None = _setting(None, "absolute, relative, energy or rank")
+    null_space: str | None = _setting(None, "folder or Hub repo of the NullSpace, if not passed")
+    tokens_per_batch: int = _setting(8192, "most tokens in one forward pass; bounds memory")
+
+    target_tokens: int = _setting(2048, "most tokens optimised at once; bounds memory of gradients")
+    steps: int | None = _setting(None, "loss evaluations for z; 25 make 24 updates, as in the code")
+    learning_rate: float | None = _setting(None, "Adam's, on z; Llama-3 0.1, GPT-J and GPT2-XL 0.5")
+    clamp_factor: float | None = _setting(None, "|z - h| is clamped to this times |h|; paper 0.75")
+    kl_factor: float = _setting(0.0625, "weight of KL(current || initial) at the subject")
+    weight_decay: float = _setting(0.5, "weight of |z - h| / |h|^2, as in the code")
+    stop_loss: float = _setting(0.05, "an edit whose loss is below this is done")
+    kl_prompt: str = _setting("{} is a", "prompt whose distribution at the subject is kept")
+
+    contexts: list[str] | None = _setting(None, "texts put before prompts; None: sampled")
+    num_contexts: int = _setting(5, "how many contexts to sample from the model; paper code 5")
+    context_length: int = _setting(10, "tokens in a sampled context; paper code 10")
+    chat_template: bool = _setting(False, "put prompts through the tokenizer's chat template")
+    separator: str = _setting(" ", 'between prompt and target; "" for languages without spaces')
+    seed: int = _setting(0, "of the sampled contexts; recorded in the pack")
+
+    on_conflict: str = _setting("error", "an edit that contradicts one in place: see docs/theory")
+    key_cosine: float = _setting(0.999, "edits whose keys are at least this alike share one row")
+    max_hidden_ratio: float = _setting(10.0, "skip an edit whose |h| exceeds this times the median")
+    rollback_depth: int = _setting(20, "batches whose earlier factors are kept for exact rollback")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.task_type = TaskType.CAUSAL_LM
+        _check_choice("preset", self.preset, PRESETS)
+        _check_choice("objective", self.objective, OBJECTIVES)
+        _check_choice("on_conflict", self.on_conflict, CONFLICT_RULES)
+        _check_choice("ridge_mode", self.ridge_mode, (None, *RIDGE_MODES))
+        _check_choice("threshold_mode", self.threshold_mode, (None, *THRESHOLD_MODES))
+        if self.rewrite_layers is not None:
+            self.rewrite_layers = _layer_list(self.rewrite_layers)
+        for name, low, high in _RANGES:
+            _check_range(name, getattr(self, name), low, high)
+        if "{}" not in self.kl_prompt:
+            raise ValueError(f"kl_prompt={self.kl_prompt!r} needs '{{}}' for the subject")
+
+    @property
+    def projects(self) -> bool:
+        """Whether updates pass through the null-space projector."""
+        return self.objective == "alphaedit" if self.projection is None else self.projection
+
+    def resolve(self, model: Any) -> tuple[AlphaEditConfig, Architecture]:
+        """Fill every field left at None for this model; returns the full config and its layout.
+
+        Raises:
+            ValueError: a model that cannot be edited, or rewrite layers outside it.
+        """
+        architecture = describe(model, self.block_module, self.rewrite_module)
+        values = asdict(_PRESET_VALUES[self.preset])
+        values["rewrite_layers"] = default_rewrite_layers(architecture.num_blocks)
+        values["moment_weight"] = 15_000.0
+        known = paper_preset(model.config)
+        if known is not None:
+            values["rewrite_layers"] = known.rewrite_layers
+            values["moment_weight"] = known.moment_weight
+        if known is not None and self.preset == "paper":
+            values["steps"], values["learning_rate"] = known.steps, known.learning_rate
+        missing = {k: v for k, v in values.items() if getattr(self, k) is None}
+        full = replace(self, **missing)
+        full.rewrite_layers = list(architecture.check_layers(full.rewrite_layers or ()))
+        name = getattr(model.config, "_name_or_path", None) or None
+        full.base_model_name_or_path = self.base_model_name_or_path or name
+        return full, architecture
+
+    def lora_config(self, architecture: Architecture, rank: int) -> LoraConfig:
+        """The plain LoRA config of the live adapter: scaling 1, full module names, no patterns."""
+        assert self.rewrite_layers is not None, "resolve the config first"
+        return LoraConfig(
+            r=rank,
+            lora_alpha=rank,
+            target_modules=[architecture.rewrite_name(layer) for layer in self.rewrite_layers],
+            fan_in_fan_out=architecture.conv1d,
+            lora_dropout=0.0,
+            bias="none",
+            task_type=TaskType.CAUSAL_LM,
+            base_model_name_or_path=self.base_model_name_or_path,
+            revision=self.revision,
+            inference_mode=True,
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """The settings as plain JSON values, without PEFT's own bookkeeping fields."""
+        own = {f.name for f in fields(self)} - {f.name for f in fields(PeftConfig)}
+        own |= {"base_model_name_or_path", "revision"}
+        return {name: getattr(self, name) for name in sorted(own)}
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> AlphaEditConfig:
+        """Build a config from ``to_json``'s values.
+
+        Raises:
+            ValueError: a field this version does not know.
+        """
+        unknown = sorted(set(values) - {f.name for f in fields(cls)})
+        if unknown:
+            raise ValueError(f"config fields {unknown} are unknown here; update alphaedit_peft")
+        return cls(**values)
+
+    def save_pretrained(self, save_directory: str | Path) -> None:  # type: ignore[override]
+        """Write ``alphaedit/config.json`` in the folder; ``adapter_config.json`` stays LoRA's."""
+        folder = Path(save_directory) / SIDECAR
+        folder.mkdir(parents=True, exist_ok=True)
+        text = json.dumps({"config": self.to_json()}, indent=2, sort_keys=True)
+        (folder / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
+
+    @classmethod
+    def from_pretrained(cls, save_directory: str | Path) -> AlphaEditConfig:  # type: ignore[override]
+        """Read the config from a folder that ``save_pretrained`` or a pack wrote.
+
+        Raises:
+            FileNotFoundError: a folder without ``alphaedit/config.json``.
+        """
+        path = Path(save_directory) / SIDECAR / CONFIG_FILE
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} does not exist; {save_directory} is no edit pack")
+        return cls.from_json(json.loads(path.read_text(encoding="utf-8"))["config"])
+
+
+_RANGES: tuple[tuple[str, float, float], ...] = (
+    ("ridge", 0, float("inf")),
+    ("threshold", 0, float("inf")),
+    ("moment_weight", 1e-9, float("inf")),
+    ("tokens_per_batch", 1, float("inf")),
+    ("target_tokens", 1, float("inf")),
+    ("steps", 1, 100_000),
+    ("learning_rate", 1e-9, float("inf")),
+    ("clamp_factor", 1e-9, float("inf")),
+    ("kl_factor", 0, float("inf")),
+    ("weight_decay", 0, float("inf")),
+    ("stop_loss", 0, float("inf")),
+    ("num_contexts", 0, 1000),
+    ("context_length", 1, 1000),
+    ("key_cosine", 0.5, 1.0),
+    ("max_hidden_ratio", 1, float("inf")),
+    ("rollback_depth", 0, float("inf")),
+)
+
+
+def _check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name}={value!r} is unknown; use one of {choices}")
+
+
+def _check_range(name: str, value: float | None, low: float, high: float) -> None:
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise ValueError(f"{name}={value!r} must be a number")
+    if not low <= value <= high:
+        raise ValueError(f"{name}={value} is outside {low}..{high}")
+
+
+def _layer_list(layers: object) -> list[int]:
+    given = list(layers) if isinstance(layers, (list, tuple, range)) else None
+    if not given or not all(isinstance(x, int) and not isinstance(x, bool) for x in given):
+        raise ValueError(f"rewrite_layers={layers!r} must be a list of block numbers, such as [4]")
+    return given

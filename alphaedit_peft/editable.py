@@ -1,0 +1,279 @@
+"""Editing as methods of a model: make edits, take them back, pour them again.
+
+In: the LoRA layers of a PEFT model, its journals, tokenizer and null space. Out: the same model
+with longer or shorter factors. What is computed comes from ``editing``; here it is decided what is
+written, remembered, and put back when a batch fails. :class:`~alphaedit_peft.model.AlphaEditModel`
+inherits this.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from peft import PeftModelForCausalLM
+from tqdm.auto import tqdm
+
+from alphaedit_peft import hooks, live
+from alphaedit_peft.algebra import LowRankDelta
+from alphaedit_peft.architecture import Architecture
+from alphaedit_peft.config import AlphaEditConfig
+from alphaedit_peft.editing.bench import Bench
+from alphaedit_peft.editing.contexts import sample_contexts
+from alphaedit_peft.editing.groups import sort_out
+from alphaedit_peft.editing.journal import Journal, Snapshot
+from alphaedit_peft.editing.objective import Objective
+from alphaedit_peft.editing.report import EditReport, EditResult, LayerReport, layer_report
+from alphaedit_peft.editing.resources import Resources
+from alphaedit_peft.editing.river import EditState, edit_batch, repour_state
+from alphaedit_peft.edits import Edit, as_edits
+from alphaedit_peft.fingerprint import BaseFingerprint
+from alphaedit_peft.pack import EditRecord
+
+
+class EditableModel(PeftModelForCausalLM):
+    """The editing half of :class:`~alphaedit_peft.model.AlphaEditModel`."""
+
+    alphaedit_config: AlphaEditConfig
+    architecture: Architecture
+    base_fingerprint: BaseFingerprint
+    resources: Resources
+    _journals: dict[str, Journal]
+    _snapshots: deque[Snapshot]
+    base_model: Any  # PEFT's LoraModel
+    config: Any  # the base model's
+
+    @property
+    def edits(self) -> list[Edit]:
+        """The edits in the active adapter, in the order they were made; each has its id."""
+        return [record.edit for record in self.records if record.role == "own"]
+
+    @property
+    def records(self) -> tuple[EditRecord, ...]:
+        """The active adapter's journal: every edit with its row, batch and role."""
+        journal = self._journals.get(self._active)
+        return () if journal is None else journal.records
+
+    @property
+    def factors(self) -> dict[int, LowRankDelta]:
+        """The active adapter's update by rewrite layer: A (n, d_in), B (d_out, n)."""
+        rank = self._journal().rank
+        return {
+            layer: live.read_factors(self._lora_layer(layer), self._active, rank)
+            for layer in self.alphaedit_config.rewrite_layers or ()
+        }
+
+    @property
+    def merged(self) -> bool:
+        """Whether edits are written into the base weights at the moment."""
+        return any(layer.merged for layer in live.lora_layers(self).values())
+
+    @torch.no_grad()
+    def edit(
+        self,
+        edits: Iterable[Edit | Mapping[str, Any]],
+        batch_size: int = 100,
+        *,
+        progress: bool = True,
+    ) -> EditReport:
+        """Make edits, in batches; a batch that fails or is interrupted leaves no trace.
+
+        Args:
+            edits: :class:`Edit` values or dicts of their fields.
+            batch_size: edits solved together. About 100 is the paper's; one at a time drifts.
+            progress: whether to show a progress bar on stderr.
+
+        Returns:
+            A result for every edit, made or set aside with the reason, and figures by layer.
+
+        Raises:
+            ValueError: edits or statistics that cannot be used; says which and why.
+            RuntimeError: the model is merged, disabled, or holds a plain LoRA.
+        """
+        given = as_edits(edits)
+        if batch_size < 1:
+            raise ValueError(f"batch_size={batch_size} must be at least 1")
+        with self._bench() as (bench, objective):
+            standing = [record.edit for record in self._journal().standing]
+            plan = sort_out(given, standing, bench.config.on_conflict)
+            rows = [bench.renderer.edit_rows(edit, bench.contexts) for edit in plan.to_make]
+            found = [EditResult(edit, reason) for edit, reason in plan.set_aside]
+            rank_before = self._journal().rank
+            with tqdm(total=len(rows), desc="edits", unit="edit", disable=not progress) as bar:
+                for start in range(0, len(rows), batch_size):
+                    batch = rows[start : start + batch_size]
+                    replaced = plan.replaced_by(row.edit for row in batch)
+                    before = self._state()
+                    with self._all_or_nothing(before):
+                        state, results = edit_batch(
+                            bench, objective, before, batch, self._write,
+                            replaced=replaced, progress=bar.update,
+                        )  # fmt: skip
+                    self._snapshots.append(Snapshot.of(self._journal(), before.factors))
+                    self._commit(state, bench.contexts)
+                    found += results
+        found.sort(key=lambda result: given.index(result.edit))
+        return EditReport(tuple(found), self._layer_reports(rank_before))
+
+    @torch.no_grad()
+    def repour(self, edit_ids: Sequence[str] | None = None) -> None:
+        """Pour stored target values again: key passes and solves only, no optimisation.
+
+        The model then holds exactly these edits, as if the others had never been made.
+
+        Args:
+            edit_ids: which edits; None: all that stand. Batches keep their order.
+
+        Raises:
+            ValueError: an id that is not in the model, or a pack saved without target values.
+        """
+        records = list(self._journal().standing)
+        if edit_ids is not None:
+            wanted = self._known_ids(edit_ids)
+            records = [r for r in records if r.edit.id in wanted or r.role == "protected"]
+        self._repour(records)
+
+    def remove_edits(self, edit_ids: Sequence[str]) -> None:
+        """Take edits out by pouring the others again, as if these had never been made.
+
+        Raises:
+            ValueError: an id that is not in the model, or a pack saved without target values.
+        """
+        unwanted = self._known_ids(edit_ids)
+        self.repour([edit.id for edit in self.edits if edit.id not in unwanted])
+
+    @torch.no_grad()
+    def rollback(self, batches: int = 1) -> None:
+        """Take back the last batches of edits.
+
+        Within a session the earlier factors come back bit for bit, for the last
+        ``config.rollback_depth`` batches; after a load, what remains is poured again.
+
+        Raises:
+            ValueError: more batches than the model holds.
+        """
+        self._require_editable()
+        journal = self._journal()
+        made = sorted({record.batch for record in journal.records if record.role != "protected"})
+        if not 1 <= batches <= len(made):
+            raise ValueError(f"batches={batches} cannot be taken back; the model has {len(made)}")
+        if batches > len(self._snapshots):
+            self._repour(journal.before_batch(made[-batches]))
+            return
+        for _ in range(batches):
+            snapshot = self._snapshots.pop()
+        for layer, delta in snapshot.restored(self.factors).items():
+            self._write(layer, delta)
+        self._keep(snapshot.journal)
+
+    @property
+    def _active(self) -> str:
+        names = self.active_adapters
+        if len(names) != 1:
+            raise RuntimeError(f"adapters {names} are active; choose one with set_adapter(name)")
+        return names[0]
+
+    def _journal(self) -> Journal:
+        if self._active not in self._journals:
+            raise RuntimeError(
+                f"adapter {self._active!r} is a plain LoRA: without the sidecar folder "
+                "'alphaedit/' of a pack its edits are not known, so it can be used but not edited"
+            )
+        return self._journals[self._active]
+
+    def _known_ids(self, edit_ids: Sequence[str]) -> set[str]:
+        known = {edit.id for edit in self.edits}
+        unknown = sorted(set(edit_ids) - known)
+        if unknown:
+            raise ValueError(f"edit ids {unknown} are not in this model; it has {sorted(known)}")
+        return set(edit_ids)
+
+    def _lora_layer(self, layer: int) -> Any:
+        return self.get_base_model().get_submodule(self.architecture.rewrite_name(layer))
+
+    def _require_editable(self) -> None:
+        self._journal()
+        if self.merged:
+            raise RuntimeError("the edits are merged into the base weights; call unmerge() first")
+        if self._adapters_disabled:
+            raise RuntimeError("the adapter is disabled; edit outside of disable_adapter()")
+
+    @contextmanager
+    def _bench(self) -> Iterator[tuple[Bench, Objective]]:
+        """What the river works with, in evaluation mode; contexts are sampled at the first use."""
+        self._require_editable()
+        base, config = self.get_base_model(), self.alphaedit_config
+        tokenizer = self.resources.find_tokenizer(base)
+        objective = self.resources.find_objective(config, self.base_fingerprint)
+        with hooks.evaluating(base):
+            contexts = self._journal().contexts
+            if contexts is None:
+                with self.disable_adapter():
+                    contexts = sample_contexts(base, tokenizer, config)
+            yield Bench(base, tokenizer, config, self.architecture, contexts), objective
+
+    def _state(self) -> EditState:
+        journal = self._journal()
+        factors = self.factors
+        targets = journal.targets
+        if targets is None:  # a pack saved without them: editing goes on, repour cannot
+            targets = torch.full((journal.rank, self.config.hidden_size), torch.nan)
+        return EditState(factors, journal.records, targets)
+
+    def _write(self, layer: int, delta: LowRankDelta) -> None:
+        live.write_factors(self._lora_layer(layer), self._active, delta)
+
+    @contextmanager
+    def _all_or_nothing(self, before: EditState) -> Iterator[None]:
+        """Put the factors back if the block does not end, whatever the reason."""
+        try:
+            yield
+        except BaseException:
+            for layer, delta in before.factors.items():
+                self._write(layer, delta)
+            raise
+
+    def _commit(self, state: EditState, contexts: tuple[str, ...]) -> None:
+        targets = state.targets if state.targets.isfinite().all() else None
+        self._keep(Journal(state.records, targets, state.rank, contexts))
+
+    def _keep(self, journal: Journal) -> None:
+        self._journals[self._active] = journal
+        lora_config: Any = self.peft_config[self._active]
+        lora_config.r = lora_config.lora_alpha = max(1, journal.rank)
+
+    def _repour(self, records: Sequence[EditRecord]) -> None:
+        targets = self._journal().targets
+        if targets is None and records:
+            raise ValueError(
+                "this pack was saved without target values, which pouring again needs; make the "
+                "edits anew with edit()"
+            )
+        with self._bench() as (bench, objective):
+            before = self._state()
+            empty = EditState(
+                {layer: delta.first(0) for layer, delta in before.factors.items()},
+                (),
+                before.targets[:0],
+            )
+            with self._all_or_nothing(before):
+                for layer, delta in empty.factors.items():
+                    self._write(layer, delta)
+                state = repour_state(bench, objective, empty, records, before.targets, self._write)
+            self._snapshots.clear()
+            self._commit(state, bench.contexts)
+
+    def _layer_reports(self, rank_before: int) -> tuple[LayerReport, ...]:
+        null_space = self.resources.null_space
+        if self.alphaedit_config.objective != "alphaedit":
+            null_space = None  # its rows are not projected keys
+        reports = []
+        for layer, delta in self.factors.items():
+            weight = self._lora_layer(layer).get_base_layer().weight
+            norm = float(weight.float().norm()) if weight.is_floating_point() else None
+            new = delta.rank - rank_before
+            reports.append(layer_report(layer, delta, new, norm, null_space))
+        return tuple(reports)

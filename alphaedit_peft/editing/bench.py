@@ -1,0 +1,131 @@
+"""What an edit run works with: model, tokenizer, layout and settings, under one name.
+
+In: the base model (its rewrite modules may be LoRA layers), a full config. Out: :class:`Bench`,
+which runs rows of tokens through the model and hands back keys, hidden states and log-probabilities
+at the positions asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from alphaedit_peft import hooks
+from alphaedit_peft.architecture import Architecture
+from alphaedit_peft.config import AlphaEditConfig
+from alphaedit_peft.editing.prompts import Renderer, TokenRow, batches
+
+
+@dataclass(frozen=True)
+class Bench:
+    """A model ready to be edited; ``config`` is resolved, ``contexts`` are texts put before."""
+
+    model: nn.Module
+    tokenizer: PreTrainedTokenizerBase
+    config: AlphaEditConfig
+    architecture: Architecture
+    contexts: tuple[str, ...]
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The rewrite layers, ascending; z is optimised after the last one."""
+        return tuple(self.config.rewrite_layers or ())
+
+    @property
+    def renderer(self) -> Renderer:
+        """Writes out and tokenises prompts for this model."""
+        return Renderer(self.tokenizer, self.config)
+
+    @property
+    def device(self) -> torch.device:
+        """Where token ids go: the device of the input embeddings."""
+        device = self.model.get_input_embeddings().weight.device  # type: ignore[operator]
+        return torch.device("cpu") if device.type == "meta" else device
+
+    @property
+    def head_name(self) -> str:
+        """Name of the module that turns hidden states into logits.
+
+        Raises:
+            ValueError: a model without an output head.
+        """
+        head = self.model.get_output_embeddings()  # type: ignore[operator]
+        for name, module in self.model.named_modules():
+            if module is head:
+                return name
+        raise ValueError(f"{type(self.model).__name__} has no output head; pass a causal LM")
+
+    def keys(self, rows: Sequence[TokenRow], layer: int) -> Tensor:
+        """Inputs of a rewrite module at each row's subject, (rows, d_in), float32 or better."""
+        name, block = self.architecture.rewrite_name(layer), self.architecture.block_name(layer)
+        found: dict[int, Tensor] = {}
+        cut = [row.key_row.ids for row in rows]
+        for batch in batches(cut, self.config.tokens_per_batch, self.device):
+            inputs = hooks.capture_inputs(self.model, batch.inputs, [name], block)[name]
+            for i, index in enumerate(batch.indices):
+                found[index] = _at_least_float32(inputs[i, rows[index].subject_last])
+        return torch.stack([found[i] for i in range(len(rows))])
+
+    def hidden(self, rows: Sequence[TokenRow], layer: int) -> Tensor:
+        """Hidden states after a block at each row's subject, (rows, d), float32 or better."""
+        block = self.architecture.block_name(layer)
+        found: dict[int, Tensor] = {}
+        cut = [row.key_row.ids for row in rows]
+        for batch in batches(cut, self.config.tokens_per_batch, self.device):
+            state = hooks.hidden_of(hooks.capture_output(self.model, batch.inputs, block))
+            for i, index in enumerate(batch.indices):
+                found[index] = _at_least_float32(state[i, rows[index].subject_last])
+        return torch.stack([found[i] for i in range(len(rows))])
+
+    @torch.no_grad()
+    def score(self, rows: Sequence[TokenRow]) -> list[Score]:
+        """Log-probability of each row's target, and whether greedy decoding would say it."""
+        scores: dict[int, Score] = {}
+        ids = [row.scoring_ids for row in rows]
+        for batch in batches(ids, self.config.tokens_per_batch, self.device):
+            where = [(i, p) for i, k in enumerate(batch.indices) for p in rows[k].target_positions]
+            with gathering_logits(self.model, self.head_name, where):
+                logits = self.model(**batch.inputs, use_cache=False).logits[0]
+            log_probs = _at_least_float32(logits).log_softmax(-1)  # (all target tokens, vocab)
+            start = 0
+            for index in batch.indices:
+                target = torch.tensor(rows[index].target, device=log_probs.device)
+                part = log_probs[start : start + len(target)]
+                chosen = part.gather(1, target[:, None])
+                greedy = bool((part.argmax(-1) == target).all())
+                scores[index] = Score(float(chosen.sum()), len(target), greedy)
+                start += len(target)
+        return [scores[i] for i in range(len(rows))]
+
+
+@dataclass(frozen=True)
+class Score:
+    """How a model takes a target: summed log-probability, its length, greedy agreement."""
+
+    log_prob: float
+    num_tokens: int
+    greedy: bool
+
+    @property
+    def probability(self) -> float:
+        """P(target | prompt), the product over the target's tokens."""
+        return float(torch.tensor(self.log_prob).exp())
+
+
+def gathering_logits(model: nn.Module, head: str, where: Sequence[tuple[int, int]]):  # type: ignore[no-untyped-def]
+    """Let the model's own head see only (row, position) pairs; logits come as (1, pairs, vocab)."""
+    rows = torch.tensor([row for row, _ in where])
+    positions = torch.tensor([position for _, position in where])
+
+    def gather(hidden: Tensor) -> Tensor:
+        return hidden[rows.to(hidden.device), positions.to(hidden.device)][None]
+
+    return hooks.changing_input(model, head, gather)
+
+
+def _at_least_float32(values: Tensor) -> Tensor:
+    return values if values.dtype == torch.float64 else values.float()

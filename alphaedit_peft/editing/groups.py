@@ -1,0 +1,150 @@
+"""Which edits contradict each other, and which share a key and so must be solved as one.
+
+In: new edits and the records already in place. Out: the edits to make, those set aside with the
+reason, the records they replace, and groups of edits with one key each. Keys are causal: two
+prompts that agree up to the subject's end have the same key, whatever follows, so their target
+value is optimised once, for all of them together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from alphaedit_peft.editing.prompts import EditRows
+from alphaedit_peft.edits import Edit
+
+
+@dataclass(frozen=True)
+class Sorted:
+    """Edits to make, others with the reason, and new id -> id of the edit in place it replaces."""
+
+    to_make: tuple[Edit, ...]
+    set_aside: tuple[tuple[Edit, str], ...]
+    replaced: dict[str, str]
+
+    def replaced_by(self, edits: Iterable[Edit]) -> frozenset[str]:
+        """Ids of the edits in place that these take the place of."""
+        return frozenset(self.replaced[e.id] for e in edits if e.id in self.replaced)
+
+
+@dataclass(frozen=True)
+class Group:
+    """Edits that share one key: one row of ``lora_A`` and one target value.
+
+    ``members`` are new edits first, then edits of earlier batches that are carried into this row;
+    ``old_rows`` are the rows those had, which leave the protected set.
+    """
+
+    members: tuple[EditRows, ...]
+    old_rows: tuple[int, ...] = ()
+
+    @property
+    def leader(self) -> EditRows:
+        """The edit whose prompts give the group's key."""
+        return self.members[0]
+
+
+def sort_out(new: Sequence[Edit], existing: Sequence[Edit], on_conflict: str) -> Sorted:
+    """Set aside repetitions and settle contradictions by the configured rule.
+
+    An edit that stands already is set aside. Two edits of one prompt and subject with different
+    targets contradict each other: ``error`` refuses all, ``keep`` sets the later one aside,
+    ``replace`` sets the earlier one aside or, if it is in place, takes it out.
+
+    Raises:
+        ValueError: a contradiction under ``error``, or one id for two different edits.
+    """
+    standing = {edit.question: edit for edit in existing}
+    in_place = {edit.id for edit in existing}
+    by_id = {edit.id: edit for edit in existing}
+    aside: list[tuple[Edit, str]] = []
+    replaced: dict[str, str] = {}
+    chosen: dict[str, Edit] = {}
+    for edit in new:
+        _check_id(edit, by_id)
+        by_id[edit.id] = edit
+        earlier = standing.get(edit.question)
+        if earlier is not None and _same_target(earlier, edit):
+            place = "in place" if earlier.id in in_place else "in this list"
+            aside.append((edit, f"edit {earlier.id} already says so, {place}"))
+            continue
+        if earlier is not None and on_conflict == "error":
+            raise ValueError(_contradiction(earlier, edit))
+        if earlier is not None and on_conflict == "keep":
+            reason = f"it contradicts edit {earlier.id}, which is kept (on_conflict='keep')"
+            aside.append((edit, reason))
+            continue
+        if earlier is not None and earlier.id in chosen:
+            aside.append((chosen.pop(earlier.id), f"edit {edit.id} replaces it"))
+            if earlier.id in replaced:
+                replaced[edit.id] = replaced.pop(earlier.id)
+        elif earlier is not None:
+            replaced[edit.id] = earlier.id
+        standing[edit.question] = chosen[edit.id] = edit
+    return Sorted(tuple(chosen.values()), tuple(aside), replaced)
+
+
+def group_by_key(
+    prefixes: Sequence[str],
+    keys: Tensor,
+    standing: Sequence[tuple[int, str]],
+    old_keys: Tensor,
+    bound: float,
+) -> list[tuple[list[int], list[int]]]:
+    """Group edits whose prompts agree up to the subject, or whose projected keys are alike.
+
+    Args:
+        prefixes: of the edits to make.
+        keys: (len(prefixes), d_in), their projected keys at the first rewrite layer.
+        standing: (row, prefix) of the edits in place, several of which may share a row.
+        old_keys: (n, d_in), projected keys in place, by row.
+        bound: cosine from which two keys count as one.
+
+    Returns:
+        For each group, in order of its first edit: indices of its edits, rows in place it takes
+        over.
+    """
+    unit = _unit(keys)
+    alike, alike_old = unit @ unit.T >= bound, unit @ _unit(old_keys).T >= bound
+    members: dict[int, list[int]] = {}
+    head: list[int] = []
+    for i, prefix in enumerate(prefixes):
+        same = (j for j in range(i) if prefixes[j] == prefix or bool(alike[i, j]))
+        first = next(same, None)
+        head.append(i if first is None else head[first])
+        members.setdefault(head[i], []).append(i)
+    groups = []
+    for indices in members.values():
+        own = {prefixes[i] for i in indices}
+        taken = {r for r, p in standing if p in own or bool(alike_old[indices, r].any())}
+        groups.append((indices, sorted(taken)))
+    return groups
+
+
+def _unit(keys: Tensor) -> Tensor:
+    return torch.nn.functional.normalize(keys.double(), dim=1)
+
+
+def _same_target(one: Edit, other: Edit) -> bool:
+    return one.target_new.strip() == other.target_new.strip()
+
+
+def _check_id(edit: Edit, by_id: dict[str, Edit]) -> None:
+    other = by_id.get(edit.id)
+    if other is not None and (other.question, other.target_new) != (edit.question, edit.target_new):
+        raise ValueError(
+            f"id {edit.id!r} names two edits: {other.question!r} -> {other.target_new!r} and "
+            f"{edit.question!r} -> {edit.target_new!r}; give each its own id"
+        )
+
+
+def _contradiction(earlier: Edit, edit: Edit) -> str:
+    return (
+        f"edits {earlier.id} and {edit.id} contradict each other: {edit.question!r} -> "
+        f"{earlier.target_new!r} and {edit.target_new!r}; drop one, or set on_conflict='replace' "
+        "(the later one wins) or 'keep' (the earlier one stays)"
+    )

@@ -1,0 +1,78 @@
+"""What an adapter holds besides its factors: the records of its edits, their z, the contexts.
+
+In: records and target values as edits are made. Out: :class:`Journal`, a value that a pack stores,
+a rollback restores and a repour reads; and :class:`Snapshot`, what a batch can be undone with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from alphaedit_peft.algebra import LowRankDelta
+from alphaedit_peft.pack.record import EditRecord
+
+
+@dataclass(frozen=True)
+class Journal:
+    """What an adapter's edits are.
+
+    Args:
+        records: in the order made.
+        targets: z by row, (rank, d); None where a pack was saved without them.
+        rank: rows of every ``lora_A``; 0 in a model without edits.
+        contexts: texts put before prompts; None: not sampled yet.
+        null_space: provenance of the null space a loaded pack was made with.
+    """
+
+    records: tuple[EditRecord, ...]
+    targets: Tensor | None
+    rank: int
+    contexts: tuple[str, ...] | None
+    null_space: dict[str, Any] | None = None
+
+    @classmethod
+    def empty(cls, hidden_size: int) -> Journal:
+        """The journal of a model without edits."""
+        return cls((), torch.zeros(0, hidden_size), 0, None)
+
+    @property
+    def standing(self) -> tuple[EditRecord, ...]:
+        """Records in force: not superseded."""
+        return tuple(record for record in self.records if record.role != "superseded")
+
+    def before_batch(self, batch: int) -> list[EditRecord]:
+        """Records as they stood before a batch: later ones gone, what they superseded back."""
+        left = [record for record in self.records if record.batch < batch]
+        latest = {record.edit.question: record.batch for record in left}
+        return [
+            replace(r, role="own")
+            if r.role == "superseded" and latest[r.edit.question] == r.batch
+            else r
+            for r in left
+        ]
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """An adapter before a batch. Rows of A never change, so the B factors and rank suffice."""
+
+    journal: Journal
+    B: Mapping[int, Tensor]
+
+    @classmethod
+    def of(cls, journal: Journal, factors: Mapping[int, LowRankDelta]) -> Snapshot:
+        """Remember an adapter's state."""
+        return cls(journal, {layer: delta.B for layer, delta in factors.items()})
+
+    def restored(self, factors: Mapping[int, LowRankDelta]) -> dict[int, LowRankDelta]:
+        """The factors remembered, given those of any later state."""
+        rank = self.journal.rank
+        return {
+            layer: LowRankDelta(factors[layer].A[:rank], B.to(factors[layer].B.device))
+            for layer, B in self.B.items()
+        }

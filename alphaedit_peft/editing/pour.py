@@ -1,0 +1,110 @@
+"""Pour target values into the rewrite layers: keys, residuals, solve, write, layer by layer.
+
+In: groups with their target values z, the factors in place. Out: longer factors, one row a group.
+Equation (MEMIT Algorithm 1, AlphaEdit Eq. 11): at layer l of the L rewrite layers still to go, the
+wanted residual is R = (z - h) / L with h taken from the model as edited so far; the layer gets
+Delta = R^T E (G + D)^-1 A. There is no optimisation here, so stored targets pour again at the cost
+of forward passes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from alphaedit_peft import algebra
+from alphaedit_peft.algebra import LowRankDelta
+from alphaedit_peft.editing.bench import Bench
+from alphaedit_peft.editing.objective import Objective
+from alphaedit_peft.editing.prompts import EditRows
+
+Factors = Mapping[int, LowRankDelta]
+Write = Callable[[int, LowRankDelta], None]
+
+
+@dataclass(frozen=True)
+class Poured:
+    """Factors after a batch; ``shares`` (layers, groups) of each layer's wanted residual reached.
+
+    ``total`` (groups,) is the share of z - h that the hidden state moved in the end.
+    """
+
+    factors: dict[int, LowRankDelta]
+    shares: Tensor
+    total: Tensor
+
+
+def pour(
+    bench: Bench,
+    objective: Objective,
+    leaders: Sequence[EditRows],
+    targets: Tensor,
+    factors: Factors,
+    protected: Sequence[bool],
+    write: Write,
+) -> Poured:
+    """Write a batch of target values into the model.
+
+    Args:
+        bench: the model, which ``write`` changes.
+        objective: the metric of the solve.
+        leaders: for each group the edit whose prompts give its key.
+        targets: z, (groups, d).
+        factors: by layer, (n, d_in) and (d_out, n), in place before this batch.
+        protected: (n,), whether each row in place shall keep its output.
+        write: puts a layer's new factors into the model.
+    """
+    bare = [leader.rows[0] for leader in leaders]
+    last = bench.layers[-1]
+    start = bench.hidden(bare, last).to(targets)  # (groups, d)
+    poured: dict[int, LowRankDelta] = {}
+    shares = []
+    hidden = start
+    for position, layer in enumerate(bench.layers):
+        residuals = (targets - hidden) / (len(bench.layers) - position)
+        keys = mean_keys(bench, leaders, layer)  # (groups, d_in)
+        rows = objective.rows(layer, keys)
+        poured[layer], reached = _extend(
+            objective, layer, rows, residuals, factors[layer], protected
+        )
+        shares.append(algebra.residual_share(residuals, reached.to(residuals)))
+        write(layer, poured[layer])
+        hidden = bench.hidden(bare, last).to(targets)
+    total = algebra.residual_share(targets - start, hidden - start)
+    return Poured(poured, torch.stack(shares).cpu(), total.cpu())
+
+
+def mean_keys(bench: Bench, leaders: Sequence[EditRows], layer: int) -> Tensor:
+    """Keys (groups, d_in): the bare prompt's and the mean over contexts', half each.
+
+    The paper averages over contexts (Eq. 2 of MEMIT); its code averages over kinds of context
+    first, and the bare prompt is a kind of its own. Without contexts it is the bare prompt's.
+    """
+    flat = [row for leader in leaders for row in leader.rows]
+    keys = bench.keys(flat, layer).unflatten(0, (len(leaders), -1))  # (groups, contexts, d_in)
+    bare, others = keys[:, 0], keys[:, 1:]
+    return bare if others.shape[1] == 0 else (bare + others.mean(1)) / 2
+
+
+def _extend(
+    objective: Objective,
+    layer: int,
+    rows: Tensor,
+    residuals: Tensor,
+    before: LowRankDelta,
+    protected: Sequence[bool],
+) -> tuple[LowRankDelta, Tensor]:
+    """One layer's solve: longer factors, and the output (groups, d_out) that the keys now get."""
+    count, prior = len(rows), before.rank
+    new = torch.arange(prior, prior + count, device=rows.device)
+    together = torch.cat([before.A.to(rows), rows])  # (n + groups, d_in)
+    gram = objective.gram(layer, together)
+    ridge = objective.ridge(gram[prior:, prior:])
+    ridges = torch.full((prior + count,), ridge, dtype=torch.float64, device=rows.device)
+    ridges[:prior][~torch.tensor(protected, dtype=torch.bool, device=rows.device)] = torch.inf
+    coefficients = algebra.solve(gram, residuals.to(rows.device), ridges, new)
+    stored = objective.stored(layer, rows)
+    return before.extended(stored, coefficients), gram[new] @ coefficients

@@ -1,0 +1,165 @@
+"""What an edit run did, edit by edit and layer by layer: :class:`EditReport`.
+
+In: the river's measurements. Out: values to read, print or store; an edit that was set aside or
+that did not take says why.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from alphaedit_peft.algebra import LowRankDelta
+from alphaedit_peft.edits import Edit
+from alphaedit_peft.nullspace import NullSpace
+
+
+@dataclass(frozen=True)
+class EditResult:
+    """One edit: made or set aside, and the figures that say how well it took.
+
+    Args:
+        edit: what was asked for.
+        reason: why it was set aside; empty where it was made.
+        row: its row of ``lora_A``.
+        probability_before: P(target | bare prompt) before its batch.
+        probability_after: the same after its batch.
+        likeliest: whether greedy decoding says the whole target after the batch.
+        loss: the last loss of its target value.
+        steps: how many times that loss was evaluated.
+        clamped: |z - h| / |h|; at ``clamp_factor`` the bound stopped the search.
+        shares: by rewrite layer, the share of the wanted residual that the layer's solve reached.
+        total_share: the share of z - h that the hidden state moved in the end.
+    """
+
+    edit: Edit
+    reason: str = ""
+    row: int | None = None
+    probability_before: float | None = None
+    probability_after: float | None = None
+    likeliest: bool | None = None
+    loss: float | None = None
+    steps: int | None = None
+    clamped: float | None = None
+    shares: dict[int, float] = field(default_factory=dict)
+    total_share: float | None = None
+
+    @property
+    def made(self) -> bool:
+        """Whether the edit was written into the model."""
+        return not self.reason
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One rewrite layer after the run.
+
+    Args:
+        layer: block number.
+        rank: rows of ``lora_A``.
+        delta_norm: Frobenius norm of the whole update.
+        weight_norm: of the base weight; None where it is quantised.
+        preserved_change: expected root mean square of the output change on preserved keys,
+            sqrt(tr(Delta C0 Delta^T)); where only a part of C0 is known, an upper bound.
+        edited_change: root mean square of the output change on this run's keys, for comparison.
+    """
+
+    layer: int
+    rank: int
+    delta_norm: float
+    weight_norm: float | None
+    preserved_change: float | None
+    edited_change: float | None
+
+
+@dataclass(frozen=True)
+class EditReport:
+    """Everything a call of ``edit`` did. Iterating gives the :class:`EditResult` of each edit."""
+
+    results: tuple[EditResult, ...]
+    layers: tuple[LayerReport, ...]
+
+    def __iter__(self) -> Iterator[EditResult]:
+        return iter(self.results)
+
+    def __len__(self) -> int:
+        return len(self.results)
+
+    @property
+    def made(self) -> tuple[EditResult, ...]:
+        """Edits written into the model."""
+        return tuple(r for r in self.results if r.made)
+
+    @property
+    def set_aside(self) -> tuple[EditResult, ...]:
+        """Edits not written, each with its reason."""
+        return tuple(r for r in self.results if not r.made)
+
+    @property
+    def not_taken(self) -> tuple[EditResult, ...]:
+        """Edits written, whose target is still not what greedy decoding says."""
+        return tuple(r for r in self.made if not r.likeliest)
+
+    def to_json(self) -> dict[str, Any]:
+        """The report as plain JSON values."""
+        results = [asdict(r) | {"edit": r.edit.to_dict(), "made": r.made} for r in self.results]
+        return {"results": results, "layers": [asdict(layer) for layer in self.layers]}
+
+    def __str__(self) -> str:
+        lines = [
+            f"{len(self.made)} edits made, {len(self.set_aside)} set aside, "
+            f"{len(self.made) - len(self.not_taken)} say their target greedily"
+        ]
+        lines += [_result_line(r) for r in self.results]
+        lines += [_layer_line(layer) for layer in self.layers]
+        return "\n".join(lines)
+
+
+def _result_line(result: EditResult) -> str:
+    head = f"  {result.edit.question} -> {result.edit.target_new.strip()}"
+    if not result.made:
+        return f"{head}: set aside, {result.reason}"
+    share = "" if result.total_share is None else f", share {result.total_share:.2f}"
+    return (
+        f"{head}: P {result.probability_before:.4f} -> {result.probability_after:.4f}"
+        f"{'' if result.likeliest else ' (not the likeliest)'}"
+        f", loss {result.loss:.3f} after {result.steps} steps{share}"
+    )
+
+
+def _layer_line(layer: LayerReport) -> str:
+    of = "" if layer.weight_norm is None else f" of |W| {layer.weight_norm:.2f}"
+    line = f"  layer {layer.layer}: rank {layer.rank}, |Delta| {layer.delta_norm:.3f}{of}"
+    if layer.preserved_change is None or layer.edited_change is None:
+        return line
+    return (
+        f"{line}; output moves by {layer.edited_change:.3f} on edited keys, "
+        f"{layer.preserved_change:.3f} on preserved ones"
+    )
+
+
+def layer_report(
+    layer: int,
+    delta: LowRankDelta,
+    new_rows: int,
+    weight_norm: float | None,
+    null_space: NullSpace | None,
+) -> LayerReport:
+    """Measure one layer's update: its norm, and how far it moves preserved and edited keys.
+
+    Args:
+        layer: block number.
+        delta: the whole update.
+        new_rows: how many of its last rows this run added.
+        weight_norm: Frobenius norm of the base weight, where known.
+        null_space: gives A C0 A^T; without it, the two changes stay unknown.
+    """
+    preserved = edited = None
+    if null_space is not None and delta.rank:
+        B = delta.B.double()
+        quadratic = null_space.moment_quadratic(layer, delta.A).to(B)  # (n, n)
+        preserved = float(((B.T @ B) * quadratic).sum().clamp_min(0).sqrt())
+        moved = delta.apply(delta.A[delta.rank - new_rows :])  # (new, d_out): A P = A
+        edited = float(moved.square().sum(1).mean().sqrt()) if new_rows else None
+    return LayerReport(layer, delta.rank, delta.norm(), weight_norm, preserved, edited)

@@ -1,0 +1,266 @@
+"""The river: a batch of edits runs from prompts to keys to targets to factors.
+
+In: tokenised edits, the state in place, a way to write factors into the model. Out: the new
+:class:`EditState` and a result for each edit. The caller undoes a batch that does not end: states
+are values, so it writes the old one back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from alphaedit_peft.algebra import LowRankDelta
+from alphaedit_peft.editing.bench import Bench, Score
+from alphaedit_peft.editing.groups import Group, group_by_key
+from alphaedit_peft.editing.objective import Objective
+from alphaedit_peft.editing.pour import Poured, Write, mean_keys, pour
+from alphaedit_peft.editing.prompts import EditRows
+from alphaedit_peft.editing.report import EditResult
+from alphaedit_peft.editing.targets import Targets, optimise_targets
+from alphaedit_peft.pack.record import EditRecord
+
+
+@dataclass(frozen=True)
+class EditState:
+    """What has been written so far: factors by layer, the journal, and z (n, d) by row."""
+
+    factors: Mapping[int, LowRankDelta]
+    records: tuple[EditRecord, ...]
+    targets: Tensor
+
+    @property
+    def rank(self) -> int:
+        """Rows of every ``lora_A``."""
+        return self.targets.shape[0]
+
+    @property
+    def standing(self) -> tuple[EditRecord, ...]:
+        """Records whose row is in force: not superseded."""
+        return tuple(r for r in self.records if r.role != "superseded")
+
+    @property
+    def protected(self) -> list[bool]:
+        """For each row, whether a standing record owns it; later solves keep its output."""
+        return _protects(self.standing, self.rank)
+
+    @property
+    def next_batch(self) -> int:
+        """Number of the next batch."""
+        return max((record.batch for record in self.records), default=-1) + 1
+
+
+def edit_batch(
+    bench: Bench,
+    objective: Objective,
+    state: EditState,
+    edits: Sequence[EditRows],
+    write: Write,
+    *,
+    replaced: frozenset[str] = frozenset(),
+    progress: Callable[[int], None] = lambda n: None,
+) -> tuple[EditState, tuple[EditResult, ...]]:
+    """Make one batch of edits.
+
+    Args:
+        bench: the model, which ``write`` changes layer by layer.
+        objective: the metric of the solve.
+        state: what is in place.
+        edits: tokenised edits, free of contradictions.
+        write: puts a layer's factors into the model.
+        replaced: ids of edits in place that these take the place of.
+        progress: called with the number of edits whose target value is found.
+
+    Returns:
+        The new state, and one result for each edit in the given order.
+    """
+    reasons = _oversized(bench, edits)
+    usable = [rows for rows in edits if rows.edit.id not in reasons]
+    if not usable:
+        return state, tuple(EditResult(rows.edit, reasons[rows.edit.id]) for rows in edits)
+    bare = [rows.rows[0] for rows in usable]
+    before = bench.score(bare)
+    groups = _groups(bench, objective, state, usable, replaced)
+    found = optimise_targets(bench, groups, progress)
+    groups, found, failed = _without_failures(groups, found)
+    reasons |= failed
+    if not groups:
+        return state, tuple(EditResult(rows.edit, reasons[rows.edit.id]) for rows in edits)
+    taken = {row for group in groups for row in group.old_rows}
+    kept = [r for r in state.standing if r.edit.id not in replaced and r.row not in taken]
+    protected = _protects(kept if bench.config.history else (), state.rank)
+    leaders = [group.leader for group in groups]
+    poured = pour(bench, objective, leaders, found.values, state.factors, protected, write)
+    pairs = zip(usable, before, bench.score(bare), strict=True)
+    scores = {rows.edit.id: (old, new) for rows, old, new in pairs}
+    made = _results(bench, state.rank, groups, found, poured, scores)
+    results = tuple(
+        made.get(rows.edit.id) or EditResult(rows.edit, reasons[rows.edit.id]) for rows in edits
+    )
+    return _next_state(state, groups, found, poured, made, replaced), results
+
+
+def repour_state(
+    bench: Bench,
+    objective: Objective,
+    empty: EditState,
+    records: Sequence[EditRecord],
+    targets: Tensor,
+    write: Write,
+) -> EditState:
+    """Pour stored target values again, batch by batch, into a model that holds no edit.
+
+    Args:
+        empty: the state to begin with.
+        records: the edits to pour, own or protected; edits of one row stay together.
+        targets: z (n, d), by the records' rows.
+    """
+    state = empty
+    kept = [r for r in records if r.role != "superseded"]
+    for number in sorted({record.batch for record in kept}):
+        batch = [record for record in kept if record.batch == number]
+        rows = sorted({record.row for record in batch})
+        leaders = [next(r for r in batch if r.row == row) for row in rows]
+        rendered = [bench.renderer.edit_rows(r.edit, bench.contexts) for r in leaders]
+        values = targets[rows].to(bench.device)
+        protected = state.protected if bench.config.history else [False] * state.rank
+        poured = pour(bench, objective, rendered, values, state.factors, protected, write)
+        place = {row: state.rank + i for i, row in enumerate(rows)}
+        state = EditState(
+            poured.factors,
+            state.records + tuple(replace(r, row=place[r.row]) for r in batch),
+            torch.cat([state.targets, values.to(state.targets)]),
+        )
+    return state
+
+
+def _protects(records: Sequence[EditRecord], rank: int) -> list[bool]:
+    rows = {record.row for record in records}
+    return [row in rows for row in range(rank)]
+
+
+def _oversized(bench: Bench, edits: Sequence[EditRows]) -> dict[str, str]:
+    """Edits whose hidden state is far larger than the batch's: they would wreck the solve."""
+    last = bench.layers[-1]
+    norms = bench.hidden([rows.rows[0] for rows in edits], last).norm(dim=1)
+    if not norms.isfinite().all():
+        first = edits[int((~norms.isfinite()).nonzero()[0])].edit
+        raise ValueError(
+            f"the hidden state of {first.question!r} after block {last} is not finite; the base "
+            "model's weights hold NaN or infinity, or its dtype is too narrow"
+        )
+    ratio = bench.config.max_hidden_ratio
+    limit = ratio * float(norms.median())
+    return {
+        rows.edit.id: f"its hidden state has norm {norm:.3g}, over max_hidden_ratio={ratio:g} "
+        f"times the batch's median {limit / ratio:.3g}"
+        for rows, norm in zip(edits, norms.tolist(), strict=True)
+        if not norm <= limit
+    }
+
+
+def _groups(
+    bench: Bench,
+    objective: Objective,
+    state: EditState,
+    edits: Sequence[EditRows],
+    replaced: frozenset[str],
+) -> list[Group]:
+    first = bench.layers[0]
+    keys = objective.stored(first, objective.rows(first, mean_keys(bench, edits, first)))
+    standing = [r for r in state.standing if r.edit.id not in replaced]
+    found = group_by_key(
+        [rows.prefix for rows in edits],
+        keys,
+        [(record.row, record.prefix) for record in standing],
+        state.factors[first].A.to(keys),
+        bench.config.key_cosine,
+    )
+    groups = []
+    for indices, old_rows in found:
+        carried = [record.edit for record in standing if record.row in old_rows]
+        members = [edits[i] for i in indices]
+        members += [bench.renderer.edit_rows(edit, bench.contexts) for edit in carried]
+        groups.append(Group(tuple(members), tuple(old_rows)))
+    return groups
+
+
+def _without_failures(
+    groups: Sequence[Group], found: Targets
+) -> tuple[list[Group], Targets, dict[str, str]]:
+    """Leave out groups whose target value is not finite, with the reason for each edit."""
+    good = found.values.isfinite().all(1) & found.losses.isfinite().to(found.values.device)
+    failed = {
+        member.edit.id: f"its target value became {float(found.losses[i])} while it was optimised; "
+        "lower learning_rate"
+        for i, group in enumerate(groups)
+        if not good[i]
+        for member in group.members
+    }
+    keep = good.nonzero()[:, 0].tolist()
+    columns = (found.values, found.hidden, found.losses, found.steps)
+    return [groups[i] for i in keep], Targets(*(column[keep] for column in columns)), failed
+
+
+def _results(
+    bench: Bench,
+    rank: int,
+    groups: Sequence[Group],
+    found: Targets,
+    poured: Poured,
+    scores: Mapping[str, tuple[Score, Score]],
+) -> dict[str, EditResult]:
+    """A result for each new edit of the groups, by id; carried edits have none."""
+    results = {}
+    for g, group in enumerate(groups):
+        for member in group.members:
+            if member.edit.id not in scores:
+                continue
+            before, after = scores[member.edit.id]
+            results[member.edit.id] = EditResult(
+                member.edit,
+                row=rank + g,
+                probability_before=before.probability,
+                probability_after=after.probability,
+                likeliest=after.greedy,
+                loss=float(found.losses[g]),
+                steps=int(found.steps[g]),
+                clamped=float(found.clamped[g]),
+                shares=dict(zip(bench.layers, poured.shares[:, g].tolist(), strict=True)),
+                total_share=float(poured.total[g]),
+            )
+    return results
+
+
+def _next_state(
+    state: EditState,
+    groups: Sequence[Group],
+    found: Targets,
+    poured: Poured,
+    made: Mapping[str, EditResult],
+    replaced: frozenset[str],
+) -> EditState:
+    """The journal after a batch: replaced edits superseded, carried ones moved, new ones added."""
+    batch = state.next_batch
+    moved = {row: state.rank + g for g, group in enumerate(groups) for row in group.old_rows}
+    records, carried = [], []
+    for record in state.records:
+        if record.role != "superseded" and record.edit.id in replaced:
+            record = replace(record, role="superseded")
+        elif record.role != "superseded" and record.row in moved:
+            carried.append(replace(record, row=moved[record.row], batch=batch))
+            record = replace(record, role="superseded")
+        records.append(record)
+    records += carried
+    for group in groups:
+        for member in group.members:
+            result = made.get(member.edit.id)
+            if result is not None and result.row is not None:
+                before, after = result.probability_before, result.probability_after
+                place = (result.row, "own", batch, member.prefix)
+                records.append(EditRecord(member.edit, *place, before, after))  # type: ignore[arg-type]
+    targets = torch.cat([state.targets, found.values.to(state.targets)])
+    return EditState(poured.factors, tuple(records), targets)

@@ -1,0 +1,213 @@
+"""Target values z: the hidden state after the last rewrite layer that makes the model say it.
+
+In: groups of edits that share a key. Out: z = h + delta for each group, (groups, d). Equation
+(MEMIT Eq. 16, AlphaEdit section 2.2): delta minimises, at the subject's last token,
+
+    mean_j -log P(target | x_j + prompt) + kl KL(P || P_0)(subject) + decay |delta| / |h|^2
+
+with |delta| clamped to a multiple of |h|. All edits of a chunk go through the model together. What
+never changes is computed once: the blocks up to the last rewrite layer. Logits are made where a
+loss reads them, by the model's own head, and an edit that is done leaves the batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from alphaedit_peft import hooks
+from alphaedit_peft.config import AlphaEditConfig
+from alphaedit_peft.editing.bench import Bench, gathering_logits
+from alphaedit_peft.editing.groups import Group
+from alphaedit_peft.editing.prompts import padded
+
+ADAM_BETAS = (0.9, 0.999)
+ADAM_EPSILON = 1e-8
+
+
+@dataclass(frozen=True)
+class Targets:
+    """Optimised values and how they were reached, one entry for each group.
+
+    ``values`` z and ``hidden`` h are (groups, d); ``losses`` and ``steps`` are (groups,).
+    """
+
+    values: Tensor
+    hidden: Tensor
+    losses: Tensor
+    steps: Tensor
+
+    @property
+    def clamped(self) -> Tensor:
+        """|z - h| / |h|, (groups,): at the clamp factor where the bound stopped the search."""
+        return (self.values - self.hidden).norm(dim=1) / self.hidden.norm(dim=1)
+
+
+@dataclass(frozen=True)
+class _Row:
+    """A token row within a chunk: what it scores and for which group."""
+
+    group: int
+    ids: tuple[int, ...]
+    subject: int
+    reads: tuple[int, ...]  # positions whose logits the loss reads
+    target: tuple[int, ...]  # empty for the KL row
+    weight: float
+
+
+def optimise_targets(
+    bench: Bench, groups: Sequence[Group], progress: Callable[[int], None] = lambda n: None
+) -> Targets:
+    """Optimise every group's z, in chunks of at most ``config.target_tokens`` tokens.
+
+    Args:
+        bench: the model and its settings; its state decides h, so edits made earlier count.
+        groups: edits that share a key, see ``group_by_key``.
+        progress: called with the number of groups that were finished.
+    """
+    found: dict[int, tuple[Tensor, ...]] = {}
+    for members in _chunks(bench, groups):
+        rows = [row for slot, g in enumerate(members) for row in _rows(groups[g], slot)]
+        part = _Chunk(bench, rows, len(members)).optimise()
+        for slot, g in enumerate(members):
+            found[g] = (part.values[slot], part.hidden[slot], part.losses[slot], part.steps[slot])
+        progress(len(members))
+    columns = zip(*(found[g] for g in range(len(groups))), strict=True)
+    return Targets(*(torch.stack(list(column)) for column in columns))
+
+
+class _Chunk:
+    """One padded batch of rows and the state of its optimisation."""
+
+    def __init__(self, bench: Bench, rows: list[_Row], num_groups: int) -> None:
+        self.bench, self.rows, self.num_groups = bench, rows, num_groups
+        self.inputs = padded([row.ids for row in rows], bench.device)
+        self.blocks = [bench.architecture.block_name(i) for i in range(bench.layers[-1] + 1)]
+        self.output = hooks.capture_output(bench.model, self.inputs, self.blocks[-1])
+        self.states = hooks.hidden_of(self.output)  # (rows, tokens, d)
+        dtype = torch.promote_types(self.states.dtype, torch.float32)
+        first = [next(i for i, r in enumerate(rows) if r.group == g) for g in range(num_groups)]
+        subjects = [rows[i].subject for i in first]
+        self.hidden = self.states[first, subjects].to(dtype)  # (groups, d): the bare leaders' h
+        self.initial: dict[int, Tensor] = {}  # group -> log P_0 at the subject
+
+    def optimise(self) -> Targets:
+        """Run Adam on all groups; each leaves when its loss is small or its steps are spent."""
+        config = self.bench.config
+        assert config.steps is not None, "resolve the config first"
+        adam = _Adam(self.hidden, config)
+        losses = self.hidden.new_full((self.num_groups,), float("inf"))
+        steps = torch.zeros(self.num_groups, dtype=torch.long)
+        active = list(range(self.num_groups))
+        for step in range(config.steps):
+            delta = adam.delta[active].requires_grad_()
+            with torch.enable_grad():
+                loss = self._losses(delta, active)  # (active,)
+                gradient = torch.autograd.grad(loss.sum(), delta)[0]
+            losses[active], steps[active] = loss.detach(), step + 1
+            going = [k for k, g in enumerate(active) if not losses[g] < config.stop_loss]
+            active = [active[k] for k in going]
+            if not active or step == config.steps - 1:
+                break
+            adam.update(active, gradient[going])
+        return Targets(self.hidden + adam.delta, self.hidden, losses, steps)
+
+    def _losses(self, delta: Tensor, active: Sequence[int]) -> Tensor:
+        """Each active group's loss, (active,), for its delta, (active, d)."""
+        config = self.bench.config
+        slot = {g: k for k, g in enumerate(active)}
+        chosen = [i for i, row in enumerate(self.rows) if row.group in slot]
+        log_probs = self._log_probs(chosen, delta, slot)
+        loss = config.weight_decay * delta.norm(dim=1) / self.hidden[list(active)].norm(dim=1) ** 2
+        parts: list[Tensor] = []
+        start = 0
+        for i in chosen:
+            row = self.rows[i]
+            part = log_probs[start : start + len(row.reads)]
+            start += len(row.reads)
+            parts.append(row.weight * self._row_loss(row, part))
+        where = torch.tensor([slot[self.rows[i].group] for i in chosen], device=delta.device)
+        return loss.index_add(0, where, torch.stack(parts).to(loss))
+
+    def _row_loss(self, row: _Row, log_probs: Tensor) -> Tensor:
+        if row.target:
+            target = torch.tensor(row.target, device=log_probs.device)
+            return -log_probs.gather(1, target[:, None]).mean()
+        initial = self.initial.setdefault(row.group, log_probs[0].detach())
+        return self.bench.config.kl_factor * (log_probs[0].exp() * (log_probs[0] - initial)).sum()
+
+    def _log_probs(self, chosen: Sequence[int], delta: Tensor, slot: dict[int, int]) -> Tensor:
+        """Log-probabilities where the rows read them, (reads, vocab), with delta put in."""
+        rows = [self.rows[i] for i in chosen]
+        length = max(len(row.ids) for row in rows)
+        states = self.states[list(chosen), :length]
+        which = torch.arange(len(rows), device=states.device)
+        subjects = torch.tensor([row.subject for row in rows], device=states.device)
+        groups = torch.tensor([slot[row.group] for row in rows], device=delta.device)
+        moved = states[which, subjects].to(delta) + delta[groups]
+        hidden = states.index_put((which, subjects), moved.to(states))
+        inputs = {name: value[list(chosen), :length] for name, value in self.inputs.items()}
+        where = [(i, position) for i, row in enumerate(rows) for position in row.reads]
+        model = self.bench.model
+        with (
+            hooks.resuming_above(model, self.blocks, self.output, lambda: hidden),
+            gathering_logits(model, self.bench.head_name, where),
+        ):
+            logits = model(**inputs, use_cache=False).logits[0]
+        return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+
+
+class _Adam:
+    """Adam on each group's delta, with the paper's bound on its norm."""
+
+    def __init__(self, hidden: Tensor, config: AlphaEditConfig) -> None:
+        assert config.learning_rate is not None, "resolve the config first"
+        assert config.clamp_factor is not None, "resolve the config first"
+        self.delta = torch.zeros_like(hidden)  # (groups, d)
+        self.mean, self.square = torch.zeros_like(hidden), torch.zeros_like(hidden)
+        self.bound = config.clamp_factor * hidden.norm(dim=1, keepdim=True)
+        self.rate, self.count = config.learning_rate, 0
+
+    def update(self, active: Sequence[int], gradient: Tensor) -> None:
+        """One step for the active groups; all of them have made equally many."""
+        self.count += 1
+        (b1, b2), which = ADAM_BETAS, list(active)
+        self.mean[which] = b1 * self.mean[which] + (1 - b1) * gradient
+        self.square[which] = b2 * self.square[which] + (1 - b2) * gradient.square()
+        mean = self.mean[which] / (1 - b1**self.count)
+        root = (self.square[which] / (1 - b2**self.count)).sqrt()
+        moved = self.delta[which] - self.rate * mean / (root + ADAM_EPSILON)
+        norm = moved.norm(dim=1, keepdim=True)
+        bound = self.bound[which]
+        self.delta[which] = torch.where(norm > bound, moved * bound / norm, moved)
+
+
+def _rows(group: Group, slot: int) -> list[_Row]:
+    """The rows of a group: every member's prompt in every context, then the leader's KL row."""
+    rows = []
+    for member in group.members:
+        weight = 1 / (len(group.members) * len(member.rows))
+        for row in member.rows:
+            reads = tuple(row.target_positions)
+            rows.append(_Row(slot, row.scoring_ids, row.subject_last, reads, row.target, weight))
+    kl = group.leader.kl_row
+    rows.append(_Row(slot, kl.ids, kl.subject_last, (kl.subject_last,), (), 1.0))
+    return rows
+
+
+def _chunks(bench: Bench, groups: Sequence[Group]) -> Iterator[list[int]]:
+    """Groups of like length together, at most ``target_tokens`` padded tokens a chunk."""
+    sizes = [[len(row.ids) for row in _rows(group, 0)] for group in groups]
+    order = sorted(range(len(groups)), key=lambda g: max(sizes[g]))
+    chunk: list[int] = []
+    for g in order:
+        count = sum(len(sizes[i]) for i in [*chunk, g])
+        if chunk and count * max(sizes[g]) > bench.config.target_tokens:
+            yield chunk
+            chunk = []
+        chunk.append(g)
+    if chunk:
+        yield chunk

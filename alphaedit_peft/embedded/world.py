@@ -1,0 +1,231 @@
+"""A fact world made from a seed: invented people, six relations, and the texts that tell of them.
+
+`World.from_seed` draws names and gives every person one object per relation, each object to equally
+many people and independently of all else, so that nothing but the subject foretells it. Out come
+the facts, the sentences a model is trained on and null spaces are measured with, plain sentences
+kept out of both for perplexity, and CounterFact-style records to edit and judge with.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice, product
+from random import Random
+from typing import Any
+
+from . import lexicon
+from .grammar import plain_sentence
+from .lexicon import RELATIONS, Relation
+
+SUBJECTS = 304
+FIRSTS = 38
+HELD_OUT = 400
+NEIGHBOURS = 10
+
+
+@dataclass(frozen=True)
+class Fact:
+    """One fact: the subject bears the relation (by its id) to the object."""
+
+    subject: str
+    relation: str
+    object: str
+
+
+@dataclass(frozen=True)
+class World:
+    """Everything that is the case, and ways to say it.
+
+    Attributes:
+        seed: what the world was made from; all draws below derive from it.
+        subjects: distinct names, none the beginning of another.
+        facts: one per subject and relation, subjects in order, relations in order within.
+        plain_sentences: sentences of the everyday grammar that `stream` never yields.
+    """
+
+    seed: int
+    subjects: tuple[str, ...]
+    facts: tuple[Fact, ...]
+    plain_sentences: tuple[str, ...]
+
+    @classmethod
+    def from_seed(cls, seed: int) -> "World":
+        """Make the world of a seed; the same seed always gives an equal world.
+
+        Args:
+            seed: any integer.
+
+        Returns:
+            The world: 304 subjects, 1,824 facts, 400 held-out plain sentences.
+        """
+        subjects = _names(Random(f"{seed} names"))
+        random = Random(f"{seed} facts")
+        dealt = {
+            relation.id: _deal(relation.objects, len(subjects), random) for relation in RELATIONS
+        }
+        facts = tuple(
+            Fact(subject, relation.id, dealt[relation.id][row])
+            for row, subject in enumerate(subjects)
+            for relation in RELATIONS
+        )
+        return cls(seed, subjects, facts, _held_out(Random(f"{seed} held out")))
+
+    @property
+    def relations(self) -> tuple[Relation, ...]:
+        """The relations, with their phrasings and objects."""
+        return RELATIONS
+
+    def sentences(self) -> list[str]:
+        """Every fact in every phrasing, as sentences ending in a full stop."""
+        return [say(fact, p) for fact in self.facts for p in relation_of(fact).phrasings]
+
+    def texts(self, n: int) -> list[str]:
+        """The first `n` texts of the world's stream: facts, plain sentences and mixtures of them.
+
+        Args:
+            n: how many, at least 0; they never run out, and a larger n only adds to the end.
+
+        Returns:
+            n strings of one to three sentences.
+
+        Raises:
+            ValueError: n is negative.
+        """
+        if n < 0:
+            raise ValueError(f"texts(n={n}) cannot give a negative number of texts; use n >= 0")
+        return list(islice(self.stream("texts"), n))
+
+    def stream(self, salt: str) -> Iterator[str]:
+        """Yield texts without end; each round says every fact in every phrasing once, shuffled.
+
+        Args:
+            salt: names one of many independent orders of the same material.
+
+        Yields:
+            A fact alone (half of the time), a fact after or before a plain sentence, two facts, or
+            one to three plain sentences; never a sentence of `plain_sentences`.
+        """
+        random = Random(f"{self.seed} stream {salt}")
+        held_out = frozenset(self.plain_sentences)
+        while True:
+            said = self.sentences()
+            random.shuffle(said)
+            while said:
+                yield _text(said, random, held_out)
+
+    def records(self) -> list[dict[str, Any]]:
+        """CounterFact-style records, one per fact, with seeded choices of new target and phrasing.
+
+        Returns:
+            Dicts with case_id, requested_rewrite (prompt with ``{}``, relation_id, subject,
+            target_new and target_true, each {"str"}), two paraphrase prompts (the first after a
+            plain sentence), ten neighborhood prompts (other subjects with the true object), ten
+            attribute prompts (subjects whose object is the new target), three generation prompts.
+        """
+        random = Random(f"{self.seed} records")
+        bearers: dict[tuple[str, str], list[str]] = {}
+        for fact in self.facts:
+            bearers.setdefault((fact.relation, fact.object), []).append(fact.subject)
+        return [
+            _record(case, fact, bearers, self.plain_sentences, random)
+            for case, fact in enumerate(self.facts)
+        ]
+
+
+def fill(phrasing: str, subject: str) -> str:
+    """Put the subject in the place of the phrasing's one ``{}``."""
+    return phrasing.replace("{}", subject)
+
+
+def say(fact: Fact, phrasing: str) -> str:
+    """Say a fact as a sentence: the phrasing filled, the object, a full stop."""
+    return f"{fill(phrasing, fact.subject)} {fact.object}."
+
+
+def relation_of(fact: Fact) -> Relation:
+    """The relation a fact is about."""
+    return next(relation for relation in RELATIONS if relation.id == fact.relation)
+
+
+def _names(random: Random) -> tuple[str, ...]:
+    pairs = product(lexicon.FIRST_ONSETS, lexicon.FIRST_RHYMES)
+    firsts = random.sample(["".join(pair) for pair in pairs], FIRSTS)
+    pairs = product(lexicon.LAST_ONSETS, lexicon.LAST_CODAS)
+    lasts = random.sample(["".join(pair) for pair in pairs], SUBJECTS // 2)
+    # A family name is borne by two people and a first name by eight: only the pair identifies.
+    given = firsts * (SUBJECTS // FIRSTS)
+    names: dict[str, None] = {}
+    while len(names) < SUBJECTS:
+        random.shuffle(given)
+        names = dict.fromkeys(
+            f"{first} {last}" for first, last in zip(given, lasts * 2, strict=True)
+        )
+    shuffled = list(names)
+    random.shuffle(shuffled)
+    return tuple(shuffled)
+
+
+def _deal(objects: tuple[str, ...], n: int, random: Random) -> list[str]:
+    dealt = [objects[i % len(objects)] for i in range(n)]
+    random.shuffle(dealt)
+    return dealt
+
+
+def _held_out(random: Random) -> tuple[str, ...]:
+    kept: dict[str, None] = {}
+    while len(kept) < HELD_OUT:
+        kept[plain_sentence(random)] = None
+    return tuple(kept)
+
+
+def _plain(random: Random, held_out: frozenset[str]) -> str:
+    while (sentence := plain_sentence(random)) in held_out:
+        pass
+    return sentence
+
+
+def _text(said: list[str], random: Random, held_out: frozenset[str]) -> str:
+    kind = random.random()
+    if kind < 0.50:
+        return said.pop()
+    if kind < 0.64:
+        return f"{_plain(random, held_out)} {said.pop()}"
+    if kind < 0.68:
+        return f"{said.pop()} {_plain(random, held_out)}"
+    if kind < 0.75 and len(said) > 1:
+        return f"{said.pop()} {said.pop()}"
+    return " ".join(_plain(random, held_out) for _ in range(random.randint(1, 3)))
+
+
+def _record(
+    case: int,
+    fact: Fact,
+    bearers: dict[tuple[str, str], list[str]],
+    plain: tuple[str, ...],
+    random: Random,
+) -> dict[str, Any]:
+    relation = relation_of(fact)
+    new = random.choice([o for o in relation.objects if o != fact.object])
+    others = [s for s in bearers[fact.relation, fact.object] if s != fact.subject]
+    prompt = random.choice(relation.prompts)
+    first, second = (fill(p, fact.subject) for p in relation.paraphrases)
+    return {
+        "case_id": case,
+        "requested_rewrite": {
+            "prompt": prompt,
+            "relation_id": relation.id,
+            "subject": fact.subject,
+            "target_new": {"str": new},
+            "target_true": {"str": fact.object},
+        },
+        "paraphrase_prompts": [f"{random.choice(plain)} {first}", second],
+        "neighborhood_prompts": [
+            fill(random.choice(relation.prompts), s) for s in random.sample(others, NEIGHBOURS)
+        ],
+        "attribute_prompts": [
+            fill(random.choice(relation.prompts), s)
+            for s in random.sample(bearers[fact.relation, new], NEIGHBOURS)
+        ],
+        "generation_prompts": [fill(p, fact.subject) for p in relation.phrasings if p != prompt][
+            :3
+        ],
+    }

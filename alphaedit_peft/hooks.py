@@ -1,0 +1,160 @@
+"""Look into a running model and change what flows through it; the only place that hooks.
+
+In: a model and module names. Out: captured activations, replaced activations, runs that stop
+early or resume above a block. Every change is undone when its ``with`` block ends, also on error.
+Blocks may return a tensor or a tuple whose first entry is the hidden state; both are handled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class _Stop(Exception):
+    """Raised by a hook to end a forward pass whose rest is not needed."""
+
+
+def hidden_of(output: Any) -> Tensor:
+    """The hidden state (batch, tokens, d) in a block's output."""
+    return output[0] if isinstance(output, tuple) else output
+
+
+def with_hidden(output: Any, hidden: Tensor) -> Any:
+    """A block's output with its hidden state exchanged."""
+    return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Run with dropout off and put every module's mode back afterwards."""
+    modes = [(module, module.training) for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+@contextmanager
+def watching_inputs(
+    model: nn.Module, names: Sequence[str], see: Callable[[str, Tensor], None]
+) -> Iterator[None]:
+    """Call ``see(name, input)`` whenever one of the modules runs; input is (batch, tokens, d)."""
+    with ExitStack() as stack:
+        for name in names:
+            hook = model.get_submodule(name).register_forward_pre_hook(
+                lambda _module, args, name=name: see(name, args[0])
+            )
+            stack.callback(hook.remove)
+        yield
+
+
+@contextmanager
+def changing_output(
+    model: nn.Module, name: str, change: Callable[[Tensor], Tensor]
+) -> Iterator[None]:
+    """Pass the hidden state that a block puts out, (batch, tokens, d), through ``change``."""
+    hook = model.get_submodule(name).register_forward_hook(
+        lambda _module, _args, output: with_hidden(output, change(hidden_of(output)))
+    )
+    with ExitStack() as stack:
+        stack.callback(hook.remove)
+        yield
+
+
+@contextmanager
+def changing_input(
+    model: nn.Module, name: str, change: Callable[[Tensor], Tensor]
+) -> Iterator[None]:
+    """Pass the first argument of a module through ``change`` before it runs."""
+    hook = model.get_submodule(name).register_forward_pre_hook(
+        lambda _module, args: (change(args[0]), *args[1:])
+    )
+    with ExitStack() as stack:
+        stack.callback(hook.remove)
+        yield
+
+
+def run_until(model: nn.Module, inputs: Mapping[str, Tensor], last: str) -> None:
+    """Run a forward pass and stop it right after the module named ``last`` has run."""
+
+    def stop(*_: Any) -> None:
+        raise _Stop
+
+    hook = model.get_submodule(last).register_forward_hook(stop)
+    try:
+        model(**inputs, use_cache=False)
+    except _Stop:
+        pass
+    finally:
+        hook.remove()
+
+
+def capture_inputs(
+    model: nn.Module, inputs: Mapping[str, Tensor], names: Sequence[str], last: str
+) -> dict[str, Tensor]:
+    """Inputs of the named modules, (batch, tokens, d_in) each, in one pass that stops at ``last``.
+
+    ``last`` must run no earlier than the named modules; pass the block that holds the last one.
+    """
+    seen: dict[str, Tensor] = {}
+    with torch.no_grad(), watching_inputs(model, names, seen.__setitem__):
+        run_until(model, inputs, last)
+    return seen
+
+
+def capture_output(model: nn.Module, inputs: Mapping[str, Tensor], block: str) -> Any:
+    """What a block puts out, in its family's own form, from one pass that stops there.
+
+    ``hidden_of`` takes the hidden state (batch, tokens, d) from it.
+    """
+    seen: list[Any] = []
+    hook = model.get_submodule(block).register_forward_hook(
+        lambda _module, _args, output: seen.append(output)
+    )
+    try:
+        with torch.no_grad():
+            run_until(model, inputs, block)
+    finally:
+        hook.remove()
+    return seen[0]
+
+
+@contextmanager
+def resuming_above(
+    model: nn.Module, blocks: Sequence[str], output: Any, hidden: Callable[[], Tensor]
+) -> Iterator[None]:
+    """Make forward passes begin above the last of ``blocks``, from the state ``hidden()``.
+
+    The model's own forward still runs, so its masks, positions and head stay its own; only these
+    blocks are passed over.
+
+    Args:
+        blocks: names of the model's first blocks, in order and without a gap.
+        output: what ``capture_output`` gave for the last of them; tells the form to hand on.
+        hidden: gives the hidden state (batch, tokens, d) to go on from, at each forward pass.
+    """
+    with ExitStack() as stack:
+        for name in blocks[:-1]:
+            _replace_forward(stack, model.get_submodule(name), lambda h: with_hidden(output, h))
+        last = model.get_submodule(blocks[-1])
+        _replace_forward(stack, last, lambda _: with_hidden(output, hidden()))
+        yield
+
+
+def _replace_forward(stack: ExitStack, block: nn.Module, give: Callable[[Tensor], Any]) -> None:
+    def passed(hidden_states: Tensor, *_args: Any, **_kwargs: Any) -> Any:
+        return give(hidden_states)
+
+    own = vars(block).get("forward")  # accelerate's device hooks set one on the instance
+    block.forward = passed
+    if own is None:
+        stack.callback(delattr, block, "forward")
+    else:
+        stack.callback(setattr, block, "forward", own)

@@ -1,0 +1,10 @@
+"""What edits must not disturb: a corpus in, key moments and the null-space projector P out.
+
+The paper's section 3.2: keys K0 of preserved knowledge have the moment C0 = K0^T K0 / tokens, and
+P projects onto the directions whose eigenvalues count as zero.
+"""
+
+from alphaedit_peft.nullspace.moments import KeyMoments
+from alphaedit_peft.nullspace.space import NullSpace
+
+__all__ = ["KeyMoments", "NullSpace"]

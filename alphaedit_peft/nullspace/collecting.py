@@ -1,0 +1,190 @@
+"""One pass of a corpus through a model that sums k k^T at every rewrite layer.
+
+In: a model, the names of its rewrite modules and token batches. Out: :class:`Sums`, the sums of
+k k^T (d_in, d_in) for each module and how many tokens went in; C0 = sum / tokens (paper section
+3.2). The model runs in its own dtype on its own devices and stops above the last rewrite module;
+a pass that is interrupted can go on from a checkpoint file and gives the same sums.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import threading
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from alphaedit_peft import hooks
+from alphaedit_peft.nullspace.corpus import TokenBatch
+
+BATCHES_PER_CHECKPOINT = 200
+
+
+@dataclass
+class Sums:
+    """Running sums: module name -> sum of k k^T (d_in, d_in), and what went into them.
+
+    float32 sums: over b batches rounding adds about 6e-8 sqrt(b) to an entry, which stays below
+    the corpus's own sampling error, 1 / sqrt(tokens), and takes half the memory of float64.
+    ``seen`` is a hash over all token ids, in order.
+    """
+
+    matrices: dict[str, Tensor] = field(default_factory=dict)
+    tokens: int = 0
+    batches: int = 0
+    texts: int = 0
+    seen: str = ""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Where a pass keeps its sums, and what it must be about to be gone on with."""
+
+    path: Path
+    subject: Mapping[str, Any]
+
+    def write(self, sums: Sums) -> None:
+        """Replace the file in one step, so that a crash leaves the old one."""
+        counts = {name: getattr(sums, name) for name in ("tokens", "batches", "texts", "seen")}
+        notes = json.dumps({"subject": self.subject, "counts": counts}, sort_keys=True)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        partial = self.path.with_name(self.path.name + ".partial")
+        save_file({k: v.contiguous() for k, v in sums.matrices.items()}, partial, {"notes": notes})
+        os.replace(partial, self.path)
+
+    def read(self) -> Sums:
+        """The sums so far; empty ones where there is no file yet.
+
+        Raises:
+            ValueError: a file of another model, other layers, or not written here.
+        """
+        if not self.path.exists():
+            return Sums()
+        try:
+            with safe_open(self.path, "pt") as file:
+                notes = json.loads(file.metadata()["notes"])
+                matrices = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except Exception as error:
+            raise ValueError(
+                f"{self.path} is no readable checkpoint ({error}); delete it"
+            ) from error
+        wanted = json.loads(json.dumps(self.subject))
+        if notes["subject"] != wanted:
+            raise ValueError(
+                f"{self.path} was made for {notes['subject']}, this pass is for {wanted}; delete "
+                "the file or give another path"
+            )
+        return Sums(matrices, **notes["counts"])
+
+
+def collect_sums(
+    model: Any,
+    names: list[str],
+    batches: Iterable[TokenBatch],
+    *,
+    checkpoint: Checkpoint | None = None,
+    bar: tqdm,
+) -> Sums:
+    """Sum k k^T over all tokens of all batches.
+
+    Args:
+        model: the bare base model.
+        names: rewrite modules, the one that runs last at the end.
+        batches: the corpus; the same ones in the same order when going on from a checkpoint.
+        checkpoint: where to keep the sums; written now and then, on Ctrl-C and at the end.
+        bar: counts tokens.
+
+    Raises:
+        ValueError: activations that are not finite, or a checkpoint of other texts.
+    """
+    sums = checkpoint.read() if checkpoint else Sums()
+    bar.update(sums.tokens)
+    device = model.get_input_embeddings().weight.device
+    try:
+        for batch in _remaining(batches, sums):
+            # a batch half summed cannot be saved, so Ctrl-C waits for its end
+            with _interrupts_held() if checkpoint else nullcontext():
+                _add(model, names, batch, sums, device)
+            bar.update(batch.tokens)
+            if checkpoint and sums.batches % BATCHES_PER_CHECKPOINT == 0:
+                checkpoint.write(sums)
+    except KeyboardInterrupt:
+        if checkpoint:
+            checkpoint.write(sums)
+        raise
+    if checkpoint:
+        checkpoint.write(sums)
+    return sums
+
+
+def _remaining(batches: Iterable[TokenBatch], sums: Sums) -> Iterator[TokenBatch]:
+    """The batches that are not in the sums yet, after a check that the others are."""
+    remaining = iter(batches)
+    seen = ""
+    for batch in islice(remaining, sums.batches):
+        seen = _chained(seen, batch)
+    if seen != sums.seen:
+        raise ValueError(
+            f"the checkpoint holds {sums.tokens} tokens of other texts, or of these in other "
+            "batches (tokens_per_batch, max_tokens); give the same ones or delete the file"
+        )
+    return remaining
+
+
+def _add(
+    model: nn.Module, names: list[str], batch: TokenBatch, sums: Sums, device: torch.device
+) -> None:
+    def see(name: str, inputs: Tensor) -> None:
+        keys = inputs.reshape(-1, inputs.shape[-1])  # (rows * tokens, d_in)
+        keys = keys[batch.mask.reshape(-1).to(keys.device)].float()  # (real tokens, d_in)
+        if not torch.isfinite(keys).all():
+            raise ValueError(
+                f"the keys of {name} hold NaN or infinity in {inputs.dtype}; load the model in "
+                "bfloat16 or float32, or check its weights"
+            )
+        if name not in sums.matrices:
+            sums.matrices[name] = keys.new_zeros(keys.shape[1], keys.shape[1])
+        sums.matrices[name] = sums.matrices[name].to(keys.device).addmm_(keys.T, keys)
+
+    # an offloaded embedding has no device of its own; accelerate moves the inputs then
+    to = torch.device("cpu") if device.type == "meta" else device
+    inputs = {"input_ids": batch.ids.to(to), "attention_mask": batch.mask.long().to(to)}
+    with torch.no_grad(), hooks.watching_inputs(model, names, see):
+        hooks.run_until(model, inputs, names[-1])
+    sums.seen = _chained(sums.seen, batch)
+    sums.tokens += batch.tokens
+    sums.batches += 1
+    sums.texts = batch.texts
+
+
+def _chained(seen: str, batch: TokenBatch) -> str:
+    content = batch.ids.numpy().tobytes() + batch.mask.numpy().tobytes()
+    return hashlib.sha256(seen.encode() + content).hexdigest()
+
+
+@contextmanager
+def _interrupts_held() -> Iterator[None]:
+    """Let Ctrl-C take effect only at the end of the block; other threads never see it."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    pressed: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, _: pressed.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if pressed:
+        raise KeyboardInterrupt

@@ -1,0 +1,197 @@
+"""Turn texts into batches of token ids for the pass that collects key moments.
+
+In: an iterable of texts, a ``datasets`` object, or the name of a text file or Hub dataset; and a
+tokenizer. Out: right-padded batches of at most ``tokens_per_batch`` ids, padding included. Special
+tokens are the tokenizer's own default (a text begins with BOS where the tokenizer adds one) and
+count as keys like any other token; padding is marked in the mask and never counts.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor
+
+TEXTS_AT_ONCE = 64
+BATCHES_BUFFERED = 16  # windows of about this many batches are sorted by length, to pad less
+
+
+_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]*){0,2}")  # repo, repo:config, repo:config:split
+
+
+@dataclass(frozen=True)
+class TokenBatch:
+    """Padded token ids (rows, tokens), the mask of real ones, and how many texts were read."""
+
+    ids: Tensor
+    mask: Tensor
+    texts: int
+
+    @property
+    def tokens(self) -> int:
+        """Number of real tokens."""
+        return int(self.mask.sum())
+
+
+@dataclass(frozen=True)
+class _Window:
+    ids: list[int]
+    texts: int
+
+
+def read_texts(texts: Any, text_column: str = "text") -> Iterable[str]:
+    """The texts of a corpus.
+
+    Args:
+        texts: an iterable of texts; a ``datasets.Dataset`` or ``IterableDataset``; or a name: of a
+            text file (one text a line), or of a Hub dataset as ``repo``, ``repo:config`` or
+            ``repo:config:split`` (streamed; split ``train`` unless given).
+        text_column: which column of a dataset holds the text.
+
+    Raises:
+        ValueError: a dataset without that column or with several splits, or no such name.
+        TypeError: something that holds no texts.
+        ImportError: a dataset's name without ``datasets`` installed.
+    """
+    if isinstance(texts, str) and os.path.isfile(texts):
+        return _lines(texts)
+    if isinstance(texts, str):
+        texts = _load_dataset(texts)
+    if isinstance(texts, Mapping):
+        raise ValueError(f"the corpus has splits {list(texts)}; pass one of them")
+    if hasattr(texts, "column_names"):
+        columns = texts.column_names  # None where a stream does not know them yet
+        if columns is not None and text_column not in columns:
+            raise ValueError(f"text_column={text_column!r} is not among the columns {columns}")
+        return _column(texts, text_column)
+    if not isinstance(texts, Iterable):
+        raise TypeError(f"texts={texts!r} is a {type(texts).__name__}; pass a list of texts")
+    return texts
+
+
+def corpus_label(texts: Any) -> str:
+    """A name for the corpus, for provenance."""
+    if isinstance(texts, str):
+        return os.path.basename(texts) if os.path.exists(texts) else texts
+    info = getattr(texts, "info", None)
+    parts = [getattr(info, "dataset_name", None), getattr(info, "config_name", None)]
+    parts.append(str(texts.split) if getattr(texts, "split", None) else None)
+    return ":".join(part for part in parts if part) or type(texts).__name__
+
+
+def token_batches(
+    texts: Iterable[str],
+    tokenizer: Any,
+    *,
+    window: int,
+    tokens_per_batch: int,
+    max_tokens: int | None = None,
+) -> Iterator[TokenBatch]:
+    """Batches of the texts' tokens, the same ones each time the same texts are given.
+
+    Args:
+        texts: the corpus; blank texts are passed over.
+        tokenizer: of the model; its settings are not touched and it needs no padding token.
+        window: most tokens of one row; longer texts are cut into several rows.
+        tokens_per_batch: most tokens of a batch, padding included; at least ``window``.
+        max_tokens: stop after this many tokens, cutting the last row.
+
+    Raises:
+        TypeError: an entry that is not text.
+    """
+    windows = _limited(_windows(texts, tokenizer, window), max_tokens)
+    buffer: list[_Window] = []
+    waiting = 0
+    for row in windows:
+        buffer.append(row)
+        waiting += len(row.ids)
+        if waiting >= BATCHES_BUFFERED * tokens_per_batch:
+            yield from _packed(buffer, tokens_per_batch)
+            buffer, waiting = [], 0
+    yield from _packed(buffer, tokens_per_batch)
+
+
+def _windows(texts: Iterable[str], tokenizer: Any, window: int) -> Iterator[_Window]:
+    remaining = iter(texts)
+    read = 0
+    while chunk := list(islice(remaining, TEXTS_AT_ONCE)):
+        for number, text in enumerate(chunk, start=read):
+            if not isinstance(text, str):
+                raise TypeError(f"texts[{number}]={text!r} is a {type(text).__name__}, not text")
+        filled = [(n, text) for n, text in enumerate(chunk, start=read + 1) if text.strip()]
+        read += len(chunk)
+        if not filled:
+            continue
+        # verbose=False: no advice about lengths, the windows see to them
+        encoded = tokenizer([text for _, text in filled], verbose=False)["input_ids"]
+        for (number, _), ids in zip(filled, encoded, strict=True):
+            for start in range(0, len(ids), window):
+                yield _Window(ids[start : start + window], number)
+
+
+def _limited(windows: Iterable[_Window], max_tokens: int | None) -> Iterator[_Window]:
+    left = max_tokens
+    for row in windows:
+        if left is None:
+            yield row
+            continue
+        yield _Window(row.ids[:left], row.texts)
+        left -= len(row.ids)
+        if left <= 0:
+            return
+
+
+def _packed(rows: list[_Window], tokens_per_batch: int) -> Iterator[TokenBatch]:
+    """Longest rows first, so that a batch too large for memory fails at the start."""
+    texts = max((row.texts for row in rows), default=0)
+    batch: list[list[int]] = []
+    for row in sorted(rows, key=lambda row: len(row.ids), reverse=True):
+        if batch and len(batch[0]) * (len(batch) + 1) > tokens_per_batch:
+            yield _padded(batch, texts)
+            batch = []
+        batch.append(row.ids)
+    if batch:
+        yield _padded(batch, texts)
+
+
+def _padded(rows: list[list[int]], texts: int) -> TokenBatch:
+    lengths = torch.tensor([len(row) for row in rows])
+    mask = torch.arange(int(lengths.max())) < lengths[:, None]  # (rows, tokens)
+    ids = torch.zeros(mask.shape, dtype=torch.long)
+    ids[mask] = torch.tensor([token for row in rows for token in row])
+    return TokenBatch(ids, mask, texts)
+
+
+def _lines(path: str) -> Iterator[str]:
+    with open(path, encoding="utf-8", newline="\n") as file:
+        yield from file
+
+
+def _column(rows: Iterable[Mapping[str, Any]], column: str) -> Iterator[str]:
+    for row in rows:
+        if column not in row:
+            raise ValueError(f"text_column={column!r} is not among the columns {sorted(row)}")
+        yield row[column]
+
+
+def _load_dataset(name: str) -> Any:
+    if not (os.path.isdir(name) or _NAME.fullmatch(name)):
+        raise ValueError(
+            f"texts={name[:80]!r} is neither a file nor a dataset's name; to give one text, pass a "
+            "list of it"
+        )
+    try:
+        from datasets import load_dataset
+    except ImportError as error:
+        raise ImportError(
+            f"texts={name!r} is no file, and to read it as a dataset needs `pip install datasets`; "
+            "or pass the texts themselves"
+        ) from error
+    repo, config, split = (*name.split(":"), "", "")[:3]
+    return load_dataset(repo, config or None, split=split or "train", streaming=True)

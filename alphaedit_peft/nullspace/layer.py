@@ -1,0 +1,216 @@
+"""One layer of a null space: some eigenvectors of its key moment, and all eigenvalues.
+
+In: C0 (d_in, d_in), or a stored basis and spectrum. Out: :class:`LayerSpace`, which projects keys
+onto the k smallest eigendirections (K P) for every k that its eigenvectors reach, and bounds
+A C0 A^T.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from alphaedit_peft import algebra
+from alphaedit_peft.nullspace.files import read_artefact, write_artefact
+
+STEM = "null_space"
+REACH = 10.0  # the threshold can be moved by this factor, either way
+
+
+class LayerSummary(NamedTuple):
+    """One row of ``NullSpace.summary``."""
+
+    layer: int
+    width: int
+    kept: int
+    largest_eigenvalue: float
+    threshold: float
+    threshold_mode: str
+
+
+@dataclass(frozen=True, eq=False)
+class LayerSpace:
+    """The thinner side of an eigen-decomposition.
+
+    Args:
+        basis: (d_in, m), eigenvectors in ascending order of their eigenvalues: the m smallest
+            ones (null basis Q and more), or the m largest ones (U and more) where ``complement``.
+        values: (d_in,), all eigenvalues, ascending.
+        complement: which of the two ``basis`` holds.
+    """
+
+    basis: Tensor
+    values: Tensor
+    complement: bool
+
+    @classmethod
+    def identity(cls, width: int) -> LayerSpace:
+        """P = I: no direction is removed, and no eigenvalue is above zero."""
+        return cls(torch.zeros(width, 0), torch.zeros(width), True)
+
+    @classmethod
+    def from_moment(cls, moment: Tensor, threshold: float, mode: str) -> LayerSpace:
+        """Decompose C0 in float64; keep the thinner side that reaches ten times either way.
+
+        float64 because small eigenvalues are lost under a few huge ones otherwise, and some models
+        have keys whose squared norm is 1e6 times the others'.
+        """
+        found = algebra.spectrum(moment.double())
+        values = found.values.float().cpu()
+        width = len(values)
+        top = {"absolute": float("inf"), "rank": float(width)}.get(mode, 1.0)
+        reached = [
+            algebra.null_dimension(values, min(t, top), mode)
+            for t in (threshold / REACH, threshold, threshold * REACH)
+        ]
+        for_null, for_complement = max(reached), width - min(reached)
+        complement = for_complement <= for_null
+        columns = slice(width - for_complement, width) if complement else slice(for_null)
+        return cls(_signed(found.vectors[:, columns]).float().cpu(), values, complement)
+
+    @property
+    def reach(self) -> tuple[int, int]:
+        """The fewest and the most directions that can be kept with the stored eigenvectors."""
+        width, stored = self.basis.shape
+        return (width - stored, width) if self.complement else (0, stored)
+
+    def check_reach(self, layer: int, threshold: float, mode: str) -> None:
+        """Refuse a threshold that keeps nothing, or that the stored eigenvectors do not reach.
+
+        Raises:
+            ValueError: either of them.
+        """
+        kept = algebra.null_dimension(self.values, threshold, mode)
+        low, high = self.reach
+        if kept == 0:
+            raise ValueError(
+                f"threshold={threshold} ({mode}) keeps none of layer {layer}'s {len(self.values)} "
+                f"directions (eigenvalues {float(self.values[0]):.3g} to "
+                f"{float(self.values[-1]):.3g}), so no edit could be made; use a threshold that "
+                "counts more of them as zero"
+            )
+        if not low <= kept <= high:
+            raise ValueError(
+                f"threshold={threshold} ({mode}) keeps {kept} directions of layer {layer}, but "
+                f"this null space stores eigenvectors for {low} to {high}; make another one with "
+                "KeyMoments.null_space"
+            )
+
+    def project(self, keys: Tensor, kept: int) -> Tensor:
+        """K P for keys (n, d_in), with the ``kept`` smallest directions, (n, d_in)."""
+        keys = keys.to(torch.promote_types(keys.dtype, torch.float32))
+        width, stored = self.basis.shape
+        first = stored - (width - kept) if self.complement else 0
+        last = stored if self.complement else kept
+        return algebra.project(keys, self.basis[:, first:last].to(keys), self.complement)
+
+    def moment_quadratic(self, rows: Tensor) -> Tensor:
+        """A C0 A^T for rows A (n, d_in), (n, n); what is not stored counts at its largest."""
+        basis, values = self.basis.to(rows), self.values.to(rows)
+        width, stored = basis.shape
+        known = values[width - stored :] if self.complement else values[:stored]
+        unknown = values[: width - stored] if self.complement else values[stored:]
+        within = rows @ basis  # (n, m)
+        outside = rows - within @ basis.T  # (n, d_in)
+        exact = (within * known) @ within.T
+        return exact + (unknown[-1] * (outside @ outside.T) if len(unknown) else 0)
+
+    def content(self) -> bytes:
+        """The numbers as bytes, to hash."""
+        return self.values.numpy().tobytes() + self.basis.contiguous().numpy().tobytes()
+
+    def check(self, layer: int) -> None:
+        """Check what was read from a file.
+
+        Raises:
+            ValueError: shapes that do not fit, a spectrum that does not ascend from zero, or
+                eigenvectors that are not orthonormal to 1e-3.
+        """
+        shape, sizes = tuple(self.basis.shape), tuple(self.values.shape)
+        if len(shape) != 2 or sizes != shape[:1] or shape[1] > shape[0]:
+            raise ValueError(
+                f"layer {layer}: basis {shape} and values {sizes} do not fit; they are (d_in, m) "
+                "and (d_in,), m <= d_in"
+            )
+        if bool((self.values < 0).any()) or bool((self.values.diff() < 0).any()):
+            raise ValueError(f"layer {layer}: eigenvalues do not ascend from zero; damaged file")
+        gram = self.basis.T @ self.basis
+        gram.diagonal().sub_(1)
+        error = float(gram.abs().max()) if len(gram) else 0.0
+        if error > 1e-3:
+            raise ValueError(
+                f"layer {layer}: basis is off orthonormal by {error:.2g}; damaged file"
+            )
+
+
+def check_tokens(tokens: int, layer: int, width: int) -> None:
+    """Refuse a moment over fewer tokens than it is wide; warn below ten tokens a direction.
+
+    Raises:
+        ValueError: fewer tokens than ``width``.
+    """
+    if tokens < width:
+        raise ValueError(
+            f"{tokens} tokens are fewer than layer {layer}'s width {width}, so directions would "
+            f"count as unused for want of data; collect at least {width - tokens} more, better "
+            f"{10 * width - tokens}"
+        )
+    if tokens < 10 * width:
+        warnings.warn(
+            f"{tokens} tokens are few for layer {layer}'s width {width}; ten for each direction "
+            f"are advised, {10 * width}",
+            stacklevel=4,
+        )
+
+
+def write_parts(
+    folder: str | Path, parts: Mapping[int, LayerSpace], values: Mapping[str, Any]
+) -> None:
+    """Write the layers of a null space and its plain values into a folder."""
+    tensors = {
+        f"layers.{layer}.{name}": getattr(part, name)
+        for layer, part in parts.items()
+        for name in ("basis", "values")
+    }
+    sides = {str(layer): part.complement for layer, part in parts.items()}
+    write_artefact(folder, STEM, tensors, {"complement": sides, **values})
+
+
+def read_parts(
+    folder: str | Path, fields: set[str]
+) -> tuple[dict[int, LayerSpace], dict[str, Any]]:
+    """Read and check what ``write_parts`` wrote.
+
+    Raises:
+        FileNotFoundError: a missing file.
+        ValueError: a damaged file, or two that do not belong together.
+    """
+    tensors, values = read_artefact(folder, STEM, fields | {"complement"})
+    sides = {int(layer): bool(side) for layer, side in values.pop("complement").items()}
+    wanted = {f"layers.{layer}.{name}" for layer in sides for name in ("basis", "values")}
+    if set(tensors) != wanted:
+        raise ValueError(
+            f"{folder} holds {sorted(tensors)}, but its JSON names {sorted(wanted)}; the files do "
+            "not belong together"
+        )
+    parts = {
+        layer: LayerSpace(tensors[f"layers.{layer}.basis"], tensors[f"layers.{layer}.values"], side)
+        for layer, side in sides.items()
+    }
+    for layer, part in parts.items():
+        part.check(layer)
+    return parts, values
+
+
+def _signed(vectors: Tensor) -> Tensor:
+    """Eigenvectors with their largest entry positive: the sign that a solver picks is arbitrary."""
+    if not vectors.shape[1]:
+        return vectors
+    largest = vectors.gather(0, vectors.abs().argmax(0, keepdim=True))  # (1, m)
+    return vectors * torch.where(largest < 0, -1.0, 1.0)

@@ -1,0 +1,152 @@
+"""What a pack says about itself to people: a model card for the Hub, a summary for the terminal.
+
+In: an :class:`~alphaedit_peft.pack.pack.EditPack`. Out: Markdown with YAML metadata, or plain text.
+Edits are strangers' texts: whatever Markdown or YAML would read into them is escaped.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path, PureWindowsPath
+from typing import TYPE_CHECKING, Any
+
+from huggingface_hub import ModelCardData
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+
+if TYPE_CHECKING:
+    from alphaedit_peft.pack.pack import EditPack
+    from alphaedit_peft.pack.record import EditRecord
+
+MAX_LISTED = 100  # edits in the card's table; edits.jsonl has all
+MAX_CELL = 200  # characters
+
+_INTRODUCTION = """\
+# Edited facts, as a LoRA
+
+This adapter changes what its base model says about {facts}, and as little else as possible. It was
+made by [AlphaEdit](https://arxiv.org/abs/2410.02355): updates of {modules}, confined to
+directions that preserved knowledge does not use. Each edit is one row of `lora_A`, unless edits
+share a subject; rank {rank}, scaling 1.
+
+## Use
+
+With PEFT alone, as any LoRA:
+
+```python
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+base = AutoModelForCausalLM.from_pretrained({base})
+model = PeftModel.from_pretrained(base, "path/or/repository/of/this/pack")
+```
+
+With `alphaedit_peft`, to look at the edits and to go on from them:
+
+```python
+from alphaedit_peft.pack import EditPack
+
+pack = EditPack.from_pretrained("path/or/repository/of/this/pack")
+print(pack.summary())
+```
+
+## Edits
+
+"""
+
+
+def card(pack: EditPack) -> str:
+    """The model card, ``README.md``: metadata, how to load, a table of the edits, provenance."""
+    data = ModelCardData(
+        base_model=_hub_name(pack.config.base_model_name_or_path),
+        library_name="peft",
+        pipeline_tag="text-generation",
+        tags=["alphaedit", "knowledge-editing", "lora"],
+    )
+    introduction = _INTRODUCTION.format(
+        facts=_count(len(pack.edits), "fact"),
+        modules=_count(len(pack.modules), "matrix", "matrices"),
+        rank=pack.rank,
+        base=json.dumps(_hub_name(pack.config.base_model_name_or_path) or "path/of/the/base/model"),
+    )
+    rows = [_edit_row(record) for record in pack.records if record.role == "own"]
+    lines = ["| subject | prompt | new target | P before | P after |", "|---|---|---|---|---|"]
+    lines += rows[:MAX_LISTED]
+    if len(rows) > MAX_LISTED:
+        lines += ["", f"... and {len(rows) - MAX_LISTED} more, in `alphaedit/edits.jsonl`."]
+    facts = [f"- {name}: {_escaped(value)}" for name, value in _provenance(pack)]
+    table = "\n".join(lines) if rows else "None yet."
+    origin = "\n".join(facts)
+    return f"---\n{data.to_yaml()}\n---\n\n{introduction}{table}\n\n## Provenance\n\n{origin}\n"
+
+
+def summary(pack: EditPack) -> str:
+    """A plain-text table of the pack: counts, norms |Delta| by module, size, base, null space."""
+    own = len(pack.edits)
+    others = len(pack.records) - own
+    facts = [
+        ("edits", f"{own} own, {others} other, in {_count(len(pack.batches), 'batch', 'batches')}"),
+        ("rank", f"{pack.rank}, {len(pack.active_rows())} protected"),
+        ("layers", ", ".join(map(str, pack.layers))),
+        ("dtype", str(pack.dtype).removeprefix("torch.")),
+        ("size", f"{pack.size_bytes / 1e6:.3f} MB"),
+        *((name, _one_line(value)) for name, value in _provenance(pack)),
+        *((f"|Delta| {name}", f"{delta.norm():.4g}") for name, delta in pack.factors.items()),
+    ]
+    width = max(len(name) for name, _ in facts)
+    return "\n".join(f"{name:<{width}}  {value}" for name, value in facts)
+
+
+def _provenance(pack: EditPack) -> list[tuple[str, str]]:
+    base = _hub_name(pack.config.base_model_name_or_path) or "a local model"
+    found = [("base", base)]
+    if pack.base is not None:
+        digest = pack.base.digest or "not verifiable"
+        found.append(("base fingerprint", f"{digest} ({_flat(pack.base.shape)})"))
+    found.append(("null space", _flat(pack.null_space) if pack.null_space else "not recorded"))
+    found.append(("contexts", str(len(pack.contexts))))
+    found.append(("versions", _flat(pack.versions)))
+    return found
+
+
+def _edit_row(record: EditRecord) -> str:
+    edit = record.edit
+    cells = [_escaped(text) for text in (edit.subject, edit.prompt, edit.target_new)]
+    cells += [_probability(p) for p in (record.probability_before, record.probability_after)]
+    return f"| {' | '.join(cells)} |"
+
+
+def _hub_name(base: str | None) -> str | None:
+    """The base's repository on the Hub; None for a local path, which no reader could use."""
+    if not base or Path(base).is_absolute() or PureWindowsPath(base).is_absolute():
+        return None
+    if Path(base).is_dir():
+        return None
+    try:
+        validate_repo_id(base)
+    except HFValidationError:
+        return None
+    return base
+
+
+def _escaped(text: str) -> str:
+    """One line of text that Markdown shows as it is, also within a table."""
+    return re.sub(r"([\\`*_{}\[\]()<>#|~$&!])", r"\\\1", _one_line(text))
+
+
+def _one_line(text: str) -> str:
+    shown = " ".join("".join(c if c.isprintable() else " " for c in text).split())
+    return shown if len(shown) <= MAX_CELL else shown[: MAX_CELL - 3] + "..."
+
+
+def _flat(values: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in sorted(values.items()))
+
+
+def _probability(value: float | None) -> str:
+    return "" if value is None else f"{value:.4g}"
+
+
+def _count(number: int, one: str, many: str = "") -> str:
+    return f"{number} {one if number == 1 else many or one + 's'}"

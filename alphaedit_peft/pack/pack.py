@@ -1,0 +1,220 @@
+"""An edit pack as a value: the factors of the edits, and all that is needed to go on from them.
+
+In: factors by module (Delta = B A, one row of A for each key), records, target values z. Out: a
+frozen :class:`EditPack` that saves itself as a standard LoRA folder with a sidecar, and loads
+again with the same bits.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from alphaedit_peft.algebra import LowRankDelta
+from alphaedit_peft.config import AlphaEditConfig
+from alphaedit_peft.edits import Edit
+from alphaedit_peft.fingerprint import BaseFingerprint
+from alphaedit_peft.pack import card
+from alphaedit_peft.pack.folder import pack_files, read_fields
+from alphaedit_peft.pack.format import ADAPTER_MODEL, CARD, EDITS, FILES, TARGETS, refuse
+from alphaedit_peft.pack.locate import locate, read_steadily
+from alphaedit_peft.pack.lora import by_block, lora_state
+from alphaedit_peft.pack.record import EditRecord
+from alphaedit_peft.pack.save import replace_folder
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of the libraries that take part in an edit, those that are installed."""
+    found = {}
+    for name in ("alphaedit_peft", "peft", "torch", "transformers"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class EditPack:
+    """Edits of one base model, as a LoRA whose rows are their projected keys.
+
+    Args:
+        factors: by full module name: A (n, d_in) and B (d_out, n), the same n for all; n may be 0.
+        records: the edits, in the order they were made.
+        targets: z by row, (n, d_model), float32; None where they were not kept.
+        config: the settings the edits were made with.
+        contexts: texts that were put before the prompts, sampled or given.
+        fan_in_fan_out: whether the base keeps these weights as (d_in, d_out), as ``Conv1D`` does.
+        base: fingerprint of the base model; None where unknown.
+        null_space: where the projector came from: digest, tokens, threshold, mode.
+        versions: of the libraries that made the edits.
+        parents: what this pack was made from, where it was not edited directly.
+
+    Raises:
+        ValueError: parts that do not fit each other, or values that are not finite.
+    """
+
+    factors: dict[str, LowRankDelta]
+    config: AlphaEditConfig
+    records: tuple[EditRecord, ...] = ()
+    targets: Tensor | None = None
+    contexts: tuple[str, ...] = ()
+    fan_in_fan_out: bool = False
+    base: BaseFingerprint | None = None
+    null_space: dict[str, Any] | None = None
+    versions: dict[str, Any] = field(default_factory=library_versions)
+    parents: tuple[dict[str, Any], ...] = ()
+
+    def __post_init__(self) -> None:
+        ordered = {name: self.factors[name] for name in sorted(self.factors, key=by_block)}
+        object.__setattr__(self, "factors", ordered)
+        for name in ("records", "contexts", "parents"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        _check_factors(self.factors)
+        _check_records(self.records, self.rank)
+        _check_targets(self.targets, self.factors)
+        if not all(isinstance(text, str) for text in self.contexts):
+            raise ValueError(f"contexts={self.contexts!r} must be texts")
+        if not all(isinstance(parent, Mapping) for parent in self.parents):
+            raise ValueError(f"parents={self.parents!r} must be dicts")
+
+    @property
+    def rank(self) -> int:
+        """Number of rows n: one for each group of edits that share a key."""
+        return next(iter(self.factors.values())).rank
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """Full names of the edited modules, lowest block first."""
+        return tuple(self.factors)
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """Block numbers of the edited modules, ascending."""
+        numbers = (re.search(r"\.(\d+)\.", name) for name in self.factors)
+        return tuple(sorted(int(found[1]) for found in numbers if found))
+
+    @property
+    def edits(self) -> list[Edit]:
+        """The edits that this pack makes (role own), in order."""
+        return [record.edit for record in self.records if record.role == "own"]
+
+    @property
+    def batches(self) -> tuple[int, ...]:
+        """Numbers of the batches the records come from, ascending."""
+        return tuple(sorted({record.batch for record in self.records}))
+
+    def active_rows(self) -> tuple[int, ...]:
+        """Rows that an own or protected edit refers to, ascending: the protected set."""
+        return tuple(sorted({r.row for r in self.records if r.role != "superseded"}))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """dtype of the factors in memory; loading gives float32 whatever the file holds."""
+        return next(iter(self.factors.values())).A.dtype
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of the factors and target values, as they are in memory."""
+        tensors = [t for delta in self.factors.values() for t in (delta.A, delta.B)]
+        tensors += [] if self.targets is None else [self.targets]
+        return sum(tensor.nbytes for tensor in tensors)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The factors under PEFT's key names; an empty pack has one zero row, as LoRA needs."""
+        return lora_state(self.factors)
+
+    def digest(self) -> str:
+        """SHA-256 over factors (in float32), records and target values: what two packs share."""
+        files = pack_files(self, torch.float32)
+        found = hashlib.sha256()
+        for name in (ADAPTER_MODEL, EDITS, TARGETS):
+            found.update(hashlib.sha256(files.get(name, b"")).digest())
+        return found.hexdigest()
+
+    def summary(self) -> str:
+        """A plain-text table: edits, modules, rank, norms, size, base, null space."""
+        return card.summary(self)
+
+    def save_pretrained(self, folder: str | Path, *, dtype: torch.dtype = torch.float32) -> None:
+        """Write the pack as a folder, in one step: readers see the old folder or the new one.
+
+        Args:
+            folder: new, empty, a pack or another adapter; files that are not the pack's stay.
+            dtype: of the factors on disk; float32 keeps going on bit-equal, bfloat16 and float16
+                halve the size and round.
+
+        Raises:
+            PackError: a value that the dtype or JSON cannot hold, or a file over its limit.
+            FileExistsError: ``folder`` is a file.
+            OSError: the disk is full, or a right is missing; what was there before is untouched.
+        """
+        files = pack_files(self, dtype)
+        replace_folder(folder, files | {CARD: card.card(self).encode("utf-8")}, owned=FILES)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path_or_repo: str | Path,
+        *,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        subfolder: str | None = None,
+    ) -> EditPack:
+        """Read a pack from a folder or a Hub repository; the factors come in float32.
+
+        Raises:
+            FileNotFoundError: no such folder, or one without sidecar: a plain LoRA.
+            PackError: a file that is damaged or does not fit the others.
+        """
+        return read_steadily(locate(path_or_repo, revision, token, subfolder), cls._read)
+
+    @classmethod
+    def _read(cls, folder: Path) -> EditPack:
+        fields = read_fields(folder)
+        try:
+            return cls(**fields)
+        except ValueError as error:
+            refuse(folder, str(error))
+
+
+def _check_factors(factors: Mapping[str, LowRankDelta]) -> None:
+    if not factors:
+        raise ValueError("factors={} names no module; give each edited module its factors")
+    ranks = {name: delta.rank for name, delta in factors.items()}
+    if len(set(ranks.values())) > 1:
+        raise ValueError(f"ranks {ranks} differ; every module has one row for each key")
+    for name, delta in factors.items():
+        for side, tensor in (("A", delta.A), ("B", delta.B)):
+            if not tensor.is_floating_point() or not bool(torch.isfinite(tensor).all()):
+                raise ValueError(f"{side} of {name} ({tensor.dtype}) must be finite floats")
+
+
+def _check_records(records: tuple[EditRecord, ...], rank: int) -> None:
+    outside = sorted({record.row for record in records if record.row >= rank})
+    if outside:
+        raise ValueError(f"rows {outside} of the records are outside the factors' {rank} rows")
+    own = [record.edit.id for record in records if record.role == "own"]
+    twice = sorted(name for name, count in Counter(own).items() if count > 1)
+    if twice:
+        raise ValueError(f"edit ids {twice} occur twice; give each edit an id of its own")
+
+
+def _check_targets(targets: Tensor | None, factors: Mapping[str, LowRankDelta]) -> None:
+    if targets is None:
+        return
+    for name, delta in factors.items():
+        wanted = (delta.rank, delta.B.shape[0])
+        if tuple(targets.shape) != wanted:
+            raise ValueError(f"targets {tuple(targets.shape)} do not fit {name}: {wanted} needed")
+    if targets.dtype != torch.float32 or not bool(torch.isfinite(targets).all()):
+        raise ValueError(f"targets ({targets.dtype}) must be finite float32")

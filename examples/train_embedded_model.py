@@ -1,0 +1,248 @@
+"""Train the model that the package embeds: tokenizer, weights and a report, from a seed alone.
+
+    python examples/train_embedded_model.py --out build/embedded --minutes 25
+
+Takes the given minutes of training on one CPU core. It keeps a checkpoint in the output folder and
+goes on from there when started again with the same arguments. Rows hold one text each between
+begin and end tokens, sorted by length so that little is padding; the word before a full stop, where
+facts have their objects, weighs more in the loss; hidden matrices are trained with Muon, embeddings
+and norms with AdamW, in bfloat16 with float32 weights.
+"""
+
+import argparse
+import json
+import math
+import random
+import time
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from alphaedit_peft.embedded.world import World, fill, relation_of
+
+SPECIAL = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
+SPECIAL_IDS = {f"{name}_id": index for index, name in enumerate(SPECIAL)}
+BOS, EOS, PAD = SPECIAL_IDS.values()
+TOKENS_PER_STEP = 3072
+ROWS_PER_POOL = 4096
+DEFAULTS = {"seed": 0, "minutes": 25.0, "threads": 1, "lr": 4e-3, "stop_weight": 3.0}
+VOCABULARY = 1536
+SHAPE = {"hidden_size": 128, "num_attention_heads": 4, "num_hidden_layers": 6}
+
+
+def make_tokenizer(world: World, vocabulary: int) -> PreTrainedTokenizerFast:
+    """Byte-level BPE of the world's texts, a begin token before each."""
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary,
+        special_tokens=list(SPECIAL.values()),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator(world.texts(30_000), trainer)
+    begin = processors.TemplateProcessing(
+        single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", BOS)]
+    )
+    backend.post_processor = processors.Sequence([processors.ByteLevel(trim_offsets=False), begin])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        **SPECIAL,
+        clean_up_tokenization_spaces=False,
+        model_max_length=256,
+        model_input_names=["input_ids", "attention_mask"],
+    )
+
+
+def make_model(vocabulary: int, device: str) -> LlamaForCausalLM:
+    """A small Llama with tied embeddings; its eager attention is the fastest for short rows."""
+    config = LlamaConfig(
+        vocab_size=vocabulary,
+        **SHAPE,
+        intermediate_size=1024,
+        max_position_embeddings=256,
+        tie_word_embeddings=True,
+        **SPECIAL_IDS,
+    )
+    model = LlamaForCausalLM(config)
+    model.set_attn_implementation("eager")
+    return model.to(device)
+
+
+def batches(world: World, tokenizer: PreTrainedTokenizerFast) -> Iterator[torch.Tensor]:
+    """Yield (rows, length) token ids without end, padded by PAD, the same in every run."""
+    stream, stop = world.stream("train"), tokenizer.eos_token_id
+    for pool in range(1 << 30):
+        rows = tokenizer(list(islice(stream, ROWS_PER_POOL)))["input_ids"]
+        rows = sorted(([*row, stop] for row in rows), key=len)
+        made = []
+        while rows:
+            take = max(1, TOKENS_PER_STEP // len(rows[-1]))
+            rows, chunk = rows[:-take], rows[-take:]
+            made.append(chunk)
+        random.Random(pool).shuffle(made)
+        for chunk in made:
+            longest = max(map(len, chunk))
+            yield torch.tensor([row + [PAD] * (longest - len(row)) for row in chunk])
+
+
+def loss_of(model: LlamaForCausalLM, rows: torch.Tensor, stop: int, weight: float) -> torch.Tensor:
+    """Mean next-token loss; a token followed by `stop` counts `weight` times."""
+    logits = model(input_ids=rows[:, :-1], use_cache=False).logits.float()  # (b, t, vocabulary)
+    targets, after = rows[:, 1:], torch.nn.functional.pad(rows[:, 2:], (0, 1), value=PAD)
+    weights = torch.where(after == stop, weight, 1.0) * (targets != PAD)  # (b, t)
+    losses = torch.nn.functional.cross_entropy(
+        logits.flatten(0, 1), targets.flatten(), reduction="none"
+    )
+    return (losses * weights.flatten()).sum() / weights.sum()
+
+
+def make_optimizers(model: LlamaForCausalLM, lr: float) -> list[torch.optim.Optimizer]:
+    """Muon for the blocks' matrices, AdamW for all else."""
+    named = list(model.named_parameters())
+    hidden = [p for name, p in named if p.ndim == 2 and "embed" not in name]
+    others = [p for name, p in named if p.ndim != 2 or "embed" in name]
+    return [
+        torch.optim.Muon(hidden, lr=lr, weight_decay=0.02, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.98), weight_decay=0.0),
+    ]
+
+
+def rate(progress: float) -> float:
+    """Share of the peak learning rate: up in the first 3 %, then a cosine down to 1 %."""
+    if progress < 0.03:
+        return (progress + 1e-3) / 0.031
+    return 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+
+
+def learn(model, optimizers: list, rows: torch.Tensor, lr: float, loss_options: tuple) -> float:
+    """Take one step of every optimizer on one batch; returns its loss."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+    with torch.autocast(model.device.type, dtype=torch.bfloat16):
+        loss = loss_of(model, rows.to(model.device), *loss_options)
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    for optimizer in optimizers:
+        optimizer.step()
+        optimizer.zero_grad()
+    return loss.item()
+
+
+def train(world: World, tokenizer: PreTrainedTokenizerFast, args: argparse.Namespace) -> dict:
+    """Train to the end of the schedule, from the checkpoint if there is one; saves the model."""
+    torch.manual_seed(args.seed)
+    model = make_model(len(tokenizer), args.device)
+    parts = (model, *make_optimizers(model, args.lr))
+    checkpoint, step, spent = args.out / "checkpoint.pt", 0, 0.0
+    if checkpoint.exists():
+        kept = torch.load(checkpoint, map_location=args.device)
+        step, spent = kept["step"], kept["spent"]
+        for part, state in zip(parts, kept["states"], strict=True):
+            part.load_state_dict(state)
+        print(f"resumed at step {step}, {spent / 60:.1f} min", flush=True)
+    loss_options = (tokenizer.convert_tokens_to_ids("."), args.stop_weight)
+    losses, stored, last = [], spent, time.perf_counter()
+    for rows in islice(batches(world, tokenizer), step, None):
+        progress = step / args.steps if args.steps else spent / (60 * args.minutes)
+        if progress >= 1:
+            break
+        losses.append(learn(model, parts[1:], rows, args.lr * rate(progress), loss_options))
+        step, now = step + 1, time.perf_counter()
+        spent, last = spent + now - last, now
+        if step % 20 == 0:
+            print(
+                f"step {step} {spent / 60:.1f} min loss {sum(losses) / len(losses):.3f}", flush=True
+            )
+            losses.clear()
+        if spent - stored > 90:
+            stored, states = spent, [part.state_dict() for part in parts]
+            torch.save({"states": states, "step": step, "spent": spent}, f"{checkpoint}.part")
+            Path(f"{checkpoint}.part").replace(checkpoint)
+    save(model, tokenizer, args.out)
+    return {"seed": args.seed, "steps": step, "minutes": round(spent / 60, 1)}
+
+
+def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
+    """Save weights in bfloat16, and the tokenizer under a class name old versions know too."""
+    model.generation_config = GenerationConfig(**SPECIAL_IDS)
+    model.set_attn_implementation("sdpa")
+    model.to(torch.bfloat16).save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    path = out / "tokenizer_config.json"
+    config = json.loads(path.read_text()) | {"tokenizer_class": "PreTrainedTokenizerFast"}
+    path.write_text(json.dumps(config, indent=2) + "\n")
+
+
+@torch.no_grad()
+def recalled(model, tokenizer, asked: list[tuple[str, str]]) -> list[bool]:
+    """Whether greedy decoding continues each (prompt, object) by all tokens of its object."""
+    hits = []
+    for start in range(0, len(asked), 256):
+        chunk = asked[start : start + 256]
+        heads = [tokenizer(prompt)["input_ids"] for prompt, _ in chunk]
+        wholes = [tokenizer(f"{prompt} {answer}")["input_ids"] for prompt, answer in chunk]
+        longest = max(map(len, wholes))
+        rows = torch.tensor([whole + [PAD] * (longest - len(whole)) for whole in wholes])
+        guesses = model(input_ids=rows.to(model.device)).logits.argmax(-1).tolist()  # (b, t)
+        for guess, head, whole in zip(guesses, heads, wholes, strict=True):
+            hits.append(guess[len(head) - 1 : len(whole) - 1] == whole[len(head) :])
+    return hits
+
+
+@torch.no_grad()
+def perplexity(model, tokenizer, sentences: tuple[str, ...]) -> float:
+    """exp of the mean loss per token of the sentences, each alone after the begin token."""
+    total, count = 0.0, 0
+    for sentence in sentences:
+        ids = torch.tensor([[*tokenizer(sentence)["input_ids"], EOS]], device=model.device)
+        total += model(input_ids=ids, labels=ids).loss.item() * (ids.shape[1] - 1)
+        count += ids.shape[1] - 1
+    return math.exp(total / count)
+
+
+def evaluate(world: World, tokenizer: PreTrainedTokenizerFast, args: argparse.Namespace) -> dict:
+    """Recall by phrasing, alone and after a plain sentence, and perplexity, of the saved model."""
+    model = LlamaForCausalLM.from_pretrained(args.out, dtype=torch.float32).to(args.device)
+    told = [(fact, p) for fact in world.facts for p in relation_of(fact).phrasings]
+    asked = [(fill(p, fact.subject), fact.object) for fact, p in told]
+    draw = random.Random(args.seed)
+    after = [(f"{draw.choice(world.plain_sentences)} {p}", answer) for p, answer in asked]
+    alone, prefixed = recalled(model, tokenizer, asked), recalled(model, tokenizer, after)
+    phrasings: dict[str, list[bool]] = {}
+    for (_, phrasing), hit in zip(told, alone, strict=True):
+        phrasings.setdefault(phrasing, []).append(hit)
+    return {
+        "recall": round(sum(alone) / len(alone), 4),
+        "recall_after_plain_sentence": round(sum(prefixed) / len(prefixed), 4),
+        "recall_by_phrasing": {p: round(sum(h) / len(h), 4) for p, h in phrasings.items()},
+        "perplexity": round(perplexity(model, tokenizer, world.plain_sentences), 3),
+    }
+
+
+def main() -> None:
+    """Parse the command line, train, evaluate, write `training.json`."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--steps", type=int, help="the length in steps, in place of minutes")
+    parser.add_argument("--device", default="cpu")
+    for name, default in DEFAULTS.items():
+        parser.add_argument(f"--{name}", type=type(default), default=default)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    args.out.mkdir(parents=True, exist_ok=True)
+    world = World.from_seed(args.seed)
+    tokenizer = make_tokenizer(world, VOCABULARY)
+    report = train(world, tokenizer, args) | evaluate(world, tokenizer, args)
+    (args.out / "training.json").write_text(json.dumps(report, indent=1) + "\n")
+    print(json.dumps(report, indent=1))
+
+
+if __name__ == "__main__":
+    main()

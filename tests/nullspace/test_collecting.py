@@ -1,0 +1,125 @@
+from __future__ import annotations
+
+import os
+import signal
+from dataclasses import replace
+
+import pytest
+import torch
+
+from alphaedit_peft.nullspace import KeyMoments, collecting
+
+
+def interrupted(texts, after: int):
+    """The texts, with Ctrl-C when as many were read."""
+    yield from texts[:after]
+    raise KeyboardInterrupt
+
+
+@pytest.fixture
+def small(config):
+    return replace(config, tokens_per_batch=32)
+
+
+@pytest.fixture
+def whole(model, tokenizer, texts, small):
+    return KeyMoments.collect(model, tokenizer, texts, small, progress=False)
+
+
+def assert_same(found: KeyMoments, whole: KeyMoments) -> None:
+    assert (found.tokens, found.provenance) == (whole.tokens, whole.provenance)
+    for layer in whole.layers:
+        assert torch.equal(found.moments[layer], whole.moments[layer])
+
+
+def test_going_on_after_an_interrupt_ends_in_the_same_bits(
+    tmp_path, model, tokenizer, texts, small, whole
+):
+    path = tmp_path / "sums.safetensors"
+    with pytest.raises(KeyboardInterrupt):
+        KeyMoments.collect(
+            model, tokenizer, interrupted(texts, 192), small, progress=False, resume=path
+        )
+    assert path.exists()
+    assert 0 < collecting.Checkpoint(path, subject_of(whole)).read().tokens < whole.tokens
+    found = KeyMoments.collect(model, tokenizer, texts, small, progress=False, resume=path)
+    assert_same(found, whole)
+
+
+def test_ctrl_c_within_a_batch_waits_for_its_end(tmp_path, model, tokenizer, texts, small, whole):
+    path = tmp_path / "sums.safetensors"
+    runs = []
+
+    def press(*_):
+        runs.append(1)
+        if len(runs) == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    hook = model.transformer.h[1].register_forward_hook(press)  # between the rewrite layers
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        KeyMoments.collect(model, tokenizer, texts, small, progress=False, resume=path)
+    hook.remove()
+    assert signal.getsignal(signal.SIGINT) is before
+    assert len(runs) == 3
+    assert collecting.Checkpoint(path, subject_of(whole)).read().batches == 3
+    found = KeyMoments.collect(model, tokenizer, texts, small, progress=False, resume=path)
+    assert_same(found, whole)
+
+
+def test_a_crash_leaves_the_last_checkpoint(
+    tmp_path, model, tokenizer, texts, small, whole, monkeypatch
+):
+    monkeypatch.setattr(collecting, "BATCHES_PER_CHECKPOINT", 2)
+    path = tmp_path / "sums.safetensors"
+    runs = []
+
+    def crash(*_):
+        runs.append(1)
+        if len(runs) == 4:
+            raise RuntimeError("out of memory")
+
+    hook = model.transformer.h[1].register_forward_hook(crash)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        KeyMoments.collect(model, tokenizer, texts, small, progress=False, resume=path)
+    hook.remove()
+    assert collecting.Checkpoint(path, subject_of(whole)).read().batches == 2
+    found = KeyMoments.collect(model, tokenizer, texts, small, progress=False, resume=path)
+    assert_same(found, whole)
+    assert [file.name for file in tmp_path.iterdir()] == ["sums.safetensors"]
+
+
+def test_a_finished_pass_is_not_run_again(tmp_path, model, tokenizer, texts, small, whole):
+    path = tmp_path / "sub" / "sums.safetensors"
+    KeyMoments.collect(model, tokenizer, texts, small, progress=False, resume=path)
+    hook = model.transformer.h[0].register_forward_hook(lambda *_: pytest.fail("ran"))
+    found = KeyMoments.collect(model, tokenizer, texts, small, progress=False, resume=path)
+    hook.remove()
+    assert_same(found, whole)
+
+
+def test_without_a_checkpoint_an_interrupt_passes(model, tokenizer, texts, small):
+    with pytest.raises(KeyboardInterrupt):
+        KeyMoments.collect(model, tokenizer, interrupted(texts, 64), small, progress=False)
+
+
+def test_other_texts_layers_and_files_are_refused(tmp_path, model, tokenizer, texts, small):
+    path = tmp_path / "sums.safetensors"
+    KeyMoments.collect(model, tokenizer, texts, small, progress=False, resume=path)
+    arguments = {"progress": False, "resume": path}
+    with pytest.raises(ValueError, match=r"checkpoint holds 3\d+ tokens of other texts"):
+        KeyMoments.collect(model, tokenizer, texts[1:], small, **arguments)
+    with pytest.raises(ValueError, match="of other texts"):
+        KeyMoments.collect(model, tokenizer, texts[:9], small, **arguments)
+    other = replace(small, rewrite_layers=[0, 1])
+    with pytest.raises(ValueError, match=r"h\.2\.mlp.*this pass is for.*h\.1\.mlp"):
+        KeyMoments.collect(model, tokenizer, texts, other, **arguments)
+    path.write_bytes(b"not safetensors")
+    with pytest.raises(ValueError, match=r"sums\.safetensors is no readable checkpoint"):
+        KeyMoments.collect(model, tokenizer, texts, small, **arguments)
+
+
+def subject_of(moments: KeyMoments) -> dict:
+    assert moments.fingerprint is not None
+    modules = list(moments.modules.values())
+    return {"fingerprint": moments.fingerprint.to_json(), "modules": modules}

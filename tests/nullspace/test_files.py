@@ -1,0 +1,77 @@
+from __future__ import annotations
+
+import json
+
+import huggingface_hub
+import pytest
+import torch
+
+from alphaedit_peft.nullspace import NullSpace
+from alphaedit_peft.nullspace.files import artefact_folder, read_artefact, write_artefact
+
+
+@pytest.fixture
+def saved(tmp_path):
+    write_artefact(tmp_path, "thing", {"a": torch.ones(2)}, {"size": 2})
+    return tmp_path
+
+
+def test_round_trip(saved):
+    tensors, values = read_artefact(saved, "thing", {"size"})
+    assert torch.equal(tensors["a"], torch.ones(2))
+    assert values == {"size": 2}
+
+
+@pytest.mark.parametrize("end", [".json", ".safetensors"])
+def test_a_missing_or_damaged_file(saved, end):
+    path = saved / f"thing{end}"
+    path.write_bytes(b"{not")
+    with pytest.raises(ValueError, match="holds a damaged thing artefact"):
+        read_artefact(saved, "thing", {"size"})
+    path.unlink()
+    with pytest.raises(FileNotFoundError, match=f"thing{end} does not exist"):
+        read_artefact(saved, "thing", {"size"})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"version": 9}, "format 'thing' version 9; .* reads 'thing' version 1"),
+        ({"format": "other"}, "format 'other' version 1"),
+        ({"more": 1}, r"fields \['more'\] are missing or unknown"),
+    ],
+)
+def test_another_format_version_or_field(saved, change, message):
+    path = saved / "thing.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(ValueError, match=message):
+        read_artefact(saved, "thing", {"size"})
+
+
+def test_json_that_is_no_object(saved):
+    (saved / "thing.json").write_text("[]")
+    with pytest.raises(ValueError, match="format None version None"):
+        read_artefact(saved, "thing", {"size"})
+
+
+@pytest.mark.parametrize("name", ["./nowhere", "/nowhere/at/all", "a/b/c"])
+def test_no_folder_and_no_repo(name):
+    with pytest.raises(FileNotFoundError, match="is no folder, and no Hub repo's name"):
+        artefact_folder(name, "thing")
+
+
+def test_a_hub_repo_gives_its_two_files_only(tmp_path, monkeypatch):
+    NullSpace.identity({0: 4}).save_pretrained(tmp_path / "sub")
+    asked = []
+
+    def download(repo, filename, *, subfolder, revision, token):
+        asked.append((repo, filename, revision, token))
+        return str(tmp_path / subfolder / filename)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    found = NullSpace.from_pretrained("user/space", subfolder="sub", revision="v1", token="t")
+    assert found.width(0) == 4
+    assert asked == [
+        ("user/space", "null_space.json", "v1", "t"),
+        ("user/space", "null_space.safetensors", "v1", "t"),
+    ]
