@@ -87,11 +87,11 @@ class Architecture:
 
     def block_name(self, layer: int) -> str:
         """Full name of a decoder block, as in ``model.named_modules()``."""
-        return self.blocks.format(layer)
+        return self.blocks.replace("{}", str(layer))
 
     def rewrite_name(self, layer: int) -> str:
         """Full name of a rewrite module, as in ``model.named_modules()``."""
-        return self.rewrite.format(layer)
+        return self.rewrite.replace("{}", str(layer))
 
     def check_layers(self, layers: Sequence[int]) -> tuple[int, ...]:
         """The rewrite layers, ascending.
@@ -133,10 +133,10 @@ def describe(
     for name in (block_names, rewrite):
         if name.count("{}") != 1:
             raise ValueError(f"module name {name!r} needs one '{{}}' for the block's number")
-    _require_module(model, rewrite.format(0))
-    conv1d = type(model.get_submodule(rewrite.format(0))).__name__ == "Conv1D"
-    if rewrite_module is None:
-        conv1d = family.conv1d
+    first = rewrite.replace("{}", "0")
+    _require_module(model, first)
+    named = type(model.get_submodule(first)).__name__ == "Conv1D"
+    conv1d = family.conv1d if rewrite_module is None else named
     return Architecture(config.model_type, block_names, rewrite, conv1d, num_blocks)
 
 

@@ -107,6 +107,11 @@ class AlphaEditConfig(PeftConfig):
         _check_choice("threshold_mode", self.threshold_mode, (None, *THRESHOLD_MODES))
         if self.rewrite_layers is not None:
             self.rewrite_layers = _layer_list(self.rewrite_layers)
+        for name, kind in _TYPES:
+            if not isinstance(getattr(self, name), kind):
+                raise ValueError(f"{name}={getattr(self, name)!r} must be of type {kind}")
+        if not all(isinstance(text, str) for text in self.contexts or []):
+            raise ValueError(f"contexts={self.contexts!r} must be a list of texts")
         for name, low, high in _RANGES:
             _check_range(name, getattr(self, name), low, high)
         if "{}" not in self.kl_prompt:
@@ -193,6 +198,19 @@ class AlphaEditConfig(PeftConfig):
             raise FileNotFoundError(f"{path} does not exist; {save_directory} is no edit pack")
         return cls.from_json(json.loads(path.read_text(encoding="utf-8"))["config"])
 
+
+_TYPES: tuple[tuple[str, Any], ...] = (
+    ("history", bool),
+    ("projection", bool | None),
+    ("chat_template", bool),
+    ("seed", int),
+    ("contexts", list | None),
+    ("separator", str),
+    ("kl_prompt", str),
+    ("null_space", str | None),
+    ("rewrite_module", str | None),
+    ("block_module", str | None),
+)
 
 _RANGES: tuple[tuple[str, float, float], ...] = (
     ("ridge", 0, float("inf")),

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -238,7 +239,15 @@ class EditableModel(PeftModelForCausalLM):
 
     def _commit(self, state: EditState, contexts: tuple[str, ...]) -> None:
         targets = state.targets if state.targets.isfinite().all() else None
-        self._keep(Journal(state.records, targets, state.rank, contexts))
+        self._keep(
+            replace(
+                self._journal(),
+                records=state.records,
+                targets=targets,
+                rank=state.rank,
+                contexts=contexts,
+            )
+        )
 
     def _keep(self, journal: Journal) -> None:
         self._journals[self._active] = journal

@@ -45,7 +45,10 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 def watching_inputs(
     model: nn.Module, names: Sequence[str], see: Callable[[str, Tensor], None]
 ) -> Iterator[None]:
-    """Call ``see(name, input)`` whenever one of the modules runs; input is (batch, tokens, d)."""
+    """Call ``see(name, input)`` whenever one of the modules runs.
+
+    Its input is (batch, tokens, d), or (batch * tokens, d) in families whose blocks flatten it.
+    """
     with ExitStack() as stack:
         for name in names:
             hook = model.get_submodule(name).register_forward_pre_hook(
@@ -102,11 +105,13 @@ def capture_inputs(
     """Inputs of the named modules, (batch, tokens, d_in) each, in one pass that stops at ``last``.
 
     ``last`` must run no earlier than the named modules; pass the block that holds the last one.
+    OPT's blocks flatten batch and tokens before their MLP; those inputs are unflattened here.
     """
     seen: dict[str, Tensor] = {}
     with torch.no_grad(), watching_inputs(model, names, seen.__setitem__):
         run_until(model, inputs, last)
-    return seen
+    shape = inputs["input_ids"].shape  # (batch, tokens)
+    return {name: x.unflatten(0, shape) if x.ndim == 2 else x for name, x in seen.items()}
 
 
 def capture_output(model: nn.Module, inputs: Mapping[str, Tensor], block: str) -> Any:

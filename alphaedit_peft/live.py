@@ -34,7 +34,8 @@ class ExactLinear(lora.Linear):
         names = [name for name in asked if name in self.lora_A]
         if not names:
             return
-        weight: Tensor = self.get_base_layer().weight
+        base: Any = self.get_base_layer()
+        weight: Tensor = base.weight
         if not self.merged:
             self.original: Tensor = weight.detach().clone()
         together = [*self.merged_adapters, *names]
@@ -49,8 +50,8 @@ class ExactLinear(lora.Linear):
     def unmerge(self) -> None:
         """Put the original weight back, bit for bit; nothing to do where nothing is merged."""
         if self.merged:
-            weight: Tensor = self.get_base_layer().weight
-            weight.data.copy_(self.original)
+            base: Any = self.get_base_layer()
+            base.weight.data.copy_(self.original)
             self.merged_adapters.clear()
             del self.original
 

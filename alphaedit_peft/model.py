@@ -24,7 +24,8 @@ from alphaedit_peft.config import AlphaEditConfig
 from alphaedit_peft.editable import EditableModel
 from alphaedit_peft.editing.journal import Journal
 from alphaedit_peft.editing.resources import Resources
-from alphaedit_peft.fingerprint import fingerprint, require_same_base
+from alphaedit_peft.fingerprint import fingerprint
+from alphaedit_peft.fitting import check_fit
 from alphaedit_peft.nullspace import KeyMoments, NullSpace
 from alphaedit_peft.pack import EditPack
 
@@ -159,6 +160,7 @@ class AlphaEditModel(EditableModel):
             fan_in_fan_out=self.architecture.conv1d,
             base=self.base_fingerprint,
             null_space=self.resources.provenance() or journal.null_space,
+            parents=journal.parents,
         )
 
     def save_pretrained(  # type: ignore[override]
@@ -217,18 +219,15 @@ class AlphaEditModel(EditableModel):
             pack = EditPack.from_pretrained(model_id, **where)
         except FileNotFoundError as error:
             return cls._from_plain_lora(model, model_id, where, adapter_name, error)
+        check_fit(pack, model, allow_base_mismatch)
         edited = cls(model, pack.config, resources=resources, adapter_name=adapter_name)
-        edited._pour_in(pack, allow_base_mismatch)
-        return edited
-
-    def _pour_in(self, pack: EditPack, allow_base_mismatch: bool) -> None:
-        if pack.base is not None and not allow_base_mismatch:
-            require_same_base(pack.base, self.base_fingerprint, "this pack")
+        for layer in edited.alphaedit_config.rewrite_layers or ():
+            edited._write(layer, pack.factors[edited.architecture.rewrite_name(layer)])
         contexts = pack.contexts if pack.records else None
-        for layer in self.alphaedit_config.rewrite_layers or ():
-            self._write(layer, pack.factors[self.architecture.rewrite_name(layer)])
-        journal = Journal(pack.records, pack.targets, pack.rank, contexts, pack.null_space)
-        self._keep(journal)
+        edited._keep(
+            Journal(pack.records, pack.targets, pack.rank, contexts, pack.null_space, pack.parents)
+        )
+        return edited
 
     @classmethod
     def _from_plain_lora(

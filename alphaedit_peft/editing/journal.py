@@ -27,6 +27,7 @@ class Journal:
         rank: rows of every ``lora_A``; 0 in a model without edits.
         contexts: texts put before prompts; None: not sampled yet.
         null_space: provenance of the null space a loaded pack was made with.
+        parents: of a loaded pack.
     """
 
     records: tuple[EditRecord, ...]
@@ -34,6 +35,7 @@ class Journal:
     rank: int
     contexts: tuple[str, ...] | None
     null_space: dict[str, Any] | None = None
+    parents: tuple[dict[str, Any], ...] = ()
 
     @classmethod
     def empty(cls, hidden_size: int) -> Journal:

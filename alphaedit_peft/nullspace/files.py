@@ -19,6 +19,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 FORMAT_VERSION = 1
+Types = type | tuple[type, ...]
+ORIGIN: dict[str, Types] = {"tokens": int, "fingerprint": (dict, type(None)), "provenance": dict}
 
 
 def write_artefact(
@@ -34,14 +36,14 @@ def write_artefact(
 
 
 def read_artefact(
-    folder: str | Path, stem: str, fields: set[str]
+    folder: str | Path, stem: str, fields: Mapping[str, Types]
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read what ``write_artefact`` wrote.
 
     Raises:
         FileNotFoundError: one of the two files is missing.
-        ValueError: a file that is damaged, of another format or version, or with other fields, or
-            tensors that are not finite float32.
+        ValueError: a file that is damaged, of another format or version, or with other fields or
+            types of them, or tensors that are not finite float32.
     """
     json_path, tensor_path = (Path(folder) / f"{stem}{end}" for end in (".json", ".safetensors"))
     for path in (json_path, tensor_path):
@@ -94,7 +96,7 @@ def versions() -> dict[str, str]:
     return {name: version(name) for name in ("alphaedit_peft", "torch", "transformers")}
 
 
-def _check_header(path: Path, stem: str, values: Any, fields: set[str]) -> None:
+def _check_header(path: Path, stem: str, values: Any, fields: Mapping[str, Types]) -> None:
     header = values if isinstance(values, dict) else {}
     if header.get("format") != stem or header.get("version") != FORMAT_VERSION:
         raise ValueError(
@@ -104,3 +106,6 @@ def _check_header(path: Path, stem: str, values: Any, fields: set[str]) -> None:
     if set(header) != {"format", "version", *fields}:
         wrong = sorted(set(header) ^ {"format", "version", *fields})
         raise ValueError(f"{path}: fields {wrong} are missing or unknown; the file is damaged")
+    for name, types in fields.items():
+        if not isinstance(header[name], types):
+            raise ValueError(f"{path}: {name}={header[name]!r} is of a wrong type; damaged file")

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from alphaedit_peft import algebra
-from alphaedit_peft.nullspace.files import read_artefact, write_artefact
+from alphaedit_peft.nullspace.files import Types, read_artefact, write_artefact
 
 STEM = "null_space"
 REACH = 10.0  # the threshold can be moved by this factor, either way
@@ -183,7 +183,7 @@ def write_parts(
 
 
 def read_parts(
-    folder: str | Path, fields: set[str]
+    folder: str | Path, fields: Mapping[str, Types]
 ) -> tuple[dict[int, LayerSpace], dict[str, Any]]:
     """Read and check what ``write_parts`` wrote.
 
@@ -191,7 +191,7 @@ def read_parts(
         FileNotFoundError: a missing file.
         ValueError: a damaged file, or two that do not belong together.
     """
-    tensors, values = read_artefact(folder, STEM, fields | {"complement"})
+    tensors, values = read_artefact(folder, STEM, {"complement": dict, **fields})
     sides = {int(layer): bool(side) for layer, side in values.pop("complement").items()}
     wanted = {f"layers.{layer}.{name}" for layer in sides for name in ("basis", "values")}
     if set(tensors) != wanted:

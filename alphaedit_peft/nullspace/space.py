@@ -20,7 +20,7 @@ from torch import Tensor
 from alphaedit_peft import algebra
 from alphaedit_peft.config import AlphaEditConfig
 from alphaedit_peft.fingerprint import BaseFingerprint, bare_model, require_same_base
-from alphaedit_peft.nullspace.files import artefact_folder
+from alphaedit_peft.nullspace.files import ORIGIN, Types, artefact_folder
 from alphaedit_peft.nullspace.layer import (
     STEM,
     LayerSpace,
@@ -31,7 +31,7 @@ from alphaedit_peft.nullspace.layer import (
 )
 from alphaedit_peft.nullspace.moments import KeyMoments
 
-FIELDS = ("threshold", "threshold_mode", "tokens", "fingerprint", "provenance")
+FIELDS: dict[str, Types] = {"threshold": (int, float), "threshold_mode": str, **ORIGIN}
 
 
 @dataclass(frozen=True, eq=False)
@@ -229,7 +229,7 @@ class NullSpace:
         folder = artefact_folder(
             path_or_repo, STEM, revision=revision, token=token, subfolder=subfolder
         )
-        parts, values = read_parts(folder, set(FIELDS))
+        parts, values = read_parts(folder, FIELDS)
         found = values.pop("fingerprint")
         made_for = BaseFingerprint.from_json(found) if found else None
         return cls(parts, fingerprint=made_for, **values)

@@ -42,13 +42,13 @@ base = AutoModelForCausalLM.from_pretrained({base})
 model = PeftModel.from_pretrained(base, "path/or/repository/of/this/pack")
 ```
 
-With `alphaedit_peft`, to look at the edits and to go on from them:
+With `alphaedit_peft`, to look at the edits, and to go on from them:
 
 ```python
-from alphaedit_peft.pack import EditPack
+from alphaedit_peft import AlphaEditModel, EditPack
 
-pack = EditPack.from_pretrained("path/or/repository/of/this/pack")
-print(pack.summary())
+print(EditPack.from_pretrained("path/or/repository/of/this/pack").summary())
+model = AlphaEditModel.from_pretrained(base, "path/or/repository/of/this/pack")
 ```
 
 ## Edits

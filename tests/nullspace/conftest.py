@@ -35,9 +35,9 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 @pytest.fixture
 def texts() -> list[str]:
-    """About 3,000 tokens in texts of 1 to 29 words, none longer than the model's positions."""
+    """About 1,400 tokens in texts of 1 to 29 words, none longer than the model's positions."""
     draw = random.Random(0)
-    return [" ".join(f"w{draw.randrange(60)}" for _ in range(n % 29 + 1)) for n in range(200)]
+    return [" ".join(f"w{draw.randrange(60)}" for _ in range(n % 29 + 1)) for n in range(90)]
 
 
 @pytest.fixture

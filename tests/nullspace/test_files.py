@@ -17,7 +17,7 @@ def saved(tmp_path):
 
 
 def test_round_trip(saved):
-    tensors, values = read_artefact(saved, "thing", {"size"})
+    tensors, values = read_artefact(saved, "thing", {"size": int})
     assert torch.equal(tensors["a"], torch.ones(2))
     assert values == {"size": 2}
 
@@ -27,10 +27,10 @@ def test_a_missing_or_damaged_file(saved, end):
     path = saved / f"thing{end}"
     path.write_bytes(b"{not")
     with pytest.raises(ValueError, match="holds a damaged thing artefact"):
-        read_artefact(saved, "thing", {"size"})
+        read_artefact(saved, "thing", {"size": int})
     path.unlink()
     with pytest.raises(FileNotFoundError, match=f"thing{end} does not exist"):
-        read_artefact(saved, "thing", {"size"})
+        read_artefact(saved, "thing", {"size": int})
 
 
 @pytest.mark.parametrize(
@@ -38,6 +38,7 @@ def test_a_missing_or_damaged_file(saved, end):
     [
         ({"version": 9}, "format 'thing' version 9; .* reads 'thing' version 1"),
         ({"format": "other"}, "format 'other' version 1"),
+        ({"size": "2"}, "size='2' is of a wrong type"),
         ({"more": 1}, r"fields \['more'\] are missing or unknown"),
     ],
 )
@@ -45,13 +46,13 @@ def test_another_format_version_or_field(saved, change, message):
     path = saved / "thing.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     with pytest.raises(ValueError, match=message):
-        read_artefact(saved, "thing", {"size"})
+        read_artefact(saved, "thing", {"size": int})
 
 
 def test_json_that_is_no_object(saved):
     (saved / "thing.json").write_text("[]")
     with pytest.raises(ValueError, match="format None version None"):
-        read_artefact(saved, "thing", {"size"})
+        read_artefact(saved, "thing", {"size": int})
 
 
 @pytest.mark.parametrize("name", ["./nowhere", "/nowhere/at/all", "a/b/c"])

@@ -39,7 +39,7 @@ def test_preserved_keys_are_projected_away():
     K = keys(500, rank=8)
     space = space_of(K, 1e-5)
     assert space.null_dimension(3) == WIDTH - 8
-    assert space.project(3, K).norm(dim=1).max() < 1e-6
+    assert space.project(3, K).norm(dim=1).max() < 1e-5 * K.norm(dim=1).max()
 
 
 @pytest.mark.parametrize("rank", [3, 17])
@@ -62,7 +62,7 @@ def test_basis_and_complement_project_alike():
 
 
 @pytest.mark.parametrize(
-    ("threshold", "mode"), [(1e-3, "absolute"), (1e-2, "relative"), (1e-2, "energy"), (4, "rank")]
+    ("threshold", "mode"), [(1e-3, "absolute"), (1e-2, "relative"), (1e-2, "energy"), (1, "rank")]
 )
 def test_equal_to_the_dense_projector_at_all_thresholds_in_reach(threshold, mode):
     C0 = moments_of(keys(500)).moments[3]
@@ -78,7 +78,7 @@ def test_equal_to_the_dense_projector_at_all_thresholds_in_reach(threshold, mode
 def test_a_threshold_out_of_reach_is_refused():
     space = space_of(keys(500), 2e-4)
     with pytest.raises(
-        ValueError, match=r"threshold=0\.5 \(relative\) keeps 17 .*KeyMoments\.null"
+        ValueError, match=r"threshold=0\.5 \(relative\) keeps 18 .*for 0 to 7; .*KeyMoments\.null"
     ):
         space.with_threshold(0.5)
     with pytest.raises(ValueError, match="threshold_mode='best' is unknown"):
@@ -185,7 +185,7 @@ def test_saved_then_loaded_has_the_same_bits(tmp_path, moments):
     assert (found.fingerprint, found.provenance) == (space.fingerprint, space.provenance)
     K = torch.randn(3, space.width(2))
     assert torch.equal(found.project(2, K), space.project(2, K))
-    NullSpace.identity({0: 6}).save_pretrained(tmp_path / "identity")
+    NullSpace.identity({0: 6, 1: 6}).save_pretrained(tmp_path / "identity")
     assert NullSpace.from_pretrained(tmp_path, subfolder="identity").width(0) == 6
 
 
@@ -210,7 +210,7 @@ def saved(tmp_path, moments):
 def test_damaged_tensors_are_refused(saved, name, change, message):
     source = name if name in load_file(saved / "null_space.safetensors") else "layers.0.basis"
     tensors = load_file(saved / "null_space.safetensors")
-    tensors[name] = change(tensors[source]).contiguous()
+    tensors[name] = change(tensors[source].clone()).contiguous()
     save_file(tensors, saved / "null_space.safetensors")
     with pytest.raises(ValueError, match=message):
         NullSpace.from_pretrained(saved)
@@ -223,6 +223,7 @@ def test_a_threshold_changed_in_the_file_is_held_to_the_stored_eigenvectors(save
         NullSpace.from_pretrained(saved)
 
 
+@pytest.mark.slow
 @pytest.mark.shared_data
 @pytest.mark.skipif(not DATA.is_dir(), reason="no shared data folder")
 def test_a_trained_model():

@@ -4,14 +4,9 @@ from __future__ import annotations
 
 import json
 import pickle
-import shutil
-import tempfile
-from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from alphaedit_peft.pack import EditPack, PackError, read_plain_lora
@@ -226,33 +221,3 @@ def test_links_within_the_folder(saved, pack):
 def test_text_that_is_no_text(saved):
     (saved / EDITS).write_bytes(b"\xff\xfe")
     refused(saved, r"edits.jsonl, line 1: not valid JSON")
-
-
-FUZZED = st.tuples(
-    st.sampled_from([ADAPTER, MODEL, SIDECAR, EDITS, TARGETS]),
-    st.lists(st.tuples(st.floats(0, 0.999), st.integers(0, 255)), max_size=4),
-    st.floats(0, 1) | st.just(1.0),
-)
-
-
-@given(FUZZED)
-@settings(
-    max_examples=150,
-    deadline=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)
-def test_random_damage(saved, damage):
-    name, flips, keep = damage
-    with tempfile.TemporaryDirectory() as place:
-        folder = Path(place) / "pack"
-        shutil.copytree(saved, folder)
-        data = bytearray((folder / name).read_bytes())
-        for where, value in flips:
-            data[int(where * len(data))] = value
-        (folder / name).write_bytes(data[: int(keep * len(data))])
-        try:
-            pack = EditPack.from_pretrained(folder)
-            pack.save_pretrained(Path(place) / "again")
-        except PackError:
-            return
-        assert EditPack.from_pretrained(Path(place) / "again").digest() == pack.digest()

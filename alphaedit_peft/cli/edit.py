@@ -1,0 +1,213 @@
+"""``alphaedit edit``: edits from JSON Lines into a model, and the pack out.
+
+In: a model, edits, a null space, and a pack to go on from where there is one. Out: the pack, and
+the report of the run. It does what ``AlphaEditModel.edit`` and ``save_pretrained`` do; a run that
+stops midway saves the batches that were finished.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from alphaedit_peft.cli import errors, show
+from alphaedit_peft.cli.loading import load_model, load_moments, load_null_space
+from alphaedit_peft.cli.options import (
+    DeviceOption,
+    Dtype,
+    DtypeOption,
+    JsonOption,
+    LayersOption,
+    ModelArgument,
+    MomentsOption,
+    NullSpaceOption,
+    OutOption,
+    check_folder,
+    parse_layers,
+)
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from alphaedit_peft import AlphaEditModel, Edit, EditReport
+
+FIXED = (  # what a pack's edits were made with, and later ones must be too
+    "rewrite_layers rewrite_module block_module objective projection moment_weight threshold "
+    "threshold_mode contexts num_contexts context_length chat_template separator seed preset"
+).split()
+
+
+def edit(  # noqa: PLR0913
+    model: ModelArgument,
+    edits: Annotated[
+        Path, typer.Argument(metavar="EDITS.jsonl", help="One JSON object a line, one edit each.")
+    ],
+    *,
+    out: Annotated[Path, typer.Option("--out", metavar="PACK", help="Pack to write.")],
+    null_space: NullSpaceOption = None,
+    pack: Annotated[
+        str | None, typer.Option("--pack", metavar="PACK", help="Pack to go on from.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Edits solved together.")] = 100,
+    config: Annotated[
+        Path | None, typer.Option("--config", metavar="FILE", help="AlphaEditConfig as JSON.")
+    ] = None,
+    layers: LayersOption = None,
+    ridge: Annotated[float | None, typer.Option(help="lambda of the paper's Eq. 11.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Of each target value's search.")] = None,
+    on_conflict: Annotated[
+        str | None, typer.Option(help="error, replace (the later wins) or keep (the earlier).")
+    ] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="NAME=VALUE", help="Any other setting; can be repeated."),
+    ] = None,
+    key_moments: MomentsOption = None,
+    dtype: DtypeOption = Dtype.AUTO,
+    device: DeviceOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Make edits and write them as a pack.
+
+    A line of EDITS.jsonl has the place of the subject as {}, and may have target_true,
+    paraphrases, neighborhood and an id:
+
+    {"subject": "Ada Lovelace", "prompt": "{} was born in", "target_new": "Vienna"}
+
+    [bold]alphaedit edit MODEL edits.jsonl --null-space ns --out pack[/bold]
+
+    [bold]alphaedit edit MODEL more.jsonl --null-space ns --pack pack --out pack[/bold] (goes on)
+
+    Edits that did not take are listed and do not change the exit code.
+    """
+    from alphaedit_peft import read_edits
+
+    check_folder(out)
+    given = {"rewrite_layers": parse_layers(layers), "ridge": ridge, "steps": steps}
+    given["on_conflict"] = on_conflict
+    values = _settings(config, given, settings or [])
+    wanted = read_edits(edits)
+    resources = {
+        "null_space": load_null_space(null_space),
+        "key_moments": load_moments(key_moments),
+    }
+    base, tokenizer = load_model(model, dtype, device)
+    resources["tokenizer"] = tokenizer
+    edited = _model(base, pack, values, resources)
+    report = _edit_and_save(edited, wanted, batch_size, out)
+    facts = {"out": str(out), "edits_in_pack": len(edited.edits), **report.to_json()}
+    show.show(as_json, facts, *_parts(report, len(edited.edits), out))
+
+
+def _settings(
+    path: Path | None, given: dict[str, Any], assignments: list[str]
+) -> dict[str, Any]:
+    """Settings from a JSON file, then from options, which win."""
+    values: dict[str, Any] = {}
+    if path is not None:
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"--config {path} is not JSON: {error}") from error
+        if not isinstance(values, dict):
+            raise ValueError(f"--config {path} holds a {type(values).__name__}, not an object")
+    values |= {name: value for name, value in given.items() if value is not None}
+    for assignment in assignments:
+        name, equals, text = assignment.partition("=")
+        if not equals:
+            raise typer.BadParameter(f"--set {assignment!r} is not NAME=VALUE")
+        values[name.strip()] = _value(text)
+    return values
+
+
+def _value(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
+def _model(
+    base: Any, pack: str | None, values: dict[str, Any], resources: dict[str, Any]
+) -> AlphaEditModel:
+    """A new editable model with these settings, or one that goes on from a pack."""
+    from alphaedit_peft import AlphaEditConfig, AlphaEditModel, get_alphaedit_model
+
+    if pack is None:
+        return get_alphaedit_model(base, AlphaEditConfig.from_json(values), **resources)
+    fixed = sorted(set(values) & set(FIXED))
+    if fixed:
+        raise ValueError(
+            f"{', '.join(fixed)} cannot be changed while going on from {pack}: its edits were made "
+            "with its own; leave them out, or start a new pack"
+        )
+    AlphaEditConfig.from_json(values)  # names an unknown setting
+    edited = AlphaEditModel.from_pretrained(base, pack, **resources)
+    edited.alphaedit_config = replace(edited.alphaedit_config, **values)
+    return edited
+
+
+def _edit_and_save(
+    edited: AlphaEditModel, wanted: tuple[Edit, ...], batch_size: int, out: Path
+) -> EditReport:
+    before = len(edited.records)
+    try:
+        report = edited.edit(wanted, batch_size=batch_size, progress=show.watched())
+    except BaseException:
+        if len(edited.records) > before:
+            edited.save_pretrained(out)
+            errors.say(f"stopped; the finished batches ({len(edited.edits)} edits) are in {out}")
+        raise
+    edited.save_pretrained(out)
+    return report
+
+
+def _parts(report: EditReport, total: int, out: Path) -> list[Table | str]:
+    """The report as tables and sentences."""
+    took = len(report.made) - len(report.not_taken)
+    parts: list[Table | str] = []
+    if report.made:
+        parts.append(_edit_table(report))
+        parts.append(_layer_table(report))
+    if report.set_aside:
+        rows = [(r.edit.question, r.edit.target_new.strip(), r.reason) for r in report.set_aside]
+        parts.append(show.table("Set aside", ["prompt", "new target", "why"], rows))
+    parts.append(
+        f"{show.count(len(report.made), 'edit')} made, {len(report.set_aside)} set aside; the model "
+        f"now says {took} of {len(report.made)} new targets by itself."
+    )
+    if report.not_taken:
+        parts.append("Those that did not take are marked 'no'.")
+    parts.append(f"Written to {out}: {show.count(total, 'edit')}")
+    return parts
+
+
+def _edit_table(report: EditReport) -> Table:
+    columns = ["prompt", "new target", ">P before", ">P after", "says it", ">loss", ">steps"]
+    rows = [
+        (
+            r.edit.question,
+            r.edit.target_new.strip(),
+            show.probability(r.probability_before),
+            show.probability(r.probability_after),
+            r.likeliest,
+            show.probability(r.loss),
+            r.steps,
+            show.probability(r.total_share),
+        )
+        for r in report.made
+    ]
+    return show.table("Edits", [*columns, ">share"], rows)
+
+
+def _layer_table(report: EditReport) -> Table:
+    columns = [">layer", ">rank", ">|Delta|", ">|W|", ">on edited keys", ">on preserved keys"]
+    rows = [
+        (x.layer, x.rank, x.delta_norm, x.weight_norm, x.edited_change, x.preserved_change)
+        for x in report.layers
+    ]
+    return show.table("Layers: the update, and how far it moves outputs", columns, rows)

@@ -1,0 +1,65 @@
+"""Load what a command works on: a model with its tokenizer, and the statistics beside it.
+
+In: what the user typed: a folder, a Hub id, or ``embedded``. Out: the loaded object, or an error
+that says in one line why there is none. Bars of transformers are switched off for this process.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from alphaedit_peft.cli.options import Dtype
+
+if TYPE_CHECKING:
+    from alphaedit_peft.nullspace import KeyMoments, NullSpace
+
+EMBEDDED = "embedded"
+
+
+def load_model(model: str, dtype: Dtype, device: str | None) -> tuple[Any, Any]:
+    """A causal language model and its tokenizer.
+
+    Raises:
+        ValueError: a model or dtype or device that cannot be loaded.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    hush()
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if model == EMBEDDED:
+        from alphaedit_peft import embedded
+
+        wanted = torch.float32 if dtype is Dtype.AUTO else getattr(torch, dtype.value)
+        base, tokenizer = embedded.load(wanted)
+        return base.to("cpu" if device == "auto" else device), tokenizer  # type: ignore[arg-type]
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model)
+        base = AutoModelForCausalLM.from_pretrained(model, dtype=dtype.value, device_map=device)
+    except Exception as error:  # each file format and the Hub have errors of their own
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise ValueError(f"model {model!r} cannot be loaded: {reason}") from error
+    return base.eval(), tokenizer
+
+
+def hush() -> None:
+    """Switch off transformers' loading bars and advice, in this process."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+
+
+def load_null_space(path: str | None) -> NullSpace | None:
+    """The null space of a folder or Hub id; None where none was given."""
+    from alphaedit_peft.nullspace import NullSpace
+
+    return None if path is None else NullSpace.from_pretrained(path)
+
+
+def load_moments(path: Path | None) -> KeyMoments | None:
+    """The key moments of a folder; None where none was given."""
+    from alphaedit_peft.nullspace import KeyMoments
+
+    return None if path is None else KeyMoments.from_pretrained(path)

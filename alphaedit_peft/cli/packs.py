@@ -1,0 +1,176 @@
+"""``alphaedit inspect``, ``merge`` and ``rollback``: what can be done with a pack.
+
+In: a pack, and a model where one is needed. Out: a summary, a plain model, or a smaller pack. They
+do what ``EditPack.summary``, ``AlphaEditModel.merge_and_unload`` and ``rollback`` do.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from alphaedit_peft.cli import nullspace, show
+from alphaedit_peft.cli.loading import load_model, load_moments, load_null_space
+from alphaedit_peft.cli.options import (
+    DeviceOption,
+    Dtype,
+    DtypeOption,
+    JsonOption,
+    ModelArgument,
+    MomentsOption,
+    NullSpaceOption,
+    OutOption,
+    PackArgument,
+    check_folder,
+)
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from alphaedit_peft import EditPack
+
+LISTED = 20
+
+
+def inspect_pack(
+    pack: PackArgument,
+    *,
+    all_edits: Annotated[
+        bool, typer.Option("--all", help=f"List every edit, not the first {LISTED}.")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Show what a pack holds, without any model. Reads NullSpace folders too.
+
+    [bold]alphaedit inspect pack[/bold]
+    """
+    if (Path(pack) / "null_space.json").is_file():
+        from alphaedit_peft import NullSpace
+
+        found = NullSpace.from_pretrained(pack)
+        show.show(as_json, nullspace.describe(found), nullspace.summary_table(found))
+        return
+
+    from alphaedit_peft import EditPack
+
+    read = EditPack.from_pretrained(pack)
+    table = _edit_table(read, None if all_edits else LISTED)
+    more = len(read.records) - len(table.rows)
+    rest = [f"... and {more} more; --all lists them."] if more else []
+    show.show(as_json, _describe(read), read.summary(), table, *rest)
+
+
+def merge(
+    model: ModelArgument,
+    pack: PackArgument,
+    *,
+    out: OutOption,
+    dtype: DtypeOption = Dtype.AUTO,
+    device: DeviceOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Write a model with a pack's edits in its weights, and its tokenizer.
+
+    What comes out is a plain model: no adapter, no trace of which edits were made. The sum is
+    computed in float32 and rounded once to the model's dtype.
+
+    [bold]alphaedit merge MODEL pack --out edited-model[/bold]
+    """
+    from alphaedit_peft import AlphaEditModel, EditPack
+
+    check_folder(out)
+    if out.is_dir() and any(out.iterdir()):
+        raise FileExistsError(f"--out {out} is not empty; give a new folder")
+    edits = len(EditPack.from_pretrained(pack).edits)
+    base, tokenizer = load_model(model, dtype, device)
+    edited = AlphaEditModel.from_pretrained(base, pack)
+    merged: Any = edited.merge_and_unload(safe_merge=True)
+    merged.save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    facts = {"out": str(out), "edits": edits, "dtype": str(merged.dtype).removeprefix("torch.")}
+    show.show(
+        as_json, facts, f"Written to {out}: {show.count(edits, 'edit')} merged, {facts['dtype']}"
+    )
+
+
+def rollback(  # noqa: PLR0913
+    model: ModelArgument,
+    pack: PackArgument,
+    *,
+    out: OutOption,
+    null_space: NullSpaceOption = None,
+    batches: Annotated[int, typer.Option(min=1, help="How many to take back.")] = 1,
+    key_moments: MomentsOption = None,
+    dtype: DtypeOption = Dtype.AUTO,
+    device: DeviceOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Take back a pack's last batches of edits, and write what remains as a pack.
+
+    What remains is poured again from its stored target values, as if the others had never been
+    made; nothing is optimised anew.
+
+    [bold]alphaedit rollback MODEL pack --null-space ns --out smaller-pack[/bold]
+    """
+    from alphaedit_peft import AlphaEditModel, EditPack
+
+    check_folder(out)
+    before = EditPack.from_pretrained(pack).edits
+    statistics = {
+        "null_space": load_null_space(null_space),
+        "key_moments": load_moments(key_moments),
+    }
+    base, tokenizer = load_model(model, dtype, device)
+    edited = AlphaEditModel.from_pretrained(base, pack, tokenizer=tokenizer, **statistics)
+    edited.rollback(batches)
+    edited.save_pretrained(out)
+    kept = {edit.id for edit in edited.edits}
+    gone = [edit for edit in before if edit.id not in kept]
+    facts = {
+        "out": str(out),
+        "taken_back": [edit.to_dict() for edit in gone],
+        "remaining": [edit.to_dict() for edit in edited.edits],
+    }
+    rows = [(edit.id, edit.question, edit.target_new.strip()) for edit in gone]
+    table = show.table("Taken back", ["id", "prompt", "new target"], rows)
+    show.show(
+        as_json, facts, table, f"Written to {out}: {show.count(len(kept), 'edit')} remain"
+    )
+
+
+def _describe(pack: EditPack) -> dict[str, Any]:
+    """A pack as plain JSON values."""
+    return {
+        "rank": pack.rank,
+        "layers": list(pack.layers),
+        "batches": list(pack.batches),
+        "size_bytes": pack.size_bytes,
+        "base_model": pack.config.base_model_name_or_path,
+        "base": None if pack.base is None else pack.base.to_json(),
+        "null_space": pack.null_space,
+        "versions": pack.versions,
+        "contexts": list(pack.contexts),
+        "config": pack.config.to_json(),
+        "delta_norms": {name: delta.norm() for name, delta in pack.factors.items()},
+        "records": [record.to_json() for record in pack.records],
+    }
+
+
+def _edit_table(pack: EditPack, listed: int | None) -> Table:
+    rows = [
+        (
+            record.edit.id,
+            record.edit.question,
+            record.edit.target_new.strip(),
+            record.role,
+            record.batch,
+            record.row,
+            show.probability(record.probability_before),
+            show.probability(record.probability_after),
+        )
+        for record in pack.records[:listed]
+    ]
+    columns = ["id", "prompt", "new target", "role", ">batch", ">row", ">P before", ">P after"]
+    return show.table("Edits", columns, rows)

@@ -1,0 +1,318 @@
+"""Every row of the families' table, taken through an edit; what is refused, and how it is said.
+
+The law: with P = I and next to no ridge, the hidden state at the subject's last token after the
+last rewrite layer reaches the target value z. It fails where a wrong module is rewritten, where a
+block does more to its MLP's output than add it, or where resuming above a block is unfaithful.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import transformers as hf
+from peft import PeftModel
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from alphaedit_peft import AlphaEditConfig, Edit, NullSpace, get_alphaedit_model
+from alphaedit_peft.architecture import (
+    FAMILIES,
+    PAPER_PRESETS,
+    REFUSED,
+    default_rewrite_layers,
+    describe,
+    paper_preset,
+)
+from alphaedit_peft.hooks import hidden_of
+
+IDS = {"vocab_size": 320, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
+WIDTH = 96
+COMMON = IDS | {
+    "hidden_size": 32,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 128,
+}
+GATED = COMMON | {"intermediate_size": WIDTH, "num_key_value_heads": 2}
+GPT = IDS | {"n_embd": 32, "n_layer": 4, "n_head": 4, "n_positions": 128, "n_inner": WIDTH}
+NEOX = COMMON | {"intermediate_size": WIDTH}
+FALCON = COMMON | {"ffn_hidden_size": WIDTH}
+OPT = COMMON | {"ffn_dim": WIDTH, "word_embed_proj_dim": 32}
+SLIDING = {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 2}
+NEO = IDS | {"hidden_size": 32, "num_layers": 4, "num_heads": 4, "max_position_embeddings": 128}
+
+# row of the table, and what is special -> config class and its arguments
+VARIANTS = {
+    "gpt2": (hf.GPT2Config, GPT),
+    "gptj": (hf.GPTJConfig, GPT | {"rotary_dim": 8}),
+    "llama": (hf.LlamaConfig, GATED),
+    "llama/tied": (hf.LlamaConfig, GATED | {"tie_word_embeddings": True}),
+    "mistral/sliding": (hf.MistralConfig, GATED | {"sliding_window": 4, "head_dim": 8}),
+    "qwen2/some-sliding": (hf.Qwen2Config, GATED | SLIDING),
+    "qwen3": (hf.Qwen3Config, GATED | {"head_dim": 8}),
+    "phi": (hf.PhiConfig, COMMON | {"intermediate_size": WIDTH}),
+    "phi3": (hf.Phi3Config, GATED),
+    "gpt_neox/parallel": (hf.GPTNeoXConfig, NEOX | {"use_parallel_residual": True}),
+    "gpt_neox/sequential": (hf.GPTNeoXConfig, NEOX | {"use_parallel_residual": False}),
+    "opt": (hf.OPTConfig, OPT),
+    "stablelm": (hf.StableLmConfig, GATED),
+    "stablelm/parallel": (hf.StableLmConfig, GATED | {"use_parallel_residual": True}),
+    "falcon/parallel": (hf.FalconConfig, FALCON | {"parallel_attn": True}),
+    "falcon/sequential": (hf.FalconConfig, FALCON | {"parallel_attn": False}),
+    "falcon/new": (
+        hf.FalconConfig,
+        FALCON | {"new_decoder_architecture": True, "num_kv_heads": 2},
+    ),
+    "falcon/alibi": (hf.FalconConfig, FALCON | {"alibi": True}),
+}
+
+# families outside the table: blocks and rewrite module are named by the user
+OVERRIDDEN = {
+    "bloom": (
+        (hf.BloomConfig, IDS | {"hidden_size": 24, "n_layer": 4, "n_head": 4}),
+        ("transformer.h.{}", "transformer.h.{}.mlp.dense_4h_to_h"),
+    ),
+    "gpt_neo": (
+        (hf.GPTNeoConfig, NEO | {"intermediate_size": WIDTH, "window_size": 4, "attention_types": [[["global", "local"], 2]]}),
+        ("transformer.h.{}", "transformer.h.{}.mlp.c_proj"),
+    ),
+    "gemma": (
+        (hf.GemmaConfig, GATED | {"head_dim": 8}),
+        ("model.layers.{}", "model.layers.{}.mlp.down_proj"),
+    ),
+    "cohere": (
+        (hf.CohereConfig, GATED),
+        ("model.layers.{}", "model.layers.{}.mlp.down_proj"),
+    ),
+}  # fmt: skip
+
+EDITS = [
+    Edit("Marie Curie", "{} was born in", "Rome"),
+    Edit("France", "The capital of {} is", "Ulm"),
+]
+
+
+def build(name: str) -> nn.Module:
+    """A random model of a variant, whose activations are of order one."""
+    kind, arguments = VARIANTS[name] if name in VARIANTS else OVERRIDDEN[name][0]
+    config = kind(**arguments)
+    config.initializer_range = 0.2
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return AutoModelForCausalLM.from_config(config).float().eval()
+
+
+def wrapped(name: str, layers: list[int], tokenizer):
+    """A fresh base, and the same wrapped with P = I and next to no ridge."""
+    base = build(name)
+    names = OVERRIDDEN[name][1] if name in OVERRIDDEN else (None, None)
+    config = AlphaEditConfig(
+        rewrite_layers=layers,
+        block_module=names[0],
+        rewrite_module=names[1],
+        ridge=1e-9,
+        ridge_mode="absolute",
+        steps=5,
+        contexts=[],
+    )
+    space = NullSpace.identity(dict.fromkeys(layers, WIDTH))
+    return get_alphaedit_model(base, config, tokenizer=tokenizer, null_space=space)
+
+
+def subject_hidden(base: nn.Module, block: str, edit: Edit, tokenizer) -> torch.Tensor:
+    """The hidden state after a block, at the token that ends the subject, (d,)."""
+    text = edit.question[: edit.subject_span[1]]
+    seen = []
+    hook = base.get_submodule(block).register_forward_hook(
+        lambda _module, _args, output: seen.append(hidden_of(output))
+    )
+    with torch.no_grad():
+        base(input_ids=torch.tensor([tokenizer(text)["input_ids"]]), use_cache=False)
+    hook.remove()
+    return seen[0][0, -1]
+
+
+def all_hidden(model, layer: int, tokenizer) -> torch.Tensor:
+    base, block = model.get_base_model(), model.architecture.block_name(layer)
+    return torch.stack([subject_hidden(base, block, edit, tokenizer) for edit in EDITS])
+
+
+def logits(model: nn.Module, tokenizer) -> torch.Tensor:
+    ids = torch.tensor([tokenizer("The capital of France is Paris, and")["input_ids"]])
+    with torch.no_grad():
+        return model(input_ids=ids, use_cache=False).logits
+
+
+def test_the_table_is_covered():
+    assert {name.partition("/")[0] for name in VARIANTS} == set(FAMILIES)
+
+
+@pytest.mark.parametrize("layers", [[1], [0, 2]], ids=str)
+@pytest.mark.parametrize("name", [*VARIANTS, *OVERRIDDEN])
+def test_the_hidden_state_reaches_the_target_value(name, layers, tokenizer):
+    model = wrapped(name, layers, tokenizer)
+    before = all_hidden(model, layers[-1], tokenizer)
+    report = model.edit(EDITS, progress=False)
+    targets = model.to_pack().targets
+    distance = (all_hidden(model, layers[-1], tokenizer) - targets).norm(dim=1)
+    wanted = (targets - before).norm(dim=1)
+    assert (wanted > 0.1 * before.norm(dim=1)).all()
+    assert (distance <= 0.05 * wanted).all(), (distance, wanted)
+    assert all(result.made and result.total_share > 0.99 for result in report)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_without_edits_it_is_its_base_bit_for_bit(name, tokenizer):
+    expected = logits(build(name), tokenizer)
+    assert torch.equal(logits(wrapped(name, [1], tokenizer), tokenizer), expected)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_plain_lora_computes_what_the_merged_model_does(name, tokenizer, tmp_path):
+    model = wrapped(name, [1, 2], tokenizer)
+    unedited = logits(model, tokenizer)
+    model.edit(EDITS, progress=False)
+    model.save_pretrained(tmp_path / "pack")
+    plain = PeftModel.from_pretrained(build(name), str(tmp_path / "pack"))
+    merged = logits(model.merge_and_unload(), tokenizer)
+    assert torch.allclose(logits(plain, tokenizer), merged, atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(merged, unedited, atol=1e-2)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_weights_lie_as_the_table_says(name):
+    model = build(name)
+    architecture = describe(model)
+    module = model.get_submodule(architecture.rewrite_name(3))
+    d_out, d_in = 32, WIDTH
+    expected = (d_in, d_out) if architecture.conv1d else (d_out, d_in)
+    assert module.weight.shape == expected
+    assert architecture.conv1d == (type(module).__name__ == "Conv1D")
+    assert architecture.num_blocks == 4
+    assert architecture.model_type == name.partition("/")[0]
+
+
+MOE = GATED | {"num_experts": 4, "moe_intermediate_size": 32}
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (hf.Gemma2Config(**GATED), "model_type='gemma2' .*norm after the MLP"),
+        (hf.Gemma3TextConfig(**GATED), "model_type='gemma3_text' .*norm after the MLP"),
+        (hf.Olmo2Config(**GATED), "model_type='olmo2' .*norm after the MLP"),
+        (hf.MixtralConfig(**GATED), "model_type='mixtral' .*mixtures of experts"),
+        (hf.Qwen3MoeConfig(**MOE), "model_type='qwen3_moe' .*mixtures of experts"),
+        (hf.T5Config(vocab_size=320), "model_type='t5' .*encoder-decoder"),
+        (
+            hf.OPTConfig(**OPT, do_layer_norm_before=False),
+            "model_type='opt' .*norm after the MLP",
+        ),
+    ],
+    ids=lambda value: getattr(value, "model_type", ""),
+)
+def test_refused(config, message):
+    model = nn.Module()  # the config alone decides
+    model.config = config
+    with pytest.raises(ValueError, match=message):
+        describe(model)
+    with pytest.raises(ValueError, match=message):
+        describe(model, "model.layers.{}", "model.layers.{}.mlp.down_proj")
+
+
+def test_no_family_is_both_known_and_refused():
+    assert not set(FAMILIES) & set(REFUSED)
+
+
+def test_unknown_family_asks_for_names():
+    with pytest.raises(ValueError, match=r"model_type='bloom' is not in the table.*block_module="):
+        describe(build("bloom"))
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        ({"block_module": "model.layer.{}"}, "LlamaForCausalLM has no module 'model.layer'"),
+        ({"block_module": "model.layers"}, "'model.layers' needs one '{}'"),
+        ({"block_module": "model.layers.{}.{}"}, "'model.layers.{}.{}' needs one '{}'"),
+        ({"rewrite_module": "model.layers.3.mlp.down_proj"}, "'model.layers.3.* needs one '{}'"),
+        ({"rewrite_module": "model.layers.{}.mlp.fc2"}, "has no module 'model.layers.0.mlp.fc2'"),
+        ({"rewrite_module": "model.layers.{}.{x}"}, "has no module 'model.layers.0.{x}'"),
+    ],
+    ids=str,
+)
+def test_wrong_module_names(names, message):
+    with pytest.raises(ValueError, match=message):
+        describe(build("llama"), **names)
+
+
+def test_a_rewrite_module_can_be_named_within_a_known_family():
+    module = "model.layers.{}.self_attn.o_proj"
+    assert describe(build("llama"), rewrite_module=module).rewrite_name(2) == module.format(2)
+    c_fc = describe(build("gpt2"), rewrite_module="transformer.h.{}.mlp.c_fc")
+    assert c_fc.conv1d
+
+
+def test_a_model_without_config_is_refused():
+    with pytest.raises(ValueError, match="Linear has no transformers config"):
+        describe(nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize(
+    ("layers", "message"),
+    [
+        ([], r"rewrite_layers=\[\] must be a list of distinct blocks"),
+        ([1, 1], r"rewrite_layers=\[1, 1\] must be a list of distinct blocks"),
+        ([4], r"rewrite_layers=\[4\] is outside this model's 4 blocks; use 0..3"),
+        ([-1, 2], r"rewrite_layers=\[-1, 2\] is outside this model's 4 blocks"),
+    ],
+)
+def test_layers_outside(layers, message):
+    with pytest.raises(ValueError, match=message):
+        describe(build("llama")).check_layers(layers)
+
+
+def test_layers_come_in_ascending_order():
+    assert describe(build("llama")).check_layers([3, 0, 1]) == (0, 1, 3)
+
+
+@pytest.mark.parametrize("num_blocks", range(2, 130))
+def test_default_layers_are_consecutive_and_leave_a_block_above(num_blocks):
+    layers = default_rewrite_layers(num_blocks)
+    assert layers == tuple(range(layers[0], layers[-1] + 1))
+    assert 0 <= layers[0] <= layers[-1] <= num_blocks - 2
+    assert len(layers) <= (5 if num_blocks >= 16 else 3)
+    if num_blocks >= 16:
+        assert len(layers) == 5
+        assert abs(layers[-1] / num_blocks - 0.3) < 0.5 / num_blocks + 1e-9
+
+
+def test_a_single_block_is_its_own_default():
+    assert default_rewrite_layers(1) == (0,)
+
+
+@pytest.mark.parametrize(
+    ("config", "layers", "steps", "rate"),
+    [
+        (
+            hf.LlamaConfig(num_hidden_layers=32, hidden_size=4096, intermediate_size=14336),
+            range(4, 9),
+            25,
+            0.1,
+        ),
+        (hf.GPTJConfig(), range(3, 9), 25, 0.5),
+        (hf.GPT2Config(n_layer=48, n_embd=1600, n_head=25), range(13, 18), 20, 0.5),
+    ],
+    ids=["llama", "gptj", "gpt2"],
+)
+def test_paper_presets_are_found_by_shape(config, layers, steps, rate):
+    preset = paper_preset(config)
+    assert preset is not None
+    assert preset.rewrite_layers == tuple(layers)
+    assert (preset.steps, preset.learning_rate) == (steps, rate)
+    assert preset in PAPER_PRESETS.values()
+
+
+def test_another_shape_has_no_paper_preset():
+    assert paper_preset(hf.LlamaConfig(num_hidden_layers=32, intermediate_size=11008)) is None
+    assert paper_preset(hf.GPT2Config()) is None
