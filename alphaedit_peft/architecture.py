@@ -56,7 +56,11 @@ FAMILIES: dict[str, Family] = {
 # Families whose blocks normalise or mix the MLP's output: there Delta k = R does not reach h.
 REFUSED: dict[str, str] = {
     **dict.fromkeys(
-        ("gemma2", "gemma3", "gemma3_text", "olmo2", "olmo3", "glm4", "exaone4"),
+        ("gemma2", "gemma3", "gemma3_text", "gemma3n", "gemma3n_text", "gemma4", "gemma4_text"),
+        "its blocks put a norm after the MLP",
+    ),
+    **dict.fromkeys(
+        ("olmo2", "olmo3", "olmo_hybrid", "glm4", "exaone4", "openai-gpt"),
         "its blocks put a norm after the MLP",
     ),
     **dict.fromkeys(
@@ -73,6 +77,8 @@ PAPER_PRESETS: dict[tuple[str, int, int, int], PaperPreset] = {
 }
 
 _EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+_NORM_FLAGS = ("do_layer_norm_before", "use_post_norm")  # OPT 350M; HyperCLOVA X
+_MLP_SCALES = ("residual_multiplier", "scale_depth")  # Granite; MiniCPM
 
 
 @dataclass(frozen=True)
@@ -154,7 +160,7 @@ def default_rewrite_layers(num_blocks: int) -> tuple[int, ...]:
     The paper's three models end at 25-35 % of their depth and rewrite 5-6 blocks; models of fewer
     than 16 blocks get three. At least one block stays above the last rewrite layer.
     """
-    last = max(0, min(round(0.3 * num_blocks), num_blocks - 2))
+    last = max(0, min(int(0.3 * num_blocks), num_blocks - 2))
     count = 5 if num_blocks >= 16 else 3
     return tuple(range(max(0, last - count + 1), last + 1))
 
@@ -187,8 +193,11 @@ def _structural_reason(config: Any) -> str | None:
         return "it is an encoder-decoder model"
     if any((getattr(config, name, None) or 0) > 1 for name in _EXPERT_COUNTS):
         return "its MLPs are mixtures of experts"
-    if config.model_type == "opt" and not config.do_layer_norm_before:
+    before, after = (getattr(config, name, None) for name in _NORM_FLAGS)
+    if before is False or after:
         return "its blocks put a norm after the MLP"
+    if any((getattr(config, name, None) or 1) != 1 for name in _MLP_SCALES):
+        return "its blocks scale the MLP's output"
     return None
 
 

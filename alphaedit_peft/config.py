@@ -25,7 +25,7 @@ CONFIG_FILE = "config.json"
 PRESETS = ("auto", "paper")
 OBJECTIVES = ("alphaedit", "memit")
 CONFLICT_RULES = ("error", "replace", "keep")
-RIDGE_MODES = ("absolute", "relative")
+RIDGE_MODES = RATE_MODES = ("absolute", "relative")
 
 
 @dataclass(frozen=True)
@@ -38,12 +38,13 @@ class _Preset:
     threshold_mode: str
     steps: int
     learning_rate: float
+    learning_rate_mode: str
     clamp_factor: float
 
 
 _PRESET_VALUES = {
-    "paper": _Preset(10.0, "absolute", 2e-2, "absolute", 25, 0.5, 0.75),
-    "auto": _Preset(0.05, "relative", 0.02, "energy", 25, 0.5, 2.0),
+    "paper": _Preset(10.0, "absolute", 2e-2, "absolute", 25, 0.5, "absolute", 0.75),
+    "auto": _Preset(0.05, "relative", 0.02, "energy", 25, 0.3, "relative", 2.0),
 }
 
 
@@ -79,6 +80,7 @@ class AlphaEditConfig(PeftConfig):
     target_tokens: int = _setting(2048, "most tokens optimised at once; bounds memory of gradients")
     steps: int | None = _setting(None, "loss evaluations for z; 25 make 24 updates, as in the code")
     learning_rate: float | None = _setting(None, "Adam's, on z; Llama-3 0.1, GPT-J and GPT2-XL 0.5")
+    learning_rate_mode: str | None = _setting(None, "absolute, or relative to |h| / sqrt(d)")
     clamp_factor: float | None = _setting(None, "|z - h| is clamped to this times |h|; paper 0.75")
     kl_factor: float = _setting(0.0625, "weight of KL(current || initial) at the subject")
     weight_decay: float = _setting(0.5, "weight of |z - h| / |h|^2, as in the code")
@@ -104,6 +106,7 @@ class AlphaEditConfig(PeftConfig):
         _check_choice("objective", self.objective, OBJECTIVES)
         _check_choice("on_conflict", self.on_conflict, CONFLICT_RULES)
         _check_choice("ridge_mode", self.ridge_mode, (None, *RIDGE_MODES))
+        _check_choice("learning_rate_mode", self.learning_rate_mode, (None, *RATE_MODES))
         _check_choice("threshold_mode", self.threshold_mode, (None, *THRESHOLD_MODES))
         if self.rewrite_layers is not None:
             self.rewrite_layers = _layer_list(self.rewrite_layers)
@@ -112,10 +115,17 @@ class AlphaEditConfig(PeftConfig):
                 raise ValueError(f"{name}={getattr(self, name)!r} must be of type {kind}")
         if not all(isinstance(text, str) for text in self.contexts or []):
             raise ValueError(f"contexts={self.contexts!r} must be a list of texts")
+        if any("{}" in text for text in self.contexts or []):
+            raise ValueError(
+                f"contexts={self.contexts!r} hold '{{}}'; a context is put before the prompt as "
+                "it is, so leave the '{}' away"
+            )
         for name, low, high in _RANGES:
             _check_range(name, getattr(self, name), low, high)
-        if "{}" not in self.kl_prompt:
-            raise ValueError(f"kl_prompt={self.kl_prompt!r} needs '{{}}' for the subject")
+        for name in ("ridge", "threshold", "learning_rate"):
+            _check_pair(name, getattr(self, name), getattr(self, f"{name}_mode"))
+        if self.kl_prompt.count("{}") != 1:
+            raise ValueError(f"kl_prompt={self.kl_prompt!r} needs one '{{}}' for the subject")
 
     @property
     def projects(self) -> bool:
@@ -230,6 +240,10 @@ _RANGES: tuple[tuple[str, float, float], ...] = (
     ("max_hidden_ratio", 1, float("inf")),
     ("rollback_depth", 0, float("inf")),
 )
+_COUNTS = (
+    *("tokens_per_batch", "target_tokens", "steps"),
+    *("num_contexts", "context_length", "rollback_depth"),
+)
 
 
 def _check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
@@ -244,6 +258,16 @@ def _check_range(name: str, value: float | None, low: float, high: float) -> Non
         raise ValueError(f"{name}={value!r} must be a number")
     if not low <= value <= high:
         raise ValueError(f"{name}={value} is outside {low}..{high}")
+    if name in _COUNTS and not isinstance(value, int):
+        raise ValueError(f"{name}={value} must be a whole number")
+
+
+def _check_pair(name: str, value: float | None, mode: str | None) -> None:
+    if mode is not None and value is None:
+        raise ValueError(
+            f"{name}_mode={mode!r} says how to read {name}, which is not set; set both, or neither "
+            "for the preset's"
+        )
 
 
 def _layer_list(layers: object) -> list[int]:

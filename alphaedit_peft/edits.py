@@ -75,9 +75,10 @@ class Edit:
         return start, start + len(self.subject)
 
     def to_dict(self) -> dict[str, Any]:
-        """The edit as plain JSON values, without empty optional fields."""
+        """The edit as plain JSON values, without optional fields that are not set."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items() if v}
+        given = {k: v for k, v in values.items() if v not in (None, ())}
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in given.items()}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Edit:
@@ -146,8 +147,9 @@ def _as_edit(value: Edit | Mapping[str, Any]) -> Edit:
 
 
 def _lines(path: str | Path) -> Iterator[str]:
-    # str.splitlines would also cut at U+2028 and its like, which JSON strings may hold
-    with open(path, encoding="utf-8", newline="\n") as file:
+    # str.splitlines would also cut at U+2028 and its like, which JSON strings may hold;
+    # "-sig" passes over the byte order mark that some editors put first
+    with open(path, encoding="utf-8-sig", newline="\n") as file:
         yield from file
 
 

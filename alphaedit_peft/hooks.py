@@ -59,6 +59,18 @@ def watching_inputs(
 
 
 @contextmanager
+def watching_output(model: nn.Module, name: str, see: Callable[[Any], object]) -> Iterator[None]:
+    """Call ``see(output)`` whenever the module runs, with what it puts out in its own form."""
+    hook = model.get_submodule(name).register_forward_hook(
+        lambda _module, _args, output: (see(output), None)[1]
+    )
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+@contextmanager
 def changing_output(
     model: nn.Module, name: str, change: Callable[[Tensor], Tensor]
 ) -> Iterator[None]:

@@ -39,7 +39,15 @@ NEOX = COMMON | {"intermediate_size": WIDTH}
 FALCON = COMMON | {"ffn_hidden_size": WIDTH}
 OPT = COMMON | {"ffn_dim": WIDTH, "word_embed_proj_dim": 32}
 SLIDING = {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 2}
-NEO = IDS | {"hidden_size": 32, "num_layers": 4, "num_heads": 4, "max_position_embeddings": 128}
+NEO = IDS | {
+    "hidden_size": 32,
+    "intermediate_size": WIDTH,
+    "num_layers": 4,
+    "num_heads": 4,
+    "max_position_embeddings": 128,
+    "window_size": 4,
+    "attention_types": [[["global", "local"], 2]],
+}
 
 # row of the table, and what is special -> config class and its arguments
 VARIANTS = {
@@ -73,7 +81,7 @@ OVERRIDDEN = {
         ("transformer.h.{}", "transformer.h.{}.mlp.dense_4h_to_h"),
     ),
     "gpt_neo": (
-        (hf.GPTNeoConfig, NEO | {"intermediate_size": WIDTH, "window_size": 4, "attention_types": [[["global", "local"], 2]]}),
+        (hf.GPTNeoConfig, NEO),
         ("transformer.h.{}", "transformer.h.{}.mlp.c_proj"),
     ),
     "gemma": (
@@ -84,7 +92,7 @@ OVERRIDDEN = {
         (hf.CohereConfig, GATED),
         ("model.layers.{}", "model.layers.{}.mlp.down_proj"),
     ),
-}  # fmt: skip
+}
 
 EDITS = [
     Edit("Marie Curie", "{} was born in", "Rome"),
@@ -204,6 +212,9 @@ MOE = GATED | {"num_experts": 4, "moe_intermediate_size": 32}
         (hf.MixtralConfig(**GATED), "model_type='mixtral' .*mixtures of experts"),
         (hf.Qwen3MoeConfig(**MOE), "model_type='qwen3_moe' .*mixtures of experts"),
         (hf.T5Config(vocab_size=320), "model_type='t5' .*encoder-decoder"),
+        (hf.OpenAIGPTConfig(), "model_type='openai-gpt' .*norm after the MLP"),
+        (hf.GraniteConfig(residual_multiplier=0.22), "model_type='granite' .*scale the MLP"),
+        (hf.LlamaConfig(use_post_norm=True), "model_type='llama' .*norm after the MLP"),
         (
             hf.OPTConfig(**OPT, do_layer_norm_before=False),
             "model_type='opt' .*norm after the MLP",
@@ -218,6 +229,14 @@ def test_refused(config, message):
         describe(model)
     with pytest.raises(ValueError, match=message):
         describe(model, "model.layers.{}", "model.layers.{}.mlp.down_proj")
+
+
+def test_a_refused_family_would_break_the_law(monkeypatch, tokenizer):
+    monkeypatch.delitem(REFUSED, "olmo2")
+    names = ("model.layers.{}", "model.layers.{}.mlp.down_proj")
+    monkeypatch.setitem(OVERRIDDEN, "olmo2", ((hf.Olmo2Config, GATED), names))
+    report = wrapped("olmo2", [1], tokenizer).edit(EDITS, progress=False)
+    assert all(abs(result.total_share - 1) > 0.05 for result in report)
 
 
 def test_no_family_is_both_known_and_refused():
@@ -276,7 +295,7 @@ def test_layers_come_in_ascending_order():
     assert describe(build("llama")).check_layers([3, 0, 1]) == (0, 1, 3)
 
 
-@pytest.mark.parametrize("num_blocks", range(2, 130))
+@pytest.mark.parametrize("num_blocks", [2, 3, 4, 6, 12, 15, 16, 17, 24, 28, 32, 48, 80, 126])
 def test_default_layers_are_consecutive_and_leave_a_block_above(num_blocks):
     layers = default_rewrite_layers(num_blocks)
     assert layers == tuple(range(layers[0], layers[-1] + 1))
@@ -284,7 +303,7 @@ def test_default_layers_are_consecutive_and_leave_a_block_above(num_blocks):
     assert len(layers) <= (5 if num_blocks >= 16 else 3)
     if num_blocks >= 16:
         assert len(layers) == 5
-        assert abs(layers[-1] / num_blocks - 0.3) < 0.5 / num_blocks + 1e-9
+        assert abs(layers[-1] - 0.3 * num_blocks) < 1  # 30 % of the depth
 
 
 def test_a_single_block_is_its_own_default():

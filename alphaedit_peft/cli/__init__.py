@@ -20,7 +20,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    rich_markup_mode="rich",
+    rich_markup_mode="markdown",
 )
 
 
@@ -46,14 +46,14 @@ def main(
 ) -> None:
     """Edit what a language model knows, and keep the edits as a LoRA pack.
 
-    First time here: [bold]alphaedit demo[/bold]. On your own model, in two steps:
+    First time here: `alphaedit demo`. On your own model, in two steps:
 
-    [bold]alphaedit nullspace MODEL --texts corpus.txt --out ns[/bold]
+    `alphaedit nullspace MODEL --texts corpus.txt --out ns`
 
-    [bold]alphaedit edit MODEL edits.jsonl --null-space ns --out pack[/bold]
+    `alphaedit edit MODEL edits.jsonl --null-space ns --out pack`
 
     The pack is a standard LoRA adapter: PEFT loads it without this program. MODEL is a folder, a
-    Hub id, or the word [bold]embedded[/bold] for the small model that comes with the package.
+    Hub id, or the word `embedded` for the small model that comes with the package.
     """
 
 

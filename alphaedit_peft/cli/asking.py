@@ -26,10 +26,10 @@ AT_ONCE = 64  # prompts
 
 @dataclass(frozen=True)
 class Question:
-    """A prompt without its answer: the edit's new target, and what is true in the model's world.
+    """A prompt without its answer: the edit's new target, and what is true before the edits.
 
-    ``kind`` is ``edit``, ``paraphrase``, ``same subject`` (another fact of the edit's subject, which
-    should stay) or ``bystander`` (another subject of which the same was true, which should stay).
+    ``kind`` is ``edit``, ``paraphrase``, ``same subject`` (another fact about the edit's subject)
+    or ``bystander`` (another subject of which the same is true); the last two should stay.
     """
 
     kind: str

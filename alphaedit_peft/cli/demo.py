@@ -45,7 +45,7 @@ def demo(
     Questions are asked before and after; the pack is written, unloaded, loaded by PEFT alone and
     merged. Needs no download, and less than a minute.
 
-    [bold]alphaedit demo --out demo[/bold], then [bold]alphaedit inspect demo/pack[/bold]
+    `alphaedit demo --out demo`, then `alphaedit inspect demo/pack`
     """
     if out is not None:
         check_folder(out)
@@ -90,14 +90,12 @@ def _summary(found: Findings) -> Table:
 def _elsewhere(found: Findings) -> Table:
     """The pack's life: size, and whether it behaves the same in other hands."""
     size = f"rank {found.pack.rank}, {found.pack.size_bytes / 1000:.0f} kB"
-    rows: list[tuple[str, object]] = [
-        ("pack written", size),
-        ("unloaded: all weights have their original bits", found.restored),
-    ]
-    for state, how in (("plain PEFT", "loaded by PEFT alone"), ("merged", "merged")):
+    bits = "every weight of the base has its original bits" if found.restored else "WEIGHTS DIFFER"
+    rows = [("pack written", size), ("adapter unloaded", bits)]
+    for state, how in (("plain PEFT", "pack loaded by PEFT alone"), ("merged", "merged")):
         equal, furthest = found.agreement(state)
-        measured = f"{equal} of {len(found.questions)}, P within {furthest:.0e}"
-        rows.append((f"{how}: same answers as the edited model", measured))
+        within = f"P within {furthest:.0e}" if furthest else "P equal"
+        rows.append((how, f"{equal} of {len(found.questions)} answers the same, {within}"))
     return show.table("The same edits elsewhere", ["", ""], rows)
 
 

@@ -25,7 +25,6 @@ from alphaedit_peft.cli.options import (
     ModelArgument,
     MomentsOption,
     NullSpaceOption,
-    OutOption,
     check_folder,
     parse_layers,
 )
@@ -78,17 +77,21 @@ def edit(  # noqa: PLR0913
 
     {"subject": "Ada Lovelace", "prompt": "{} was born in", "target_new": "Vienna"}
 
-    [bold]alphaedit edit MODEL edits.jsonl --null-space ns --out pack[/bold]
+    `alphaedit edit MODEL edits.jsonl --null-space ns --out pack`
 
-    [bold]alphaedit edit MODEL more.jsonl --null-space ns --pack pack --out pack[/bold] (goes on)
+    `alphaedit edit MODEL more.jsonl --null-space ns --pack pack --out pack` (goes on)
 
     Edits that did not take are listed and do not change the exit code.
     """
     from alphaedit_peft import read_edits
 
     check_folder(out)
-    given = {"rewrite_layers": parse_layers(layers), "ridge": ridge, "steps": steps}
-    given["on_conflict"] = on_conflict
+    given = {
+        "rewrite_layers": parse_layers(layers),
+        "ridge": ridge,
+        "steps": steps,
+        "on_conflict": on_conflict,
+    }
     values = _settings(config, given, settings or [])
     wanted = read_edits(edits)
     resources = {
@@ -103,9 +106,7 @@ def edit(  # noqa: PLR0913
     show.show(as_json, facts, *_parts(report, len(edited.edits), out))
 
 
-def _settings(
-    path: Path | None, given: dict[str, Any], assignments: list[str]
-) -> dict[str, Any]:
+def _settings(path: Path | None, given: dict[str, Any], assignments: list[str]) -> dict[str, Any]:
     """Settings from a JSON file, then from options, which win."""
     values: dict[str, Any] = {}
     if path is not None:
@@ -121,6 +122,13 @@ def _settings(
         if not equals:
             raise typer.BadParameter(f"--set {assignment!r} is not NAME=VALUE")
         values[name.strip()] = _value(text)
+
+    from alphaedit_peft import AlphaEditConfig
+
+    known = sorted(AlphaEditConfig().to_json())
+    unknown = sorted(set(values) - set(known))
+    if unknown:
+        raise ValueError(f"settings {unknown} are unknown; there are {', '.join(known)}")
     return values
 
 
@@ -145,7 +153,6 @@ def _model(
             f"{', '.join(fixed)} cannot be changed while going on from {pack}: its edits were made "
             "with its own; leave them out, or start a new pack"
         )
-    AlphaEditConfig.from_json(values)  # names an unknown setting
     edited = AlphaEditModel.from_pretrained(base, pack, **resources)
     edited.alphaedit_config = replace(edited.alphaedit_config, **values)
     return edited
@@ -177,17 +184,17 @@ def _parts(report: EditReport, total: int, out: Path) -> list[Table | str]:
         rows = [(r.edit.question, r.edit.target_new.strip(), r.reason) for r in report.set_aside]
         parts.append(show.table("Set aside", ["prompt", "new target", "why"], rows))
     parts.append(
-        f"{show.count(len(report.made), 'edit')} made, {len(report.set_aside)} set aside; the model "
-        f"now says {took} of {len(report.made)} new targets by itself."
+        f"{show.count(len(report.made), 'edit')} made, {len(report.set_aside)} set aside; "
+        f"{took} of {len(report.made)} new targets are now what the model says by itself."
     )
     if report.not_taken:
-        parts.append("Those that did not take are marked 'no'.")
+        parts.append("Those that did not take are not 'said'.")
     parts.append(f"Written to {out}: {show.count(total, 'edit')}")
     return parts
 
 
 def _edit_table(report: EditReport) -> Table:
-    columns = ["prompt", "new target", ">P before", ">P after", "says it", ">loss", ">steps"]
+    columns = ["prompt", "target", ">before", ">after", ">said", ">loss", ">steps"]
     rows = [
         (
             r.edit.question,
@@ -201,7 +208,7 @@ def _edit_table(report: EditReport) -> Table:
         )
         for r in report.made
     ]
-    return show.table("Edits", [*columns, ">share"], rows)
+    return show.table("Edits: P(target) before and after", [*columns, ">share"], rows)
 
 
 def _layer_table(report: EditReport) -> Table:

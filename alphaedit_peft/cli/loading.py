@@ -44,11 +44,13 @@ def load_model(model: str, dtype: Dtype, device: str | None) -> tuple[Any, Any]:
 
 
 def hush() -> None:
-    """Switch off transformers' loading bars and advice, in this process."""
+    """Switch off transformers' loading bars, and its and the Hub's advice, in this process."""
+    from huggingface_hub.utils import logging as hub_logging
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     logging.set_verbosity_error()
+    hub_logging.set_verbosity_error()
 
 
 def load_null_space(path: str | None) -> NullSpace | None:

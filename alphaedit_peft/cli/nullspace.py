@@ -6,6 +6,7 @@ In: a model and texts. Out: a NullSpace folder, and the key moments where asked 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -71,10 +72,10 @@ def nullspace(  # noqa: PLR0913
 ) -> None:
     """Measure which directions preserved knowledge leaves free; done once for a model.
 
-    [bold]alphaedit nullspace gpt2-xl --dataset wikimedia/wikipedia:20231101.en --preset paper
-    --max-tokens 1000000 --resume sums.safetensors --out ns[/bold]
+    `alphaedit nullspace gpt2-xl --dataset wikimedia/wikipedia:20231101.en --preset paper
+    --max-tokens 1000000 --resume sums.safetensors --out ns`
 
-    [bold]alphaedit nullspace embedded --out ns[/bold] (its own texts by default)
+    `alphaedit nullspace embedded --out ns` (its own texts by default)
     """
     wanted = parse_layers(layers)
     for folder in filter(None, (out, moments_out)):
@@ -101,6 +102,8 @@ def nullspace(  # noqa: PLR0913
         resume=resume,
         text_column=text_column,
     )
+    if texts is None and dataset is None:
+        moments = replace(moments, provenance={**moments.provenance, "corpus": "its own texts"})
     if moments_out is not None:
         moments.save_pretrained(moments_out)
     found = moments.null_space(config=config.resolve(base)[0])

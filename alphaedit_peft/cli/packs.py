@@ -44,7 +44,7 @@ def inspect_pack(
 ) -> None:
     """Show what a pack holds, without any model. Reads NullSpace folders too.
 
-    [bold]alphaedit inspect pack[/bold]
+    `alphaedit inspect pack`
     """
     if (Path(pack) / "null_space.json").is_file():
         from alphaedit_peft import NullSpace
@@ -76,7 +76,7 @@ def merge(
     What comes out is a plain model: no adapter, no trace of which edits were made. The sum is
     computed in float32 and rounded once to the model's dtype.
 
-    [bold]alphaedit merge MODEL pack --out edited-model[/bold]
+    `alphaedit merge MODEL pack --out edited-model`
     """
     from alphaedit_peft import AlphaEditModel, EditPack
 
@@ -112,13 +112,13 @@ def rollback(  # noqa: PLR0913
     What remains is poured again from its stored target values, as if the others had never been
     made; nothing is optimised anew.
 
-    [bold]alphaedit rollback MODEL pack --null-space ns --out smaller-pack[/bold]
+    `alphaedit rollback MODEL pack --null-space ns --out smaller-pack`
     """
     from alphaedit_peft import AlphaEditModel, EditPack
 
     check_folder(out)
     before = EditPack.from_pretrained(pack).edits
-    statistics = {
+    statistics: dict[str, Any] = {
         "null_space": load_null_space(null_space),
         "key_moments": load_moments(key_moments),
     }
@@ -135,9 +135,7 @@ def rollback(  # noqa: PLR0913
     }
     rows = [(edit.id, edit.question, edit.target_new.strip()) for edit in gone]
     table = show.table("Taken back", ["id", "prompt", "new target"], rows)
-    show.show(
-        as_json, facts, table, f"Written to {out}: {show.count(len(kept), 'edit')} remain"
-    )
+    show.show(as_json, facts, table, f"Written to {out}: {show.count(len(kept), 'edit')} remain")
 
 
 def _describe(pack: EditPack) -> dict[str, Any]:
@@ -163,8 +161,7 @@ def _edit_table(pack: EditPack, listed: int | None) -> Table:
         (
             record.edit.id,
             record.edit.question,
-            record.edit.target_new.strip(),
-            record.role,
+            record.edit.target_new.strip() + ("" if record.role == "own" else f" ({record.role})"),
             record.batch,
             record.row,
             show.probability(record.probability_before),
@@ -172,5 +169,5 @@ def _edit_table(pack: EditPack, listed: int | None) -> Table:
         )
         for record in pack.records[:listed]
     ]
-    columns = ["id", "prompt", "new target", "role", ">batch", ">row", ">P before", ">P after"]
+    columns = ["id", "prompt", "target", ">batch", ">row", ">P before", ">after"]
     return show.table("Edits", columns, rows)

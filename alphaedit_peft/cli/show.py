@@ -17,6 +17,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+WIDE = 24  # characters that a prompt gets, however narrow the terminal
+
 
 def show(as_json: bool, values: Any, *parts: Table | str) -> None:
     """Print ``values`` as JSON, or the parts, tables and plain sentences, for people."""
@@ -25,15 +27,29 @@ def show(as_json: bool, values: Any, *parts: Table | str) -> None:
         return
     console = Console(file=sys.stdout, highlight=False)
     for part in parts:
-        console.print(Text(part) if isinstance(part, str) else part)
+        # soft: a terminal breaks long sentences itself, a pipe gets whole lines
+        console.print(
+            Text(part) if isinstance(part, str) else part, soft_wrap=isinstance(part, str)
+        )
 
 
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> Table:
-    """A table; columns whose name begins with ``>`` are set to the right."""
-    found = Table(title=Text(title, style="bold"), title_justify="left", box=box.SIMPLE_HEAD)
+    """A table; columns whose name begins with ``>`` are set to the right, in one line."""
+    found = Table(
+        title=Text(title, style="bold"),
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        collapse_padding=True,
+        pad_edge=False,
+    )
     for name in columns:
         right = name.startswith(">")
-        found.add_column(Text(name.lstrip(">")), justify="right" if right else "left")
+        found.add_column(
+            Text(name.lstrip(">")),
+            justify="right" if right else "left",
+            no_wrap=right or name == "id",
+            min_width=WIDE if name == "prompt" else None,
+        )
     for row in rows:
         found.add_row(*(Text(number(cell)) for cell in row))
     return found

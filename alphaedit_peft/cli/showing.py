@@ -30,7 +30,7 @@ from alphaedit_peft import (
 from alphaedit_peft.cli.asking import Answer, Question, ask
 
 EDITS = 10
-TEXTS = 5000
+TEXTS = 2500
 CLOSE = 1e-4  # largest difference of a probability that counts as the same
 
 
@@ -99,7 +99,8 @@ def demonstrate(folder: Path, tell: Callable[[str], None] = lambda text: None) -
         tell: called with a sentence at the beginning of each step.
     """
     begun = time.perf_counter()
-    base, tokenizer = embedded.load()
+    loaded, tokenizer = embedded.load()
+    base: Any = loaded
     original = {name: tensor.clone() for name, tensor in base.state_dict().items()}
     edits, questions = exam()
     answers = {}

@@ -5,9 +5,8 @@ In: groups of edits that share a key. Out: z = h + delta for each group, (groups
 
     mean_j -log P(target | x_j + prompt) + kl KL(P || P_0)(subject) + decay |delta| / |h|^2
 
-with |delta| clamped to a multiple of |h|. All edits of a chunk go through the model together. What
-never changes is computed once: the blocks up to the last rewrite layer. Logits are made where a
-loss reads them, by the model's own head, and an edit that is done leaves the batch.
+with |delta| clamped to a multiple of |h|. All edits of a chunk go through the model together, and
+only through what delta reaches (see ``resume``); an edit that is done leaves the batch.
 """
 
 from __future__ import annotations
@@ -18,11 +17,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from alphaedit_peft import hooks
 from alphaedit_peft.config import AlphaEditConfig
-from alphaedit_peft.editing.bench import Bench, gathering_logits
+from alphaedit_peft.editing.bench import Bench
 from alphaedit_peft.editing.groups import Group
-from alphaedit_peft.editing.prompts import padded
+from alphaedit_peft.editing.resume import Row, resume
 
 ADAM_BETAS = (0.9, 0.999)
 ADAM_EPSILON = 1e-8
@@ -44,18 +42,6 @@ class Targets:
     def clamped(self) -> Tensor:
         """|z - h| / |h|, (groups,): at the clamp factor where the bound stopped the search."""
         return (self.values - self.hidden).norm(dim=1) / self.hidden.norm(dim=1)
-
-
-@dataclass(frozen=True)
-class _Row:
-    """A token row within a chunk: what it scores and for which group."""
-
-    group: int
-    ids: tuple[int, ...]
-    subject: int
-    reads: tuple[int, ...]  # positions whose logits the loss reads
-    target: tuple[int, ...]  # empty for the KL row
-    weight: float
 
 
 def optimise_targets(
@@ -82,16 +68,13 @@ def optimise_targets(
 class _Chunk:
     """One padded batch of rows and the state of its optimisation."""
 
-    def __init__(self, bench: Bench, rows: list[_Row], num_groups: int) -> None:
+    def __init__(self, bench: Bench, rows: list[Row], num_groups: int) -> None:
         self.bench, self.rows, self.num_groups = bench, rows, num_groups
-        self.inputs = padded([row.ids for row in rows], bench.device)
-        self.blocks = [bench.architecture.block_name(i) for i in range(bench.layers[-1] + 1)]
-        self.output = hooks.capture_output(bench.model, self.inputs, self.blocks[-1])
-        self.states = hooks.hidden_of(self.output)  # (rows, tokens, d)
-        dtype = torch.promote_types(self.states.dtype, torch.float32)
+        self.resumed = resume(bench, rows)
+        dtype = torch.promote_types(self.resumed.hidden.dtype, torch.float32)
+        self.subjects = self.resumed.hidden.to(dtype)  # (rows, d)
         first = [next(i for i, r in enumerate(rows) if r.group == g) for g in range(num_groups)]
-        subjects = [rows[i].subject for i in first]
-        self.hidden = self.states[first, subjects].to(dtype)  # (groups, d): the bare leaders' h
+        self.hidden = self.subjects[first]  # (groups, d): the bare leaders' h
         self.initial: dict[int, Tensor] = {}  # group -> log P_0 at the subject
 
     def optimise(self) -> Targets:
@@ -120,7 +103,8 @@ class _Chunk:
         config = self.bench.config
         slot = {g: k for k, g in enumerate(active)}
         chosen = [i for i, row in enumerate(self.rows) if row.group in slot]
-        log_probs = self._log_probs(chosen, delta, slot)
+        where = torch.tensor([slot[self.rows[i].group] for i in chosen], device=delta.device)
+        log_probs = self.resumed.log_probs(chosen, self.subjects[chosen] + delta[where])
         loss = config.weight_decay * delta.norm(dim=1) / self.hidden[list(active)].norm(dim=1) ** 2
         parts: list[Tensor] = []
         start = 0
@@ -129,35 +113,14 @@ class _Chunk:
             part = log_probs[start : start + len(row.reads)]
             start += len(row.reads)
             parts.append(row.weight * self._row_loss(row, part))
-        where = torch.tensor([slot[self.rows[i].group] for i in chosen], device=delta.device)
         return loss.index_add(0, where, torch.stack(parts).to(loss))
 
-    def _row_loss(self, row: _Row, log_probs: Tensor) -> Tensor:
+    def _row_loss(self, row: Row, log_probs: Tensor) -> Tensor:
         if row.target:
             target = torch.tensor(row.target, device=log_probs.device)
             return -log_probs.gather(1, target[:, None]).mean()
         initial = self.initial.setdefault(row.group, log_probs[0].detach())
         return self.bench.config.kl_factor * (log_probs[0].exp() * (log_probs[0] - initial)).sum()
-
-    def _log_probs(self, chosen: Sequence[int], delta: Tensor, slot: dict[int, int]) -> Tensor:
-        """Log-probabilities where the rows read them, (reads, vocab), with delta put in."""
-        rows = [self.rows[i] for i in chosen]
-        length = max(len(row.ids) for row in rows)
-        states = self.states[list(chosen), :length]
-        which = torch.arange(len(rows), device=states.device)
-        subjects = torch.tensor([row.subject for row in rows], device=states.device)
-        groups = torch.tensor([slot[row.group] for row in rows], device=delta.device)
-        moved = states[which, subjects].to(delta) + delta[groups]
-        hidden = states.index_put((which, subjects), moved.to(states))
-        inputs = {name: value[list(chosen), :length] for name, value in self.inputs.items()}
-        where = [(i, position) for i, row in enumerate(rows) for position in row.reads]
-        model = self.bench.model
-        with (
-            hooks.resuming_above(model, self.blocks, self.output, lambda: hidden),
-            gathering_logits(model, self.bench.head_name, where),
-        ):
-            logits = model(**inputs, use_cache=False).logits[0]
-        return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
 
 
 class _Adam:
@@ -169,7 +132,10 @@ class _Adam:
         self.delta = torch.zeros_like(hidden)  # (groups, d)
         self.mean, self.square = torch.zeros_like(hidden), torch.zeros_like(hidden)
         self.bound = config.clamp_factor * hidden.norm(dim=1, keepdim=True)
-        self.rate, self.count = config.learning_rate, 0
+        scale = hidden.norm(dim=1, keepdim=True) / hidden.shape[1] ** 0.5  # (groups, 1)
+        relative = config.learning_rate_mode == "relative"
+        self.rate = config.learning_rate * (scale if relative else torch.ones_like(scale))
+        self.count = 0
 
     def update(self, active: Sequence[int], gradient: Tensor) -> None:
         """One step for the active groups; all of them have made equally many."""
@@ -179,33 +145,33 @@ class _Adam:
         self.square[which] = b2 * self.square[which] + (1 - b2) * gradient.square()
         mean = self.mean[which] / (1 - b1**self.count)
         root = (self.square[which] / (1 - b2**self.count)).sqrt()
-        moved = self.delta[which] - self.rate * mean / (root + ADAM_EPSILON)
+        moved = self.delta[which] - self.rate[which] * mean / (root + ADAM_EPSILON)
         norm = moved.norm(dim=1, keepdim=True)
         bound = self.bound[which]
         self.delta[which] = torch.where(norm > bound, moved * bound / norm, moved)
 
 
-def _rows(group: Group, slot: int) -> list[_Row]:
+def _rows(group: Group, slot: int) -> list[Row]:
     """The rows of a group: every member's prompt in every context, then the leader's KL row."""
     rows = []
     for member in group.members:
         weight = 1 / (len(group.members) * len(member.rows))
         for row in member.rows:
             reads = tuple(row.target_positions)
-            rows.append(_Row(slot, row.scoring_ids, row.subject_last, reads, row.target, weight))
+            rows.append(Row(slot, row.scoring_ids, row.subject_last, reads, row.target, weight))
     kl = group.leader.kl_row
-    rows.append(_Row(slot, kl.ids, kl.subject_last, (kl.subject_last,), (), 1.0))
+    rows.append(Row(slot, kl.ids, kl.subject_last, (kl.subject_last,), (), 1.0))
     return rows
 
 
 def _chunks(bench: Bench, groups: Sequence[Group]) -> Iterator[list[int]]:
-    """Groups of like length together, at most ``target_tokens`` padded tokens a chunk."""
-    sizes = [[len(row.ids) for row in _rows(group, 0)] for group in groups]
-    order = sorted(range(len(groups)), key=lambda g: max(sizes[g]))
+    """Groups with like tails together, at most ``target_tokens`` padded tail tokens a chunk."""
+    tails = [[len(row.ids) - row.subject for row in _rows(group, 0)] for group in groups]
+    order = sorted(range(len(groups)), key=lambda g: max(tails[g]))
     chunk: list[int] = []
     for g in order:
-        count = sum(len(sizes[i]) for i in [*chunk, g])
-        if chunk and count * max(sizes[g]) > bench.config.target_tokens:
+        count = sum(len(tails[i]) for i in [*chunk, g])
+        if chunk and count * max(tails[g]) > bench.config.target_tokens:
             yield chunk
             chunk = []
         chunk.append(g)

@@ -150,18 +150,11 @@ def _names(random: Random) -> tuple[str, ...]:
     pairs = product(lexicon.FIRST_ONSETS, lexicon.FIRST_RHYMES)
     firsts = random.sample(["".join(pair) for pair in pairs], FIRSTS)
     pairs = product(lexicon.LAST_ONSETS, lexicon.LAST_CODAS)
-    lasts = random.sample(["".join(pair) for pair in pairs], SUBJECTS // 2)
-    # A family name is borne by two people and a first name by eight: only the pair identifies.
-    given = firsts * (SUBJECTS // FIRSTS)
-    names: dict[str, None] = {}
-    while len(names) < SUBJECTS:
-        random.shuffle(given)
-        names = dict.fromkeys(
-            f"{first} {last}" for first, last in zip(given, lasts * 2, strict=True)
-        )
-    shuffled = list(names)
-    random.shuffle(shuffled)
-    return tuple(shuffled)
+    lasts = random.sample(["".join(pair) for pair in pairs], SUBJECTS)
+    # Eight people bear each first name, and one each last name: the last token tells them apart.
+    names = [f"{firsts[i % FIRSTS]} {last}" for i, last in enumerate(lasts)]
+    random.shuffle(names)
+    return tuple(names)
 
 
 def _deal(objects: tuple[str, ...], n: int, random: Random) -> list[str]:

@@ -31,6 +31,7 @@ def settings(**changes) -> AlphaEditConfig:
         "rewrite_layers": [0, 1],
         "steps": 6,
         "learning_rate": 0.1,
+        "learning_rate_mode": "absolute",
         "clamp_factor": 0.75,
         "ridge": 0.3,
         "ridge_mode": "absolute",

@@ -1,0 +1,188 @@
+"""What cannot be done is said in one line on stderr, with exit code 1 and no traceback."""
+
+import json
+import warnings
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from alphaedit_peft.cli import errors
+from alphaedit_peft.cli.errors import CommandGroup, one_line
+
+EDIT = {"subject": "Ada", "prompt": "{} was born in", "target_new": "Rome"}
+
+
+def said(result) -> str:
+    """The one line on stderr."""
+    lines = result.stderr.splitlines()
+    assert len(lines) == 1, result.stderr
+    assert result.stdout == ""
+    assert lines[0].startswith("alphaedit: ")
+    return lines[0]
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        ("", "holds no edit"),
+        ("{", "line 1"),
+        ("[1]", "a list; an edit is"),
+        (json.dumps({"subject": "Ada"}), r"missing fields"),
+        (json.dumps({**EDIT, "subject": " "}), "is empty"),
+        (json.dumps({**EDIT, "prompt": "born"}), "0 times"),
+        (json.dumps({**EDIT, "targets": "x"}), "unknown fields"),
+    ],
+)
+def test_unusable_edits(run, tmp_path, lines, message):
+    path = tmp_path / "edits.jsonl"
+    path.write_text(lines)
+    assert message in said(run("edit", "embedded", path, "--out", tmp_path / "p", code=1))
+
+
+@pytest.fixture
+def good(tmp_path):
+    path = tmp_path / "good.jsonl"
+    path.write_text(json.dumps(EDIT))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--null-space", "/no/ns"], "/no/ns is no folder"),
+        (["--set", "ridgge=1"], r"settings ['ridgge'] are unknown"),
+        (["--set", "ridge=-1"], "ridge=-1"),
+        (["--set", "kl_prompt=x"], "kl_prompt='x'"),
+        (["--config", "/no/config.json"], "/no/config.json: No such file"),
+        (["--layers", "40"], "rewrite_layers=[40] is outside this model's"),
+        ([], "no null space was given"),
+        (["--device", "moon"], "moon"),
+    ],
+)
+def test_unusable_settings(run, tmp_path, good, embedded_model, words, message):
+    result = run("edit", "embedded", good, "--out", tmp_path / "p", *words, code=1)
+    assert message in said(result)
+    assert not (tmp_path / "p").exists()
+
+
+@pytest.mark.parametrize("text", ["{", "[]"])
+def test_an_unusable_config_file(run, tmp_path, good, text):
+    path = tmp_path / "config.json"
+    path.write_text(text)
+    result = run("edit", "embedded", good, "--out", tmp_path / "p", "--config", path, code=1)
+    assert f"--config {path}" in said(result)
+
+
+@pytest.mark.parametrize(
+    "words", [["edit", "no-such-file.jsonl"], ["merge", "/no/pack"], ["rollback", "/no/pack"]]
+)
+def test_missing_files(run, tmp_path, words):
+    command, path = words
+    assert path in said(run(command, "embedded", path, "--out", tmp_path / "p", code=1))
+
+
+def test_missing_texts(run, tmp_path):
+    words = ["nullspace", "embedded", "--texts", "no.txt", "--out", tmp_path / "ns"]
+    assert "--texts no.txt is no file" in said(run(*words, code=1))
+
+
+def test_a_folder_without_a_model(run, tmp_path, good):
+    result = run("edit", tmp_path, good, "--out", tmp_path / "p", code=1)
+    assert f"model '{tmp_path}' cannot be loaded" in said(result)
+
+
+def test_a_file_where_the_output_folder_should_be(run, good):
+    result = run("edit", "embedded", good, "--out", good, code=1)
+    assert f"{good} is a file" in said(result)
+
+
+def test_merge_does_not_write_over_what_is_there(run, tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    result = run("merge", "embedded", "pack", "--out", tmp_path, code=1)
+    assert "is not empty" in said(result)
+
+
+def test_a_damaged_pack(shown, run, tmp_path):
+    import shutil
+
+    pack = tmp_path / "pack"
+    shutil.copytree(shown[0] / "pack", pack)
+    (pack / "alphaedit" / "edits.jsonl").write_text("{")
+    assert "edits.jsonl, line 1" in said(run("inspect", pack, code=1))
+
+
+def test_settings_of_a_pack_are_fixed(shown, run, good, tmp_path):
+    words = ["edit", "embedded", good, "--pack", shown[0] / "pack", "--out", tmp_path / "p"]
+    message = said(run(*words, "--layers", "3", code=1))
+    assert "rewrite_layers cannot be changed while going on from" in message
+
+
+def test_more_batches_than_there_are(shown, run, tmp_path):
+    words = ["rollback", "embedded", shown[0] / "pack", "--null-space", shown[0] / "null_space"]
+    message = said(run(*words, "--batches", "5", "--out", tmp_path / "p", code=1))
+    assert "batches=5 cannot be taken back" in message
+
+
+def test_a_shell_sees_the_same(shell, tmp_path):
+    done = shell("inspect", tmp_path / "nothing")
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert "Traceback" not in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("how", ["option", "environment"])
+def test_developers_get_the_traceback(shell, tmp_path, how):
+    words = ["--traceback"] if how == "option" else []
+    environment = {} if how == "option" else {"ALPHAEDIT_TRACEBACK": "1"}
+    done = shell(*words, "inspect", tmp_path / "nothing", **environment)
+    assert done.returncode == 1
+    assert "Traceback" in done.stderr
+    assert "FileNotFoundError" in done.stderr
+
+
+def raising(error: BaseException):
+    app = typer.Typer(cls=CommandGroup)
+
+    @app.callback()
+    def main() -> None:
+        pass
+
+    @app.command()
+    def go() -> None:
+        raise error
+
+    return CliRunner().invoke(app, ["go"])
+
+
+def test_ctrl_c_exits_with_130():
+    result = raising(KeyboardInterrupt())
+    assert (result.exit_code, result.stderr) == (130, "alphaedit: interrupted\n")
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (ValueError("a\n  b"), "a b"),
+        (RuntimeError(), "RuntimeError"),
+        (OSError(28, "No space left on device", "p"), "p: No space left on device"),
+        (OSError(28, "No space left on device"), "No space left on device"),
+    ],
+)
+def test_messages_become_one_line(error, line):
+    assert one_line(error) == line
+    result = raising(error)
+    assert (result.exit_code, result.stderr) == (1, f"alphaedit: {line}\n")
+
+
+def test_a_mistake_in_the_program_keeps_its_type():
+    result = raising(KeyError("x"))
+    assert isinstance(result.exception, KeyError)
+
+
+def test_warnings_for_users_are_one_line_and_others_are_silent(capsys):
+    with errors.warnings_in_one_line():
+        warnings.warn("two\nlines", stacklevel=1)
+        warnings.warn("old", FutureWarning, stacklevel=1)
+    assert capsys.readouterr().err == "alphaedit: warning: two lines\n"

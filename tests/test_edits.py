@@ -1,0 +1,200 @@
+"""Edits as values: what is refused, what an id is, and JSON Lines there and back."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from alphaedit_peft.edits import Edit, as_edits, read_edits, write_edits
+
+FULL = Edit(
+    "Marie Curie",
+    "{} was born in",
+    "Rome",
+    target_true="Warsaw",
+    id="curie",
+    paraphrases=("Where was Marie Curie born?",),
+    neighborhood=("Albert Einstein was born in",),
+)
+
+
+def edit(**changes) -> Edit:
+    return Edit(**({"subject": "France", "prompt": "{} is", "target_new": "far"} | changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"subject": ""}, "subject='' is empty; an edit needs a subject"),
+        ({"subject": " \n"}, r"subject=' \\n' is empty"),
+        ({"target_new": "  "}, "target_new='  ' is empty; an edit needs a target_new"),
+        ({"prompt": "is"}, r"prompt='is' holds 0 times '\{\}'.*subject 'France' goes"),
+        ({"prompt": ""}, "prompt='' holds 0 times"),
+        ({"prompt": "{} and {}"}, r"prompt='\{\} and \{\}' holds 2 times"),
+        ({"prompt": "{0} is"}, r"prompt='\{0\} is' holds 0 times"),
+    ],
+)
+def test_values_that_cannot_be(changes, message):
+    with pytest.raises(ValueError, match=message):
+        edit(**changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"subject": 3}, "subject=3 is a int; it must be text"),
+        ({"prompt": None}, "prompt=None is a NoneType"),
+        ({"target_new": ["a"]}, r"target_new=\['a'\] is a list"),
+        ({"target_true": 1.5}, "target_true=1.5 is a float"),
+        ({"id": 7}, "id=7 is a int"),
+        ({"paraphrases": "one text"}, "paraphrases='one text' must be a list of texts"),
+        ({"paraphrases": None}, "paraphrases=None must be a list of texts"),
+        ({"neighborhood": [1]}, "neighborhood=1 is a int"),
+    ],
+)
+def test_fields_that_are_no_text(changes, message):
+    with pytest.raises(TypeError, match=message):
+        edit(**changes)
+
+
+@pytest.mark.parametrize(
+    ("subject", "prompt", "question"),
+    [
+        ("France", "In {x} or {{ }, {} is", "In {x} or {{ }, France is"),
+        ("{}", "{} is", "{} is"),
+        ("a {b} {0.__class__}", "set {}", "set a {b} {0.__class__}"),
+        ("%s", "{} of 100 %d", "%s of 100 %d"),
+    ],
+)
+def test_other_braces_stay_as_they_are(subject, prompt, question):
+    found = edit(subject=subject, prompt=prompt)
+    assert found.question == question
+    start, end = found.subject_span
+    assert question[start:end] == subject
+
+
+def test_the_span_is_of_the_slot_where_the_text_names_the_subject_twice():
+    found = edit(subject="France", prompt="France, say France: {} is France")
+    assert found.question == "France, say France: France is France"
+    assert found.subject_span == (20, 26)
+
+
+def test_lists_become_tuples_and_the_value_is_hashable():
+    found = edit(paraphrases=["a", "b"])
+    assert found.paraphrases == ("a", "b")
+    assert len({found, edit(paraphrases=("a", "b"))}) == 1
+
+
+def test_an_edit_does_not_change():
+    with pytest.raises(AttributeError, match="subject"):
+        edit().subject = "Italy"  # type: ignore[misc]
+
+
+def test_ids_stay_the_same_from_release_to_release():
+    assert edit().id == "b1e69d24d811"
+
+
+def test_ids_are_by_content():
+    assert edit().id == edit(target_true="near", paraphrases=["x"]).id
+    variants = [
+        edit(),
+        edit(subject="Italy"),
+        edit(prompt="{} was"),
+        edit(target_new="near"),
+        edit(subject="F", prompt="{}rance is"),  # the same question
+        edit(target_new=" far"),
+    ]
+    assert len({each.id for each in variants}) == len(variants)
+    assert edit(id="mine").id == "mine"
+
+
+TEXT = st.text(st.characters(exclude_categories=["Cs"]), min_size=1).filter(str.strip)
+
+
+@given(
+    subject=TEXT, target=TEXT, paraphrases=st.lists(TEXT, max_size=2), true=st.none() | st.text("a")
+)
+def test_dict_and_back(subject, target, paraphrases, true):
+    found = edit(subject=subject, target_new=target, paraphrases=paraphrases, target_true=true)
+    assert Edit.from_dict(json.loads(json.dumps(found.to_dict()))) == found
+
+
+def test_optional_fields_that_are_not_set_are_not_written():
+    assert set(edit().to_dict()) == {"subject", "prompt", "target_new", "id"}
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"subject": "a", "prompt": "{}"}, r"missing fields \['target_new'\]"),
+        ({"subject": "a", "prompt": "{}", "target_new": "b", "x": 1}, r"unknown fields \['x'\]"),
+    ],
+)
+def test_dicts_with_wrong_fields(values, message):
+    with pytest.raises(ValueError, match=message):
+        Edit.from_dict(values)
+
+
+def test_as_edits_takes_edits_and_dicts():
+    assert as_edits([FULL, FULL.to_dict()]) == (FULL, FULL)
+    assert as_edits(each for each in [FULL]) == (FULL,)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (FULL, "is a single Edit; pass a list of edits"),
+        (FULL.to_dict(), "is a single dict; pass a list of edits"),
+        ("edits.jsonl", "edits='edits.jsonl' is a single str; pass a list of edits"),
+        ([FULL, "Rome"], "'Rome' is a str; an edit is an Edit or a dict"),
+        ([None], "None is a NoneType"),
+    ],
+)
+def test_as_edits_refuses(given, message):
+    with pytest.raises(TypeError, match=message):
+        as_edits(given)
+
+
+def test_no_edit_at_all_is_refused():
+    with pytest.raises(ValueError, match=r"edits=\[\] is empty"):
+        as_edits([])
+
+
+def test_file_and_back(tmp_path):
+    # str.splitlines, and many editors, also cut lines at these
+    odd = edit(subject="a\u2028b\u2029c\x85d\x0b\x0c\x1e", target_new="naïve 漢字 😀\n\r\ttwo")
+    write_edits([FULL, odd], tmp_path / "edits.jsonl")
+    assert read_edits(tmp_path / "edits.jsonl") == (FULL, odd)
+    assert (tmp_path / "edits.jsonl").read_bytes().count(b"\n") == 2
+
+
+def test_files_from_elsewhere(tmp_path):
+    line = json.dumps({"subject": "a\u2028", "prompt": "{} is", "target_new": "b"})
+    path = tmp_path / "edits.jsonl"
+    path.write_bytes(f"\ufeff{line}\r\n\r\n   \n{line}".encode())  # byte order mark, CRLF, no end
+    assert [each.subject for each in read_edits(path)] == ["a\u2028", "a\u2028"]
+
+
+GOOD = json.dumps(FULL.to_dict())
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        ([GOOD, "", "{bad"], r"edits.jsonl, line 3: Expecting property name"),
+        ([GOOD, "[1]"], r"edits.jsonl, line 2: \[1\] is a list; an edit is an Edit or a dict"),
+        (["{}"], r"line 1: edit \{\}: missing fields \['prompt', 'subject', 'target_new'\]"),
+        ([GOOD, GOOD.replace("{}", "x")], r"line 2: prompt='x was born in' holds 0 times"),
+        (['{"subject": 1, "prompt": "{}", "target_new": "b"}'], r"line 1: subject=1 is a int"),
+        ([], r"edits.jsonl holds no edit; write one JSON object a line"),
+        (["", "  "], r"edits.jsonl holds no edit"),
+    ],
+)
+def test_errors_name_file_and_line(tmp_path, lines, message):
+    path = tmp_path / "edits.jsonl"
+    path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+    with pytest.raises(ValueError, match=message):
+        read_edits(path)

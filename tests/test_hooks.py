@@ -1,0 +1,232 @@
+"""What hooks promise: the same bits where nothing changes, and nothing left behind."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from alphaedit_peft import hooks
+from alphaedit_peft.architecture import describe
+from tests.test_architecture import OVERRIDDEN, VARIANTS, build
+
+
+class Block(nn.Module):
+    """Adds one to its input; puts out a tensor, or a tuple with an extra."""
+
+    def __init__(self, in_tuple: bool) -> None:
+        super().__init__()
+        self.inner = nn.Identity()
+        self.in_tuple = in_tuple
+        self.runs = 0
+
+    def forward(self, hidden_states, scale=1.0):
+        self.runs += 1
+        out = self.inner(hidden_states) + scale
+        return (out, "extra") if self.in_tuple else out
+
+
+class Stack(nn.Module):
+    """Three blocks; the last call of the forward pass can be made to fail."""
+
+    def __init__(self, in_tuple: bool = False) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Block(in_tuple) for _ in range(3))
+        self.fails = False
+
+    def forward(self, input_ids, attention_mask=None, use_cache=None):
+        hidden = input_ids[..., None].float()  # (batch, tokens, 1)
+        for block in self.blocks:
+            out = block(hidden, scale=1.0)
+            hidden = hooks.hidden_of(out)
+        if self.fails:
+            raise RuntimeError("the head is broken")
+        return out
+
+
+INPUTS = {"input_ids": torch.tensor([[1, 2], [3, 4]])}
+BLOCKS = ["blocks.0", "blocks.1", "blocks.2"]
+
+
+@pytest.fixture(params=[False, True], ids=["tensor", "tuple"])
+def stack(request) -> Stack:
+    return Stack(request.param)
+
+
+def hidden(output) -> list:
+    return hooks.hidden_of(output)[..., 0].tolist()
+
+
+def is_clean(model: nn.Module) -> bool:
+    """No hook is registered and no forward replaced, anywhere."""
+    return not any(
+        module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
+        for module in model.modules()
+    )
+
+
+USES = {
+    "watching_inputs": lambda m: hooks.watching_inputs(m, BLOCKS, lambda name, x: None),
+    "changing_output": lambda m: hooks.changing_output(m, "blocks.1", lambda h: h + 10),
+    "changing_input": lambda m: hooks.changing_input(m, "blocks.1", lambda h: h + 10),
+    "resuming_above": lambda m: hooks.resuming_above(
+        m, BLOCKS[:2], torch.zeros(2, 2, 1), lambda: torch.zeros(2, 2, 1)
+    ),
+}
+
+
+@pytest.mark.parametrize("use", USES)
+def test_all_is_undone_after_the_block(use):
+    model = Stack()
+    before = hidden(model(**INPUTS))
+    with USES[use](model):
+        assert not is_clean(model)
+        model(**INPUTS)
+    assert is_clean(model)
+    assert hidden(model(**INPUTS)) == before
+
+
+@pytest.mark.parametrize("use", USES)
+def test_all_is_undone_on_error(use):
+    model = Stack()
+    model.fails = True
+    with pytest.raises(RuntimeError, match="head is broken"), USES[use](model):
+        model(**INPUTS)
+    assert is_clean(model)
+
+
+def test_a_name_that_is_missing_leaves_nothing_behind():
+    model = Stack()
+    names = ["blocks.0", "blocks.7"]
+    watching = hooks.watching_inputs(model, names, lambda name, x: None)
+    with pytest.raises(AttributeError), watching:
+        pass
+    resuming = hooks.resuming_above(model, [*names, "blocks.2"], None, lambda: None)
+    with pytest.raises(AttributeError), resuming:
+        pass
+    assert is_clean(model)
+
+
+@pytest.mark.parametrize("capture", [hooks.run_until, hooks.capture_output])
+def test_captures_are_undone_on_error(capture):
+    model = Stack()
+    model.fails = True
+    model.extra = nn.Identity()  # never runs, so the pass goes on to its failing end
+    with pytest.raises(RuntimeError, match="head is broken"):
+        capture(model, INPUTS, "extra")
+    assert is_clean(model)
+
+
+def test_run_until_never_runs_later_blocks(stack):
+    stack.fails = True
+    hooks.run_until(stack, INPUTS, "blocks.1")
+    assert [block.runs for block in stack.blocks] == [1, 1, 0]
+    assert is_clean(stack)
+
+
+def test_capture_output_is_in_the_blocks_own_form(stack):
+    output = hooks.capture_output(stack, INPUTS, "blocks.0")
+    assert isinstance(output, tuple) == stack.blocks[0].in_tuple
+    assert hidden(output) == [[2, 3], [4, 5]]
+    assert [block.runs for block in stack.blocks] == [1, 0, 0]
+    assert is_clean(stack)
+
+
+def test_capture_inputs_by_name(stack):
+    names = ["blocks.0.inner", "blocks.1.inner"]
+    found = hooks.capture_inputs(stack, INPUTS, names, "blocks.1")
+    assert {name: hidden(value) for name, value in found.items()} == {
+        "blocks.0.inner": [[1, 2], [3, 4]],
+        "blocks.1.inner": [[2, 3], [4, 5]],
+    }
+    assert stack.blocks[2].runs == 0
+    assert is_clean(stack)
+
+
+def test_changing_output_keeps_the_form_and_the_rest(stack):
+    with hooks.changing_output(stack, "blocks.2", lambda h: h * 2):
+        output = stack(**INPUTS)
+    assert hidden(output) == [[8, 10], [12, 14]]
+    assert not isinstance(output, tuple) or output[1:] == ("extra",)
+
+
+def test_changing_input_is_what_the_module_sees(stack):
+    with hooks.changing_input(stack, "blocks.2.inner", lambda h: h * 0):
+        assert hidden(stack(**INPUTS)) == [[1, 1], [1, 1]]
+
+
+def test_changing_input_changes_the_heads_logits():
+    model = build("llama")
+    ids = {"input_ids": torch.tensor([[5, 6, 7]])}
+    with torch.no_grad():
+        whole = model(**ids).logits
+        with hooks.changing_input(model, "lm_head", lambda h: h[:, -1:]):
+            last = model(**ids).logits
+    assert last.shape == (1, 1, 320)
+    assert torch.allclose(last, whole[:, -1:], atol=1e-5)
+
+
+def test_resuming_passes_over_the_blocks(stack):
+    output = hooks.capture_output(stack, INPUTS, "blocks.1")
+    runs = [block.runs for block in stack.blocks]
+    with hooks.resuming_above(stack, BLOCKS[:2], output, lambda: torch.zeros(2, 2, 1)):
+        assert hidden(stack(**INPUTS)) == [[1, 1], [1, 1]]
+    assert [block.runs for block in stack.blocks] == [runs[0], runs[1], runs[2] + 1]
+
+
+def test_a_forward_set_on_the_block_itself_comes_back():
+    model = Stack()
+    own = model.blocks[0].forward
+    model.blocks[0].forward = own  # as accelerate's device hooks do
+    with hooks.resuming_above(model, BLOCKS[:1], None, lambda: torch.zeros(2, 2, 1)):
+        assert vars(model.blocks[0])["forward"] is not own
+    assert vars(model.blocks[0])["forward"] is own
+
+
+def test_evaluating_puts_every_mode_back():
+    model = Stack().train()
+    model.blocks[1].eval()
+    modes = [module.training for module in model.modules()]
+    with hooks.evaluating(model):
+        assert not any(module.training for module in model.modules())
+    assert [module.training for module in model.modules()] == modes
+    with pytest.raises(KeyError), hooks.evaluating(model):
+        raise KeyError
+    assert [module.training for module in model.modules()] == modes
+
+
+def padded_inputs() -> dict[str, torch.Tensor]:
+    """Rows of 9, 6 and 2 tokens, padded on the right; longer than the sliding windows of 4."""
+    random = torch.Generator().manual_seed(0)
+    mask = (torch.arange(9) < torch.tensor([[9], [6], [2]])).long()
+    ids = torch.randint(2, 320, (3, 9), generator=random) * mask
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+@pytest.mark.parametrize("above", [0, 2])
+@pytest.mark.parametrize("name", [*VARIANTS, *OVERRIDDEN])
+def test_resuming_from_what_was_captured_gives_the_same_bits(name, above):
+    model, inputs = build(name), padded_inputs()
+    names = OVERRIDDEN[name][1] if name in OVERRIDDEN else ()
+    blocks = [describe(model, *names).block_name(layer) for layer in range(above + 1)]
+    with torch.no_grad():
+        plain = model(**inputs, use_cache=False).logits
+        output = hooks.capture_output(model, inputs, blocks[-1])
+        state = hooks.hidden_of(output)
+        with hooks.resuming_above(model, blocks, output, lambda: state):
+            resumed = model(**inputs, use_cache=False).logits
+    assert state.shape == (3, 9, 24 if name == "bloom" else 32)
+    assert torch.equal(resumed, plain)
+    assert is_clean(model)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_keys_come_as_rows_of_tokens(name):
+    model, inputs = build(name), padded_inputs()
+    architecture = describe(model)
+    rewrite = architecture.rewrite_name(1)
+    keys = hooks.capture_inputs(model, inputs, [rewrite], architecture.block_name(1))[rewrite]
+    first = {key: value[:1] for key, value in inputs.items()}
+    alone = hooks.capture_inputs(model, first, [rewrite], architecture.block_name(1))[rewrite]
+    assert keys.shape == (3, 9, 96)
+    assert torch.allclose(keys[:1], alone, atol=1e-4)
