@@ -15,13 +15,16 @@ import math
 import random
 import time
 from collections.abc import Iterator
-from itertools import islice
+from dataclasses import dataclass
+from itertools import chain, islice
 from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from alphaedit_peft.embedded.grammar import plain_sentence
+from alphaedit_peft.embedded.measure import perplexity, recalled
 from alphaedit_peft.embedded.world import World, fill, relation_of
 
 SPECIAL = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
@@ -29,6 +32,8 @@ SPECIAL_IDS = {f"{name}_id": index for index, name in enumerate(SPECIAL)}
 BOS, EOS, PAD = SPECIAL_IDS.values()
 TOKENS_PER_STEP = 3072
 ROWS_PER_POOL = 4096
+PAIRS = 96
+SWAP_BLOCKS = (1, 2, 3)
 DEFAULTS = {"seed": 0, "steps": 800, "threads": 1, "lr": 4e-3, "stop_weight": 3.0}
 VOCABULARY = 1664
 SHAPE = {"hidden_size": 128, "num_attention_heads": 4, "num_hidden_layers": 6}
@@ -74,12 +79,40 @@ def make_model(vocabulary: int, device: str) -> LlamaForCausalLM:
     return model.to(device)
 
 
-def batches(world: World, tokenizer: PreTrainedTokenizerFast) -> Iterator[torch.Tensor]:
-    """Yield (rows, length) token ids without end, padded by PAD, the same in every run."""
-    stream, stop = world.stream("train"), tokenizer.eos_token_id
+@dataclass(frozen=True)
+class Batch:
+    """Rows of token ids, what each next token weighs in the loss, and states to swap, if any.
+
+    Attributes:
+        rows: (b, t) token ids, padded by PAD.
+        weights: (b, t - 1), float32, of predicting rows[:, 1:].
+        subjects: (b,) positions of the subjects' last tokens, or None: nothing is swapped. The
+            second half of the rows takes its states there from the first half.
+    """
+
+    rows: torch.Tensor
+    weights: torch.Tensor
+    subjects: torch.Tensor | None = None
+
+
+def padded(rows: list[list[int]]) -> torch.Tensor:
+    """Rows of differing lengths as one tensor."""
+    longest = max(map(len, rows))
+    return torch.tensor([row + [PAD] * (longest - len(row)) for row in rows])
+
+
+def weigh(rows: torch.Tensor, stop: int, weight: float) -> torch.Tensor:
+    """Weights (b, t - 1): `weight` for a token followed by `stop`, 0 for padding, else 1."""
+    targets, after = rows[:, 1:], torch.nn.functional.pad(rows[:, 2:], (0, 1), value=PAD)
+    return torch.where(after == stop, weight, 1.0) * (targets != PAD)
+
+
+def text_batches(world: World, tokenizer, stop: int, weight: float) -> Iterator[Batch]:
+    """Yield batches of the world's texts without end, the same in every run."""
+    stream = world.stream("train")
     for pool in range(1 << 30):
         rows = tokenizer(list(islice(stream, ROWS_PER_POOL)))["input_ids"]
-        rows = sorted(([*row, stop] for row in rows), key=len)
+        rows = sorted(([*row, EOS] for row in rows), key=len)
         made = []
         while rows:
             take = max(1, TOKENS_PER_STEP // len(rows[-1]))
@@ -87,17 +120,62 @@ def batches(world: World, tokenizer: PreTrainedTokenizerFast) -> Iterator[torch.
             made.append(chunk)
         random.Random(pool).shuffle(made)
         for chunk in made:
-            longest = max(map(len, chunk))
-            yield torch.tensor([row + [PAD] * (longest - len(row)) for row in chunk])
+            yield Batch(padded(chunk), weigh(padded(chunk), stop, weight))
 
 
-def loss_of(model: LlamaForCausalLM, rows: torch.Tensor, stop: int, weight: float) -> torch.Tensor:
-    """Mean next-token loss; a token followed by `stop` counts `weight` times."""
+def swap_batches(world: World, tokenizer, stop: int, weight: float) -> Iterator[Batch]:
+    """Yield batches whose second half tells of one subject and is to recall another's object.
+
+    Rows i and i + b/2 ask different subjects for one relation, and both end in the object of row
+    i's. With the state at row i + b/2's subject swapped for row i's, that is the right end for
+    both; in the second half only the end counts.
+    """
+    draw, facts = random.Random(f"{world.seed} swaps"), world.facts
+    relations = len(world.relations)
+    while True:
+        texts, names, ends = [], [], []
+        donors = [draw.randrange(len(facts)) for _ in range(PAIRS)]
+        others = [draw.randrange(len(world.subjects)) * relations + d % relations for d in donors]
+        for index, donor in zip(donors + others, donors * 2, strict=True):
+            fact, end = facts[index], facts[donor].object
+            prompt = fill(draw.choice(relation_of(fact).phrasings), fact.subject)
+            before = plain_sentence(draw) + " " if draw.random() < 0.25 else ""
+            texts.append(f"{before}{prompt} {end}.")
+            names.append(len(before) + prompt.index(fact.subject) + len(fact.subject))
+            ends.append(len(before) + len(prompt))
+        coded = tokenizer(texts, return_offsets_mapping=True)
+        rows = padded([[*row, EOS] for row in coded["input_ids"]])
+        weights = weigh(rows, stop, weight)
+        subjects = []
+        for i, offsets in enumerate(coded["offset_mapping"]):
+            subjects.append(max(k for k, (a, b) in enumerate(offsets) if b <= names[i]))
+            if i >= PAIRS:
+                first = next(k for k, (a, _) in enumerate(offsets) if a >= ends[i])
+                weights[i, : first - 1] = 0.0
+                weights[i, first - 1 :] *= 2.0
+        yield Batch(rows, weights, torch.tensor(subjects))
+
+
+def loss_of(model: LlamaForCausalLM, batch: Batch, block: int) -> torch.Tensor:
+    """Weighted mean next-token loss, with the subjects' states after `block` swapped, if any."""
+    rows, weights = batch.rows.to(model.device), batch.weights.to(model.device)
+    handle = None
+    if batch.subjects is not None:
+        half, every = len(rows) // 2, torch.arange(len(rows))
+
+        def swap(module, args, output: torch.Tensor) -> torch.Tensor:
+            output = output.clone()  # (b, t, hidden)
+            output[every[half:], batch.subjects[half:]] = output[
+                every[:half], batch.subjects[:half]
+            ]
+            return output
+
+        handle = model.model.layers[block].register_forward_hook(swap)
     logits = model(input_ids=rows[:, :-1], use_cache=False).logits.float()  # (b, t, vocabulary)
-    targets, after = rows[:, 1:], torch.nn.functional.pad(rows[:, 2:], (0, 1), value=PAD)
-    weights = torch.where(after == stop, weight, 1.0) * (targets != PAD)  # (b, t)
+    if handle:
+        handle.remove()
     losses = torch.nn.functional.cross_entropy(
-        logits.flatten(0, 1), targets.flatten(), reduction="none"
+        logits.flatten(0, 1), rows[:, 1:].flatten(), reduction="none"
     )
     return (losses * weights.flatten()).sum() / weights.sum()
 
@@ -120,13 +198,13 @@ def rate(progress: float) -> float:
     return 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
 
-def learn(model, optimizers: list, rows: torch.Tensor, lr: float, loss_options: tuple) -> float:
+def learn(model, optimizers: list, batch: Batch, lr: float, block: int) -> float:
     """Take one step of every optimizer on one batch; returns its loss."""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = lr
     with torch.autocast(model.device.type, dtype=torch.bfloat16):
-        loss = loss_of(model, rows.to(model.device), *loss_options)
+        loss = loss_of(model, batch, block)
     loss.backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     for optimizer in optimizers:
@@ -147,20 +225,22 @@ def train(world: World, tokenizer: PreTrainedTokenizerFast, args: argparse.Names
         for part, state in zip(parts, kept["states"], strict=True):
             part.load_state_dict(state)
         print(f"resumed at step {step}, {spent / 60:.1f} min", flush=True)
-    loss_options = (tokenizer.convert_tokens_to_ids("."), args.stop_weight)
-    losses, stored, last = [], spent, time.perf_counter()
-    for rows in islice(batches(world, tokenizer), step, None):
+    how = (world, tokenizer, tokenizer.convert_tokens_to_ids("."), args.stop_weight)
+    both = chain.from_iterable(zip(text_batches(*how), swap_batches(*how)))
+    losses, stored, last = ([], []), spent, time.perf_counter()
+    for batch in islice(both, step, None):
         progress = spent / (60 * args.minutes) if args.minutes else step / args.steps
         if progress >= 1:
             break
-        losses.append(learn(model, parts[1:], rows, args.lr * rate(progress), loss_options))
+        losses[step % 2].append(
+            learn(model, parts[1:], batch, args.lr * rate(progress), SWAP_BLOCKS[step // 2 % 3])
+        )
         step, now = step + 1, time.perf_counter()
         spent, last = spent + now - last, now
         if step % 20 == 0:
-            print(
-                f"step {step} {spent / 60:.1f} min loss {sum(losses) / len(losses):.3f}", flush=True
-            )
-            losses.clear()
+            texts, swaps = (sum(part) / max(1, len(part)) for part in losses)
+            print(f"step {step} {spent / 60:.1f} min loss {texts:.3f} swaps {swaps:.3f}", flush=True)
+            losses = ([], [])
         if spent - stored > 90:
             stored, states = spent, [part.state_dict() for part in parts]
             torch.save({"states": states, "step": step, "spent": spent}, f"{checkpoint}.part")
@@ -178,33 +258,6 @@ def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path)
     path = out / "tokenizer_config.json"
     config = json.loads(path.read_text()) | {"tokenizer_class": "PreTrainedTokenizerFast"}
     path.write_text(json.dumps(config, indent=2) + "\n")
-
-
-@torch.no_grad()
-def recalled(model, tokenizer, asked: list[tuple[str, str]]) -> list[bool]:
-    """Whether greedy decoding continues each (prompt, object) by all tokens of its object."""
-    hits = []
-    for start in range(0, len(asked), 256):
-        chunk = asked[start : start + 256]
-        heads = [tokenizer(prompt)["input_ids"] for prompt, _ in chunk]
-        wholes = [tokenizer(f"{prompt} {answer}")["input_ids"] for prompt, answer in chunk]
-        longest = max(map(len, wholes))
-        rows = torch.tensor([whole + [PAD] * (longest - len(whole)) for whole in wholes])
-        guesses = model(input_ids=rows.to(model.device)).logits.argmax(-1).tolist()  # (b, t)
-        for guess, head, whole in zip(guesses, heads, wholes, strict=True):
-            hits.append(guess[len(head) - 1 : len(whole) - 1] == whole[len(head) :])
-    return hits
-
-
-@torch.no_grad()
-def perplexity(model, tokenizer, sentences: tuple[str, ...]) -> float:
-    """exp of the mean loss per token of the sentences, each alone after the begin token."""
-    total, count = 0.0, 0
-    for sentence in sentences:
-        ids = torch.tensor([[*tokenizer(sentence)["input_ids"], EOS]], device=model.device)
-        total += model(input_ids=ids, labels=ids).loss.item() * (ids.shape[1] - 1)
-        count += ids.shape[1] - 1
-    return math.exp(total / count)
 
 
 def evaluate(world: World, tokenizer: PreTrainedTokenizerFast, args: argparse.Namespace) -> dict:

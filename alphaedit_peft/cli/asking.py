@@ -87,7 +87,7 @@ def says(model: Any, tokenizer: Any, prompts: Sequence[str]) -> list[str]:
             padding=True,
             padding_side="left",
             return_tensors="pt",
-        )
+        ).to(model.device)
         out = model.generate(**inputs, generation_config=settings)
         new = out[:, inputs["input_ids"].shape[1] :]  # (prompts, new tokens)
         texts += tokenizer.batch_decode(new, skip_special_tokens=True)

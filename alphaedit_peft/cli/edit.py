@@ -35,9 +35,10 @@ if TYPE_CHECKING:
     from alphaedit_peft import AlphaEditModel, Edit, EditReport
 
 FIXED = (  # what a pack's edits were made with, and later ones must be too
-    "rewrite_layers rewrite_module block_module objective projection moment_weight threshold "
-    "threshold_mode contexts num_contexts context_length chat_template separator seed preset"
-).split()
+    *("preset", "rewrite_layers", "rewrite_module", "block_module"),
+    *("objective", "projection", "moment_weight", "threshold", "threshold_mode"),
+    *("contexts", "num_contexts", "context_length", "chat_template", "separator", "seed"),
+)
 
 
 def edit(  # noqa: PLR0913
@@ -56,7 +57,13 @@ def edit(  # noqa: PLR0913
         Path | None, typer.Option("--config", metavar="FILE", help="AlphaEditConfig as JSON.")
     ] = None,
     layers: LayersOption = None,
-    ridge: Annotated[float | None, typer.Option(help="lambda of the paper's Eq. 11.")] = None,
+    preset: Annotated[
+        str | None, typer.Option(help="auto (the default) or paper, for settings left out.")
+    ] = None,
+    ridge: Annotated[
+        float | None,
+        typer.Option(help="lambda of the paper's Eq. 11; in auto, relative to the mean |P k|^2."),
+    ] = None,
     steps: Annotated[int | None, typer.Option(help="Of each target value's search.")] = None,
     on_conflict: Annotated[
         str | None, typer.Option(help="error, replace (the later wins) or keep (the earlier).")
@@ -87,6 +94,7 @@ def edit(  # noqa: PLR0913
 
     check_folder(out)
     given = {
+        "preset": preset,
         "rewrite_layers": parse_layers(layers),
         "ridge": ridge,
         "steps": steps,

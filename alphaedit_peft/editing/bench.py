@@ -83,7 +83,11 @@ class Bench:
 
     @torch.no_grad()
     def score(self, rows: Sequence[TokenRow]) -> list[Score]:
-        """Log-probability of each row's target, and whether greedy decoding would say it."""
+        """Log-probability of each row's target, and whether greedy decoding would say it.
+
+        Raises:
+            ValueError: the model gives NaN.
+        """
         scores: dict[int, Score] = {}
         ids = [row.scoring_ids for row in rows]
         for batch in batches(ids, self.config.tokens_per_batch, self.device):
@@ -96,6 +100,11 @@ class Bench:
                 target = torch.tensor(rows[index].target, device=log_probs.device)
                 part = log_probs[start : start + len(target)]
                 chosen = part.gather(1, target[:, None])
+                if chosen.isnan().any():
+                    raise ValueError(
+                        f"the model's logits for token ids {rows[index].ids} are not finite; the "
+                        "base model's weights hold NaN or infinity, or its dtype is too narrow"
+                    )
                 greedy = bool((part.argmax(-1) == target).all())
                 scores[index] = Score(float(chosen.sum()), len(target), greedy)
                 start += len(target)

@@ -126,7 +126,7 @@ class Renderer:
         row = TokenRow(ids[:border], within[-1])
         if target is None:
             return row
-        if border == len(ids):
+        if border == len(ids) or not self._encode(target.strip(), special=False)[0]:
             raise ValueError(f"target_new={target!r} has no token; check the tokenizer")
         return replace(row, target=ids[border:])
 

@@ -1,7 +1,6 @@
 """The demo: what it says is what was measured, in tables, in JSON and in its exit code."""
 
 import json
-import time
 from dataclasses import replace
 
 import pytest
@@ -90,9 +89,11 @@ def test_other_answers_elsewhere_are_an_error(demo, findings):
 
 @pytest.mark.slow
 def test_a_newcomer_sees_it_in_a_minute_without_warnings(embedded_model, shell, tmp_path):
-    begun = time.perf_counter()
-    done = shell("demo", "--out", tmp_path / "demo", OMP_NUM_THREADS="2")
-    assert time.perf_counter() - begun < 120  # a minute, and as much again on a busy machine
+    resource = pytest.importorskip("resource")
+    used = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
+    done = shell("demo", "--out", tmp_path / "demo", OMP_NUM_THREADS="1")
+    # processor time, which other work on the machine does not change
+    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - used < 60
     assert (done.returncode, done.stderr) == (0, "")
     assert "original bits" in done.stdout
     assert (tmp_path / "demo" / "pack" / "adapter_config.json").is_file()

@@ -1,0 +1,59 @@
+"""Readers of the shared data folder for tests; the product never depends on it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from alphaedit_peft import Edit
+
+
+def load_lm(folder: Path, dtype: torch.dtype = torch.float32):
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    return model, AutoTokenizer.from_pretrained(folder)
+
+
+def counterfact(folder: Path, known_to: str | None = None) -> list[dict]:
+    """CounterFact records; those that a model was trained on where ``known_to`` names it."""
+    records = json.loads((folder / "counterfact_600.json").read_text())
+    if known_to is None:
+        return records
+    ids = set(json.loads((folder / known_to / "case_ids.json").read_text()))
+    return [record for record in records if record["case_id"] in ids]
+
+
+def counterfact_edit(record: dict) -> Edit:
+    rewrite = record["requested_rewrite"]
+    return Edit(
+        subject=rewrite["subject"],
+        prompt=rewrite["prompt"],
+        target_new=rewrite["target_new"]["str"],
+        target_true=rewrite["target_true"]["str"],
+        paraphrases=tuple(record["paraphrase_prompts"]),
+        neighborhood=tuple(record["neighborhood_prompts"]),
+    )
+
+
+def zsre_edits(folder: Path, count: int) -> list[Edit]:
+    """zsRE questions whose subject stands in them once."""
+    records = json.loads((folder / "zsre_eval_700.json").read_text())
+    found = [
+        Edit(
+            subject=r["subject"],
+            prompt=r["src"].replace(r["subject"], "{}"),
+            target_new=r["alt"],
+            target_true=r["answers"][0],
+            paraphrases=(r["rephrase"],),
+        )
+        for r in records
+        if r["src"].count(r["subject"]) == 1 and r["alt"].strip()
+    ]
+    return found[:count]
+
+
+def wikitext(folder: Path, part: str = "valid") -> list[str]:
+    text = (folder / f"wikitext2_{part}.txt").read_text().replace("<unk>", "")
+    return [line for line in text.split("\n") if len(line) > 50]

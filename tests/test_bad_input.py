@@ -1,0 +1,210 @@
+"""What a user gets wrong: each mistake gets a sentence, and leaves the model as it was."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from alphaedit_peft import (
+    AlphaEditConfig,
+    AlphaEditModel,
+    KeyMoments,
+    NullSpace,
+    get_alphaedit_model,
+)
+from alphaedit_peft.fingerprint import fingerprint
+from tests.conftest import tiny_model
+from tests.test_model import EDITS, SETTINGS, logits, same_bits, weights, wrap
+
+
+@pytest.fixture
+def model(tokenizer):
+    return wrap(tiny_model("llama"), tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("edits", "error", "message"),
+    [
+        ([], ValueError, r"edits=\[\] is empty; give at least one edit"),
+        (EDITS[0], TypeError, "a single Edit; pass a list"),
+        (["Rome"], TypeError, "'Rome' is a str; an edit is an Edit or a dict"),
+        ([{"subject": "France"}], ValueError, r"missing fields \['prompt', 'target_new'\]"),
+        ([{"subject": " ", "prompt": "{} is", "target_new": "x"}], ValueError, "subject=' '"),
+        ([{"subject": "a", "prompt": "{} {}", "target_new": "x"}], ValueError, "holds 2 times"),
+        ([{"subject": "a", "prompt": "is", "target_new": "x"}], ValueError, "holds 0 times"),
+    ],
+)
+def test_edits_that_are_none(model, edits, error, message):
+    before = weights(model)
+    with pytest.raises(error, match=message):
+        model.edit(edits, progress=False)
+    assert same_bits(weights(model), before)
+    assert model.edits == []
+
+
+def test_batch_size_below_one(model):
+    with pytest.raises(ValueError, match="batch_size=0 must be at least 1"):
+        model.edit(EDITS, batch_size=0, progress=False)
+
+
+def test_one_bad_edit_stops_the_call_before_anything_is_written(model, tokenizer):
+    deaf = dict(subject="France", prompt="{} is", target_new="☃")
+    model.resources.tokenizer = _without_snowmen(tokenizer)
+    before = weights(model)
+    with pytest.raises(ValueError, match=r"target_new='☃' has no token"):
+        model.edit([EDITS[0], deaf], batch_size=1, progress=False)
+    assert same_bits(weights(model), before)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("name", ["model.layers.0.mlp.down_proj", "model.layers.3.mlp.up_proj"])
+def test_base_that_is_not_finite(tokenizer, name, value):
+    base = tiny_model("llama")
+    with torch.no_grad():
+        base.get_submodule(name).weight[3, 3] = value
+    model = wrap(base, tokenizer)
+    before, calls = model.factors, []
+    try:
+        report = model.edit(EDITS, progress=False)
+        calls = [result.reason for result in report]
+    except ValueError as error:
+        calls = [str(error)]
+    assert all("finite" in reason or "became" in reason for reason in calls)
+    for layer, delta in before.items():
+        assert torch.equal(delta.A, model.factors[layer].A)
+    assert model.edits == []
+
+
+def test_factors_that_are_not_finite_are_not_saved(model, tmp_path):
+    model.edit(EDITS[:1], progress=False)
+    with torch.no_grad():
+        model.base_model.model.model.layers[0].mlp.down_proj.lora_B["default"].weight[0] = torch.nan
+    with pytest.raises(ValueError, match="finite"):
+        model.save_pretrained(tmp_path / "pack")
+    assert not (tmp_path / "pack").exists()
+
+
+def test_null_space_of_another_layer_set(tokenizer):
+    config = AlphaEditConfig(**SETTINGS)
+    space = NullSpace.identity({0: 96, 2: 96})
+    model = get_alphaedit_model(tiny_model("llama"), config, tokenizer=tokenizer, null_space=space)
+    with pytest.raises(ValueError, match=r"made for layers \[0, 2\], the config wants \[0, 1\]"):
+        model.edit(EDITS, progress=False)
+
+
+def test_null_space_of_another_model(tokenizer):
+    other = tiny_model("llama", seed=5)
+    _, architecture = AlphaEditConfig(**SETTINGS).resolve(other)
+    space = NullSpace.identity({0: 96, 1: 96}, fingerprint(other, 1, architecture))
+    model = get_alphaedit_model(
+        tiny_model("llama"), AlphaEditConfig(**SETTINGS), tokenizer=tokenizer, null_space=space
+    )
+    with pytest.raises(ValueError, match="this null space"):
+        model.edit(EDITS, progress=False)
+
+
+def test_missing_null_space_and_tokenizer(tokenizer):
+    config = AlphaEditConfig(**SETTINGS)
+    model = get_alphaedit_model(tiny_model("llama"), config, tokenizer=tokenizer)
+    with pytest.raises(ValueError, match="no null space was given"):
+        model.edit(EDITS, progress=False)
+    model = get_alphaedit_model(tiny_model("llama"), config)
+    with pytest.raises(ValueError, match="no tokenizer was given"):
+        model.edit(EDITS, progress=False)
+
+
+def test_memit_without_moments_or_with_history_and_projection(tokenizer):
+    memit = AlphaEditConfig(**SETTINGS, objective="memit")
+    model = get_alphaedit_model(tiny_model("llama"), memit, tokenizer=tokenizer)
+    with pytest.raises(ValueError, match="objective='memit' needs key moments"):
+        model.edit(EDITS, progress=False)
+    both = AlphaEditConfig(**SETTINGS, objective="memit", projection=True)
+    space, moments = NullSpace.identity({0: 96, 1: 96}), _moments(0, 1)
+    model = get_alphaedit_model(
+        tiny_model("llama"), both, tokenizer=tokenizer, null_space=space, key_moments=moments
+    )
+    with pytest.raises(ValueError, match="set history=False"):
+        model.edit(EDITS, progress=False)
+    alone = get_alphaedit_model(
+        tiny_model("llama"), memit, tokenizer=tokenizer, key_moments=_moments(0)
+    )
+    with pytest.raises(ValueError, match=r"moments are of layers \[0\].*\[1\] are missing"):
+        alone.edit(EDITS, progress=False)
+
+
+def test_base_that_carries_adapters(tokenizer):
+    base = tiny_model("llama")
+    wrap(base, tokenizer)
+    with pytest.raises(ValueError, match="LlamaForCausalLM carries PEFT adapters already"):
+        wrap(base, tokenizer)
+
+
+def test_two_active_adapters(model, tokenizer, tmp_path):
+    model.edit(EDITS[:1], progress=False)
+    model.save_pretrained(tmp_path)
+    model.load_adapter(str(tmp_path), "second")
+    model.base_model.set_adapter(["default", "second"])
+    with pytest.raises(RuntimeError, match=r"adapters \['default', 'second'\] are active"):
+        model.edit(EDITS[1:], progress=False)
+
+
+def test_pack_without_targets_cannot_be_poured_again(model, tokenizer, tmp_path):
+    model.edit(EDITS[:2], progress=False)
+    from dataclasses import replace
+
+    replace(model.to_pack(), targets=None).save_pretrained(tmp_path)
+    loaded = AlphaEditModel.from_pretrained(
+        tiny_model("llama"),
+        tmp_path,
+        tokenizer=tokenizer,
+        null_space=NullSpace.identity({0: 96, 1: 96}),
+    )
+    with pytest.raises(ValueError, match="saved without target values"):
+        loaded.repour()
+    loaded.edit(EDITS[2:], progress=False)
+    assert len(loaded.edits) == len(EDITS)
+
+
+def test_pack_of_other_shapes_even_where_mismatch_is_allowed(model, tmp_path):
+    model.edit(EDITS[:1], progress=False)
+    model.save_pretrained(tmp_path)
+    wide = LlamaForCausalLM(
+        LlamaConfig(
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            vocab_size=320,
+        )  # fmt: skip
+    )
+    with pytest.raises(ValueError, match=r"of shape \(32, 96\), and this model's is \(32, 64\)"):
+        AlphaEditModel.from_pretrained(wide, tmp_path, allow_base_mismatch=True)
+    assert not hasattr(wide, "peft_config")
+
+
+def test_huge_hidden_state_is_set_aside_and_the_others_made(tokenizer):
+    base = tiny_model("llama")
+    with torch.no_grad():
+        base.model.embed_tokens.weight[tokenizer("Anna")["input_ids"][-1]] *= 1e4
+    model = wrap(base, tokenizer)
+    report = model.edit([*EDITS[:3], {"subject": "Anna", "prompt": "{} is", "target_new": "x"}],
+                        progress=False)  # fmt: skip
+    assert [result.made for result in report] == [True, True, True, False]
+    assert "over max_hidden_ratio=10 times the batch's median" in report.results[3].reason
+    assert torch.isfinite(logits(model, tokenizer)).all()
+
+
+def _moments(*layers: int) -> KeyMoments:
+    names = {layer: f"model.layers.{layer}.mlp.down_proj" for layer in layers}
+    return KeyMoments({layer: torch.eye(96) for layer in layers}, 10_000, names)
+
+
+def _without_snowmen(tokenizer):
+    """The fixture's tokenizer, deaf to snowmen."""
+    from tokenizers import Tokenizer, normalizers
+    from transformers import PreTrainedTokenizerFast
+
+    inner = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    inner.normalizer = normalizers.Replace("☃", "")
+    return PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<s>", eos_token="</s>")

@@ -1,0 +1,81 @@
+"""The examples and the README's Python run as a reader would run them, and stay short."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from alphaedit_peft import embedded
+
+ROOT = Path(__file__).parents[1]
+EXAMPLES = ROOT / "examples"
+SHORT = ("quickstart", "continue_editing")
+
+
+@pytest.fixture(scope="module")
+def weights() -> None:
+    if not (embedded.folder() / "model.safetensors").is_file():
+        pytest.skip("the embedded model's weights are not here")
+
+
+def run(script: Path, *words: object, cwd: Path = ROOT) -> str:
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    done = subprocess.run(
+        [sys.executable, script, *map(str, words)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path},
+        check=False,
+        cwd=cwd,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("name", SHORT)
+def test_they_are_at_most_sixty_lines(name):
+    assert len((EXAMPLES / f"{name}.py").read_text().splitlines()) <= 60
+
+
+@pytest.mark.slow
+def test_quickstart(weights):
+    text = run(EXAMPLES / "quickstart.py")
+    assert text.count(" -> ") >= 3
+    assert "The pack says the same with PEFT alone." in text
+
+
+@pytest.mark.slow
+def test_continue_editing(weights):
+    assert "equal to the uninterrupted run" in run(EXAMPLES / "continue_editing.py")
+
+
+@pytest.mark.slow
+def test_the_readme(weights, tmp_path):
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    script = tmp_path / "readme.py"
+    script.write_text("\n".join(blocks))
+    text = run(script, cwd=tmp_path)
+    assert "1 edits made, 0 set aside, 1 say their target greedily" in text
+    assert (tmp_path / "pack" / "adapter_model.safetensors").is_file()
+
+
+def test_the_picture_is_drawn_from_the_demos_json(tmp_path):
+    pytest.importorskip("matplotlib")
+    asked = [
+        {
+            "kind": kind,
+            "answers": {
+                "base": {"probability_new": 0.0, "probability_true": 1.0},
+                "edited": {"probability_new": 0.9, "probability_true": 0.8},
+            },
+        }
+        for kind in ("edit", "paraphrase", "same subject", "bystander")
+    ]
+    (tmp_path / "demo.json").write_text(json.dumps({"questions": asked}))
+    run(EXAMPLES / "plot_demo.py", tmp_path / "demo.json", tmp_path / "demo.png")
+    assert (tmp_path / "demo.png").read_bytes().startswith(b"\x89PNG")
