@@ -205,6 +205,25 @@ def relative_ridge(gram: Tensor, fraction: float) -> float:
     return fraction * float(gram.diagonal().double().mean())
 
 
+def amplification(gram: Tensor, coefficients: Tensor, residuals: Tensor, new: Tensor) -> float:
+    """How much larger an update is than the same residuals would need on orthogonal keys.
+
+    |Delta|_F^2 = tr(X^T G X), against sum_i |r_i|^2 / G_ii; the root of their ratio. It is at most 1
+    where keys are orthogonal, and grows without bound as two of them become alike.
+
+    Args:
+        gram: G, (n, n).
+        coefficients: X, (n, d_out), from ``solve``.
+        residuals: R, (u, d_out).
+        new: (u,), the rows of G that R belongs to.
+    """
+    exact = gram.double()
+    size = (coefficients * (exact @ coefficients)).sum().clamp_min(0)
+    diagonal = exact.diagonal()[new].clamp_min(torch.finfo(torch.float64).tiny)
+    orthogonal = (residuals.double().square().sum(1) / diagonal).sum()
+    return float((size / orthogonal).sqrt()) if orthogonal > 0 else 0.0
+
+
 def residual_share(wanted: Tensor, achieved: Tensor) -> Tensor:
     """Share of each wanted residual that was reached: <achieved, wanted> / |wanted|^2, (u,).
 

@@ -40,11 +40,12 @@ class _Preset:
     learning_rate: float
     learning_rate_mode: str
     clamp_factor: float
+    norm_guard: float
 
 
 _PRESET_VALUES = {
-    "paper": _Preset(10.0, "absolute", 2e-2, "absolute", 25, 0.5, "absolute", 0.75),
-    "auto": _Preset(0.05, "relative", 0.02, "energy", 25, 0.3, "relative", 2.0),
+    "paper": _Preset(10.0, "absolute", 2e-2, "absolute", 25, 0.5, "absolute", 0.75, 0.0),
+    "auto": _Preset(0.05, "relative", 0.02, "energy", 25, 0.3, "relative", 2.0, 2.0),
 }
 
 
@@ -72,6 +73,7 @@ class AlphaEditConfig(PeftConfig):
 
     ridge: float | None = _setting(None, "lambda of Eq. 11; text 1, code 10; auto 0.05 relative")
     ridge_mode: str | None = _setting(None, "absolute, or relative to the batch's mean |P k|^2")
+    norm_guard: float | None = _setting(None, "most |Delta| relative to orthogonal keys; 0: none")
     threshold: float | None = _setting(None, "eigenvalues below it are null; text 1e-2, code 2e-2")
     threshold_mode: str | None = _setting(None, "absolute, relative, energy or rank")
     null_space: str | None = _setting(None, "folder or Hub repo of the NullSpace, if not passed")
@@ -224,6 +226,7 @@ _TYPES: tuple[tuple[str, Any], ...] = (
 
 _RANGES: tuple[tuple[str, float, float], ...] = (
     ("ridge", 0, float("inf")),
+    ("norm_guard", 0, float("inf")),
     ("threshold", 0, float("inf")),
     ("moment_weight", 1e-9, float("inf")),
     ("tokens_per_batch", 1, float("inf")),

@@ -97,3 +97,23 @@ def write_batch(model, architecture, layers, edits, targets, prior, projectors, 
         with torch.no_grad():
             weight.add_(delta.T if architecture.conv1d else delta)
         prior[layer] = torch.cat([Kp, K1], dim=1)
+
+
+def write_memit(model, architecture, layers, edits, targets, prior, moments, space) -> None:
+    """MEMIT's Equation 14 with w = 2; earlier keys join C0 where ``prior`` is kept."""
+    last = architecture.block_name(layers[-1])
+    for i, layer in enumerate(layers):
+        module = architecture.rewrite_name(layer)
+        K1 = torch.stack([mean_key(model, module, rows) for rows in edits], dim=1)  # (d_in, u)
+        now = [block_output(model, last, r.rows[0].ids)[r.rows[0].subject_last] for r in edits]
+        R = (torch.stack(targets) - torch.stack(now)).T / (len(layers) - i)  # (d, u)
+        inner = 2.0 * moments.moments[layer].double() + K1 @ K1.T
+        if prior is not None:
+            inner = inner + prior[layer] @ prior[layer].T
+            prior[layer] = torch.cat([prior[layer], K1], dim=1)
+        delta = R @ K1.T @ torch.linalg.inv(inner)
+        if space is not None:
+            delta = space.project(layer, delta)
+        weight = model.get_submodule(module).weight
+        with torch.no_grad():
+            weight.add_(delta.T if architecture.conv1d else delta)

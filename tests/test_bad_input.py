@@ -176,7 +176,7 @@ def test_pack_of_other_shapes_even_where_mismatch_is_allowed(model, tmp_path):
             num_hidden_layers=4,
             num_attention_heads=4,
             vocab_size=320,
-        )  # fmt: skip
+        )
     )
     with pytest.raises(ValueError, match=r"of shape \(32, 96\), and this model's is \(32, 64\)"):
         AlphaEditModel.from_pretrained(wide, tmp_path, allow_base_mismatch=True)

@@ -41,6 +41,7 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) 
         box=box.SIMPLE_HEAD,
         collapse_padding=True,
         pad_edge=False,
+        show_header=any(columns),
     )
     for name in columns:
         right = name.startswith(">")

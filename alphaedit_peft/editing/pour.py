@@ -23,6 +23,7 @@ from alphaedit_peft.editing.prompts import EditRows
 
 Factors = Mapping[int, LowRankDelta]
 Write = Callable[[int, LowRankDelta], None]
+GUARD_FACTOR, GUARD_STEPS = 2.0, 20
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,7 @@ def pour(
         write: puts a layer's new factors into the model.
     """
     bare = [leader.rows[0] for leader in leaders]
+    guard = bench.config.norm_guard or float("inf")
     last = bench.layers[-1]
     start = bench.hidden(bare, last).to(targets)  # (groups, d)
     poured: dict[int, LowRankDelta] = {}
@@ -68,7 +70,7 @@ def pour(
         keys = mean_keys(bench, leaders, layer)  # (groups, d_in)
         rows = objective.rows(layer, keys)
         poured[layer], reached = _extend(
-            objective, layer, rows, residuals, factors[layer], protected
+            objective, layer, rows, residuals, factors[layer], protected, guard
         )
         shares.append(algebra.residual_share(residuals, reached.to(residuals)))
         write(layer, poured[layer])
@@ -96,8 +98,13 @@ def _extend(
     residuals: Tensor,
     before: LowRankDelta,
     protected: Sequence[bool],
+    guard: float,
 ) -> tuple[LowRankDelta, Tensor]:
-    """One layer's solve: longer factors, and the output (groups, d_out) that the keys now get."""
+    """One layer's solve: longer factors, and the output (groups, d_out) that the keys now get.
+
+    While the update is more than ``guard`` times what orthogonal keys would need, the ridge grows:
+    keys that are nearly alike would otherwise be told apart by enormous weights.
+    """
     count, prior = len(rows), before.rank
     new = torch.arange(prior, prior + count, device=rows.device)
     together = torch.cat([before.A.to(rows), rows])  # (n + groups, d_in)
@@ -105,6 +112,12 @@ def _extend(
     ridge = objective.ridge(gram[prior:, prior:])
     ridges = torch.full((prior + count,), ridge, dtype=torch.float64, device=rows.device)
     ridges[:prior][~torch.tensor(protected, dtype=torch.bool, device=rows.device)] = torch.inf
-    coefficients = algebra.solve(gram, residuals.to(rows.device), ridges, new)
+    residuals = residuals.to(rows.device)
+    coefficients = algebra.solve(gram, residuals, ridges, new)
+    for _ in range(GUARD_STEPS):
+        if algebra.amplification(gram, coefficients, residuals, new) <= guard:
+            break
+        ridges = ridges * GUARD_FACTOR
+        coefficients = algebra.solve(gram, residuals, ridges, new)
     stored = objective.stored(layer, rows)
     return before.extended(stored, coefficients), gram[new] @ coefficients

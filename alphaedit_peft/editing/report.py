@@ -122,7 +122,7 @@ def _result_line(result: EditResult) -> str:
         return f"{head}: set aside, {result.reason}"
     share = "" if result.total_share is None else f", share {result.total_share:.2f}"
     return (
-        f"{head}: P {result.probability_before:.4f} -> {result.probability_after:.4f}"
+        f"{head}: P {result.probability_before:.3g} -> {result.probability_after:.3g}"
         f"{'' if result.likeliest else ' (not the likeliest)'}"
         f", loss {result.loss:.3f} after {result.steps} steps{share}"
     )

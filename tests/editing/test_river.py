@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 
-from alphaedit_peft import AlphaEditConfig, Edit, NullSpace, get_alphaedit_model
+from alphaedit_peft import AlphaEditConfig, Edit, KeyMoments, NullSpace, get_alphaedit_model
 from alphaedit_peft.editing.bench import Bench
 from alphaedit_peft.editing.groups import Group
 from alphaedit_peft.editing.targets import optimise_targets
@@ -35,6 +35,7 @@ def settings(**changes) -> AlphaEditConfig:
         "clamp_factor": 0.75,
         "ridge": 0.3,
         "ridge_mode": "absolute",
+        "norm_guard": 0.0,
         "contexts": list(CONTEXTS),
     }
     return AlphaEditConfig(**(values | changes))
@@ -117,3 +118,32 @@ def key_moment(layer: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(layer)
     q, _ = torch.linalg.qr(torch.randn(96, 96, generator=generator, dtype=torch.float64))
     return (q * torch.logspace(-2, 2, 96, dtype=torch.float64)) @ q.T
+
+
+@pytest.mark.parametrize(("history", "projection"), [(True, None), (False, None), (False, True)])
+def test_memit_equals_its_dense_formula(history, projection, tokenizer):
+    plain = tiny_model("gpt2", torch.float64)
+    config = settings(objective="memit", history=history, projection=projection, moment_weight=2.0)
+    moments = KeyMoments(
+        {layer: key_moment(layer) for layer in (0, 1)},
+        10_000,
+        {layer: f"transformer.h.{layer}.mlp.c_proj" for layer in (0, 1)},
+    )
+    space = moments.null_space(0.5, "absolute")
+    model = get_alphaedit_model(
+        copy.deepcopy(plain), config, tokenizer=tokenizer, null_space=space, key_moments=moments
+    )
+    bench = bench_for(plain, tokenizer, config)
+    prior = {layer: torch.zeros(96, 0, dtype=torch.float64) for layer in (0, 1)}
+    for batch in (EDITS[:2], EDITS[2:]):
+        model.edit(batch, progress=False)
+        rows = [bench.renderer.edit_rows(edit, bench.contexts) for edit in batch]
+        block = bench.architecture.block_name(1)
+        z = [oracle.target_value(plain, block, row, bench.config) for row in rows]
+        kept, within = (prior if history else None), (space if projection else None)
+        oracle.write_memit(plain, bench.architecture, [0, 1], rows, z, kept, moments, within)
+    model.merge()
+    for layer in (0, 1):
+        name = bench.architecture.rewrite_name(layer)
+        got = model.get_base_model().get_submodule(name).get_base_layer().weight
+        assert torch.allclose(got, plain.get_submodule(name).weight, rtol=1e-6, atol=1e-8)
