@@ -208,8 +208,8 @@ def relative_ridge(gram: Tensor, fraction: float) -> float:
 def amplification(gram: Tensor, coefficients: Tensor, residuals: Tensor, new: Tensor) -> float:
     """How much larger an update is than the same residuals would need on orthogonal keys.
 
-    |Delta|_F^2 = tr(X^T G X), against sum_i |r_i|^2 / G_ii; the root of their ratio. It is at most 1
-    where keys are orthogonal, and grows without bound as two of them become alike.
+    |Delta|_F^2 = tr(X^T G X), against sum_i |r_i|^2 / G_ii; the root of their ratio. It is at most
+    1 where keys are orthogonal, and grows without bound as two of them become alike.
 
     Args:
         gram: G, (n, n).

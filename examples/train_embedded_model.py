@@ -226,7 +226,7 @@ def train(world: World, tokenizer: PreTrainedTokenizerFast, args: argparse.Names
             part.load_state_dict(state)
         print(f"resumed at step {step}, {spent / 60:.1f} min", flush=True)
     how = (world, tokenizer, tokenizer.convert_tokens_to_ids("."), args.stop_weight)
-    both = chain.from_iterable(zip(text_batches(*how), swap_batches(*how)))
+    both = chain.from_iterable(zip(text_batches(*how), swap_batches(*how), strict=False))
     losses, stored, last = ([], []), spent, time.perf_counter()
     for batch in islice(both, step, None):
         progress = spent / (60 * args.minutes) if args.minutes else step / args.steps
@@ -239,7 +239,8 @@ def train(world: World, tokenizer: PreTrainedTokenizerFast, args: argparse.Names
         spent, last = spent + now - last, now
         if step % 20 == 0:
             texts, swaps = (sum(part) / max(1, len(part)) for part in losses)
-            print(f"step {step} {spent / 60:.1f} min loss {texts:.3f} swaps {swaps:.3f}", flush=True)
+            minutes = f"step {step} {spent / 60:.1f} min"
+            print(f"{minutes} loss {texts:.3f} swaps {swaps:.3f}", flush=True)
             losses = ([], [])
         if spent - stored > 90:
             stored, states = spent, [part.state_dict() for part in parts]

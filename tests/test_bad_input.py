@@ -49,7 +49,7 @@ def test_batch_size_below_one(model):
 
 
 def test_one_bad_edit_stops_the_call_before_anything_is_written(model, tokenizer):
-    deaf = dict(subject="France", prompt="{} is", target_new="☃")
+    deaf = {"subject": "France", "prompt": "{} is", "target_new": "☃"}
     model.resources.tokenizer = _without_snowmen(tokenizer)
     before = weights(model)
     with pytest.raises(ValueError, match=r"target_new='☃' has no token"):

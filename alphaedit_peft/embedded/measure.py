@@ -1,8 +1,8 @@
 """What the embedded model knows, measured: recall of prompts' continuations, and perplexity.
 
-Both take any causal language model with its tokenizer and plain strings, so that training, tests and
-a look at an edited model use the same numbers. Rows are padded on the right, which causal attention
-never looks at.
+Both take any causal language model with its tokenizer and plain strings, so that training, tests
+and a look at an edited model use the same numbers. Rows are padded on the right, which causal
+attention never looks at.
 """
 
 import math
