@@ -209,12 +209,24 @@ class EditableModel(PeftModelForCausalLM):
         base, config = self.get_base_model(), self.alphaedit_config
         tokenizer = self.resources.find_tokenizer(base)
         objective = self.resources.find_objective(config, self.base_fingerprint)
+        self._require_same_null_space()
         with hooks.evaluating(base):
             contexts = self._journal().contexts
             if contexts is None:
                 with self.disable_adapter():
                     contexts = sample_contexts(base, tokenizer, config)
             yield Bench(base, tokenizer, config, self.architecture, contexts), objective
+
+    def _require_same_null_space(self) -> None:
+        journal, given = self._journal(), self.resources.provenance()
+        if journal.rank == 0 or journal.null_space is None or given is None:
+            return
+        if journal.null_space["digest"] != given["digest"]:
+            raise ValueError(
+                f"these edits were made with null space {journal.null_space}, and {given} was "
+                "given; rows of two projectors do not go together: pass the first, or make the "
+                "edits anew"
+            )
 
     def _state(self) -> EditState:
         journal = self._journal()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -104,6 +106,23 @@ def test_null_space_of_another_model(tokenizer):
         model.edit(EDITS, progress=False)
 
 
+def test_going_on_with_another_null_space(model, tokenizer, tmp_path):
+    model.edit(EDITS[:1], progress=False)
+    model.save_pretrained(tmp_path)
+    loaded = AlphaEditModel.from_pretrained(
+        tiny_model("llama"),
+        tmp_path,
+        tokenizer=tokenizer,
+        null_space=_moments(0, 1).null_space(0.0, "rank"),
+    )
+    loaded._keep(
+        replace(loaded._journal(), null_space={**loaded._journal().null_space, "digest": "0"})
+    )
+    with pytest.raises(ValueError, match="rows of two projectors do not go together"):
+        loaded.edit(EDITS[1:], progress=False)
+    assert loaded.edits == EDITS[:1]
+
+
 def test_missing_null_space_and_tokenizer(tokenizer):
     config = AlphaEditConfig(**SETTINGS)
     model = get_alphaedit_model(tiny_model("llama"), config, tokenizer=tokenizer)
@@ -151,8 +170,6 @@ def test_two_active_adapters(model, tokenizer, tmp_path):
 
 def test_pack_without_targets_cannot_be_poured_again(model, tokenizer, tmp_path):
     model.edit(EDITS[:2], progress=False)
-    from dataclasses import replace
-
     replace(model.to_pack(), targets=None).save_pretrained(tmp_path)
     loaded = AlphaEditModel.from_pretrained(
         tiny_model("llama"),

@@ -25,6 +25,7 @@ class Resources:
     null_space: NullSpace | None = None
     key_moments: KeyMoments | None = None
     _objective: Objective | None = None
+    _digest: tuple[NullSpace, str] | None = None
 
     def find_tokenizer(self, model: nn.Module) -> PreTrainedTokenizerBase:
         """The tokenizer, loaded from the model's own name where it was not given.
@@ -63,14 +64,13 @@ class Resources:
 
     def provenance(self) -> dict[str, object] | None:
         """What a pack records of the null space; None without one."""
-        if self.null_space is None:
+        space = self.null_space
+        if space is None:
             return None
-        return {
-            "digest": self.null_space.digest(),
-            "tokens": self.null_space.tokens,
-            "threshold": self.null_space.threshold,
-            "mode": self.null_space.threshold_mode,
-        }
+        if self._digest is None or self._digest[0] is not space:
+            self._digest = space, space.digest()  # it reads the whole basis, so only once
+        facts = {"tokens": space.tokens, "threshold": space.threshold}
+        return {"digest": self._digest[1], **facts, "mode": space.threshold_mode}
 
 
 def _check_moments(moments: KeyMoments, base: BaseFingerprint, layers: list[int]) -> None:

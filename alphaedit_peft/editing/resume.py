@@ -59,15 +59,12 @@ def resume(bench: Bench, rows: Sequence[Row]) -> Resumed:
     """
     if max(row.subject for row in rows) == 0:
         return WholeRows(bench, rows)
-    reason = "its forward takes no position_ids"
-    if "position_ids" in inspect.signature(bench.model.forward).parameters:
-        tails = Tails(bench, rows)
-        if tails.agrees():
-            return tails
-        reason = "its cache does not continue to the same numbers"
+    tails = Tails(bench, rows)
+    if tails.agrees():
+        return tails
     warnings.warn(
-        f"{type(bench.model).__name__}: {reason}; targets are optimised over whole rows, which "
-        "takes several times as long",
+        f"{type(bench.model).__name__}: its cache does not continue to the same numbers; targets "
+        "are optimised over whole rows, which takes several times as long",
         stacklevel=2,
     )
     return WholeRows(bench, rows)
@@ -180,11 +177,17 @@ class Tails:
             logits = self.bench.model(
                 input_ids=self.ids[pick, :length],
                 attention_mask=self.mask[pick, skip : self.width + length],
-                position_ids=self.positions[pick, :length],
                 past_key_values=self._cache(pick, skip),
                 use_cache=True,
+                **self._positions(pick, length),
             ).logits[0]
         return _log_softmax(logits)
+
+    def _positions(self, pick: Tensor, length: int) -> dict[str, Tensor]:
+        """Positions (chosen, tail), for models that do not take them from the mask."""
+        if "position_ids" not in inspect.signature(self.bench.model.forward).parameters:
+            return {}
+        return {"position_ids": self.positions[pick, :length]}
 
     def _cache(self, pick: Tensor, skip: int) -> DynamicCache:
         cache = DynamicCache()

@@ -72,7 +72,9 @@ class LayerSpace:
         for_null, for_complement = max(reached), width - min(reached)
         complement = for_complement <= for_null
         columns = slice(width - for_complement, width) if complement else slice(for_null)
-        return cls(_signed(found.vectors[:, columns]).float().cpu(), values, complement)
+        # row-major, as a saved one loads: the same products round the same way
+        basis = _signed(found.vectors[:, columns]).float().cpu().contiguous()
+        return cls(basis, values, complement)
 
     @property
     def reach(self) -> tuple[int, int]:

@@ -239,3 +239,13 @@ def test_a_trained_model():
     assert space.tokens == 30_000
     for row in space.summary():
         assert 0.2 * row.width < row.kept < 0.8 * row.width
+
+
+def test_a_fresh_and_a_loaded_null_space_project_to_the_same_bits(tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    keys = torch.randn(2000, 48, generator=generator) * torch.logspace(0, -3, 48)
+    moments = KeyMoments({0: keys.T @ keys / 2000}, 2000, {0: "mlp"})
+    fresh = moments.null_space(1e-3, "absolute")
+    fresh.save_pretrained(tmp_path)
+    loaded = NullSpace.from_pretrained(tmp_path)
+    assert torch.equal(fresh.project(0, keys), loaded.project(0, keys))
