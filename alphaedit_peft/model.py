@@ -28,6 +28,7 @@ from alphaedit_peft.fingerprint import fingerprint
 from alphaedit_peft.fitting import check_fit
 from alphaedit_peft.nullspace import KeyMoments, NullSpace
 from alphaedit_peft.pack import EditPack
+from alphaedit_peft.pack.hub import push_pack
 
 
 def get_alphaedit_model(
@@ -176,6 +177,27 @@ class AlphaEditModel(EditableModel):
             OSError: the folder cannot be written; what was there is untouched.
         """
         self.to_pack().save_pretrained(save_directory, dtype=dtype)
+
+    def push_to_hub(  # type: ignore[override]
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        commit_message: str | None = None,
+    ) -> str:
+        """Save the active adapter as a pack on the Hub; see ``pack.hub.push_pack``."""
+        return push_pack(
+            self.to_pack(),
+            repo_id,
+            private=private,
+            token=token,
+            revision=revision,
+            create_pr=create_pr,
+            commit_message=commit_message,
+        )
 
     @classmethod
     def from_pretrained(  # type: ignore[override]  # noqa: PLR0913
