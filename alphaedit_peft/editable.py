@@ -199,7 +199,7 @@ class EditableModel(PeftModelForCausalLM):
         self._journal()
         if self.merged:
             raise RuntimeError("the edits are merged into the base weights; call unmerge() first")
-        if self._adapters_disabled:
+        if any(layer.disable_adapters for layer in live.lora_layers(self).values()):
             raise RuntimeError("the adapter is disabled; edit outside of disable_adapter()")
 
     @contextmanager

@@ -73,7 +73,7 @@ class AlphaEditModel(EditableModel):
         adapter_name: str = "default",
         plain_lora: LoraConfig | None = None,
     ) -> None:
-        if hasattr(model, "peft_config"):
+        if live.lora_layers(model):
             raise ValueError(
                 f"this {type(model).__name__} carries PEFT adapters already; pass the bare model, "
                 "which unload() or merge_and_unload() gives"

@@ -318,3 +318,33 @@ def test_pack_stands_without_a_model(model, tmp_path):
     assert pack.rank == len(EDITS)
     assert "4 own" in pack.summary()
     assert pack.targets.shape == (4, 32)
+
+
+def test_base_and_config_are_enough_where_both_can_be_found(tokenizer, tmp_path):
+    tiny_model("llama").save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    NullSpace.identity({0: 96, 1: 96}).save_pretrained(tmp_path / "space")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    config = AlphaEditConfig(**SETTINGS, null_space=str(tmp_path / "space"))
+    model = get_alphaedit_model(base, config)
+    model.edit(EDITS[:1], progress=False)
+    assert model.edits == EDITS[:1]
+
+
+def test_dicts_are_edits_too(model):
+    report = model.edit([edit.to_dict() for edit in EDITS], batch_size=3, progress=False)
+    assert model.edits == EDITS
+    assert {record.batch for record in model.records} == {0, 1}
+    assert len(report) == len(EDITS)
+
+
+def test_two_models_do_not_know_of_each_other(tokenizer):
+    one, other = wrap(tiny_model("llama"), tokenizer), wrap(tiny_model("gpt2"), tokenizer)
+    one.edit(EDITS[:2], progress=False)
+    alone = one.factors
+    other.edit(EDITS[2:], progress=False)
+    again = wrap(tiny_model("llama"), tokenizer)
+    again.edit(EDITS[:2], progress=False)
+    for layer, delta in alone.items():
+        assert torch.equal(delta.A, again.factors[layer].A)
+        assert torch.equal(delta.B, again.factors[layer].B)

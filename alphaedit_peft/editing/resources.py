@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from alphaedit_peft import embedded
 from alphaedit_peft.config import AlphaEditConfig
 from alphaedit_peft.editing.objective import Objective, make_objective
 from alphaedit_peft.fingerprint import BaseFingerprint, require_same_base
@@ -36,7 +37,8 @@ class Resources:
         if self.tokenizer is None:
             name = getattr(model, "name_or_path", "")
             try:
-                self.tokenizer = AutoTokenizer.from_pretrained(name)
+                place = embedded.folder() if name == embedded.NAME else name
+                self.tokenizer = AutoTokenizer.from_pretrained(place)
             except (OSError, ValueError) as error:
                 raise ValueError(
                     f"no tokenizer was given, and none can be loaded from base.name_or_path="
