@@ -9,6 +9,7 @@ in ``adapter_config.json``, which holds pure LoRA keys.
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -98,7 +99,7 @@ class AlphaEditConfig(PeftConfig):
 
     on_conflict: str = _setting("error", "an edit that contradicts one in place: see docs/theory")
     key_cosine: float = _setting(0.999, "edits whose keys are at least this alike share one row")
-    max_hidden_ratio: float = _setting(10.0, "skip an edit whose |h| exceeds this times the median")
+    max_hidden_ratio: float = _setting(10.0, "skip an edit whose |h| is over this times median; 0: off")
     rollback_depth: int = _setting(20, "batches whose earlier factors are kept for exact rollback")
 
     def __post_init__(self) -> None:
@@ -192,8 +193,18 @@ class AlphaEditConfig(PeftConfig):
         return cls(**values)
 
     def save_pretrained(self, save_directory: str | Path) -> None:  # type: ignore[override]
-        """Write ``alphaedit/config.json`` in the folder; ``adapter_config.json`` stays LoRA's."""
+        """Write ``alphaedit/config.json`` in the folder; ``adapter_config.json`` stays LoRA's.
+
+        Raises:
+            ValueError: the folder is an edit pack, whose file holds more than the settings.
+        """
         folder = Path(save_directory) / SIDECAR
+        if _is_of_pack(folder / CONFIG_FILE):
+            raise ValueError(
+                f"{save_directory} is an edit pack, and its {SIDECAR}/{CONFIG_FILE} holds more "
+                "than settings; save the settings in another folder, or the model with its own "
+                "save_pretrained"
+            )
         folder.mkdir(parents=True, exist_ok=True)
         text = json.dumps({"config": self.to_json()}, indent=2, sort_keys=True)
         (folder / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
@@ -220,6 +231,8 @@ _TYPES: tuple[tuple[str, Any], ...] = (
     ("separator", str),
     ("kl_prompt", str),
     ("null_space", str | None),
+    ("base_model_name_or_path", str | None),
+    ("revision", str | None),
     ("rewrite_module", str | None),
     ("block_module", str | None),
 )
@@ -247,6 +260,16 @@ _COUNTS = (
     *("tokens_per_batch", "target_tokens", "steps"),
     *("num_contexts", "context_length", "rollback_depth"),
 )
+_ZERO_IS_OFF = ("max_hidden_ratio",)
+
+
+def _is_of_pack(path: Path) -> bool:
+    """Whether a config file is a pack's, which says its format's version."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(values, dict) and "format_version" in values
 
 
 def _check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
@@ -259,10 +282,15 @@ def _check_range(name: str, value: float | None, low: float, high: float) -> Non
         return
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise ValueError(f"{name}={value!r} must be a number")
-    if not low <= value <= high:
-        raise ValueError(f"{name}={value} is outside {low}..{high}")
     if name in _COUNTS and not isinstance(value, int):
         raise ValueError(f"{name}={value} must be a whole number")
+    if value == 0 and name in _ZERO_IS_OFF:
+        return
+    if not low <= value <= high:
+        off = ", and 0, which switches it off" if name in _ZERO_IS_OFF else ""
+        raise ValueError(f"{name}={value} is outside {low}..{high}{off}")
+    if value > sys.float_info.max:
+        raise ValueError(f"{name}={value} is outside the finite numbers, which it must be one of")
 
 
 def _check_pair(name: str, value: float | None, mode: str | None) -> None:

@@ -9,7 +9,7 @@ inherits this.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -27,9 +27,12 @@ from alphaedit_peft.editing.contexts import sample_contexts
 from alphaedit_peft.editing.groups import sort_out
 from alphaedit_peft.editing.journal import Journal, Snapshot
 from alphaedit_peft.editing.objective import Objective
+from alphaedit_peft.editing.prompts import EditRows
 from alphaedit_peft.editing.report import EditReport, EditResult, LayerReport, layer_report
+from alphaedit_peft.editing.repour import repour_state
 from alphaedit_peft.editing.resources import Resources
-from alphaedit_peft.editing.river import EditState, edit_batch, repour_state
+from alphaedit_peft.editing.river import edit_batch
+from alphaedit_peft.editing.state import EditState
 from alphaedit_peft.edits import Edit, as_edits
 from alphaedit_peft.fingerprint import BaseFingerprint
 from alphaedit_peft.pack import EditRecord
@@ -43,7 +46,7 @@ class EditableModel(PeftModelForCausalLM):
     base_fingerprint: BaseFingerprint
     resources: Resources
     _journals: dict[str, Journal]
-    _snapshots: deque[Snapshot]
+    _snapshots: dict[str, deque[Snapshot]]
     base_model: Any  # PEFT's LoraModel
     config: Any  # the base model's
 
@@ -95,8 +98,8 @@ class EditableModel(PeftModelForCausalLM):
             RuntimeError: the model is merged, disabled, or holds a plain LoRA.
         """
         given = as_edits(edits)
-        if batch_size < 1:
-            raise ValueError(f"batch_size={batch_size} must be at least 1")
+        if not isinstance(batch_size, int) or batch_size < 1:
+            raise ValueError(f"batch_size={batch_size!r} must be a whole number, at least 1")
         with self._bench() as (bench, objective):
             standing = [record.edit for record in self._journal().standing]
             plan = sort_out(given, standing, bench.config.on_conflict)
@@ -106,18 +109,28 @@ class EditableModel(PeftModelForCausalLM):
             with tqdm(total=len(rows), desc="edits", unit="edit", disable=not progress) as bar:
                 for start in range(0, len(rows), batch_size):
                     batch = rows[start : start + batch_size]
-                    replaced = plan.replaced_by(row.edit for row in batch)
-                    before = self._state()
-                    with self._all_or_nothing(before):
-                        state, results = edit_batch(
-                            bench, objective, before, batch, self._write,
-                            replaced=replaced, progress=bar.update,
-                        )  # fmt: skip
-                    self._snapshots.append(Snapshot.of(self._journal(), before.factors))
-                    self._commit(state, bench.contexts)
-                    found += results
+                    found += self._make(bench, objective, batch, plan.replaced, bar.update)
         found.sort(key=lambda result: given.index(result.edit))
         return EditReport(tuple(found), self._layer_reports(rank_before))
+
+    def _make(
+        self,
+        bench: Bench,
+        objective: Objective,
+        batch: Sequence[EditRows],
+        replaces: Mapping[str, str],
+        progress: Callable[[int], None],
+    ) -> tuple[EditResult, ...]:
+        """One batch, wholly or not at all; what can take it back is remembered."""
+        before, journal = self._state(), self._journal()
+        with self._all_or_nothing(before):
+            state, results = edit_batch(
+                bench, objective, before, batch, self._write, replaces=replaces, progress=progress
+            )
+            if state is not before:
+                self._commit(state, bench.contexts)
+                self._remember(Snapshot.of(journal, before.factors))
+        return results
 
     @torch.no_grad()
     def repour(self, edit_ids: Sequence[str] | None = None) -> None:
@@ -131,10 +144,10 @@ class EditableModel(PeftModelForCausalLM):
         Raises:
             ValueError: an id that is not in the model, or a pack saved without target values.
         """
-        records = list(self._journal().standing)
+        records = list(self._journal().records)
         if edit_ids is not None:
             wanted = self._known_ids(edit_ids)
-            records = [r for r in records if r.edit.id in wanted or r.role == "protected"]
+            records = [r for r in records if r.edit.id in wanted or r.role != "own"]
         self._repour(records)
 
     def remove_edits(self, edit_ids: Sequence[str]) -> None:
@@ -159,13 +172,13 @@ class EditableModel(PeftModelForCausalLM):
         self._require_editable()
         journal = self._journal()
         made = sorted({record.batch for record in journal.records if record.role != "protected"})
-        if not 1 <= batches <= len(made):
-            raise ValueError(f"batches={batches} cannot be taken back; the model has {len(made)}")
-        if batches > len(self._snapshots):
+        if not isinstance(batches, int) or not 1 <= batches <= len(made):
+            raise ValueError(f"batches={batches!r} cannot be taken back; the model has {len(made)}")
+        if batches > len(self._snapshots.get(self._active, ())):
             self._repour(journal.before_batch(made[-batches]))
             return
         for _ in range(batches):
-            snapshot = self._snapshots.pop()
+            snapshot = self._snapshots[self._active].pop()
         for layer, delta in snapshot.restored(self.factors).items():
             self._write(layer, delta)
         self._keep(snapshot.journal)
@@ -186,6 +199,8 @@ class EditableModel(PeftModelForCausalLM):
         return self._journals[self._active]
 
     def _known_ids(self, edit_ids: Sequence[str]) -> set[str]:
+        if isinstance(edit_ids, str):
+            raise TypeError(f"edit_ids={edit_ids!r} is one text; pass a list of ids")
         known = {edit.id for edit in self.edits}
         unknown = sorted(set(edit_ids) - known)
         if unknown:
@@ -197,6 +212,8 @@ class EditableModel(PeftModelForCausalLM):
 
     def _require_editable(self) -> None:
         self._journal()
+        if torch.is_inference_mode_enabled():
+            raise RuntimeError("torch.inference_mode() is on; edit outside of it, or in no_grad()")
         if self.merged:
             raise RuntimeError("the edits are merged into the base weights; call unmerge() first")
         if any(layer.disable_adapters for layer in live.lora_layers(self).values()):
@@ -266,6 +283,10 @@ class EditableModel(PeftModelForCausalLM):
         lora_config: Any = self.peft_config[self._active]
         lora_config.r = lora_config.lora_alpha = max(1, journal.rank)
 
+    def _remember(self, snapshot: Snapshot) -> None:
+        depth = self.alphaedit_config.rollback_depth
+        self._snapshots.setdefault(self._active, deque(maxlen=depth)).append(snapshot)
+
     def _repour(self, records: Sequence[EditRecord]) -> None:
         targets = self._journal().targets
         if targets is None and records:
@@ -283,8 +304,8 @@ class EditableModel(PeftModelForCausalLM):
             with self._all_or_nothing(before):
                 for layer, delta in empty.factors.items():
                     self._write(layer, delta)
-                state = repour_state(bench, objective, empty, records, before.targets, self._write)
-            self._snapshots.clear()
+                state = repour_state(bench, objective, empty, records, before, self._write)
+            self._snapshots.pop(self._active, None)
             self._commit(state, bench.contexts)
 
     def _layer_reports(self, rank_before: int) -> tuple[LayerReport, ...]:

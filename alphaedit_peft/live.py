@@ -7,6 +7,7 @@ the original weight while merged and puts its bits back, also when PEFT unmerges
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -29,11 +30,13 @@ class ExactLinear(lora.Linear):
 
         Raises:
             ValueError: a result that is not finite, under ``safe_merge``.
+            RuntimeError: an adapter that is more than plain LoRA.
         """
         asked = check_adapters_to_merge(self, adapter_names)
         names = [name for name in asked if name in self.lora_A]
         if not names:
             return
+        require_plain(self, names)
         base: Any = self.get_base_layer()
         weight: Tensor = base.weight
         if not self.merged:
@@ -61,6 +64,27 @@ def make_exact(model: nn.Module) -> None:
     for module in model.modules():
         if type(module) is lora.Linear:
             module.__class__ = ExactLinear
+
+
+def require_plain(layer: Any, adapters: Iterable[str]) -> None:
+    """Refuse to merge adapters that add more to a layer than (alpha / r) B A.
+
+    Raises:
+        RuntimeError: a DoRA or another variant, or a LoRA bias; says which adapter.
+    """
+    for name in adapters:
+        more = None
+        if name in layer.lora_variant:
+            more = (
+                f"is a DoRA or another variant of LoRA ({type(layer.lora_variant[name]).__name__})"
+            )
+        elif layer.lora_bias.get(name, False):
+            more = "has a LoRA bias"
+        if more:
+            raise RuntimeError(
+                f"adapter {name!r} {more}: only plain LoRA can be merged here exactly; use it "
+                "unmerged, or load it with peft.PeftModel.from_pretrained to merge it"
+            )
 
 
 def lora_layers(model: nn.Module) -> dict[str, Any]:

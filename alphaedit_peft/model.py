@@ -7,8 +7,8 @@ wraps, merges, unmerges, saves and loads.
 
 from __future__ import annotations
 
+import os
 import warnings
-from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,10 +25,13 @@ from alphaedit_peft.editable import EditableModel
 from alphaedit_peft.editing.journal import Journal
 from alphaedit_peft.editing.resources import Resources
 from alphaedit_peft.fingerprint import fingerprint
-from alphaedit_peft.fitting import check_fit
+from alphaedit_peft.fitting import check_beside, check_fit, check_plain
 from alphaedit_peft.nullspace import KeyMoments, NullSpace
 from alphaedit_peft.pack import EditPack
+from alphaedit_peft.pack.format import ADAPTER_CONFIG, PackError
 from alphaedit_peft.pack.hub import push_pack
+from alphaedit_peft.pack.locate import locate, read_steadily
+from alphaedit_peft.pack.lora import read_lora
 
 
 def get_alphaedit_model(
@@ -52,8 +55,9 @@ def get_alphaedit_model(
 
     Raises:
         ValueError: a model that cannot be edited, or settings that do not fit it.
+        TypeError: a config or statistics of another type.
     """
-    resources = Resources(tokenizer, null_space, key_moments)
+    resources = _resources(tokenizer, null_space, key_moments)
     return AlphaEditModel(base, config, resources=resources, adapter_name=adapter_name)
 
 
@@ -73,6 +77,16 @@ class AlphaEditModel(EditableModel):
         adapter_name: str = "default",
         plain_lora: LoraConfig | None = None,
     ) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(
+                f"the base model is {model!r}; pass a loaded model, such as "
+                "AutoModelForCausalLM.from_pretrained(name) gives"
+            )
+        if not isinstance(config, AlphaEditConfig):
+            raise TypeError(
+                f"config is a {type(config).__name__}, not an AlphaEditConfig; pass "
+                "AlphaEditConfig(), with the settings to change"
+            )
         if live.lora_layers(model):
             raise ValueError(
                 f"this {type(model).__name__} carries PEFT adapters already; pass the bare model, "
@@ -88,7 +102,7 @@ class AlphaEditModel(EditableModel):
         self.base_fingerprint = own_fingerprint
         self.resources = resources or Resources()
         self._journals = {}
-        self._snapshots = deque(maxlen=full.rollback_depth)
+        self._snapshots = {}
         if plain_lora is None:
             self._journals[adapter_name] = Journal.empty(self.config.hidden_size)
             for layer, delta in self.factors.items():
@@ -97,15 +111,20 @@ class AlphaEditModel(EditableModel):
     def merge(self, *, safe_merge: bool = False) -> None:
         """Write the active adapter into the base weights: summed in float32, rounded once.
 
+        Adapters that are merged already stay so, and the active one is added to them.
+
         Args:
             safe_merge: refuse a result that is not finite.
 
         Raises:
-            RuntimeError: a quantised base, whose weights would be rounded to their few bits.
+            RuntimeError: a quantised base, whose weights would be rounded to their few bits, or an
+                adapter that is more than plain LoRA.
         """
-        self._require_mergeable()
-        if not self.merged:
-            self.base_model.merge_adapter(safe_merge=safe_merge)
+        self._require_mergeable(self.active_adapters)
+        for layer in live.lora_layers(self).values():
+            names = [name for name in self.active_adapters if name not in layer.merged_adapters]
+            if names:
+                layer.merge(safe_merge=safe_merge, adapter_names=names)
 
     def unmerge(self) -> None:
         """Take the edits out of the base weights, which get their original bits back."""
@@ -124,7 +143,7 @@ class AlphaEditModel(EditableModel):
         Raises:
             RuntimeError: as ``merge``.
         """
-        self._require_mergeable()
+        self._require_mergeable(adapter_names or self.active_adapters)
         self.unmerge()
         return self.base_model.merge_and_unload(progressbar, safe_merge, adapter_names)
 
@@ -136,7 +155,7 @@ class AlphaEditModel(EditableModel):
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
         """Compute with the base alone inside the ``with`` block; a merge is set aside exactly."""
-        merged = self.merged
+        merged = [(m, list(m.merged_adapters)) for m in live.lora_layers(self).values()]
         flags = [(parameter, parameter.requires_grad) for parameter in self.parameters()]
         self.unmerge()
         try:
@@ -145,8 +164,9 @@ class AlphaEditModel(EditableModel):
         finally:
             for parameter, flag in flags:  # PEFT switches training on for adapters it enables
                 parameter.requires_grad_(flag)
-            if merged:
-                self.merge()
+            for layer, names in merged:
+                if names:
+                    layer.merge(adapter_names=names)
 
     def to_pack(self) -> EditPack:
         """The active adapter as an :class:`EditPack`, a value that stands without the model."""
@@ -165,17 +185,35 @@ class AlphaEditModel(EditableModel):
         )
 
     def save_pretrained(  # type: ignore[override]
-        self, save_directory: str | Path, *, dtype: torch.dtype = torch.float32
+        self,
+        save_directory: str | Path,
+        *,
+        dtype: torch.dtype = torch.float32,
+        safe_serialization: bool = True,
+        selected_adapters: list[str] | None = None,
     ) -> None:
         """Write the active adapter as a pack: a standard LoRA folder with its sidecar.
 
         Args:
             save_directory: where to; the folder is replaced in one step.
             dtype: of the factors on disk; float32 lets editing go on with the same bits.
+            safe_serialization: as in PEFT; only True will do.
+            selected_adapters: as in PEFT; None or the active adapter alone.
 
         Raises:
+            ValueError: another format, or other adapters.
             OSError: the folder cannot be written; what was there is untouched.
         """
+        if not safe_serialization:
+            raise ValueError(
+                f"safe_serialization={safe_serialization!r} asks for a pickle, and packs are "
+                "safetensors only; leave it out"
+            )
+        if selected_adapters is not None and list(selected_adapters) != [self._active]:
+            raise ValueError(
+                f"selected_adapters={selected_adapters!r} cannot be saved, since a pack is one "
+                f"adapter, the active {self._active!r}; choose it with set_adapter(name)"
+            )
         self.to_pack().save_pretrained(save_directory, dtype=dtype)
 
     def push_to_hub(  # type: ignore[override]
@@ -233,9 +271,11 @@ class AlphaEditModel(EditableModel):
         Raises:
             PackError: a damaged pack.
             ValueError: another base, unless ``allow_base_mismatch``.
-            FileNotFoundError: no such folder.
+            FileNotFoundError: no such folder, or one without an adapter.
+            TypeError: a ``model_id`` that is no path, or statistics of another type.
         """
-        resources = Resources(tokenizer, null_space, key_moments)
+        _require_path(model_id)
+        resources = _resources(tokenizer, null_space, key_moments)
         where: dict[str, Any] = {"revision": revision, "token": token, "subfolder": subfolder}
         try:
             pack = EditPack.from_pretrained(model_id, **where)
@@ -245,11 +285,56 @@ class AlphaEditModel(EditableModel):
         edited = cls(model, pack.config, resources=resources, adapter_name=adapter_name)
         for layer in edited.alphaedit_config.rewrite_layers or ():
             edited._write(layer, pack.factors[edited.architecture.rewrite_name(layer)])
-        contexts = pack.contexts if pack.records else None
-        edited._keep(
-            Journal(pack.records, pack.targets, pack.rank, contexts, pack.null_space, pack.parents)
-        )
-        return edited
+        edited._keep(_journal_of(pack))
+        return edited.eval()
+
+    def load_adapter(  # noqa: PLR0913
+        self,
+        model_id: str | Path,
+        adapter_name: str,
+        is_trainable: bool = False,
+        torch_device: str | None = None,
+        *,
+        allow_base_mismatch: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        """Load another adapter beside those the model has, as PEFT does.
+
+        A pack that edits this model's rewrite layers brings its edits along, so that after
+        ``set_adapter(adapter_name)`` they can be read, saved and gone on from. Any other LoRA, and
+        one that is to be trained, can be used but not edited.
+
+        Args:
+            model_id: a folder, or a Hub repository.
+            adapter_name: PEFT's name of the adapter.
+            is_trainable: as in PEFT.
+            torch_device: as in PEFT.
+            allow_base_mismatch: load a pack that was made for another base.
+            **kwargs: as in PEFT.
+
+        Returns:
+            What PEFT returns: missing and unexpected keys.
+
+        Raises:
+            PackError: a damaged pack.
+            ValueError: a pack of another base, unless ``allow_base_mismatch``.
+        """
+        _require_path(model_id)
+        where = {key: kwargs[key] for key in ("revision", "token", "subfolder") if key in kwargs}
+        pack = _pack_or_none(model_id, where)
+        if pack is not None:
+            check_beside(pack, self.get_base_model(), self.base_fingerprint, allow_base_mismatch)
+        found = super().load_adapter(model_id, adapter_name, is_trainable, torch_device, **kwargs)
+        live.make_exact(self)
+        self._snapshots.pop(adapter_name, None)
+        self._journals.pop(adapter_name, None)
+        if pack is not None and not is_trainable and self._edits_same_modules(pack):
+            self._journals[adapter_name] = _journal_of(pack)
+        return found
+
+    def _edits_same_modules(self, pack: EditPack) -> bool:
+        layers = self.alphaedit_config.rewrite_layers or ()
+        return set(pack.modules) == {self.architecture.rewrite_name(layer) for layer in layers}
 
     @classmethod
     def _from_plain_lora(
@@ -260,21 +345,30 @@ class AlphaEditModel(EditableModel):
         adapter_name: str,
         error: FileNotFoundError,
     ) -> AlphaEditModel:
-        try:
-            lora_config = LoraConfig.from_pretrained(str(model_id), **where)
-        except ValueError:
-            raise error from None
+        folder = locate(model_id, **where)
+        if not (folder / ADAPTER_CONFIG).is_file():
+            raise error
+        factors, _ = read_steadily(folder, read_lora)
+        check_plain(factors, model, folder)
+        lora_config = LoraConfig.from_pretrained(str(folder))
         lora_config.inference_mode = True
+        lora_config.target_modules = set(factors)
+        edited = cls(model, AlphaEditConfig(), adapter_name=adapter_name, plain_lora=lora_config)
+        try:
+            found = edited.load_adapter(str(folder), adapter_name)
+            if found.missing_keys or found.unexpected_keys:
+                raise PackError(f"{folder}: its tensors changed while they were read; load again")
+        except BaseException:
+            edited.unload()
+            raise
         warnings.warn(
             f"{model_id} has no sidecar folder 'alphaedit/': it is loaded as a plain LoRA, which "
             "can be used and merged but not edited",
             stacklevel=3,
         )
-        edited = cls(model, AlphaEditConfig(), adapter_name=adapter_name, plain_lora=lora_config)
-        edited.load_adapter(str(model_id), adapter_name, **where)
-        return edited
+        return edited.eval()
 
-    def _require_mergeable(self) -> None:
+    def _require_mergeable(self, adapters: list[str]) -> None:
         live.make_exact(self)
         for name, layer in live.lora_layers(self).items():
             if not isinstance(layer, live.ExactLinear):
@@ -283,3 +377,42 @@ class AlphaEditModel(EditableModel):
                     "few bits of a quantised weight; use the model unmerged, or load the base in "
                     "bfloat16"
                 )
+            live.require_plain(layer, adapters)
+
+
+def _resources(
+    tokenizer: PreTrainedTokenizerBase | None,
+    null_space: NullSpace | None,
+    key_moments: KeyMoments | None,
+) -> Resources:
+    if not isinstance(null_space, NullSpace | None):
+        raise TypeError(
+            f"null_space={null_space!r} is a {type(null_space).__name__}, not a NullSpace; pass "
+            "NullSpace.from_pretrained(path), or name the path in config.null_space"
+        )
+    if not isinstance(key_moments, KeyMoments | None):
+        raise TypeError(
+            f"key_moments={key_moments!r} is a {type(key_moments).__name__}, not a KeyMoments; "
+            "pass KeyMoments.from_pretrained(path)"
+        )
+    return Resources(tokenizer, null_space, key_moments)
+
+
+def _require_path(model_id: object) -> None:
+    if not isinstance(model_id, str | os.PathLike):
+        raise TypeError(
+            f"model_id={model_id!r} is a {type(model_id).__name__}; pass the pack's folder as a "
+            "str or Path, or the name of a Hub repository"
+        )
+
+
+def _pack_or_none(model_id: str | Path, where: dict[str, Any]) -> EditPack | None:
+    try:
+        return EditPack.from_pretrained(model_id, **where)
+    except FileNotFoundError:
+        return None
+
+
+def _journal_of(pack: EditPack) -> Journal:
+    contexts = pack.contexts if pack.records else None
+    return Journal(pack.records, pack.targets, pack.rank, contexts, pack.null_space, pack.parents)

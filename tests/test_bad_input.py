@@ -46,7 +46,7 @@ def test_edits_that_are_none(model, edits, error, message):
 
 
 def test_batch_size_below_one(model):
-    with pytest.raises(ValueError, match="batch_size=0 must be at least 1"):
+    with pytest.raises(ValueError, match="batch_size=0 must be a whole number, at least 1"):
         model.edit(EDITS, batch_size=0, progress=False)
 
 

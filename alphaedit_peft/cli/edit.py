@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from alphaedit_peft.cli import errors, show
-from alphaedit_peft.cli.loading import load_model, load_moments, load_null_space
+from alphaedit_peft.cli.loading import finding, load_model, load_moments, load_null_space
 from alphaedit_peft.cli.options import (
     DeviceOption,
     Dtype,
@@ -161,7 +161,8 @@ def _model(
             f"{', '.join(fixed)} cannot be changed while going on from {pack}: its edits were made "
             "with its own; leave them out, or start a new pack"
         )
-    edited = AlphaEditModel.from_pretrained(base, pack, **resources)
+    with finding(pack):
+        edited = AlphaEditModel.from_pretrained(base, pack, **resources)
     edited.alphaedit_config = replace(edited.alphaedit_config, **values)
     return edited
 

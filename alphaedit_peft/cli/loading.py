@@ -6,6 +6,8 @@ that says in one line why there is none. Bars of transformers are switched off f
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -57,7 +59,37 @@ def load_null_space(path: str | None) -> NullSpace | None:
     """The null space of a folder or Hub id; None where none was given."""
     from alphaedit_peft.nullspace import NullSpace
 
-    return None if path is None else NullSpace.from_pretrained(path)
+    if path is None:
+        return None
+    with finding(path):
+        return NullSpace.from_pretrained(path)
+
+
+@contextmanager
+def finding(path: str) -> Iterator[None]:
+    """Say plainly that a path is neither a folder here nor to be had from the Hub.
+
+    Raises:
+        FileNotFoundError: instead of what the Hub's client raises within.
+    """
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+    )
+
+    try:
+        yield
+    except (EntryNotFoundError, HfHubHTTPError, OfflineModeIsEnabled) as error:
+        if isinstance(error, (LocalEntryNotFoundError, OfflineModeIsEnabled)):
+            why = " that could be asked for; check the path or the connection"
+        elif isinstance(error, RepositoryNotFoundError):
+            why = " of that name; check the path, or log in if it is private"
+        else:
+            why = f" that has it: {str(error).strip().splitlines()[0]}"
+        raise FileNotFoundError(f"{path}: no such folder here, and no Hub repository{why}") from error
 
 
 def load_moments(path: Path | None) -> KeyMoments | None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from alphaedit_peft.cli import nullspace, show
-from alphaedit_peft.cli.loading import load_model, load_moments, load_null_space
+from alphaedit_peft.cli.loading import finding, load_model, load_moments, load_null_space
 from alphaedit_peft.cli.options import (
     DeviceOption,
     Dtype,
@@ -55,7 +55,8 @@ def inspect_pack(
 
     from alphaedit_peft import EditPack
 
-    read = EditPack.from_pretrained(pack)
+    with finding(pack):
+        read = EditPack.from_pretrained(pack)
     table = _edit_table(read, None if all_edits else LISTED)
     more = len(read.records) - len(table.rows)
     rest = [f"... and {more} more; --all lists them."] if more else []
@@ -83,7 +84,8 @@ def merge(
     check_folder(out)
     if out.is_dir() and any(out.iterdir()):
         raise FileExistsError(f"--out {out} is not empty; give a new folder")
-    edits = len(EditPack.from_pretrained(pack).edits)
+    with finding(pack):
+        edits = len(EditPack.from_pretrained(pack).edits)
     base, tokenizer = load_model(model, dtype, device)
     edited = AlphaEditModel.from_pretrained(base, pack)
     merged: Any = edited.merge_and_unload(safe_merge=True)
@@ -117,7 +119,8 @@ def rollback(  # noqa: PLR0913
     from alphaedit_peft import AlphaEditModel, EditPack
 
     check_folder(out)
-    before = EditPack.from_pretrained(pack).edits
+    with finding(pack):
+        before = EditPack.from_pretrained(pack).edits
     statistics: dict[str, Any] = {
         "null_space": load_null_space(null_space),
         "key_moments": load_moments(key_moments),

@@ -38,7 +38,9 @@ class Bench:
     @property
     def renderer(self) -> Renderer:
         """Writes out and tokenises prompts for this model."""
-        return Renderer(self.tokenizer, self.config)
+        positions = getattr(self.model.config, "max_position_embeddings", None)
+        vocabulary = len(self.model.get_input_embeddings().weight)  # type: ignore[operator]
+        return Renderer(self.tokenizer, self.config, (positions, vocabulary))
 
     @property
     def device(self) -> torch.device:

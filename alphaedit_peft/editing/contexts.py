@@ -30,20 +30,44 @@ def sample_contexts(
     """
     if config.contexts is not None:
         return tuple(config.contexts)
-    device = model.get_input_embeddings().weight.device  # type: ignore[operator]
+    device = _device(model)
     devices = [device] if device.type == "cuda" else []
     texts: list[str] = []
     with torch.random.fork_rng(devices=devices), hooks.evaluating(model):
-        torch.manual_seed(config.seed)
+        _seed(device, config.seed)
         for number in range(config.num_contexts):
             start = STARTS[number % len(STARTS)]
             texts.append(_continue(model, tokenizer, start, config.context_length))
     return tuple(dict.fromkeys(text for text in texts if text))
 
 
-def _continue(model: nn.Module, tokenizer: PreTrainedTokenizerBase, start: str, length: int) -> str:
+def _device(model: nn.Module) -> torch.device:
+    """Where token ids go and are drawn; an offloaded embedding has no device of its own."""
     device = model.get_input_embeddings().weight.device  # type: ignore[operator]
-    ids = torch.tensor([tokenizer(start)["input_ids"]], device=device)
+    return torch.device("cpu") if device.type == "meta" else device
+
+
+def _seed(device: torch.device, seed: int) -> None:
+    """Seed the generators that drawing on a device uses, and no others."""
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            torch.cuda.manual_seed(seed)
+    elif device.type != "cpu":
+        torch.manual_seed(seed)
+
+
+def _opening(tokenizer: PreTrainedTokenizerBase, start: str) -> list[int]:
+    """Ids of a text to go on from: without the EOS that some tokenizers close a text with."""
+    encoded = tokenizer(start, return_special_tokens_mask=True)
+    ids, added = list(encoded["input_ids"]), list(encoded["special_tokens_mask"])
+    while len(ids) > 1 and added[len(ids) - 1]:
+        ids.pop()
+    return ids
+
+
+def _continue(model: nn.Module, tokenizer: PreTrainedTokenizerBase, start: str, length: int) -> str:
+    ids = torch.tensor([_opening(tokenizer, start)], device=_device(model))
     settings = GenerationConfig(
         do_sample=True,
         top_k=5,

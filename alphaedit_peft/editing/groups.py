@@ -8,7 +8,7 @@ value is optimised once, for all of them together.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -25,10 +25,6 @@ class Sorted:
     to_make: tuple[Edit, ...]
     set_aside: tuple[tuple[Edit, str], ...]
     replaced: dict[str, str]
-
-    def replaced_by(self, edits: Iterable[Edit]) -> frozenset[str]:
-        """Ids of the edits in place that these take the place of."""
-        return frozenset(self.replaced[e.id] for e in edits if e.id in self.replaced)
 
 
 @dataclass(frozen=True)
@@ -53,12 +49,13 @@ def sort_out(new: Sequence[Edit], existing: Sequence[Edit], on_conflict: str) ->
 
     An edit that stands already is set aside. Two edits of one prompt and subject with different
     targets contradict each other: ``error`` refuses all, ``keep`` sets the later one aside,
-    ``replace`` sets the earlier one aside or, if it is in place, takes it out.
+    ``replace`` sets the earlier one aside or, if it is in place, takes it out. How much white space
+    is between the words of a prompt makes no difference.
 
     Raises:
         ValueError: a contradiction under ``error``, or one id for two different edits.
     """
-    standing = {edit.question: edit for edit in existing}
+    standing = {_words(edit.question): edit for edit in existing}
     in_place = {edit.id for edit in existing}
     by_id = {edit.id: edit for edit in existing}
     aside: list[tuple[Edit, str]] = []
@@ -67,7 +64,8 @@ def sort_out(new: Sequence[Edit], existing: Sequence[Edit], on_conflict: str) ->
     for edit in new:
         _check_id(edit, by_id)
         by_id[edit.id] = edit
-        earlier = standing.get(edit.question)
+        question = _words(edit.question)
+        earlier = standing.get(question)
         if earlier is not None and _same_target(earlier, edit):
             place = "in place" if earlier.id in in_place else "in this list"
             aside.append((edit, f"edit {earlier.id} already says so, {place}"))
@@ -84,7 +82,7 @@ def sort_out(new: Sequence[Edit], existing: Sequence[Edit], on_conflict: str) ->
                 replaced[edit.id] = replaced.pop(earlier.id)
         elif earlier is not None:
             replaced[edit.id] = earlier.id
-        standing[edit.question] = chosen[edit.id] = edit
+        standing[question] = chosen[edit.id] = edit
     return Sorted(tuple(chosen.values()), tuple(aside), replaced)
 
 
@@ -112,17 +110,35 @@ def group_by_key(
     alike, alike_old = unit @ unit.T >= bound, unit @ _unit(old_keys).T >= bound
     members: dict[int, list[int]] = {}
     head: list[int] = []
+    by_prefix: dict[str, int] = {}
+    by_key = {i: found[0] for i, found in _pairs(alike.tril(-1)).items()}
     for i, prefix in enumerate(prefixes):
-        same = (j for j in range(i) if prefixes[j] == prefix or bool(alike[i, j]))
-        first = next(same, None)
-        head.append(i if first is None else head[first])
+        first = min(by_prefix.setdefault(prefix, i), by_key.get(i, i))
+        head.append(i if first == i else head[first])
         members.setdefault(head[i], []).append(i)
+    old = _pairs(alike_old)
+    in_force = {row for row, _ in standing}
+    rows_of: dict[str, set[int]] = {}
+    for row, prefix in standing:
+        rows_of.setdefault(prefix, set()).add(row)
     groups = []
     for indices in members.values():
-        own = {prefixes[i] for i in indices}
-        taken = {r for r, p in standing if p in own or bool(alike_old[indices, r].any())}
+        taken = in_force & {r for i in indices for r in old.get(i, ())}
+        taken = taken.union(*(rows_of.get(prefixes[i], set()) for i in indices))
         groups.append((indices, sorted(taken)))
     return groups
+
+
+def _pairs(alike: Tensor) -> dict[int, list[int]]:
+    """Row -> columns, ascending, in which a table (rows, columns) is true."""
+    found: dict[int, list[int]] = {}
+    for row, column in alike.nonzero().tolist():
+        found.setdefault(row, []).append(column)
+    return found
+
+
+def _words(text: str) -> str:
+    return " ".join(text.split())
 
 
 def _unit(keys: Tensor) -> Tensor:

@@ -48,15 +48,29 @@ class Journal:
         return tuple(record for record in self.records if record.role != "superseded")
 
     def before_batch(self, batch: int) -> list[EditRecord]:
-        """Records as they stood before a batch: later ones gone, what they superseded back."""
+        """Records as they stood before a batch: later edits gone, what they superseded back.
+
+        A row belongs to the latest batch among its edits, so an edit that a later one's row took
+        over goes back to the row it had before.
+        """
+        born: dict[int, int] = {}  # row -> batch
+        for record in self.records:
+            born[record.row] = max(born.get(record.row, -1), record.batch)
         left = [record for record in self.records if record.batch < batch]
-        latest = {record.edit.question: record.batch for record in left}
-        return [
-            replace(r, role="own")
-            if r.role == "superseded" and latest[r.edit.question] == r.batch
-            else r
-            for r in left
-        ]
+        latest = {record.edit.question: record.edit.id for record in left}
+        places: dict[str, EditRecord] = {}  # id -> the record that stands for it
+        for record in sorted(left, key=lambda r: (born[r.row] < batch, born[r.row])):
+            places[record.edit.id] = record
+        found = []
+        for record in left:
+            place = places[record.edit.id] is record
+            if not place and born[record.row] >= batch:
+                continue
+            standing = place and latest[record.edit.question] == record.edit.id
+            if record.role != "protected":
+                record = replace(record, role="own" if standing else "superseded")
+            found.append(record)
+        return found
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,8 @@ from transformers import PreTrainedTokenizerBase
 from alphaedit_peft.config import AlphaEditConfig
 from alphaedit_peft.edits import SLOT, Edit
 
+SHOWN = 80  # characters of a prompt in an error
+
 
 @dataclass(frozen=True)
 class TokenRow:
@@ -60,12 +62,15 @@ class EditRows:
 class Renderer:
     """Writes out prompts as the model reads them, and tokenises them.
 
+    ``limits`` are the model's: how many positions it has (None: any), how many token ids it knows.
+
     Raises:
         ValueError: a tokenizer without offsets, or without a chat template where one is wanted.
     """
 
     tokenizer: PreTrainedTokenizerBase
     config: AlphaEditConfig
+    limits: tuple[int | None, int] | None = None
 
     def __post_init__(self) -> None:
         name = type(self.tokenizer).__name__
@@ -84,7 +89,8 @@ class Renderer:
         """Tokenise an edit's prompt bare and behind every context, and its KL prompt.
 
         Raises:
-            ValueError: a target without tokens, or a subject the tokenizer does not see.
+            ValueError: a target without tokens, a subject the tokenizer does not see, or a prompt that
+                the model has no positions or token ids for.
         """
         prompts = [edit.prompt] + [f"{context} {edit.prompt}" for context in contexts]
         rows = tuple(self._row(prompt, edit.subject, edit.target_new) for prompt in prompts)
@@ -93,7 +99,11 @@ class Renderer:
         return EditRows(edit, text[: start + len(edit.subject)], rows, kl_row)
 
     def target_row(self, question: str, target: str) -> TokenRow:
-        """Tokenise a whole prompt with its continuation, for scoring; no subject in it."""
+        """Tokenise a whole prompt with its continuation, for scoring; no subject in it.
+
+        Raises:
+            ValueError: as ``edit_rows``.
+        """
         return self._row(SLOT, question, target)
 
     def _render(self, prompt: str, subject: str) -> tuple[str, int]:
@@ -125,10 +135,28 @@ class Renderer:
             raise ValueError(f"subject {subject!r} has no token in {text!r}; check the tokenizer")
         row = TokenRow(ids[:border], within[-1])
         if target is None:
-            return row
+            return self._within_limits(row, text)
         if border == len(ids) or not self._encode(target.strip(), special=False)[0]:
             raise ValueError(f"target_new={target!r} has no token; check the tokenizer")
-        return replace(row, target=ids[border:])
+        return self._within_limits(replace(row, target=ids[border:]), text)
+
+    def _within_limits(self, row: TokenRow, text: str) -> TokenRow:
+        if self.limits is None:
+            return row
+        positions, vocabulary = self.limits
+        length, largest = len(row.scoring_ids), max(row.ids + row.target)
+        shown = text if len(text) <= SHOWN else text[: SHOWN - 3] + "..."
+        if positions is not None and length > positions:
+            raise ValueError(
+                f"prompt {shown!r} and its target have {length} tokens, the model has {positions} "
+                "positions; shorten it, or the contexts before it (context_length)"
+            )
+        if largest >= vocabulary:
+            raise ValueError(
+                f"prompt {shown!r} or its target has token id {largest}, the model has ids "
+                f"0..{vocabulary - 1}; use the tokenizer that belongs to the model"
+            )
+        return row
 
     def _separator(self, text: str, target: str) -> str:
         joined = text[-1:].isspace() or target[:1].isspace() or self.config.chat_template

@@ -1,56 +1,26 @@
 """The river: a batch of edits runs from prompts to keys to targets to factors.
 
-In: tokenised edits, the state in place, a way to write factors into the model. Out: the new
-:class:`EditState` and a result for each edit. The caller undoes a batch that does not end: states
-are values, so it writes the old one back.
+In: tokenised edits, the state in place, a way to write factors into the model. Out: the new state
+and a result for each edit. The caller undoes a batch that does not end: states are values, so it
+writes the old one back.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
-from torch import Tensor
 
-from alphaedit_peft.algebra import LowRankDelta
 from alphaedit_peft.editing.bench import Bench, Score
 from alphaedit_peft.editing.groups import Group, group_by_key
 from alphaedit_peft.editing.objective import Objective
 from alphaedit_peft.editing.pour import Poured, Write, mean_keys, pour
 from alphaedit_peft.editing.prompts import EditRows
 from alphaedit_peft.editing.report import EditResult
+from alphaedit_peft.editing.state import EditState, protects
 from alphaedit_peft.editing.targets import Targets, optimise_targets
 from alphaedit_peft.pack.record import EditRecord
-
-
-@dataclass(frozen=True)
-class EditState:
-    """What has been written so far: factors by layer, the journal, and z (n, d) by row."""
-
-    factors: Mapping[int, LowRankDelta]
-    records: tuple[EditRecord, ...]
-    targets: Tensor
-
-    @property
-    def rank(self) -> int:
-        """Rows of every ``lora_A``."""
-        return self.targets.shape[0]
-
-    @property
-    def standing(self) -> tuple[EditRecord, ...]:
-        """Records whose row is in force: not superseded."""
-        return tuple(r for r in self.records if r.role != "superseded")
-
-    @property
-    def protected(self) -> list[bool]:
-        """For each row, whether a standing record owns it; later solves keep its output."""
-        return _protects(self.standing, self.rank)
-
-    @property
-    def next_batch(self) -> int:
-        """Number of the next batch."""
-        return max((record.batch for record in self.records), default=-1) + 1
 
 
 def edit_batch(
@@ -60,7 +30,7 @@ def edit_batch(
     edits: Sequence[EditRows],
     write: Write,
     *,
-    replaced: frozenset[str] = frozenset(),
+    replaces: Mapping[str, str] | None = None,
     progress: Callable[[int], None] = lambda n: None,
 ) -> tuple[EditState, tuple[EditResult, ...]]:
     """Make one batch of edits.
@@ -71,7 +41,7 @@ def edit_batch(
         state: what is in place.
         edits: tokenised edits, free of contradictions.
         write: puts a layer's factors into the model.
-        replaced: ids of edits in place that these take the place of.
+        replaces: id of an edit here -> id of the edit in place whose place it takes, once made.
         progress: called with the number of edits whose target value is found.
 
     Returns:
@@ -80,71 +50,54 @@ def edit_batch(
     reasons = _oversized(bench, edits)
     usable = [rows for rows in edits if rows.edit.id not in reasons]
     if not usable:
-        return state, tuple(EditResult(rows.edit, reasons[rows.edit.id]) for rows in edits)
+        return state, _set_aside(edits, reasons)
     bare = [rows.rows[0] for rows in usable]
     before = bench.score(bare)
-    groups = _groups(bench, objective, state, usable, replaced)
+    groups = _groups(bench, objective, state, usable, _replaced(replaces, usable))
     found = optimise_targets(bench, groups, progress)
     groups, found, failed = _without_failures(groups, found)
     reasons |= failed
     if not groups:
-        return state, tuple(EditResult(rows.edit, reasons[rows.edit.id]) for rows in edits)
-    taken = {row for group in groups for row in group.old_rows}
-    kept = [r for r in state.standing if r.edit.id not in replaced and r.row not in taken]
-    protected = _protects(kept if bench.config.history else (), state.rank)
-    leaders = [group.leader for group in groups]
-    poured = pour(bench, objective, leaders, found.values, state.factors, protected, write)
+        return state, _set_aside(edits, reasons)
+    written = [rows for rows in usable if rows.edit.id not in failed]
+    replaced = _replaced(replaces, written)
+    poured = pour(
+        bench,
+        objective,
+        [group.leader for group in groups],
+        found.values,
+        state.factors,
+        _still_protected(bench, state, groups, replaced),
+        write,
+    )
     pairs = zip(usable, before, bench.score(bare), strict=True)
     scores = {rows.edit.id: (old, new) for rows, old, new in pairs}
     made = _results(bench, state.rank, groups, found, poured, scores)
-    results = tuple(
-        made.get(rows.edit.id) or EditResult(rows.edit, reasons[rows.edit.id]) for rows in edits
-    )
+    results = tuple(made.get(r.edit.id) or _set_aside([r], reasons)[0] for r in edits)
     return _next_state(state, groups, found, poured, made, replaced), results
 
 
-def repour_state(
-    bench: Bench,
-    objective: Objective,
-    empty: EditState,
-    records: Sequence[EditRecord],
-    targets: Tensor,
-    write: Write,
-) -> EditState:
-    """Pour stored target values again, batch by batch, into a model that holds no edit.
-
-    Args:
-        empty: the state to begin with.
-        records: the edits to pour, own or protected; edits of one row stay together.
-        targets: z (n, d), by the records' rows.
-    """
-    state = empty
-    kept = [r for r in records if r.role != "superseded"]
-    for number in sorted({record.batch for record in kept}):
-        batch = [record for record in kept if record.batch == number]
-        rows = sorted({record.row for record in batch})
-        leaders = [next(r for r in batch if r.row == row) for row in rows]
-        rendered = [bench.renderer.edit_rows(r.edit, bench.contexts) for r in leaders]
-        values = targets[rows].to(bench.device)
-        protected = state.protected if bench.config.history else [False] * state.rank
-        poured = pour(bench, objective, rendered, values, state.factors, protected, write)
-        place = {row: state.rank + i for i, row in enumerate(rows)}
-        state = EditState(
-            poured.factors,
-            state.records + tuple(replace(r, row=place[r.row]) for r in batch),
-            torch.cat([state.targets, values.to(state.targets)]),
-        )
-    return state
+def _set_aside(edits: Sequence[EditRows], reasons: Mapping[str, str]) -> tuple[EditResult, ...]:
+    return tuple(EditResult(rows.edit, reasons[rows.edit.id]) for rows in edits)
 
 
-def _protects(records: Sequence[EditRecord], rank: int) -> list[bool]:
-    rows = {record.row for record in records}
-    return [row in rows for row in range(rank)]
+def _replaced(replaces: Mapping[str, str] | None, edits: Sequence[EditRows]) -> frozenset[str]:
+    known = replaces or {}
+    return frozenset(known[rows.edit.id] for rows in edits if rows.edit.id in known)
+
+
+def _still_protected(
+    bench: Bench, state: EditState, groups: Sequence[Group], replaced: frozenset[str]
+) -> list[bool]:
+    """Rows in place that keep their output: neither replaced nor taken over by a group."""
+    taken = {row for group in groups for row in group.old_rows}
+    kept = [r for r in state.standing if r.edit.id not in replaced and r.row not in taken]
+    return protects(kept if bench.config.history else (), state.rank)
 
 
 def _oversized(bench: Bench, edits: Sequence[EditRows]) -> dict[str, str]:
     """Edits whose hidden state is far larger than the batch's: they would wreck the solve."""
-    last = bench.layers[-1]
+    last, ratio = bench.layers[-1], bench.config.max_hidden_ratio
     norms = bench.hidden([rows.rows[0] for rows in edits], last).norm(dim=1)
     if not norms.isfinite().all():
         first = edits[int((~norms.isfinite()).nonzero()[0])].edit
@@ -152,7 +105,8 @@ def _oversized(bench: Bench, edits: Sequence[EditRows]) -> dict[str, str]:
             f"the hidden state of {first.question!r} after block {last} is not finite; the base "
             "model's weights hold NaN or infinity, or its dtype is too narrow"
         )
-    ratio = bench.config.max_hidden_ratio
+    if ratio == 0:
+        return {}
     limit = ratio * float(norms.median())
     return {
         rows.edit.id: f"its hidden state has norm {norm:.3g}, over max_hidden_ratio={ratio:g} "
@@ -251,7 +205,7 @@ def _next_state(
         if record.role != "superseded" and record.edit.id in replaced:
             record = replace(record, role="superseded")
         elif record.role != "superseded" and record.row in moved:
-            carried.append(replace(record, row=moved[record.row], batch=batch))
+            carried.append(replace(record, row=moved[record.row]))
             record = replace(record, role="superseded")
         records.append(record)
     records += carried

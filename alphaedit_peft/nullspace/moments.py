@@ -8,6 +8,7 @@ them, and MEMIT's inverse needs them. The thin, shareable artefact is
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -85,6 +86,11 @@ class KeyMoments:
             ValueError: a model that cannot be edited, no tokens, keys that are not finite, or a
                 resume file of another run.
         """
+        if max_tokens is not None and max_tokens < 1:
+            raise ValueError(
+                f"max_tokens={max_tokens} leaves no token to collect; give at least 1, better ten "
+                "times d_in, or None for the whole corpus"
+            )
         base = bare_model(model)
         full, architecture = config.resolve(base)
         modules = {layer: architecture.rewrite_name(layer) for layer in full.rewrite_layers or ()}
@@ -131,6 +137,15 @@ class KeyMoments:
                 "that was resolved for the model"
             )
         return NullSpace.from_moments(self, threshold, mode)
+
+    def digest(self) -> str:
+        """Sixteen hex digits that identify these moments, for provenance."""
+        found = hashlib.sha256()
+        for layer in self.layers:
+            moment = self.moments[layer].float().cpu().contiguous()
+            found.update(f"{layer} {tuple(moment.shape)}".encode())
+            found.update(memoryview(moment.numpy()).cast("B"))
+        return found.hexdigest()[:16]
 
     def save_pretrained(self, save_directory: str | Path) -> None:
         """Write ``key_moments.safetensors`` and ``key_moments.json``."""

@@ -15,12 +15,23 @@ from huggingface_hub import ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
+from alphaedit_peft import embedded
+
 if TYPE_CHECKING:
     from alphaedit_peft.pack.pack import EditPack
     from alphaedit_peft.pack.record import EditRecord
 
 MAX_LISTED = 100  # edits in the card's table; edits.jsonl has all
 MAX_CELL = 200  # characters
+
+_LOADING = """\
+from transformers import AutoModelForCausalLM
+
+base = AutoModelForCausalLM.from_pretrained({base})"""
+_LOADING_EMBEDDED = """\
+from alphaedit_peft import embedded
+
+base, tokenizer = embedded.load()"""
 
 _INTRODUCTION = """\
 # Edited facts, as a LoRA
@@ -36,9 +47,7 @@ With PEFT alone, as any LoRA:
 
 ```python
 from peft import PeftModel
-from transformers import AutoModelForCausalLM
-
-base = AutoModelForCausalLM.from_pretrained({base})
+{loading}
 model = PeftModel.from_pretrained(base, "path/or/repository/of/this/pack")
 ```
 
@@ -68,7 +77,7 @@ def card(pack: EditPack) -> str:
         facts=_count(len(pack.edits), "fact"),
         modules=_count(len(pack.modules), "matrix", "matrices"),
         rank=pack.rank,
-        base=json.dumps(_hub_name(pack.config.base_model_name_or_path) or "path/of/the/base/model"),
+        loading=_loading(pack.config.base_model_name_or_path),
     )
     rows = [_edit_row(record) for record in pack.records if record.role == "own"]
     lines = ["| subject | prompt | new target | P before | P after |", "|---|---|---|---|---|"]
@@ -99,8 +108,9 @@ def summary(pack: EditPack) -> str:
 
 
 def _provenance(pack: EditPack) -> list[tuple[str, str]]:
-    base = _hub_name(pack.config.base_model_name_or_path) or "a local model"
-    found = [("base", base)]
+    name = pack.config.base_model_name_or_path
+    base = name if name == embedded.NAME else _hub_name(name) or "a local model"
+    found = [("base", str(base))]
     if pack.base is not None:
         digest = pack.base.digest or "not verifiable"
         found.append(("base fingerprint", f"{digest} ({_flat(pack.base.shape)})"))
@@ -117,9 +127,21 @@ def _edit_row(record: EditRecord) -> str:
     return f"| {' | '.join(cells)} |"
 
 
+def _loading(base: str | None) -> str:
+    """The lines that load the base."""
+    if base == embedded.NAME:
+        return _LOADING_EMBEDDED
+    return _LOADING.format(base=json.dumps(_hub_name(base) or "path/of/the/base/model"))
+
+
 def _hub_name(base: str | None) -> str | None:
-    """The base's repository on the Hub; None for a local path, which no reader could use."""
-    if not base or Path(base).is_absolute() or PureWindowsPath(base).is_absolute():
+    """The base's repository on the Hub; None for a local path, which no reader could use.
+
+    The embedded model's name is of this package, not of the Hub.
+    """
+    if not base or base == embedded.NAME:
+        return None
+    if Path(base).is_absolute() or PureWindowsPath(base).is_absolute():
         return None
     if Path(base).is_dir():
         return None

@@ -55,9 +55,12 @@ class EditPack:
         contexts: texts that were put before the prompts, sampled or given.
         fan_in_fan_out: whether the base keeps these weights as (d_in, d_out), as ``Conv1D`` does.
         base: fingerprint of the base model; None where unknown.
-        null_space: where the projector came from: digest, tokens, threshold, mode.
+        null_space: where the projector came from, or MEMIT's key moments: digest, tokens,
+            threshold, mode.
         versions: of the libraries that made the edits.
         parents: what this pack was made from, where it was not edited directly.
+
+    ``provenance`` gives base, null space, versions, parents and contexts together, as JSON values.
 
     Raises:
         ValueError: parts that do not fit each other, or values that are not finite.
@@ -116,6 +119,21 @@ class EditPack:
     def active_rows(self) -> tuple[int, ...]:
         """Rows that an own or protected edit refers to, ascending: the protected set."""
         return tuple(sorted({r.row for r in self.records if r.role != "superseded"}))
+
+    @property
+    def provenance(self) -> dict[str, Any]:
+        """Where the pack comes from, as plain JSON values.
+
+        Its ``base`` (fingerprint), ``null_space`` (or MEMIT's key moments), ``versions`` of
+        libraries, ``parents`` and ``contexts``.
+        """
+        return {
+            "base": None if self.base is None else self.base.to_json(),
+            "null_space": None if self.null_space is None else dict(self.null_space),
+            "versions": dict(self.versions),
+            "parents": [dict(parent) for parent in self.parents],
+            "contexts": list(self.contexts),
+        }
 
     @property
     def dtype(self) -> torch.dtype:

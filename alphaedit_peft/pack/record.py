@@ -29,7 +29,8 @@ class EditRecord:
         batch: number of the batch that made it, from 0.
         prefix: prompt text up to and including the subject ("" where unknown); edits with the
             same prefix share a key.
-        probability_before: of the new target on the base model, where measured.
+        probability_before: of the new target before its batch, with the edits of earlier batches in
+            place, where measured.
         probability_after: of the new target right after its batch, where measured.
 
     Raises:

@@ -49,8 +49,6 @@ def test_replace_lets_the_last_one_win_over_list_and_place():
     assert plan.to_make == (BONN,)
     assert [edit.id for edit, _ in plan.set_aside] == ["oslo"]
     assert plan.replaced == {"bonn": "rome"}
-    assert plan.replaced_by([BONN]) == {"rome"}
-    assert plan.replaced_by([BORN]) == frozenset()
 
 
 def test_one_id_for_two_edits_is_refused():
