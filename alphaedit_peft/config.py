@@ -99,7 +99,9 @@ class AlphaEditConfig(PeftConfig):
 
     on_conflict: str = _setting("error", "an edit that contradicts one in place: see docs/theory")
     key_cosine: float = _setting(0.999, "edits whose keys are at least this alike share one row")
-    max_hidden_ratio: float = _setting(10.0, "skip an edit whose |h| is over this times median; 0: off")
+    max_hidden_ratio: float = _setting(
+        10.0, "skip an edit whose |h| is over this times median; 0: off"
+    )
     rollback_depth: int = _setting(20, "batches whose earlier factors are kept for exact rollback")
 
     def __post_init__(self) -> None:
@@ -201,9 +203,8 @@ class AlphaEditConfig(PeftConfig):
         folder = Path(save_directory) / SIDECAR
         if _is_of_pack(folder / CONFIG_FILE):
             raise ValueError(
-                f"{save_directory} is an edit pack, and its {SIDECAR}/{CONFIG_FILE} holds more "
-                "than settings; save the settings in another folder, or the model with its own "
-                "save_pretrained"
+                f"{save_directory} is an edit pack, whose {SIDECAR}/{CONFIG_FILE} holds more than "
+                "settings; save the settings in another folder"
             )
         folder.mkdir(parents=True, exist_ok=True)
         text = json.dumps({"config": self.to_json()}, indent=2, sort_keys=True)
@@ -260,16 +261,13 @@ _COUNTS = (
     *("tokens_per_batch", "target_tokens", "steps"),
     *("num_contexts", "context_length", "rollback_depth"),
 )
-_ZERO_IS_OFF = ("max_hidden_ratio",)
 
 
 def _is_of_pack(path: Path) -> bool:
-    """Whether a config file is a pack's, which says its format's version."""
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return isinstance(values, dict) and "format_version" in values
+    """Whether a config file is a pack's: it says its format's version."""
+    return path.is_file() and '"format_version"' in path.read_text(
+        encoding="utf-8", errors="ignore"
+    )
 
 
 def _check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
@@ -284,13 +282,11 @@ def _check_range(name: str, value: float | None, low: float, high: float) -> Non
         raise ValueError(f"{name}={value!r} must be a number")
     if name in _COUNTS and not isinstance(value, int):
         raise ValueError(f"{name}={value} must be a whole number")
-    if value == 0 and name in _ZERO_IS_OFF:
-        return
-    if not low <= value <= high:
-        off = ", and 0, which switches it off" if name in _ZERO_IS_OFF else ""
-        raise ValueError(f"{name}={value} is outside {low}..{high}{off}")
+    off = name == "max_hidden_ratio"  # 0 switches it off
+    if not low <= value <= high and not (off and value == 0):
+        raise ValueError(f"{name}={value} is outside {low}..{high}{', or 0 for off' * off}")
     if value > sys.float_info.max:
-        raise ValueError(f"{name}={value} is outside the finite numbers, which it must be one of")
+        raise ValueError(f"{name}={value} is outside the finite numbers; give one")
 
 
 def _check_pair(name: str, value: float | None, mode: str | None) -> None:

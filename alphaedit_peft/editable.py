@@ -8,72 +8,31 @@ inherits this.
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
 import torch
-from peft import PeftModelForCausalLM
 from tqdm.auto import tqdm
 
-from alphaedit_peft import hooks, live
-from alphaedit_peft.algebra import LowRankDelta
-from alphaedit_peft.architecture import Architecture
-from alphaedit_peft.config import AlphaEditConfig
+from alphaedit_peft import hooks
+from alphaedit_peft.adapter import AdapterModel
 from alphaedit_peft.editing.bench import Bench
 from alphaedit_peft.editing.contexts import sample_contexts
 from alphaedit_peft.editing.groups import sort_out
-from alphaedit_peft.editing.journal import Journal, Snapshot
+from alphaedit_peft.editing.journal import Snapshot
 from alphaedit_peft.editing.objective import Objective
 from alphaedit_peft.editing.prompts import EditRows
 from alphaedit_peft.editing.report import EditReport, EditResult, LayerReport, layer_report
 from alphaedit_peft.editing.repour import repour_state
-from alphaedit_peft.editing.resources import Resources
 from alphaedit_peft.editing.river import edit_batch
 from alphaedit_peft.editing.state import EditState
 from alphaedit_peft.edits import Edit, as_edits
-from alphaedit_peft.fingerprint import BaseFingerprint
 from alphaedit_peft.pack import EditRecord
 
 
-class EditableModel(PeftModelForCausalLM):
+class EditableModel(AdapterModel):
     """The editing half of :class:`~alphaedit_peft.model.AlphaEditModel`."""
-
-    alphaedit_config: AlphaEditConfig
-    architecture: Architecture
-    base_fingerprint: BaseFingerprint
-    resources: Resources
-    _journals: dict[str, Journal]
-    _snapshots: dict[str, deque[Snapshot]]
-    base_model: Any  # PEFT's LoraModel
-    config: Any  # the base model's
-
-    @property
-    def edits(self) -> list[Edit]:
-        """The edits in the active adapter, in the order they were made; each has its id."""
-        return [record.edit for record in self.records if record.role == "own"]
-
-    @property
-    def records(self) -> tuple[EditRecord, ...]:
-        """The active adapter's journal: every edit with its row, batch and role."""
-        journal = self._journals.get(self._active)
-        return () if journal is None else journal.records
-
-    @property
-    def factors(self) -> dict[int, LowRankDelta]:
-        """The active adapter's update by rewrite layer: A (n, d_in), B (d_out, n)."""
-        rank = self._journal().rank
-        return {
-            layer: live.read_factors(self._lora_layer(layer), self._active, rank)
-            for layer in self.alphaedit_config.rewrite_layers or ()
-        }
-
-    @property
-    def merged(self) -> bool:
-        """Whether edits are written into the base weights at the moment."""
-        return any(layer.merged for layer in live.lora_layers(self).values())
 
     @torch.no_grad()
     def edit(
@@ -183,21 +142,6 @@ class EditableModel(PeftModelForCausalLM):
             self._write(layer, delta)
         self._keep(snapshot.journal)
 
-    @property
-    def _active(self) -> str:
-        names = self.active_adapters
-        if len(names) != 1:
-            raise RuntimeError(f"adapters {names} are active; choose one with set_adapter(name)")
-        return names[0]
-
-    def _journal(self) -> Journal:
-        if self._active not in self._journals:
-            raise RuntimeError(
-                f"adapter {self._active!r} is a plain LoRA: without the sidecar folder "
-                "'alphaedit/' of a pack its edits are not known, so it can be used but not edited"
-            )
-        return self._journals[self._active]
-
     def _known_ids(self, edit_ids: Sequence[str]) -> set[str]:
         if isinstance(edit_ids, str):
             raise TypeError(f"edit_ids={edit_ids!r} is one text; pass a list of ids")
@@ -206,18 +150,6 @@ class EditableModel(PeftModelForCausalLM):
         if unknown:
             raise ValueError(f"edit ids {unknown} are not in this model; it has {sorted(known)}")
         return set(edit_ids)
-
-    def _lora_layer(self, layer: int) -> Any:
-        return self.get_base_model().get_submodule(self.architecture.rewrite_name(layer))
-
-    def _require_editable(self) -> None:
-        self._journal()
-        if torch.is_inference_mode_enabled():
-            raise RuntimeError("torch.inference_mode() is on; edit outside of it, or in no_grad()")
-        if self.merged:
-            raise RuntimeError("the edits are merged into the base weights; call unmerge() first")
-        if any(layer.disable_adapters for layer in live.lora_layers(self).values()):
-            raise RuntimeError("the adapter is disabled; edit outside of disable_adapter()")
 
     @contextmanager
     def _bench(self) -> Iterator[tuple[Bench, Objective]]:
@@ -244,48 +176,6 @@ class EditableModel(PeftModelForCausalLM):
                 "given; rows of two projectors do not go together: pass the first, or make the "
                 "edits anew"
             )
-
-    def _state(self) -> EditState:
-        journal = self._journal()
-        factors = self.factors
-        targets = journal.targets
-        if targets is None:  # a pack saved without them: editing goes on, repour cannot
-            targets = torch.full((journal.rank, self.config.hidden_size), torch.nan)
-        return EditState(factors, journal.records, targets)
-
-    def _write(self, layer: int, delta: LowRankDelta) -> None:
-        live.write_factors(self._lora_layer(layer), self._active, delta)
-
-    @contextmanager
-    def _all_or_nothing(self, before: EditState) -> Iterator[None]:
-        """Put the factors back if the block does not end, whatever the reason."""
-        try:
-            yield
-        except BaseException:
-            for layer, delta in before.factors.items():
-                self._write(layer, delta)
-            raise
-
-    def _commit(self, state: EditState, contexts: tuple[str, ...]) -> None:
-        targets = state.targets if state.targets.isfinite().all() else None
-        self._keep(
-            replace(
-                self._journal(),
-                records=state.records,
-                targets=targets,
-                rank=state.rank,
-                contexts=contexts,
-            )
-        )
-
-    def _keep(self, journal: Journal) -> None:
-        self._journals[self._active] = journal
-        lora_config: Any = self.peft_config[self._active]
-        lora_config.r = lora_config.lora_alpha = max(1, journal.rank)
-
-    def _remember(self, snapshot: Snapshot) -> None:
-        depth = self.alphaedit_config.rollback_depth
-        self._snapshots.setdefault(self._active, deque(maxlen=depth)).append(snapshot)
 
     def _repour(self, records: Sequence[EditRecord]) -> None:
         targets = self._journal().targets

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -121,10 +121,10 @@ class AlphaEditModel(EditableModel):
                 adapter that is more than plain LoRA.
         """
         self._require_mergeable(self.active_adapters)
-        for layer in live.lora_layers(self).values():
-            names = [name for name in self.active_adapters if name not in layer.merged_adapters]
-            if names:
-                layer.merge(safe_merge=safe_merge, adapter_names=names)
+        layers = live.lora_layers(self).values()
+        todo = [name for name in self.active_adapters if not _is_merged(name, layers)]
+        if todo:
+            self.base_model.merge_adapter(adapter_names=todo, safe_merge=safe_merge)
 
     def unmerge(self) -> None:
         """Take the edits out of the base weights, which get their original bits back."""
@@ -288,7 +288,7 @@ class AlphaEditModel(EditableModel):
         edited._keep(_journal_of(pack))
         return edited.eval()
 
-    def load_adapter(  # noqa: PLR0913
+    def load_adapter(  # type: ignore[override]
         self,
         model_id: str | Path,
         adapter_name: str,
@@ -320,7 +320,8 @@ class AlphaEditModel(EditableModel):
             ValueError: a pack of another base, unless ``allow_base_mismatch``.
         """
         _require_path(model_id)
-        where = {key: kwargs[key] for key in ("revision", "token", "subfolder") if key in kwargs}
+        given = kwargs.keys() & {"revision", "token", "subfolder"}
+        where: dict[str, Any] = {key: kwargs[key] for key in given}
         pack = _pack_or_none(model_id, where)
         if pack is not None:
             check_beside(pack, self.get_base_model(), self.base_fingerprint, allow_base_mismatch)
@@ -396,6 +397,10 @@ def _resources(
             "pass KeyMoments.from_pretrained(path)"
         )
     return Resources(tokenizer, null_space, key_moments)
+
+
+def _is_merged(adapter: str, layers: Iterable[Any]) -> bool:
+    return all(adapter in m.merged_adapters for m in layers if adapter in m.lora_A)
 
 
 def _require_path(model_id: object) -> None:

@@ -137,7 +137,21 @@ def test_resolve_takes_the_bases_name():
         ({"num_contexts": 1001}, r"num_contexts=1001 is outside 0..1000"),
         ({"context_length": 0}, r"context_length=0 is outside 1..1000"),
         ({"key_cosine": 1.1}, r"key_cosine=1.1 is outside 0.5..1.0"),
-        ({"max_hidden_ratio": 0.5}, r"max_hidden_ratio=0.5 is outside 1..inf"),
+        ({"max_hidden_ratio": 0.5}, r"max_hidden_ratio=0.5 is outside 1..inf, or 0 for off"),
+        ({"base_model_name_or_path": 7}, r"base_model_name_or_path=7 must be of type"),
+        ({"revision": 7}, r"revision=7 must be of type"),
+        *(
+            ({name: float("inf")}, rf"{name}=inf is outside the finite numbers")
+            for name in ("ridge", "norm_guard", "threshold", "moment_weight", "learning_rate")
+        ),
+        *(
+            ({name: float("inf")}, rf"{name}=inf is outside the finite numbers")
+            for name in ("clamp_factor", "kl_factor", "weight_decay", "stop_loss")
+        ),
+        ({"max_hidden_ratio": float("inf")}, r"max_hidden_ratio=inf is outside the finite"),
+        ({"tokens_per_batch": float("inf")}, r"tokens_per_batch=inf must be a whole number"),
+        ({"tokens_per_batch": 10**400}, r"is outside the finite numbers"),
+        ({"ridge": -float("inf")}, r"ridge=-inf is outside"),
         ({"rewrite_layers": []}, r"rewrite_layers=\[\] must be a list of block numbers"),
         ({"rewrite_layers": 4}, r"rewrite_layers=4 must be a list of block numbers, such as"),
         ({"rewrite_layers": [4.0]}, r"rewrite_layers=\[4.0\] must be"),
@@ -237,3 +251,24 @@ def test_its_lora_config_hits_the_rewrite_modules_and_nothing_else(family):
     assert set(layers) == {architecture.rewrite_name(layer) for layer in (0, 2)}
     assert all(layer.scaling == {"default": 1.0} for layer in layers.values())
     assert not any(p.requires_grad for p in peft_model.parameters())
+
+
+def test_a_hidden_ratio_of_zero_is_off():
+    assert AlphaEditConfig(max_hidden_ratio=0).max_hidden_ratio == 0
+
+
+def test_a_packs_settings_are_not_overwritten(tmp_path):
+    path = tmp_path / "alphaedit" / "config.json"
+    path.parent.mkdir()
+    path.write_text('{"format_version": 1, "config": {}}')
+    with pytest.raises(
+        ValueError, match=r"is an edit pack, .* save the settings in another folder"
+    ):
+        AlphaEditConfig().save_pretrained(tmp_path)
+    assert path.read_text() == '{"format_version": 1, "config": {}}'
+
+
+def test_settings_can_be_saved_again(tmp_path):
+    AlphaEditConfig(seed=1).save_pretrained(tmp_path)
+    AlphaEditConfig(seed=2).save_pretrained(tmp_path)
+    assert AlphaEditConfig.from_pretrained(tmp_path).seed == 2

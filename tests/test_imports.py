@@ -24,7 +24,7 @@ FLOORS = (
     ("nullspace", "evaluation", "embedded"),
     ("pack",),
     ("editing",),
-    ("live", "editable", "fitting", "model"),
+    ("live", "adapter", "editable", "fitting", "model"),
     ("studies", "report"),
     ("cli",),
 )
@@ -32,7 +32,7 @@ FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 
 MAY_IMPORT = {
     # the demonstration loads its pack with plain PEFT, to show that this is enough
-    "peft": ("model", "editable", "live", "config", "pack", "cli.showing"),
+    "peft": ("model", "adapter", "live", "config", "pack", "cli.showing"),
     "datasets": ("nullspace.corpus",),
     "typer": ("cli",),
     "rich": ("cli",),

@@ -89,7 +89,9 @@ def finding(path: str) -> Iterator[None]:
             why = " of that name; check the path, or log in if it is private"
         else:
             why = f" that has it: {str(error).strip().splitlines()[0]}"
-        raise FileNotFoundError(f"{path}: no such folder here, and no Hub repository{why}") from error
+        raise FileNotFoundError(
+            f"{path}: no such folder here, and no Hub repository{why}"
+        ) from error
 
 
 def load_moments(path: Path | None) -> KeyMoments | None:

@@ -89,8 +89,8 @@ class Renderer:
         """Tokenise an edit's prompt bare and behind every context, and its KL prompt.
 
         Raises:
-            ValueError: a target without tokens, a subject the tokenizer does not see, or a prompt that
-                the model has no positions or token ids for.
+            ValueError: a target without tokens, a subject the tokenizer does not see, or a prompt
+                that the model has no positions or token ids for.
         """
         prompts = [edit.prompt] + [f"{context} {edit.prompt}" for context in contexts]
         rows = tuple(self._row(prompt, edit.subject, edit.target_new) for prompt in prompts)

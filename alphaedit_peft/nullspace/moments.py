@@ -144,7 +144,7 @@ class KeyMoments:
         for layer in self.layers:
             moment = self.moments[layer].float().cpu().contiguous()
             found.update(f"{layer} {tuple(moment.shape)}".encode())
-            found.update(memoryview(moment.numpy()).cast("B"))
+            found.update(moment.numpy().data)
         return found.hexdigest()[:16]
 
     def save_pretrained(self, save_directory: str | Path) -> None:

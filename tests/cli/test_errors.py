@@ -55,6 +55,8 @@ def good(tmp_path):
         (["--set", "ridgge=1"], r"settings ['ridgge'] are unknown"),
         (["--set", "ridge=-1"], "ridge=-1"),
         (["--set", "kl_prompt=x"], "kl_prompt='x'"),
+        (["--set", "base_model_name_or_path=7"], "base_model_name_or_path=7 must be of type"),
+        (["--set", "task_type=x"], "settings ['task_type'] are unknown"),
         (["--config", "/no/config.json"], "/no/config.json: No such file"),
         (["--layers", "40"], "rewrite_layers=[40] is outside this model's"),
         ([], "no null space was given"),
@@ -185,3 +187,14 @@ def test_warnings_for_users_are_one_line_and_others_are_silent(capsys):
         warnings.warn("two\nlines", stacklevel=1)
         warnings.warn("old", FutureWarning, stacklevel=1)
     assert capsys.readouterr().err == "alphaedit: warning: two lines\n"
+
+
+@pytest.mark.parametrize("what", ["pack", "null space"])
+def test_a_missing_folder_that_could_be_a_repository(shell, tmp_path, good, what):
+    words = ["inspect", "no-such-pack"]
+    if what == "null space":
+        words = ["edit", "embedded", good, "--out", tmp_path / "p", "--null-space", "no-such-pack"]
+    done = shell(*words, HF_HUB_OFFLINE="1")
+    assert done.returncode == 1
+    assert len(done.stderr.splitlines()) == 1
+    assert "no-such-pack: no such folder here, and no Hub repository" in done.stderr

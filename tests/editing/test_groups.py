@@ -70,3 +70,18 @@ def test_keys_apart_stay_apart():
     keys = torch.eye(3)
     groups = group_by_key(["a", "b", "c"], keys, [], torch.zeros(0, 3), 0.999)
     assert groups == [([0], []), ([1], []), ([2], [])]
+
+
+@pytest.mark.parametrize("prompt", ["The capital  of {} is", "The capital of {}\n is "])
+def test_white_space_hides_no_contradiction(prompt):
+    spaced = Edit("France", prompt, "Oslo", id="spaced")
+    with pytest.raises(ValueError, match="edits rome and spaced contradict"):
+        sort_out([spaced], [ROME], "error")
+    with pytest.raises(ValueError, match="edits spaced and rome contradict"):
+        sort_out([spaced, ROME], [], "error")
+    assert sort_out([Edit("France", prompt, "Rome")], [ROME], "error").to_make == ()
+
+
+def test_alike_rows_that_are_not_in_force_are_not_taken():
+    keys = torch.eye(3)
+    assert group_by_key(["a", "b"], keys[:2], [(1, "z")], keys, 0.999) == [([0], []), ([1], [1])]

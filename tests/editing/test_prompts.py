@@ -140,3 +140,25 @@ def test_target_without_tokens_is_refused():
         renderer(deaf).edit_rows(Edit("It", "{} is", "Bonn"), [])
     with pytest.raises(ValueError, match="subject 'Bonn' has no token"):
         renderer(deaf).edit_rows(Edit("Bonn", "It is {}", "It"), [])
+
+
+@pytest.mark.parametrize(
+    ("limits", "message"),
+    [
+        ((5, 320), r"have \d+ tokens, the model has 5 positions; shorten"),
+        ((None, 40), r"has token id \d+, the model has ids 0\.\.39; use the tokenizer"),
+    ],
+)
+def test_what_the_model_cannot_read_is_refused(tokenizer, limits, message):
+    limited = Renderer(tokenizer, AlphaEditConfig(kl_prompt="{} is"), limits)
+    with pytest.raises(ValueError, match=message):
+        limited.edit_rows(Edit("France", "The capital of {} is", "Rome"), ["I think."])
+    with pytest.raises(ValueError, match=message):
+        limited.target_row("The capital of France is", "Paris")
+
+
+def test_what_just_fits_is_read(tokenizer):
+    row = renderer(tokenizer).target_row("The capital of France is", "Paris")
+    limits = (len(row.scoring_ids), max(row.ids + row.target) + 1)
+    limited = Renderer(tokenizer, AlphaEditConfig(), limits)
+    assert limited.target_row("The capital of France is", "Paris") == row

@@ -181,3 +181,16 @@ def test_a_moment_that_is_not_square(tmp_path, moments):
 def test_layers_outside_the_model(model, tokenizer, texts):
     with pytest.raises(ValueError, match=r"rewrite_layers=\[9\]"):
         KeyMoments.collect(model, tokenizer, texts, AlphaEditConfig(rewrite_layers=[9]))
+
+
+@pytest.mark.parametrize("most", [0, -1])
+def test_a_limit_without_tokens(model, tokenizer, texts, config, most):
+    with pytest.raises(ValueError, match=rf"max_tokens={most} leaves no token"):
+        KeyMoments.collect(model, tokenizer, texts, config, max_tokens=most, progress=False)
+
+
+def test_digest_names_the_numbers(tmp_path, moments):
+    moments.save_pretrained(tmp_path)
+    assert KeyMoments.from_pretrained(tmp_path).digest() == moments.digest()
+    others = {layer: 2 * moment for layer, moment in moments.moments.items()}
+    assert replace(moments, moments=others).digest() != moments.digest()

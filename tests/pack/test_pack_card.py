@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 from huggingface_hub import ModelCard
 
+from alphaedit_peft import embedded
 from alphaedit_peft.config import AlphaEditConfig
 from alphaedit_peft.edits import Edit
 from alphaedit_peft.pack import EditRecord
@@ -62,3 +63,11 @@ def test_summary_says_what_there_is(pack):
         assert fact in text
     assert f"{pack.factors[pack.modules[0]].norm():.4g}" in text
     assert "not recorded" in dataclasses.replace(pack, null_space=None, base=None).summary()
+
+
+def test_the_embedded_model_is_loaded_from_the_package(pack):
+    text = card(with_base(pack, embedded.NAME))
+    assert "from alphaedit_peft import embedded\n\nbase, tokenizer = embedded.load()\n" in text
+    assert "AutoModelForCausalLM" not in text
+    assert ModelCard(text).data.base_model is None
+    assert f"base: {embedded.NAME}" in text

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 
 import pytest
 import torch
@@ -173,3 +174,17 @@ def test_the_hubs_cache_may_link_to_its_blobs(saved, pack, tmp_path):
 def _card(pack, tmp_path):
     pack.save_pretrained(tmp_path / "card")
     return (tmp_path / "card" / "README.md").read_text()
+
+
+def test_provenance_is_plain_json(pack):
+    found = pack.provenance
+    assert json.loads(json.dumps(found)) == found
+    assert set(found) == {"base", "null_space", "versions", "parents", "contexts"}
+    assert found["null_space"] == pack.null_space
+    assert found["parents"] == [{"digest": "cd"}]
+
+
+def test_provenance_of_key_moments_is_saved(new_pack, tmp_path):
+    facts = {"digest": "ab", "tokens": 1000, "threshold": None, "mode": None}
+    new_pack(null_space=facts).save_pretrained(tmp_path / "pack")
+    assert EditPack.from_pretrained(tmp_path / "pack").null_space == facts
