@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,7 +26,8 @@ from alphaedit_peft.editing.resources import Resources
 from alphaedit_peft.editing.state import EditState
 from alphaedit_peft.edits import Edit
 from alphaedit_peft.fingerprint import BaseFingerprint
-from alphaedit_peft.pack import EditRecord
+from alphaedit_peft.pack import EditPack, EditRecord
+from alphaedit_peft.pack.hub import push_pack
 
 
 class AdapterModel(PeftModelForCausalLM):
@@ -133,3 +135,72 @@ class AdapterModel(PeftModelForCausalLM):
     def _remember(self, snapshot: Snapshot) -> None:
         depth = self.alphaedit_config.rollback_depth
         self._snapshots.setdefault(self._active, deque(maxlen=depth)).append(snapshot)
+
+    def to_pack(self) -> EditPack:
+        """The active adapter as an :class:`EditPack`, a value that stands without the model."""
+        journal = self._journal()
+        names = self.architecture.rewrite_name
+        return EditPack(
+            factors={names(layer): delta.to("cpu") for layer, delta in self.factors.items()},
+            config=self.alphaedit_config,
+            records=journal.records,
+            targets=None if journal.targets is None else journal.targets.float().cpu(),
+            contexts=journal.contexts or (),
+            fan_in_fan_out=self.architecture.conv1d,
+            base=self.base_fingerprint,
+            null_space=self.resources.provenance() or journal.null_space,
+            parents=journal.parents,
+        )
+
+    def save_pretrained(  # type: ignore[override]
+        self,
+        save_directory: str | Path,
+        *,
+        dtype: torch.dtype = torch.float32,
+        safe_serialization: bool = True,
+        selected_adapters: list[str] | None = None,
+    ) -> None:
+        """Write the active adapter as a pack: a standard LoRA folder with its sidecar.
+
+        Args:
+            save_directory: where to; the folder is replaced in one step.
+            dtype: of the factors on disk; float32 lets editing go on with the same bits.
+            safe_serialization: as in PEFT; only True will do.
+            selected_adapters: as in PEFT; None or the active adapter alone.
+
+        Raises:
+            ValueError: another format, or other adapters.
+            OSError: the folder cannot be written; what was there is untouched.
+        """
+        if not safe_serialization:
+            raise ValueError(
+                f"safe_serialization={safe_serialization!r} asks for a pickle, and packs are "
+                "safetensors only; leave it out"
+            )
+        if selected_adapters is not None and list(selected_adapters) != [self._active]:
+            raise ValueError(
+                f"selected_adapters={selected_adapters!r} cannot be saved, since a pack is one "
+                f"adapter, the active {self._active!r}; choose it with set_adapter(name)"
+            )
+        self.to_pack().save_pretrained(save_directory, dtype=dtype)
+
+    def push_to_hub(  # type: ignore[override]
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        commit_message: str | None = None,
+    ) -> str:
+        """Save the active adapter as a pack on the Hub; see ``pack.hub.push_pack``."""
+        return push_pack(
+            self.to_pack(),
+            repo_id,
+            private=private,
+            token=token,
+            revision=revision,
+            create_pr=create_pr,
+            commit_message=commit_message,
+        )

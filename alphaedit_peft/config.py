@@ -46,7 +46,7 @@ class _Preset:
 
 _PRESET_VALUES = {
     "paper": _Preset(10.0, "absolute", 2e-2, "absolute", 25, 0.5, "absolute", 0.75, 0.0),
-    "auto": _Preset(0.05, "relative", 0.02, "energy", 25, 0.3, "relative", 2.0, 2.0),
+    "auto": _Preset(0.05, "relative", 0.02, "energy", 25, 0.3, "relative", 1.0, 2.0),
 }
 
 
@@ -99,9 +99,7 @@ class AlphaEditConfig(PeftConfig):
 
     on_conflict: str = _setting("error", "an edit that contradicts one in place: see docs/theory")
     key_cosine: float = _setting(0.999, "edits whose keys are at least this alike share one row")
-    max_hidden_ratio: float = _setting(
-        10.0, "skip an edit whose |h| is over this times median; 0: off"
-    )
+    max_hidden_ratio: float = _setting(10.0, "skip edits of |h| over this times median; 0: off")
     rollback_depth: int = _setting(20, "batches whose earlier factors are kept for exact rollback")
 
     def __post_init__(self) -> None:
@@ -265,9 +263,7 @@ _COUNTS = (
 
 def _is_of_pack(path: Path) -> bool:
     """Whether a config file is a pack's: it says its format's version."""
-    return path.is_file() and '"format_version"' in path.read_text(
-        encoding="utf-8", errors="ignore"
-    )
+    return path.is_file() and b'"format_version"' in path.read_bytes()
 
 
 def _check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:

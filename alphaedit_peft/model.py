@@ -1,35 +1,31 @@
 """The edited model: a PEFT model whose LoRA adapter is the edits made so far.
 
 In: a base model and an :class:`AlphaEditConfig`, or a base model and a pack. Out:
-:class:`AlphaEditModel`, a ``PeftModelForCausalLM`` that edits itself (see ``editable``), and here:
-wraps, merges, unmerges, saves and loads.
+:class:`AlphaEditModel`, a ``PeftModelForCausalLM``: wrapped and loaded here, it edits itself by
+``editable``, merges by ``merging`` and saves what ``adapter`` holds.
 """
 
 from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from peft import LoraConfig
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from alphaedit_peft import live
 from alphaedit_peft.config import AlphaEditConfig
-from alphaedit_peft.editable import EditableModel
 from alphaedit_peft.editing.journal import Journal
 from alphaedit_peft.editing.resources import Resources
 from alphaedit_peft.fingerprint import fingerprint
 from alphaedit_peft.fitting import check_beside, check_fit, check_plain
+from alphaedit_peft.merging import MergeableModel
 from alphaedit_peft.nullspace import KeyMoments, NullSpace
 from alphaedit_peft.pack import EditPack
 from alphaedit_peft.pack.format import ADAPTER_CONFIG, PackError
-from alphaedit_peft.pack.hub import push_pack
 from alphaedit_peft.pack.locate import locate, read_steadily
 from alphaedit_peft.pack.lora import read_lora
 
@@ -61,7 +57,7 @@ def get_alphaedit_model(
     return AlphaEditModel(base, config, resources=resources, adapter_name=adapter_name)
 
 
-class AlphaEditModel(EditableModel):
+class AlphaEditModel(MergeableModel):
     """A causal language model and its edits; make one with :func:`get_alphaedit_model`.
 
     What PEFT does with a LoRA model works here too: ``generate``, ``set_adapter``, several
@@ -107,135 +103,6 @@ class AlphaEditModel(EditableModel):
             self._journals[adapter_name] = Journal.empty(self.config.hidden_size)
             for layer, delta in self.factors.items():
                 self._write(layer, delta)
-
-    def merge(self, *, safe_merge: bool = False) -> None:
-        """Write the active adapter into the base weights: summed in float32, rounded once.
-
-        Adapters that are merged already stay so, and the active one is added to them.
-
-        Args:
-            safe_merge: refuse a result that is not finite.
-
-        Raises:
-            RuntimeError: a quantised base, whose weights would be rounded to their few bits, or an
-                adapter that is more than plain LoRA.
-        """
-        self._require_mergeable(self.active_adapters)
-        layers = live.lora_layers(self).values()
-        todo = [name for name in self.active_adapters if not _is_merged(name, layers)]
-        if todo:
-            self.base_model.merge_adapter(adapter_names=todo, safe_merge=safe_merge)
-
-    def unmerge(self) -> None:
-        """Take the edits out of the base weights, which get their original bits back."""
-        for layer in live.lora_layers(self).values():
-            if layer.merged:
-                layer.unmerge()
-
-    def merge_and_unload(
-        self,
-        progressbar: bool = False,
-        safe_merge: bool = False,
-        adapter_names: list[str] | None = None,
-    ) -> nn.Module:
-        """The base model with the edits in its weights, and no adapter; for deployment.
-
-        Raises:
-            RuntimeError: as ``merge``.
-        """
-        self._require_mergeable(adapter_names or self.active_adapters)
-        self.unmerge()
-        return self.base_model.merge_and_unload(progressbar, safe_merge, adapter_names)
-
-    def unload(self) -> nn.Module:
-        """The base model as it was before it was wrapped, with its original bits."""
-        self.unmerge()
-        return self.base_model.unload()
-
-    @contextmanager
-    def disable_adapter(self) -> Iterator[None]:
-        """Compute with the base alone inside the ``with`` block; a merge is set aside exactly."""
-        merged = [(m, list(m.merged_adapters)) for m in live.lora_layers(self).values()]
-        flags = [(parameter, parameter.requires_grad) for parameter in self.parameters()]
-        self.unmerge()
-        try:
-            with super().disable_adapter():
-                yield
-        finally:
-            for parameter, flag in flags:  # PEFT switches training on for adapters it enables
-                parameter.requires_grad_(flag)
-            for layer, names in merged:
-                if names:
-                    layer.merge(adapter_names=names)
-
-    def to_pack(self) -> EditPack:
-        """The active adapter as an :class:`EditPack`, a value that stands without the model."""
-        journal = self._journal()
-        names = self.architecture.rewrite_name
-        return EditPack(
-            factors={names(layer): delta.to("cpu") for layer, delta in self.factors.items()},
-            config=self.alphaedit_config,
-            records=journal.records,
-            targets=None if journal.targets is None else journal.targets.float().cpu(),
-            contexts=journal.contexts or (),
-            fan_in_fan_out=self.architecture.conv1d,
-            base=self.base_fingerprint,
-            null_space=self.resources.provenance() or journal.null_space,
-            parents=journal.parents,
-        )
-
-    def save_pretrained(  # type: ignore[override]
-        self,
-        save_directory: str | Path,
-        *,
-        dtype: torch.dtype = torch.float32,
-        safe_serialization: bool = True,
-        selected_adapters: list[str] | None = None,
-    ) -> None:
-        """Write the active adapter as a pack: a standard LoRA folder with its sidecar.
-
-        Args:
-            save_directory: where to; the folder is replaced in one step.
-            dtype: of the factors on disk; float32 lets editing go on with the same bits.
-            safe_serialization: as in PEFT; only True will do.
-            selected_adapters: as in PEFT; None or the active adapter alone.
-
-        Raises:
-            ValueError: another format, or other adapters.
-            OSError: the folder cannot be written; what was there is untouched.
-        """
-        if not safe_serialization:
-            raise ValueError(
-                f"safe_serialization={safe_serialization!r} asks for a pickle, and packs are "
-                "safetensors only; leave it out"
-            )
-        if selected_adapters is not None and list(selected_adapters) != [self._active]:
-            raise ValueError(
-                f"selected_adapters={selected_adapters!r} cannot be saved, since a pack is one "
-                f"adapter, the active {self._active!r}; choose it with set_adapter(name)"
-            )
-        self.to_pack().save_pretrained(save_directory, dtype=dtype)
-
-    def push_to_hub(  # type: ignore[override]
-        self,
-        repo_id: str,
-        *,
-        private: bool | None = None,
-        token: str | bool | None = None,
-        revision: str | None = None,
-        create_pr: bool = False,
-        commit_message: str | None = None,
-    ) -> str:
-        """Save the active adapter as a pack on the Hub; see ``pack.hub.push_pack``."""
-        return push_pack(
-            self.to_pack(),
-            repo_id,
-            private=private,
-            token=token,
-            revision=revision,
-            create_pr=create_pr,
-            commit_message=commit_message,
-        )
 
     @classmethod
     def from_pretrained(  # type: ignore[override]  # noqa: PLR0913
@@ -369,17 +236,6 @@ class AlphaEditModel(EditableModel):
         )
         return edited.eval()
 
-    def _require_mergeable(self, adapters: list[str]) -> None:
-        live.make_exact(self)
-        for name, layer in live.lora_layers(self).items():
-            if not isinstance(layer, live.ExactLinear):
-                raise RuntimeError(
-                    f"{name} is a {type(layer).__name__}: merging would round the edits to the "
-                    "few bits of a quantised weight; use the model unmerged, or load the base in "
-                    "bfloat16"
-                )
-            live.require_plain(layer, adapters)
-
 
 def _resources(
     tokenizer: PreTrainedTokenizerBase | None,
@@ -397,10 +253,6 @@ def _resources(
             "pass KeyMoments.from_pretrained(path)"
         )
     return Resources(tokenizer, null_space, key_moments)
-
-
-def _is_merged(adapter: str, layers: Iterable[Any]) -> bool:
-    return all(adapter in m.merged_adapters for m in layers if adapter in m.lora_A)
 
 
 def _require_path(model_id: object) -> None:

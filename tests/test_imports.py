@@ -24,7 +24,7 @@ FLOORS = (
     ("nullspace", "evaluation", "embedded"),
     ("pack",),
     ("editing",),
-    ("live", "adapter", "editable", "fitting", "model"),
+    ("live", "adapter", "editable", "merging", "fitting", "model"),
     ("studies", "report"),
     ("cli",),
 )

@@ -7,6 +7,7 @@ at the positions asked for.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -124,7 +125,7 @@ class Score:
     @property
     def probability(self) -> float:
         """P(target | prompt), the product over the target's tokens."""
-        return float(torch.tensor(self.log_prob).exp())
+        return math.exp(self.log_prob)
 
 
 def gathering_logits(model: nn.Module, head: str, where: Sequence[tuple[int, int]]):  # type: ignore[no-untyped-def]

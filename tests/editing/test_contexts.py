@@ -57,7 +57,8 @@ def test_on_the_cpu_no_other_generator_is_touched(tokenizer, monkeypatch):
     def refuse(*_):
         raise AssertionError("seeded")
 
+    model = tiny_model("gpt2")
     monkeypatch.setattr(torch, "manual_seed", refuse)
     monkeypatch.setattr(torch.cuda, "manual_seed", refuse)
     monkeypatch.setattr(torch.cuda, "manual_seed_all", refuse)
-    assert sample_contexts(tiny_model("gpt2"), tokenizer, AlphaEditConfig())
+    assert sample_contexts(model, tokenizer, AlphaEditConfig())

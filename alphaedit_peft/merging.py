@@ -1,0 +1,95 @@
+"""Merging as methods of a model: into the weights and out again, exactly, and for good.
+
+In: a model with edits in its adapters. Out: the same model computing from merged weights, the base
+with its original bits, or a plain model that holds the edits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+from alphaedit_peft import live
+from alphaedit_peft.editable import EditableModel
+
+
+class MergeableModel(EditableModel):
+    """The merging half of :class:`~alphaedit_peft.model.AlphaEditModel`."""
+
+    def merge(self, *, safe_merge: bool = False) -> None:
+        """Write the active adapter into the base weights: summed in float32, rounded once.
+
+        Adapters that are merged already stay so, and the active one is added to them.
+
+        Args:
+            safe_merge: refuse a result that is not finite.
+
+        Raises:
+            RuntimeError: a quantised base, whose weights would be rounded to their few bits, or an
+                adapter that is more than plain LoRA.
+        """
+        self._require_mergeable(self.active_adapters)
+        layers = live.lora_layers(self).values()
+        todo = [name for name in self.active_adapters if not _is_merged(name, layers)]
+        if todo:
+            self.base_model.merge_adapter(adapter_names=todo, safe_merge=safe_merge)
+
+    def unmerge(self) -> None:
+        """Take the edits out of the base weights, which get their original bits back."""
+        for layer in live.lora_layers(self).values():
+            if layer.merged:
+                layer.unmerge()
+
+    def merge_and_unload(
+        self,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> nn.Module:
+        """The base model with the edits in its weights, and no adapter; for deployment.
+
+        Raises:
+            RuntimeError: as ``merge``.
+        """
+        self._require_mergeable(adapter_names or self.active_adapters)
+        self.unmerge()
+        return self.base_model.merge_and_unload(progressbar, safe_merge, adapter_names)
+
+    def unload(self) -> nn.Module:
+        """The base model as it was before it was wrapped, with its original bits."""
+        self.unmerge()
+        return self.base_model.unload()
+
+    @contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        """Compute with the base alone inside the ``with`` block; a merge is set aside exactly."""
+        merged = [(m, list(m.merged_adapters)) for m in live.lora_layers(self).values()]
+        flags = [(parameter, parameter.requires_grad) for parameter in self.parameters()]
+        self.unmerge()
+        try:
+            with super().disable_adapter():
+                yield
+        finally:
+            for parameter, flag in flags:  # PEFT switches training on for adapters it enables
+                parameter.requires_grad_(flag)
+            for layer, names in merged:
+                if names:
+                    layer.merge(adapter_names=names)
+
+    def _require_mergeable(self, adapters: list[str]) -> None:
+        live.make_exact(self)
+        for name, layer in live.lora_layers(self).items():
+            if not isinstance(layer, live.ExactLinear):
+                raise RuntimeError(
+                    f"{name} is a {type(layer).__name__}: merging would round the edits to the "
+                    "few bits of a quantised weight; use the model unmerged, or load the base in "
+                    "bfloat16"
+                )
+            live.require_plain(layer, adapters)
+
+
+def _is_merged(adapter: str, layers: Iterable[Any]) -> bool:
+    return all(adapter in m.merged_adapters for m in layers if adapter in m.lora_A)
