@@ -116,14 +116,15 @@ class AdapterModel(PeftModelForCausalLM):
             raise
 
     def _commit(self, state: EditState, contexts: tuple[str, ...]) -> None:
-        targets = state.targets if state.targets.isfinite().all() else None
+        journal = self._journal()
         self._keep(
             replace(
-                self._journal(),
+                journal,
                 records=state.records,
-                targets=targets,
+                targets=state.targets if state.targets.isfinite().all() else None,
                 rank=state.rank,
                 contexts=contexts,
+                null_space=self.resources.provenance() or journal.null_space,
             )
         )
 
@@ -148,7 +149,7 @@ class AdapterModel(PeftModelForCausalLM):
             contexts=journal.contexts or (),
             fan_in_fan_out=self.architecture.conv1d,
             base=self.base_fingerprint,
-            null_space=self.resources.provenance() or journal.null_space,
+            null_space=journal.null_space,
             parents=journal.parents,
         )
 

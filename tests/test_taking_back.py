@@ -1,4 +1,4 @@
-"""Taking edits back: removing from shared rows, rollback step by step, what a failed edit leaves."""
+"""Taking edits back: from shared rows, step by step, and what a failed edit leaves."""
 
 from __future__ import annotations
 
@@ -129,3 +129,8 @@ def test_ids_are_a_list(model):
     model.edit([BORN], progress=False)
     with pytest.raises(TypeError, match="edit_ids='born' is one text; pass a list"):
         model.remove_edits("born")
+
+
+def test_edits_stay_in_the_order_given_also_where_rows_are_shared(model):
+    model.edit([BORN, OTHER, WORK], progress=False)
+    assert [edit.id for edit in model.edits] == ["born", "france", "work"]

@@ -74,7 +74,12 @@ def edit_batch(
     scores = {rows.edit.id: (old, new) for rows, old, new in pairs}
     made = _results(bench, state.rank, groups, found, poured, scores)
     results = tuple(made.get(r.edit.id) or _set_aside([r], reasons)[0] for r in edits)
-    return _next_state(state, groups, found, poured, made, replaced), results
+    records = [
+        _record(rows, made[rows.edit.id], state.next_batch)
+        for rows in usable
+        if rows.edit.id in made
+    ]
+    return _next_state(state, groups, found, poured, records, replaced), results
 
 
 def _set_aside(edits: Sequence[EditRows], reasons: Mapping[str, str]) -> tuple[EditResult, ...]:
@@ -189,16 +194,27 @@ def _results(
     return results
 
 
+def _record(rows: EditRows, result: EditResult, batch: int) -> EditRecord:
+    assert result.row is not None, "an edit that was made has its row"
+    return EditRecord(
+        rows.edit,
+        row=result.row,
+        batch=batch,
+        prefix=rows.prefix,
+        probability_before=result.probability_before,
+        probability_after=result.probability_after,
+    )
+
+
 def _next_state(
     state: EditState,
     groups: Sequence[Group],
     found: Targets,
     poured: Poured,
-    made: Mapping[str, EditResult],
+    new: Sequence[EditRecord],
     replaced: frozenset[str],
 ) -> EditState:
     """The journal after a batch: replaced edits superseded, carried ones moved, new ones added."""
-    batch = state.next_batch
     moved = {row: state.rank + g for g, group in enumerate(groups) for row in group.old_rows}
     records, carried = [], []
     for record in state.records:
@@ -208,13 +224,5 @@ def _next_state(
             carried.append(replace(record, row=moved[record.row]))
             record = replace(record, role="superseded")
         records.append(record)
-    records += carried
-    for group in groups:
-        for member in group.members:
-            result = made.get(member.edit.id)
-            if result is not None and result.row is not None:
-                before, after = result.probability_before, result.probability_after
-                place = (result.row, "own", batch, member.prefix)
-                records.append(EditRecord(member.edit, *place, before, after))  # type: ignore[arg-type]
     targets = torch.cat([state.targets, found.values.to(state.targets)])
-    return EditState(poured.factors, tuple(records), targets)
+    return EditState(poured.factors, (*records, *carried, *new), targets)
