@@ -2,11 +2,17 @@
 
     python examples/train_embedded_model.py --out build/embedded
 
-Takes 10 to 20 minutes on one CPU core (0.75 s a step when the core is idle otherwise). It keeps a
-checkpoint in the output folder, and a killed run goes on from there when started again. Rows hold
-one text each between begin and end tokens, sorted by length so that little is padding; the word
-before a full stop, where facts have their objects, weighs more in the loss; hidden matrices are
-trained with Muon, embeddings and norms with AdamW, in bfloat16 with float32 weights.
+Its 1,000 steps took 46 minutes on one CPU core that was shared. It keeps a checkpoint in the
+output folder, and a killed run goes on from there when started again. Rows hold one text each
+between begin and end tokens, sorted by length so that little is padding; the word before a full
+stop, where facts have their objects, weighs more in the loss; hidden matrices are trained with
+Muon, embeddings and norms with AdamW, in bfloat16 with float32 weights.
+
+Every second batch exchanges the state at a subject's last token, after block 1, 2 or 3, for another
+subject's, and asks for that one's object. So the model gathers what it knows of a subject there,
+as causal tracing found in large models (ROME, section 2) and as editing presumes. Trained on texts
+alone it recalled as much, but at the prompt's end: the exchanged state then decided 0 to 15 % of
+the answers after blocks 1 to 3, against 88 to 91 % this way, and six of the demo's ten edits took.
 """
 
 import argparse
@@ -34,7 +40,7 @@ TOKENS_PER_STEP = 3072
 ROWS_PER_POOL = 4096
 PAIRS = 96
 SWAP_BLOCKS = (1, 2, 3)
-DEFAULTS = {"seed": 0, "steps": 800, "threads": 1, "lr": 4e-3, "stop_weight": 3.0}
+DEFAULTS = {"seed": 0, "steps": 1000, "threads": 1, "lr": 4e-3, "stop_weight": 3.0}
 VOCABULARY = 1664
 SHAPE = {"hidden_size": 128, "num_attention_heads": 4, "num_hidden_layers": 6}
 

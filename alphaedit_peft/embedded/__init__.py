@@ -2,8 +2,10 @@
 
 `load` gives the model and its tokenizer from the package's own files, with no network; `world` is
 the world it was trained on, `texts` its corpus (for key moments and null spaces) and `records`
-facts to edit, in CounterFact's layout. Small as it is, it is a Llama, and recalls its facts from
-gated MLPs as larger ones do, so that what edits it edits those by the same code.
+facts to edit, in CounterFact's layout. Small as it is, it is a Llama, edited by the same code as
+larger ones. It was trained to gather what it knows of a subject at the name's last token, as large
+models do by themselves (see examples/train_embedded_model.py), so edits take more readily than on
+others of its size.
 """
 
 from pathlib import Path
