@@ -9,7 +9,6 @@ in ``adapter_config.json``, which holds pure LoRA keys.
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -18,36 +17,20 @@ from typing import Any
 from peft import LoraConfig, PeftConfig
 from peft.utils import TaskType
 
-from alphaedit_peft.algebra import THRESHOLD_MODES
 from alphaedit_peft.architecture import Architecture, default_rewrite_layers, describe, paper_preset
+from alphaedit_peft.settings import (
+    CHOICES,
+    PRESET_VALUES,
+    RANGES,
+    TYPES,
+    check_choice,
+    check_pair,
+    check_range,
+    layer_list,
+)
 
 SIDECAR = "alphaedit"
 CONFIG_FILE = "config.json"
-PRESETS = ("auto", "paper")
-OBJECTIVES = ("alphaedit", "memit")
-CONFLICT_RULES = ("error", "replace", "keep")
-RIDGE_MODES = RATE_MODES = ("absolute", "relative")
-
-
-@dataclass(frozen=True)
-class _Preset:
-    """Values for fields left at None; ``paper`` ones are appendix B of the paper and its code."""
-
-    ridge: float
-    ridge_mode: str
-    threshold: float
-    threshold_mode: str
-    steps: int
-    learning_rate: float
-    learning_rate_mode: str
-    clamp_factor: float
-    norm_guard: float
-
-
-_PRESET_VALUES = {
-    "paper": _Preset(10.0, "absolute", 2e-2, "absolute", 25, 0.5, "absolute", 0.75, 0.0),
-    "auto": _Preset(0.05, "relative", 0.02, "energy", 25, 0.3, "relative", 1.0, 2.0),
-}
 
 
 def _setting(default: Any, help: str) -> Any:
@@ -105,15 +88,11 @@ class AlphaEditConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.task_type = TaskType.CAUSAL_LM
-        _check_choice("preset", self.preset, PRESETS)
-        _check_choice("objective", self.objective, OBJECTIVES)
-        _check_choice("on_conflict", self.on_conflict, CONFLICT_RULES)
-        _check_choice("ridge_mode", self.ridge_mode, (None, *RIDGE_MODES))
-        _check_choice("learning_rate_mode", self.learning_rate_mode, (None, *RATE_MODES))
-        _check_choice("threshold_mode", self.threshold_mode, (None, *THRESHOLD_MODES))
+        for name, choices in CHOICES:
+            check_choice(name, getattr(self, name), choices)
         if self.rewrite_layers is not None:
-            self.rewrite_layers = _layer_list(self.rewrite_layers)
-        for name, kind in _TYPES:
+            self.rewrite_layers = layer_list(self.rewrite_layers)
+        for name, kind in TYPES:
             if not isinstance(getattr(self, name), kind):
                 raise ValueError(f"{name}={getattr(self, name)!r} must be of type {kind}")
         if not all(isinstance(text, str) for text in self.contexts or []):
@@ -123,10 +102,10 @@ class AlphaEditConfig(PeftConfig):
                 f"contexts={self.contexts!r} hold '{{}}'; a context is put before the prompt as "
                 "it is, so leave the '{}' away"
             )
-        for name, low, high in _RANGES:
-            _check_range(name, getattr(self, name), low, high)
+        for name, low, high in RANGES:
+            check_range(name, getattr(self, name), low, high)
         for name in ("ridge", "threshold", "learning_rate"):
-            _check_pair(name, getattr(self, name), getattr(self, f"{name}_mode"))
+            check_pair(name, getattr(self, name), getattr(self, f"{name}_mode"))
         if self.kl_prompt.count("{}") != 1:
             raise ValueError(f"kl_prompt={self.kl_prompt!r} needs one '{{}}' for the subject")
 
@@ -142,7 +121,7 @@ class AlphaEditConfig(PeftConfig):
             ValueError: a model that cannot be edited, or rewrite layers outside it.
         """
         architecture = describe(model, self.block_module, self.rewrite_module)
-        values = asdict(_PRESET_VALUES[self.preset])
+        values = asdict(PRESET_VALUES[self.preset])
         values["rewrite_layers"] = default_rewrite_layers(architecture.num_blocks)
         values["moment_weight"] = 15_000.0
         known = paper_preset(model.config)
@@ -221,80 +200,6 @@ class AlphaEditConfig(PeftConfig):
         return cls.from_json(json.loads(path.read_text(encoding="utf-8"))["config"])
 
 
-_TYPES: tuple[tuple[str, Any], ...] = (
-    ("history", bool),
-    ("projection", bool | None),
-    ("chat_template", bool),
-    ("seed", int),
-    ("contexts", list | None),
-    ("separator", str),
-    ("kl_prompt", str),
-    ("null_space", str | None),
-    ("base_model_name_or_path", str | None),
-    ("revision", str | None),
-    ("rewrite_module", str | None),
-    ("block_module", str | None),
-)
-
-_RANGES: tuple[tuple[str, float, float], ...] = (
-    ("ridge", 0, float("inf")),
-    ("norm_guard", 0, float("inf")),
-    ("threshold", 0, float("inf")),
-    ("moment_weight", 1e-9, float("inf")),
-    ("tokens_per_batch", 1, float("inf")),
-    ("target_tokens", 1, float("inf")),
-    ("steps", 1, 100_000),
-    ("learning_rate", 1e-9, float("inf")),
-    ("clamp_factor", 1e-9, float("inf")),
-    ("kl_factor", 0, float("inf")),
-    ("weight_decay", 0, float("inf")),
-    ("stop_loss", 0, float("inf")),
-    ("num_contexts", 0, 1000),
-    ("context_length", 1, 1000),
-    ("key_cosine", 0.5, 1.0),
-    ("max_hidden_ratio", 1, float("inf")),
-    ("rollback_depth", 0, float("inf")),
-)
-_COUNTS = (
-    *("tokens_per_batch", "target_tokens", "steps"),
-    *("num_contexts", "context_length", "rollback_depth"),
-)
-
-
 def _is_of_pack(path: Path) -> bool:
     """Whether a config file is a pack's: it says its format's version."""
     return path.is_file() and b'"format_version"' in path.read_bytes()
-
-
-def _check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name}={value!r} is unknown; use one of {choices}")
-
-
-def _check_range(name: str, value: float | None, low: float, high: float) -> None:
-    if value is None:
-        return
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise ValueError(f"{name}={value!r} must be a number")
-    if name in _COUNTS and not isinstance(value, int):
-        raise ValueError(f"{name}={value} must be a whole number")
-    off = name == "max_hidden_ratio"  # 0 switches it off
-    if not low <= value <= high and not (off and value == 0):
-        raise ValueError(f"{name}={value} is outside {low}..{high}{', or 0 for off' * off}")
-    if value > sys.float_info.max:
-        raise ValueError(f"{name}={value} is outside the finite numbers; give one")
-
-
-def _check_pair(name: str, value: float | None, mode: str | None) -> None:
-    if mode is not None and value is None:
-        raise ValueError(
-            f"{name}_mode={mode!r} says how to read {name}, which is not set; set both, or neither "
-            "for the preset's"
-        )
-
-
-def _layer_list(layers: object) -> list[int]:
-    given = list(layers) if isinstance(layers, (list, tuple, range)) else None
-    if not given or not all(isinstance(x, int) and not isinstance(x, bool) for x in given):
-        raise ValueError(f"rewrite_layers={layers!r} must be a list of block numbers, such as [4]")
-    return given

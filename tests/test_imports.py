@@ -20,7 +20,7 @@ ROOT = Path(alphaedit_peft.__file__).parent
 
 # imports run downward only: a module may import from its own floor and those before it
 FLOORS = (
-    ("edits", "algebra", "architecture", "hooks", "config", "fingerprint"),
+    ("edits", "algebra", "architecture", "hooks", "settings", "config", "fingerprint"),
     ("nullspace", "evaluation", "embedded"),
     ("pack",),
     ("editing",),
@@ -46,7 +46,7 @@ REGISTERS = {
 MUTABLE_CALLS = {"list", "dict", "set", "defaultdict", "deque", "Counter", "OrderedDict"}
 MUTABLE = (ast.List, ast.Dict, ast.Set, ast.ListComp, ast.DictComp, ast.SetComp)
 CACHES = {"cache", "lru_cache"}
-MAX_FILE, MAX_FUNCTION = 300, 60
+MAX_FILE, MAX_FUNCTION = 280, 60
 
 
 @dataclass(frozen=True)
