@@ -93,9 +93,10 @@ class EditableModel(AdapterModel):
 
     @torch.no_grad()
     def repour(self, edit_ids: Sequence[str] | None = None) -> None:
-        """Pour stored target values again: key passes and solves only, no optimisation.
+        """Pour stored target values again: key passes and solves only.
 
-        The model then holds exactly these edits, as if the others had never been made.
+        The model then holds exactly these edits, as if the others had never been made. A target
+        value is optimised again only where its row loses some of the edits that shared it.
 
         Args:
             edit_ids: which edits; None: all that stand. Batches keep their order.

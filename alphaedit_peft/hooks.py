@@ -71,19 +71,6 @@ def watching_output(model: nn.Module, name: str, see: Callable[[Any], object]) -
 
 
 @contextmanager
-def changing_output(
-    model: nn.Module, name: str, change: Callable[[Tensor], Tensor]
-) -> Iterator[None]:
-    """Pass the hidden state that a block puts out, (batch, tokens, d), through ``change``."""
-    hook = model.get_submodule(name).register_forward_hook(
-        lambda _module, _args, output: with_hidden(output, change(hidden_of(output)))
-    )
-    with ExitStack() as stack:
-        stack.callback(hook.remove)
-        yield
-
-
-@contextmanager
 def changing_input(
     model: nn.Module, name: str, change: Callable[[Tensor], Tensor]
 ) -> Iterator[None]:

@@ -67,7 +67,7 @@ def is_clean(model: nn.Module) -> bool:
 
 USES = {
     "watching_inputs": lambda m: hooks.watching_inputs(m, BLOCKS, lambda name, x: None),
-    "changing_output": lambda m: hooks.changing_output(m, "blocks.1", lambda h: h + 10),
+    "watching_output": lambda m: hooks.watching_output(m, "blocks.1", lambda output: None),
     "changing_input": lambda m: hooks.changing_input(m, "blocks.1", lambda h: h + 10),
     "resuming_above": lambda m: hooks.resuming_above(
         m, BLOCKS[:2], torch.zeros(2, 2, 1), lambda: torch.zeros(2, 2, 1)
@@ -141,13 +141,6 @@ def test_capture_inputs_by_name(stack):
     }
     assert stack.blocks[2].runs == 0
     assert is_clean(stack)
-
-
-def test_changing_output_keeps_the_form_and_the_rest(stack):
-    with hooks.changing_output(stack, "blocks.2", lambda h: h * 2):
-        output = stack(**INPUTS)
-    assert hidden(output) == [[8, 10], [12, 14]]
-    assert not isinstance(output, tuple) or output[1:] == ("extra",)
 
 
 def test_changing_input_is_what_the_module_sees(stack):
