@@ -1,8 +1,9 @@
 """An adapter that knows its edits: PEFT's LoRA layers, and the journal that goes with them.
 
-In: a PEFT model. Out: what the active adapter holds, as values (edits, records, factors), and the
-one place that writes factors into its layers, keeps its journal, and puts both back when something
-fails. ``editable`` decides what to write.
+In: a PEFT model. Out: what an adapter holds, as values (edits, records, factors), and the one place
+that writes factors into its layers, keeps its journal, and puts both back when something fails.
+``editable`` decides what to write. It is the active adapter, or where several are active the one
+that a call names.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,8 +26,8 @@ from alphaedit_peft.editing.resources import Resources
 from alphaedit_peft.editing.state import EditState
 from alphaedit_peft.edits import Edit
 from alphaedit_peft.fingerprint import BaseFingerprint
-from alphaedit_peft.pack import EditPack, EditRecord
-from alphaedit_peft.pack.hub import push_pack
+from alphaedit_peft.pack import EditRecord
+from alphaedit_peft.pack.compressing import Compression, require_rows
 
 
 class AdapterModel(PeftModelForCausalLM):
@@ -39,18 +39,28 @@ class AdapterModel(PeftModelForCausalLM):
     resources: Resources
     _journals: dict[str, Journal]
     _snapshots: dict[str, deque[Snapshot]]
+    _stamps: dict[str, tuple[int, ...]]  # of the factors that a journal belongs to
+    _sources: dict[str, str]  # where adapters were loaded from
+    _compressions: dict[str, Compression]
+    _chosen: str | None = None  # the adapter that the call under way names
     base_model: Any  # PEFT's LoraModel
     config: Any  # the base model's
 
     @property
     def edits(self) -> list[Edit]:
-        """The edits in the active adapter, in the order they were made; each has its id."""
-        return [record.edit for record in self.records if record.role == "own"]
+        """The edits in the active adapters, in the order they were made; each has its id.
+
+        Raises:
+            RuntimeError: an adapter's factors were changed behind this model's back.
+        """
+        names = self.active_adapters if self._chosen is None else [self._chosen]
+        journals = [journal for journal in map(self._known_journal, names) if journal is not None]
+        return [r.edit for journal in journals for r in journal.records if r.role == "own"]
 
     @property
     def records(self) -> tuple[EditRecord, ...]:
         """The active adapter's journal: every edit with its row, batch and role."""
-        journal = self._journals.get(self._active)
+        journal = self._known_journal(self._active)
         return () if journal is None else journal.records
 
     @property
@@ -69,24 +79,65 @@ class AdapterModel(PeftModelForCausalLM):
 
     @property
     def _active(self) -> str:
+        """The adapter that is read and written."""
+        if self._chosen is not None:
+            return self._chosen
         names = self.active_adapters
         if len(names) != 1:
-            raise RuntimeError(f"adapters {names} are active; choose one with set_adapter(name)")
+            raise RuntimeError(
+                f"adapters {names} are active; name the one that is meant: edit(edits, into=...), "
+                "save_pretrained(folder, selected_adapters=[...]), adapter_name=... elsewhere; or "
+                "choose one with set_adapter(name)"
+            )
         return names[0]
 
-    def _journal(self) -> Journal:
-        if self._active not in self._journals:
-            raise RuntimeError(
-                f"adapter {self._active!r} is a plain LoRA: without the sidecar folder "
-                "'alphaedit/' of a pack its edits are not known, so it can be used but not edited"
+    @contextmanager
+    def _on(self, adapter_name: str | None) -> Iterator[None]:
+        """Read and write the adapter of that name; None: the only active one."""
+        name = self._active if adapter_name is None else adapter_name
+        if name not in self.peft_config:
+            raise ValueError(
+                f"adapter {name!r} is not loaded; this model has {[*self.peft_config]}"
             )
-        return self._journals[self._active]
+        before, self._chosen = self._chosen, name
+        try:
+            yield
+        finally:
+            self._chosen = before
+
+    def _journal(self) -> Journal:
+        name = self._active
+        if name not in self._journals:
+            raise RuntimeError(
+                f"adapter {name!r} is a plain LoRA: without the sidecar folder "
+                "'alphaedit/' of a pack of this model's rewrite layers its edits are not known, so "
+                "it can be used but not edited"
+            )
+        return self._journals[name]
+
+    def _known_journal(self, adapter_name: str) -> Journal | None:
+        """An adapter's journal, known to go with its factors; None for a plain LoRA."""
+        journal = self._journals.get(adapter_name)
+        if journal is not None and self._stamps[adapter_name] != self._stamp(adapter_name):
+            raise RuntimeError(
+                f"the factors of adapter {adapter_name!r} are not those its edits were written to: "
+                "hotswap_adapter, training or something else changed them, so its edits are no "
+                f"longer known; load the pack with load_adapter(folder, {adapter_name!r}), or drop "
+                f"the adapter with delete_adapter({adapter_name!r})"
+            )
+        return journal
+
+    def _stamp(self, adapter_name: str) -> tuple[int, ...]:
+        layers = self.alphaedit_config.rewrite_layers or ()
+        return tuple(n for i in layers for n in live.stamp(self._lora_layer(i), adapter_name))
 
     def _lora_layer(self, layer: int) -> Any:
         return self.get_base_model().get_submodule(self.architecture.rewrite_name(layer))
 
     def _require_editable(self) -> None:
         self._journal()
+        self._known_journal(self._active)
+        require_rows(self._compressions.get(self._active), "edit it or take edits out of it")
         if torch.is_inference_mode_enabled():
             raise RuntimeError("torch.inference_mode() is on; edit outside of it, or in no_grad()")
         if self.merged:
@@ -115,8 +166,14 @@ class AdapterModel(PeftModelForCausalLM):
                 self._write(layer, delta)
             raise
 
-    def _commit(self, state: EditState, contexts: tuple[str, ...]) -> None:
+    def _commit(
+        self,
+        state: EditState,
+        contexts: tuple[str, ...],
+        parents: tuple[dict[str, Any], ...],
+    ) -> None:
         journal = self._journal()
+        self._compressions.pop(self._active, None)
         self._keep(
             replace(
                 journal,
@@ -125,83 +182,23 @@ class AdapterModel(PeftModelForCausalLM):
                 rank=state.rank,
                 contexts=contexts,
                 null_space=self.resources.provenance() or journal.null_space,
+                parents=parents,
             )
         )
 
     def _keep(self, journal: Journal) -> None:
-        self._journals[self._active] = journal
-        lora_config: Any = self.peft_config[self._active]
+        """Hold a journal for the factors as they are now."""
+        name = self._active
+        self._journals[name], self._stamps[name] = journal, self._stamp(name)
+        lora_config: Any = self.peft_config[name]
         lora_config.r = lora_config.lora_alpha = max(1, journal.rank)
+
+    def _forget(self, adapter_name: str) -> None:
+        """Drop all that is known of an adapter's edits."""
+        for known in (self._journals, self._snapshots, self._stamps, self._sources):
+            known.pop(adapter_name, None)
+        self._compressions.pop(adapter_name, None)
 
     def _remember(self, snapshot: Snapshot) -> None:
         depth = self.alphaedit_config.rollback_depth
         self._snapshots.setdefault(self._active, deque(maxlen=depth)).append(snapshot)
-
-    def to_pack(self) -> EditPack:
-        """The active adapter as an :class:`EditPack`, a value that stands without the model."""
-        journal = self._journal()
-        names = self.architecture.rewrite_name
-        return EditPack(
-            factors={names(layer): delta.to("cpu") for layer, delta in self.factors.items()},
-            config=self.alphaedit_config,
-            records=journal.records,
-            targets=None if journal.targets is None else journal.targets.float().cpu(),
-            contexts=journal.contexts or (),
-            fan_in_fan_out=self.architecture.conv1d,
-            base=self.base_fingerprint,
-            null_space=journal.null_space,
-            parents=journal.parents,
-        )
-
-    def save_pretrained(  # type: ignore[override]
-        self,
-        save_directory: str | Path,
-        *,
-        dtype: torch.dtype = torch.float32,
-        safe_serialization: bool = True,
-        selected_adapters: list[str] | None = None,
-    ) -> None:
-        """Write the active adapter as a pack: a standard LoRA folder with its sidecar.
-
-        Args:
-            save_directory: where to; the folder is replaced in one step.
-            dtype: of the factors on disk; float32 lets editing go on with the same bits.
-            safe_serialization: as in PEFT; only True will do.
-            selected_adapters: as in PEFT; None or the active adapter alone.
-
-        Raises:
-            ValueError: another format, or other adapters.
-            OSError: the folder cannot be written; what was there is untouched.
-        """
-        if not safe_serialization:
-            raise ValueError(
-                f"safe_serialization={safe_serialization!r} asks for a pickle, and packs are "
-                "safetensors only; leave it out"
-            )
-        if selected_adapters is not None and list(selected_adapters) != [self._active]:
-            raise ValueError(
-                f"selected_adapters={selected_adapters!r} cannot be saved, since a pack is one "
-                f"adapter, the active {self._active!r}; choose it with set_adapter(name)"
-            )
-        self.to_pack().save_pretrained(save_directory, dtype=dtype)
-
-    def push_to_hub(  # type: ignore[override]
-        self,
-        repo_id: str,
-        *,
-        private: bool | None = None,
-        token: str | bool | None = None,
-        revision: str | None = None,
-        create_pr: bool = False,
-        commit_message: str | None = None,
-    ) -> str:
-        """Save the active adapter as a pack on the Hub; see ``pack.hub.push_pack``."""
-        return push_pack(
-            self.to_pack(),
-            repo_id,
-            private=private,
-            token=token,
-            revision=revision,
-            create_pr=create_pr,
-            commit_message=commit_message,
-        )

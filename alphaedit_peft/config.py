@@ -57,6 +57,7 @@ class AlphaEditConfig(PeftConfig):
 
     ridge: float | None = _setting(None, "lambda of Eq. 11; text 1, code 10; auto 0.05 relative")
     ridge_mode: str | None = _setting(None, "absolute, or relative to the batch's mean |P k|^2")
+    layer_shares: str = _setting("equal", "of the residual: equal, or by least disturbance")
     norm_guard: float | None = _setting(None, "most |Delta| relative to orthogonal keys; 0: none")
     threshold: float | None = _setting(None, "eigenvalues below it are null; text 1e-2, code 2e-2")
     threshold_mode: str | None = _setting(None, "absolute, relative, energy or rank")
@@ -69,8 +70,11 @@ class AlphaEditConfig(PeftConfig):
     learning_rate_mode: str | None = _setting(None, "absolute, or relative to |h| / sqrt(d)")
     clamp_factor: float | None = _setting(None, "|z - h| is clamped to this times |h|; paper 0.75")
     kl_factor: float = _setting(0.0625, "weight of KL(current || initial) at the subject")
+    anchors: list[str] | None = _setting(None, "prompts with {} whose answers edits shall keep")
+    anchor_factor: float = _setting(1.0, "weight of the anchors' mean KL(current || initial)")
     weight_decay: float = _setting(0.5, "weight of |z - h| / |h|^2, as in the code")
-    stop_loss: float = _setting(0.05, "an edit whose loss is below this is done")
+    stop_loss: float | None = _setting(None, "an edit whose loss is below this is done; code 0.05")
+    stop_when: str = _setting("loss", "loss, or likeliest: also when greedy decoding says targets")
     kl_prompt: str = _setting("{} is a", "prompt whose distribution at the subject is kept")
 
     contexts: list[str] | None = _setting(None, "texts put before prompts; None: sampled")
@@ -95,8 +99,9 @@ class AlphaEditConfig(PeftConfig):
         for name, kind in TYPES:
             if not isinstance(getattr(self, name), kind):
                 raise ValueError(f"{name}={getattr(self, name)!r} must be of type {kind}")
-        if not all(isinstance(text, str) for text in self.contexts or []):
-            raise ValueError(f"contexts={self.contexts!r} must be a list of texts")
+        for name in ("contexts", "anchors"):
+            if not all(isinstance(text, str) for text in getattr(self, name) or []):
+                raise ValueError(f"{name}={getattr(self, name)!r} must be a list of texts")
         if any("{}" in text for text in self.contexts or []):
             raise ValueError(
                 f"contexts={self.contexts!r} hold '{{}}'; a context is put before the prompt as "
@@ -106,8 +111,10 @@ class AlphaEditConfig(PeftConfig):
             check_range(name, getattr(self, name), low, high)
         for name in ("ridge", "threshold", "learning_rate"):
             check_pair(name, getattr(self, name), getattr(self, f"{name}_mode"))
-        if self.kl_prompt.count("{}") != 1:
-            raise ValueError(f"kl_prompt={self.kl_prompt!r} needs one '{{}}' for the subject")
+        for text in (self.kl_prompt, *(self.anchors or ())):
+            if text.count("{}") != 1:
+                name = "kl_prompt" if text == self.kl_prompt else "an anchor"
+                raise ValueError(f"{name}, {text!r}, needs one '{{}}' for the subject")
 
     @property
     def projects(self) -> bool:

@@ -8,30 +8,37 @@ inherits this.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from tqdm.auto import tqdm
 
-from alphaedit_peft import hooks
-from alphaedit_peft.adapter import AdapterModel
+from alphaedit_peft.chaining import (
+    BESIDE,
+    Parent,
+    adopt,
+    new_parents,
+    refuse_common,
+    refuse_contradictions,
+    require_active,
+    without_parents,
+)
 from alphaedit_peft.editing.bench import Bench
-from alphaedit_peft.editing.contexts import sample_contexts
 from alphaedit_peft.editing.groups import sort_out
 from alphaedit_peft.editing.journal import Snapshot
 from alphaedit_peft.editing.objective import Objective
 from alphaedit_peft.editing.prompts import EditRows
-from alphaedit_peft.editing.report import EditReport, EditResult, LayerReport, layer_report
+from alphaedit_peft.editing.report import EditReport, EditResult
 from alphaedit_peft.editing.repour import repour_state
 from alphaedit_peft.editing.river import edit_batch
 from alphaedit_peft.editing.state import EditState
 from alphaedit_peft.edits import Edit, as_edits
 from alphaedit_peft.pack import EditRecord
+from alphaedit_peft.workbench import WorkbenchModel
 
 
-class EditableModel(AdapterModel):
+class EditableModel(WorkbenchModel):
     """The editing half of :class:`~alphaedit_peft.model.AlphaEditModel`."""
 
     @torch.no_grad()
@@ -40,37 +47,48 @@ class EditableModel(AdapterModel):
         edits: Iterable[Edit | Mapping[str, Any]],
         batch_size: int = 100,
         *,
+        into: str | None = None,
         progress: bool = True,
     ) -> EditReport:
         """Make edits, in batches; a batch that fails or is interrupted leaves no trace.
 
+        Where several packs are active the edits go into one of them, on top of the others: their
+        edits are protected as if they were in the same pack, and are its parents from then on.
+
         Args:
             edits: :class:`Edit` values or dicts of their fields.
             batch_size: edits solved together. About 100 is the paper's; one at a time drifts.
+            into: name of the active adapter that gets the edits; needed where there are several.
             progress: whether to show a progress bar on stderr.
 
         Returns:
             A result for every edit, made or set aside with the reason, and figures by layer.
 
         Raises:
-            ValueError: edits or statistics that cannot be used; says which and why.
-            RuntimeError: the model is merged, disabled, or holds a plain LoRA.
+            ValueError: edits or statistics that cannot be used; says which and why. An edit that
+                contradicts a parent's, or a parent that is missing or has changed.
+            RuntimeError: the model is merged, disabled, or holds a plain LoRA; several active
+                adapters and no ``into``.
         """
         given = as_edits(edits)
         if not isinstance(batch_size, int) or batch_size < 1:
             raise ValueError(f"batch_size={batch_size!r} must be a whole number, at least 1")
-        with self._bench() as (bench, objective):
-            standing = [record.edit for record in self._journal().standing]
+        with self._on(into), self._bench() as (bench, objective):
+            others, journal = self._others(), self._journal()
+            new = new_parents(journal.parents, others, self._active)
+            refuse_common(self.edits, new, self._active)
+            refuse_contradictions(given, others, bench.config.on_conflict)
+            adopted = adopt(self._state(), new)
+            standing = [record.edit for record in adopted.standing]
             plan = sort_out(given, standing, bench.config.on_conflict)
             rows = [bench.renderer.edit_rows(edit, bench.contexts) for edit in plan.to_make]
             found = [EditResult(edit, reason) for edit, reason in plan.set_aside]
-            rank_before = self._journal().rank
             with tqdm(total=len(rows), desc="edits", unit="edit", disable=not progress) as bar:
                 for start in range(0, len(rows), batch_size):
                     batch = rows[start : start + batch_size]
-                    found += self._make(bench, objective, batch, plan.replaced, bar.update)
-        found.sort(key=lambda result: given.index(result.edit))
-        return EditReport(tuple(found), self._layer_reports(rank_before))
+                    found += self._make(bench, objective, batch, plan.replaced, others, bar.update)
+            found.sort(key=lambda result: given.index(result.edit))
+            return EditReport(tuple(found), self._layer_reports(adopted.rank))
 
     def _make(
         self,
@@ -78,21 +96,27 @@ class EditableModel(AdapterModel):
         objective: Objective,
         batch: Sequence[EditRows],
         replaces: Mapping[str, str],
+        others: Sequence[Parent],
         progress: Callable[[int], None],
     ) -> tuple[EditResult, ...]:
         """One batch, wholly or not at all; what can take it back is remembered."""
         before, journal = self._state(), self._journal()
+        new = new_parents(journal.parents, others, self._active)
+        start = adopt(before, new)
         with self._all_or_nothing(before):
             state, results = edit_batch(
-                bench, objective, before, batch, self._write, replaces=replaces, progress=progress
+                bench, objective, start, batch, self._write, replaces=replaces, progress=progress
             )
-            if state is not before:
-                self._commit(state, bench.contexts)
+            if state is not start:
+                parents = (*journal.parents, *(parent.recorded() for parent in new))
+                self._commit(state, bench.contexts, parents)
                 self._remember(Snapshot.of(journal, before.factors))
         return results
 
     @torch.no_grad()
-    def repour(self, edit_ids: Sequence[str] | None = None) -> None:
+    def repour(
+        self, edit_ids: Sequence[str] | None = None, *, adapter_name: str | None = None
+    ) -> None:
         """Pour stored target values again: key passes and solves only.
 
         The model then holds exactly these edits, as if the others had never been made. A target
@@ -100,40 +124,58 @@ class EditableModel(AdapterModel):
 
         Args:
             edit_ids: which edits; None: all that stand. Batches keep their order.
+            adapter_name: which active adapter; needed where there are several. It is then poured on
+                top of the others as they are now.
 
         Raises:
-            ValueError: an id that is not in the model, or a pack saved without target values.
+            ValueError: an id that is not in the adapter, a pack saved without target values, or a
+                parent that is not active.
         """
-        records = list(self._journal().records)
-        if edit_ids is not None:
-            wanted = self._known_ids(edit_ids)
-            records = [r for r in records if r.edit.id in wanted or r.role != "own"]
-        self._repour(records)
+        with self._on(adapter_name):
+            records = list(self._journal().records)
+            if edit_ids is not None:
+                wanted = self._known_ids(edit_ids)
+                records = [r for r in records if r.edit.id in wanted or r.role != "own"]
+            self._repour(records)
 
-    def remove_edits(self, edit_ids: Sequence[str]) -> None:
+    def remove_edits(self, edit_ids: Sequence[str], *, adapter_name: str | None = None) -> None:
         """Take edits out by pouring the others again, as if these had never been made.
 
-        Raises:
-            ValueError: an id that is not in the model, or a pack saved without target values.
-        """
-        unwanted = self._known_ids(edit_ids)
-        self.repour([edit.id for edit in self.edits if edit.id not in unwanted])
+        Args:
+            edit_ids: of edits in the adapter; a parent's edits are removed from the parent.
+            adapter_name: as in ``repour``.
 
-    @torch.no_grad()
-    def rollback(self, batches: int = 1) -> None:
+        Raises:
+            ValueError: as ``repour``.
+        """
+        with self._on(adapter_name):
+            unwanted = self._known_ids(edit_ids)
+            self.repour([e.id for e in self.edits if e.id not in unwanted])
+
+    def rollback(self, batches: int = 1, *, adapter_name: str | None = None) -> None:
         """Take back the last batches of edits.
 
         Within a session the earlier factors come back bit for bit, for the last
         ``config.rollback_depth`` batches; after a load, what remains is poured again.
 
+        Args:
+            batches: how many.
+            adapter_name: of which active adapter; needed where there are several.
+
         Raises:
-            ValueError: more batches than the model holds.
+            ValueError: more batches than the adapter holds.
         """
+        with self._on(adapter_name):
+            self._roll_back(batches)
+
+    @torch.no_grad()
+    def _roll_back(self, batches: int) -> None:
         self._require_editable()
         journal = self._journal()
         made = sorted({record.batch for record in journal.records if record.role != "protected"})
         if not isinstance(batches, int) or not 1 <= batches <= len(made):
             raise ValueError(f"batches={batches!r} cannot be taken back; the model has {len(made)}")
+        self._others()  # refuses to change what an active pack stands on
         if batches > len(self._snapshots.get(self._active, ())):
             self._repour(journal.before_batch(made[-batches]))
             return
@@ -152,61 +194,44 @@ class EditableModel(AdapterModel):
             raise ValueError(f"edit ids {unknown} are not in this model; it has {sorted(known)}")
         return set(edit_ids)
 
-    @contextmanager
-    def _bench(self) -> Iterator[tuple[Bench, Objective]]:
-        """What the river works with, in evaluation mode; contexts are sampled at the first use."""
-        self._require_editable()
-        base, config = self.get_base_model(), self.alphaedit_config
-        tokenizer = self.resources.find_tokenizer(base)
-        objective = self.resources.find_objective(config, self.base_fingerprint)
-        self._require_same_null_space()
-        with hooks.evaluating(base):
-            contexts = self._journal().contexts
-            if contexts is None:
-                with self.disable_adapter():
-                    contexts = sample_contexts(base, tokenizer, config)
-            yield Bench(base, tokenizer, config, self.architecture, contexts), objective
+    def _repour(
+        self,
+        records: Sequence[EditRecord],
+        stored: EditState | None = None,
+        ancestors: Sequence[dict[str, Any]] = (),
+        contexts: tuple[str, ...] | None = None,
+    ) -> None:
+        """Pour records again, on top of the other active packs.
 
-    def _require_same_null_space(self) -> None:
-        journal, given = self._journal(), self.resources.provenance()
-        if journal.rank == 0 or journal.null_space is None or given is None:
-            return
-        if journal.null_space["digest"] != given["digest"]:
-            raise ValueError(
-                f"these edits were made with null space {journal.null_space}, and {given} was "
-                "given; rows of two projectors do not go together: pass the first, or make the "
-                "edits anew"
-            )
-
-    def _repour(self, records: Sequence[EditRecord]) -> None:
-        targets = self._journal().targets
-        if targets is None and records:
+        Args:
+            records: which.
+            stored: holds their target values; None: the adapter itself.
+            ancestors: packs that these come from, to be recorded.
+            contexts: for an adapter that has none yet.
+        """
+        if stored is None and self._journal().targets is None and records:
             raise ValueError(
                 "this pack was saved without target values, which pouring again needs; make the "
                 "edits anew with edit()"
             )
-        with self._bench() as (bench, objective):
-            before = self._state()
+        with self._bench(contexts) as (bench, objective):
+            before, parents = self._state(), self._others()
+            require_active(self._journal().parents, parents, self._active)
+            source = before if stored is None else stored
+            to_pour, carried = without_parents(records, source.records, parents)
+            if not any(record.role == "own" for record in to_pour):
+                to_pour, parents = [], ()
             empty = EditState(
                 {layer: delta.first(0) for layer, delta in before.factors.items()},
                 (),
                 before.targets[:0],
             )
+            start = adopt(empty, parents, carried)
             with self._all_or_nothing(before):
-                for layer, delta in empty.factors.items():
+                for layer, delta in start.factors.items():
                     self._write(layer, delta)
-                state = repour_state(bench, objective, empty, records, before, self._write)
+                state = repour_state(bench, objective, start, to_pour, source, self._write)
+            former = [p for p in self._journal().parents if p.get("operation") != BESIDE]
             self._snapshots.pop(self._active, None)
-            self._commit(state, bench.contexts)
-
-    def _layer_reports(self, rank_before: int) -> tuple[LayerReport, ...]:
-        null_space = self.resources.null_space
-        if self.alphaedit_config.objective != "alphaedit":
-            null_space = None  # its rows are not projected keys
-        reports = []
-        for layer, delta in self.factors.items():
-            weight = self._lora_layer(layer).get_base_layer().weight
-            norm = float(weight.float().norm()) if weight.is_floating_point() else None
-            new = delta.rank - rank_before
-            reports.append(layer_report(layer, delta, new, norm, null_space))
-        return tuple(reports)
+            recorded = (*former, *ancestors, *(parent.recorded() for parent in parents))
+            self._commit(state, bench.contexts, recorded)

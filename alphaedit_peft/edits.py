@@ -29,9 +29,11 @@ class Edit:
         id: a name unique within a pack; a hash of subject, prompt and target where not given.
         paraphrases: whole prompts that should show the edit too; never optimised on.
         neighborhood: whole prompts about other subjects that should not change.
+        anchors: prompts with one ``{}`` for the subject; what the model says after them is kept
+            while the edit is optimised (the subject's other facts).
 
     Raises:
-        ValueError: an empty field, or a prompt that does not hold exactly one ``{}``.
+        ValueError: an empty field, or a prompt or anchor that does not hold exactly one ``{}``.
         TypeError: a field that is not text.
     """
 
@@ -42,24 +44,25 @@ class Edit:
     id: str = ""
     paraphrases: tuple[str, ...] = field(default=())
     neighborhood: tuple[str, ...] = field(default=())
+    anchors: tuple[str, ...] = field(default=())
 
     def __post_init__(self) -> None:
         for name in ("subject", "prompt", "target_new", "id"):
             _require_text(name, getattr(self, name))
         if self.target_true is not None:
             _require_text("target_true", self.target_true)
-        for name in ("paraphrases", "neighborhood"):
+        for name in ("paraphrases", "neighborhood", "anchors"):
             object.__setattr__(self, name, _text_tuple(name, getattr(self, name)))
         for name in ("subject", "target_new"):
             if not getattr(self, name).strip():
                 given = getattr(self, name)
                 raise ValueError(f"{name}={given!r} is empty; an edit needs a {name}")
-        slots = self.prompt.count(SLOT)
-        if slots != 1:
-            raise ValueError(
-                f"prompt={self.prompt!r} holds {slots} times '{{}}'; write it exactly once, where "
-                f"the subject {self.subject!r} goes"
-            )
+        for name, text in (("prompt", self.prompt), *(("anchor", a) for a in self.anchors)):
+            if text.count(SLOT) != 1:
+                raise ValueError(
+                    f"{name}={text!r} holds {text.count(SLOT)} times '{{}}'; write it exactly "
+                    f"once, where the subject {self.subject!r} goes"
+                )
         if not self.id:
             object.__setattr__(self, "id", _content_id(self))
 

@@ -8,7 +8,7 @@ Blocks may return a tensor or a tuple whose first entry is the hidden state; bot
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -81,6 +81,26 @@ def changing_input(
     with ExitStack() as stack:
         stack.callback(hook.remove)
         yield
+
+
+def head_name(model: nn.Module) -> str | None:
+    """Name of the module that turns hidden states into logits, None where the model has none."""
+    find = getattr(model, "get_output_embeddings", None)
+    head = None if find is None else find()
+    return next((name for name, module in model.named_modules() if module is head), None)
+
+
+def gathering_logits(
+    model: nn.Module, head: str, where: Sequence[tuple[int, int]]
+) -> AbstractContextManager[None]:
+    """Let the model's own head see only (row, position) pairs; logits come as (1, pairs, vocab)."""
+    rows = torch.tensor([row for row, _ in where])
+    positions = torch.tensor([position for _, position in where])
+
+    def gather(hidden: Tensor) -> Tensor:
+        return hidden[rows.to(hidden.device), positions.to(hidden.device)][None]
+
+    return changing_input(model, head, gather)
 
 
 def run_until(model: nn.Module, inputs: Mapping[str, Tensor], last: str) -> None:

@@ -7,7 +7,6 @@ In: a base model and an :class:`AlphaEditConfig`, or a base model and a pack. Ou
 
 from __future__ import annotations
 
-import os
 import warnings
 from pathlib import Path
 from typing import Any
@@ -17,17 +16,19 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from alphaedit_peft import live
+from alphaedit_peft.chaining import require_parents
 from alphaedit_peft.config import AlphaEditConfig
 from alphaedit_peft.editing.journal import Journal
 from alphaedit_peft.editing.resources import Resources
 from alphaedit_peft.fingerprint import fingerprint
-from alphaedit_peft.fitting import check_beside, check_fit, check_plain
-from alphaedit_peft.merging import MergeableModel
+from alphaedit_peft.fitting import check_fit, check_plain
+from alphaedit_peft.joining import JoinableModel
 from alphaedit_peft.nullspace import KeyMoments, NullSpace
 from alphaedit_peft.pack import EditPack
 from alphaedit_peft.pack.format import ADAPTER_CONFIG, PackError
 from alphaedit_peft.pack.locate import locate, read_steadily
 from alphaedit_peft.pack.lora import read_lora
+from alphaedit_peft.several import require_path
 
 
 def get_alphaedit_model(
@@ -57,7 +58,7 @@ def get_alphaedit_model(
     return AlphaEditModel(base, config, resources=resources, adapter_name=adapter_name)
 
 
-class AlphaEditModel(MergeableModel):
+class AlphaEditModel(JoinableModel):
     """A causal language model and its edits; make one with :func:`get_alphaedit_model`.
 
     What PEFT does with a LoRA model works here too: ``generate``, ``set_adapter``, several
@@ -97,12 +98,10 @@ class AlphaEditModel(MergeableModel):
         self.alphaedit_config, self.architecture = full, architecture
         self.base_fingerprint = own_fingerprint
         self.resources = resources or Resources()
-        self._journals = {}
-        self._snapshots = {}
+        self._journals, self._stamps, self._snapshots = {}, {}, {}
+        self._sources, self._compressions = {}, {}
         if plain_lora is None:
-            self._journals[adapter_name] = Journal.empty(self.config.hidden_size)
-            for layer, delta in self.factors.items():
-                self._write(layer, delta)
+            self._start(adapter_name, Journal.empty(self.config.hidden_size))
 
     @classmethod
     def from_pretrained(  # type: ignore[override]  # noqa: PLR0913
@@ -115,6 +114,7 @@ class AlphaEditModel(MergeableModel):
         key_moments: KeyMoments | None = None,
         adapter_name: str = "default",
         allow_base_mismatch: bool = False,
+        missing_parents: str = "error",
         revision: str | None = None,
         token: str | bool | None = None,
         subfolder: str | None = None,
@@ -131,17 +131,19 @@ class AlphaEditModel(MergeableModel):
             key_moments: likewise, for MEMIT.
             adapter_name: PEFT's name of the adapter.
             allow_base_mismatch: load onto another base than the pack was made for.
+            missing_parents: ``warn`` loads a pack without those it was made on top of.
             revision: branch, tag or commit on the Hub.
             token: for private repositories.
             subfolder: of the pack within the folder or repository.
 
         Raises:
             PackError: a damaged pack.
-            ValueError: another base, unless ``allow_base_mismatch``.
+            ValueError: another base, unless ``allow_base_mismatch``; a pack made on top of others,
+                which are to be loaded first, unless ``missing_parents="warn"``.
             FileNotFoundError: no such folder, or one without an adapter.
             TypeError: a ``model_id`` that is no path, or statistics of another type.
         """
-        _require_path(model_id)
+        require_path(model_id)
         resources = _resources(tokenizer, null_space, key_moments)
         where: dict[str, Any] = {"revision": revision, "token": token, "subfolder": subfolder}
         try:
@@ -149,60 +151,12 @@ class AlphaEditModel(MergeableModel):
         except FileNotFoundError as error:
             return cls._from_plain_lora(model, model_id, where, adapter_name, error)
         check_fit(pack, model, allow_base_mismatch)
+        require_parents("this pack", pack.parents, [], [], missing_parents)
         edited = cls(model, pack.config, resources=resources, adapter_name=adapter_name)
         for layer in edited.alphaedit_config.rewrite_layers or ():
             edited._write(layer, pack.factors[edited.architecture.rewrite_name(layer)])
-        edited._keep(_journal_of(pack))
+        edited._keep_pack(pack, model_id)
         return edited.eval()
-
-    def load_adapter(  # type: ignore[override]
-        self,
-        model_id: str | Path,
-        adapter_name: str,
-        is_trainable: bool = False,
-        torch_device: str | None = None,
-        *,
-        allow_base_mismatch: bool = False,
-        **kwargs: Any,
-    ) -> Any:
-        """Load another adapter beside those the model has, as PEFT does.
-
-        A pack that edits this model's rewrite layers brings its edits along, so that after
-        ``set_adapter(adapter_name)`` they can be read, saved and gone on from. Any other LoRA, and
-        one that is to be trained, can be used but not edited.
-
-        Args:
-            model_id: a folder, or a Hub repository.
-            adapter_name: PEFT's name of the adapter.
-            is_trainable: as in PEFT.
-            torch_device: as in PEFT.
-            allow_base_mismatch: load a pack that was made for another base.
-            **kwargs: as in PEFT.
-
-        Returns:
-            What PEFT returns: missing and unexpected keys.
-
-        Raises:
-            PackError: a damaged pack.
-            ValueError: a pack of another base, unless ``allow_base_mismatch``.
-        """
-        _require_path(model_id)
-        given = kwargs.keys() & {"revision", "token", "subfolder"}
-        where: dict[str, Any] = {key: kwargs[key] for key in given}
-        pack = _pack_or_none(model_id, where)
-        if pack is not None:
-            check_beside(pack, self.get_base_model(), self.base_fingerprint, allow_base_mismatch)
-        found = super().load_adapter(model_id, adapter_name, is_trainable, torch_device, **kwargs)
-        live.make_exact(self)
-        self._snapshots.pop(adapter_name, None)
-        self._journals.pop(adapter_name, None)
-        if pack is not None and not is_trainable and self._edits_same_modules(pack):
-            self._journals[adapter_name] = _journal_of(pack)
-        return found
-
-    def _edits_same_modules(self, pack: EditPack) -> bool:
-        layers = self.alphaedit_config.rewrite_layers or ()
-        return set(pack.modules) == {self.architecture.rewrite_name(layer) for layer in layers}
 
     @classmethod
     def _from_plain_lora(
@@ -253,23 +207,3 @@ def _resources(
             "pass KeyMoments.from_pretrained(path)"
         )
     return Resources(tokenizer, null_space, key_moments)
-
-
-def _require_path(model_id: object) -> None:
-    if not isinstance(model_id, str | os.PathLike):
-        raise TypeError(
-            f"model_id={model_id!r} is a {type(model_id).__name__}; pass the pack's folder as a "
-            "str or Path, or the name of a Hub repository"
-        )
-
-
-def _pack_or_none(model_id: str | Path, where: dict[str, Any]) -> EditPack | None:
-    try:
-        return EditPack.from_pretrained(model_id, **where)
-    except FileNotFoundError:
-        return None
-
-
-def _journal_of(pack: EditPack) -> Journal:
-    contexts = pack.contexts if pack.records else None
-    return Journal(pack.records, pack.targets, pack.rank, contexts, pack.null_space, pack.parents)

@@ -15,6 +15,8 @@ CHOICES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     ("preset", ("auto", "paper")),
     ("objective", ("alphaedit", "memit")),
     ("on_conflict", ("error", "replace", "keep")),
+    ("stop_when", ("loss", "likeliest")),
+    ("layer_shares", ("equal", "disturbance")),
     ("ridge_mode", (None, "absolute", "relative")),
     ("learning_rate_mode", (None, "absolute", "relative")),
     ("threshold_mode", (None, *THRESHOLD_MODES)),
@@ -33,12 +35,13 @@ class Preset:
     learning_rate: float
     learning_rate_mode: str
     clamp_factor: float
+    stop_loss: float
     norm_guard: float
 
 
 PRESET_VALUES = {
-    "paper": Preset(10.0, "absolute", 2e-2, "absolute", 25, 0.5, "absolute", 0.75, 0.0),
-    "auto": Preset(0.05, "relative", 0.02, "energy", 25, 0.3, "relative", 1.0, 2.0),
+    "paper": Preset(10.0, "absolute", 2e-2, "absolute", 25, 0.5, "absolute", 0.75, 0.05, 0.0),
+    "auto": Preset(0.05, "relative", 0.02, "energy", 25, 0.15, "relative", 1.0, 0.2, 2.0),
 }
 
 
@@ -48,6 +51,7 @@ TYPES: tuple[tuple[str, Any], ...] = (
     ("chat_template", bool),
     ("seed", int),
     ("contexts", list | None),
+    ("anchors", list | None),
     ("separator", str),
     ("kl_prompt", str),
     ("null_space", str | None),
@@ -68,6 +72,7 @@ RANGES: tuple[tuple[str, float, float], ...] = (
     ("learning_rate", 1e-9, float("inf")),
     ("clamp_factor", 1e-9, float("inf")),
     ("kl_factor", 0, float("inf")),
+    ("anchor_factor", 0, float("inf")),
     ("weight_decay", 0, float("inf")),
     ("stop_loss", 0, float("inf")),
     ("num_contexts", 0, 1000),

@@ -13,7 +13,7 @@ from alphaedit_peft import embedded
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"
-SHORT = ("quickstart", "continue_editing")
+SHORT = ("quickstart", "continue_editing", "join_packs")
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +52,18 @@ def test_quickstart(weights):
 @pytest.mark.slow
 def test_continue_editing(weights):
     assert "equal to the uninterrupted run" in run(EXAMPLES / "continue_editing.py")
+
+
+@pytest.mark.slow
+def test_join_packs(weights, tmp_path):
+    pytest.importorskip("matplotlib")
+    picture = tmp_path / "join.png"
+    words = ["--edits", "4", "--folder", tmp_path / "packs", "--picture", picture]
+    text = run(EXAMPLES / "join_packs.py", *words)
+    found = re.findall(r"^(\w+) +first's edits +(\d+) %, second's +(\d+) %$", text, re.MULTILINE)
+    assert [state for state, *_ in found] == ["first", "second", "added", "joined"]
+    assert found[-1] == ("joined", "100", "100")
+    assert picture.read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.slow

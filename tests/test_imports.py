@@ -20,11 +20,17 @@ ROOT = Path(alphaedit_peft.__file__).parent
 
 # imports run downward only: a module may import from its own floor and those before it
 FLOORS = (
-    ("edits", "algebra", "architecture", "hooks", "settings", "config", "fingerprint"),
+    (
+        *("edits", "algebra", "architecture", "hooks", "settings", "config", "fingerprint"),
+        *("delta_algebra", "hub", "quantised", "storing", "tokens"),
+    ),
     ("nullspace", "evaluation", "embedded"),
     ("pack",),
     ("editing",),
-    ("live", "adapter", "editable", "merging", "fitting", "model"),
+    (
+        *("live", "adapter", "saving", "chaining", "workbench", "editable", "merging", "fitting"),
+        *("several", "union", "joining", "model"),
+    ),
     ("studies", "report"),
     ("cli",),
 )
@@ -33,7 +39,8 @@ FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 MAY_IMPORT = {
     # the demonstration loads its pack with plain PEFT, to show that this is enough
     "peft": ("model", "adapter", "live", "config", "pack", "cli.showing"),
-    "datasets": ("nullspace.corpus",),
+    "datasets": ("nullspace.corpus", "evaluation.data.source"),
+    "sklearn": ("evaluation.text_metrics",),
     "typer": ("cli",),
     "rich": ("cli",),
 }

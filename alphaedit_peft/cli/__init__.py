@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from alphaedit_peft.cli import demo, edit, nullspace, packs
+from alphaedit_peft.cli import demo, edit, foreign, hub, nullspace, operations, packs
 from alphaedit_peft.cli.errors import CommandGroup
 
 app = typer.Typer(
@@ -59,7 +59,16 @@ def main(
 
 app.command()(demo.demo)
 app.command()(nullspace.nullspace)
+app.command("nullspace import")(foreign.import_statistics)
 app.command()(edit.edit)
 app.command("inspect")(packs.inspect_pack)
 app.command()(packs.merge)
 app.command()(packs.rollback)
+app.command()(operations.remove)
+app.command()(operations.join)
+app.command()(operations.compress)
+app.command()(operations.export)
+app.command()(hub.push)
+app.command()(hub.pull)
+app.command("nullspace push")(hub.push_null_space)
+app.command("nullspace pull")(hub.pull_null_space)

@@ -21,6 +21,13 @@ INTERRUPTED = 130
 class CommandGroup(TyperGroup):
     """The group of commands, which turns what they raise into one line."""
 
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """Find the command by its first two words, such as ``nullspace import``, or by one."""
+        both = " ".join(args[:2])
+        if len(args) > 1 and both in self.commands:
+            return both, self.commands[both], args[2:]
+        return super().resolve_command(ctx, args)
+
     def invoke(self, ctx: Any) -> Any:
         """Run the command asked for."""
         try:

@@ -76,6 +76,8 @@ def nullspace(  # noqa: PLR0913
     --max-tokens 1000000 --resume sums.safetensors --out ns`
 
     `alphaedit nullspace embedded --out ns` (its own texts by default)
+
+    Others' null spaces: `alphaedit nullspace push --help`, `alphaedit nullspace pull --help`.
     """
     wanted = parse_layers(layers)
     for folder in filter(None, (out, moments_out)):

@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from alphaedit_peft import storing
+
 
 class Dtype(str, Enum):
     """dtype of a model's weights in memory; ``auto`` is the checkpoint's own."""
@@ -73,7 +75,9 @@ def check_folder(path: Path) -> None:
 
     Raises:
         FileExistsError: the path, or one above it, is a file.
+        ValueError: it is, or holds, the working directory.
     """
     for place in (path, *path.parents):
         if place.exists() and not place.is_dir():
             raise FileExistsError(f"{place} is a file; --out {path} needs a folder")
+    storing.check_folder(path)

@@ -75,7 +75,7 @@ def merge(
     """Write a model with a pack's edits in its weights, and its tokenizer.
 
     What comes out is a plain model: no adapter, no trace of which edits were made. The sum is
-    computed in float32 and rounded once to the model's dtype.
+    computed in float32 and rounded once to the model's dtype; what that changes is printed.
 
     `alphaedit merge MODEL pack --out edited-model`
     """
@@ -88,12 +88,17 @@ def merge(
         edits = len(EditPack.from_pretrained(pack).edits)
     base, tokenizer = load_model(model, dtype, device)
     edited = AlphaEditModel.from_pretrained(base, pack)
+    rounding = max(edited.merge_errors().values())
     merged: Any = edited.merge_and_unload(safe_merge=True)
     merged.save_pretrained(out)
     tokenizer.save_pretrained(out)
-    facts = {"out": str(out), "edits": edits, "dtype": str(merged.dtype).removeprefix("torch.")}
+    dtype_name = str(merged.dtype).removeprefix("torch.")
+    facts = {"out": str(out), "edits": edits, "dtype": dtype_name, "rounding_error": rounding}
     show.show(
-        as_json, facts, f"Written to {out}: {show.count(edits, 'edit')} merged, {facts['dtype']}"
+        as_json,
+        facts,
+        f"Written to {out}: {show.count(edits, 'edit')} merged, {dtype_name}",
+        f"Rounding changed the update by at most {rounding:.2g} of its norm",
     )
 
 

@@ -18,7 +18,9 @@ from transformers import PreTrainedTokenizerBase
 from alphaedit_peft import hooks
 from alphaedit_peft.architecture import Architecture
 from alphaedit_peft.config import AlphaEditConfig
-from alphaedit_peft.editing.prompts import Renderer, TokenRow, batches
+from alphaedit_peft.editing.prompts import Renderer, TokenRow
+from alphaedit_peft.hooks import gathering_logits
+from alphaedit_peft.tokens import batches
 
 
 @dataclass(frozen=True)
@@ -56,11 +58,10 @@ class Bench:
         Raises:
             ValueError: a model without an output head.
         """
-        head = self.model.get_output_embeddings()  # type: ignore[operator]
-        for name, module in self.model.named_modules():
-            if module is head:
-                return name
-        raise ValueError(f"{type(self.model).__name__} has no output head; pass a causal LM")
+        name = hooks.head_name(self.model)
+        if name is None:
+            raise ValueError(f"{type(self.model).__name__} has no output head; pass a causal LM")
+        return name
 
     def keys(self, rows: Sequence[TokenRow], layer: int) -> Tensor:
         """Inputs of a rewrite module at each row's subject, (rows, d_in), float32 or better."""
@@ -126,17 +127,6 @@ class Score:
     def probability(self) -> float:
         """P(target | prompt), the product over the target's tokens."""
         return math.exp(self.log_prob)
-
-
-def gathering_logits(model: nn.Module, head: str, where: Sequence[tuple[int, int]]):  # type: ignore[no-untyped-def]
-    """Let the model's own head see only (row, position) pairs; logits come as (1, pairs, vocab)."""
-    rows = torch.tensor([row for row, _ in where])
-    positions = torch.tensor([position for _, position in where])
-
-    def gather(hidden: Tensor) -> Tensor:
-        return hidden[rows.to(hidden.device), positions.to(hidden.device)][None]
-
-    return hooks.changing_input(model, head, gather)
 
 
 def _at_least_float32(values: Tensor) -> Tensor:

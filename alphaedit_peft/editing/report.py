@@ -153,10 +153,10 @@ def layer_report(
         delta: the whole update.
         new_rows: how many of its last rows this run added.
         weight_norm: Frobenius norm of the base weight, where known.
-        null_space: gives A C0 A^T; without it, the two changes stay unknown.
+        null_space: gives A C0 A^T; without it or its spectrum, the two changes stay unknown.
     """
     preserved = edited = None
-    if null_space is not None and delta.rank:
+    if null_space is not None and delta.rank and not null_space.parts[layer].projector_only:
         B = delta.B.double()
         quadratic = null_space.moment_quadratic(layer, delta.A).to(B)  # (n, n)
         preserved = float(((B.T @ B) * quadratic).sum().clamp_min(0).sqrt())

@@ -68,7 +68,7 @@ class Resources:
         if self._objective is None or self._made_of != self._ingredients(config, base):
             layers = config.rewrite_layers or []
             if self.null_space is None and config.projects and config.null_space is not None:
-                self.null_space = NullSpace.from_pretrained(config.null_space)
+                self.null_space = NullSpace.from_pretrained(config.null_space, fingerprint=base)
             if self.null_space is not None:
                 self.null_space.check_base(base, layers)
                 self.null_space = _at_threshold(self.null_space, config)

@@ -21,7 +21,7 @@ from transformers import DynamicCache
 
 from alphaedit_peft import hooks
 from alphaedit_peft.editing.bench import Bench, gathering_logits
-from alphaedit_peft.editing.prompts import padded
+from alphaedit_peft.tokens import padded
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,10 @@ In: groups of edits that share a key. Out: z = h + delta for each group, (groups
 
     mean_j -log P(target | x_j + prompt) + kl KL(P || P_0)(subject) + decay |delta| / |h|^2
 
-with |delta| clamped to a multiple of |h|. All edits of a chunk go through the model together, and
-only through what delta reaches (see ``resume``); an edit that is done leaves the batch.
+with |delta| clamped to a multiple of |h|. Anchors add ``anchor_factor`` times their mean
+KL(P || P_0), at the end of the prompt: the paper's term is read at the subject and so cannot tell
+what is asked about it. All edits of a chunk go through the model together, and only through what
+delta reaches (see ``resume``); an edit that is done leaves the batch.
 """
 
 from __future__ import annotations
@@ -56,7 +58,7 @@ def optimise_targets(
     """
     found: dict[int, tuple[Tensor, ...]] = {}
     for members in _chunks(bench, groups):
-        rows = [row for slot, g in enumerate(members) for row in _rows(groups[g], slot)]
+        rows = [row for slot, g in enumerate(members) for row in _rows(groups[g], slot, bench.config)]
         part = _Chunk(bench, rows, len(members)).optimise()
         for slot, g in enumerate(members):
             found[g] = (part.values[slot], part.hidden[slot], part.losses[slot], part.steps[slot])
@@ -75,7 +77,7 @@ class _Chunk:
         self.subjects = self.resumed.hidden.to(dtype)  # (rows, d)
         first = [next(i for i, r in enumerate(rows) if r.group == g) for g in range(num_groups)]
         self.hidden = self.subjects[first]  # (groups, d): the bare leaders' h
-        self.initial: dict[int, Tensor] = {}  # group -> log P_0 at the subject
+        self.initial: dict[int, Tensor] = {}  # row -> log P_0 where it is read, (reads, vocab)
 
     def optimise(self) -> Targets:
         """Run Adam on all groups; each leaves when its loss is small or its steps are spent."""
@@ -88,18 +90,26 @@ class _Chunk:
         for step in range(config.steps):
             delta = adam.delta[active].requires_grad_()
             with torch.enable_grad():
-                loss = self._losses(delta, active)  # (active,)
+                loss, said = self._losses(delta, active)  # (active,)
                 gradient = torch.autograd.grad(loss.sum(), delta)[0]
             losses[active], steps[active] = loss.detach(), step + 1
-            going = [k for k, g in enumerate(active) if not losses[g] < config.stop_loss]
+            going = [k for k, g in enumerate(active) if not self._done(losses[g], said[k])]
             active = [active[k] for k in going]
             if not active or step == config.steps - 1:
                 break
             adam.update(active, gradient[going])
         return Targets(self.hidden + adam.delta, self.hidden, losses, steps)
 
-    def _losses(self, delta: Tensor, active: Sequence[int]) -> Tensor:
-        """Each active group's loss, (active,), for its delta, (active, d)."""
+    def _done(self, loss: Tensor, said: bool) -> bool:
+        config = self.bench.config
+        assert config.stop_loss is not None, "resolve the config first"
+        return bool(loss < config.stop_loss) or (config.stop_when == "likeliest" and said)
+
+    def _losses(self, delta: Tensor, active: Sequence[int]) -> tuple[Tensor, list[bool]]:
+        """For deltas (active, d): each group's loss, and whether greedy decoding says all targets.
+
+        The losses are (active,).
+        """
         config = self.bench.config
         slot = {g: k for k, g in enumerate(active)}
         chosen = [i for i, row in enumerate(self.rows) if row.group in slot]
@@ -107,20 +117,26 @@ class _Chunk:
         log_probs = self.resumed.log_probs(chosen, self.subjects[chosen] + delta[where])
         loss = config.weight_decay * delta.norm(dim=1) / self.hidden[list(active)].norm(dim=1) ** 2
         parts: list[Tensor] = []
+        said = [True] * len(active)
         start = 0
         for i in chosen:
             row = self.rows[i]
             part = log_probs[start : start + len(row.reads)]
             start += len(row.reads)
-            parts.append(row.weight * self._row_loss(row, part))
-        return loss.index_add(0, where, torch.stack(parts).to(loss))
+            parts.append(row.weight * self._row_loss(i, part))
+            if config.stop_when == "likeliest" and row.target:
+                greedy = part.argmax(1).tolist() == list(row.target)
+                said[slot[row.group]] = said[slot[row.group]] and greedy
+        return loss.index_add(0, where, torch.stack(parts).to(loss)), said
 
-    def _row_loss(self, row: Row, log_probs: Tensor) -> Tensor:
+    def _row_loss(self, index: int, log_probs: Tensor) -> Tensor:
+        """A row's loss from its log-probabilities (reads, vocab): -log P(target), or the KL."""
+        row = self.rows[index]
         if row.target:
             target = torch.tensor(row.target, device=log_probs.device)
             return -log_probs.gather(1, target[:, None]).mean()
-        initial = self.initial.setdefault(row.group, log_probs[0].detach())
-        return self.bench.config.kl_factor * (log_probs[0].exp() * (log_probs[0] - initial)).sum()
+        initial = self.initial.setdefault(index, log_probs.detach())
+        return (log_probs.exp() * (log_probs - initial)).sum(1).mean()
 
 
 class _Adam:
@@ -151,8 +167,8 @@ class _Adam:
         self.delta[which] = torch.where(norm > bound, moved * bound / norm, moved)
 
 
-def _rows(group: Group, slot: int) -> list[Row]:
-    """The rows of a group: every member's prompt in every context, then the leader's KL row."""
+def _rows(group: Group, slot: int, config: AlphaEditConfig) -> list[Row]:
+    """The rows of a group: prompts in every context, the leader's KL row, every anchor once."""
     rows = []
     for member in group.members:
         weight = 1 / (len(group.members) * len(member.rows))
@@ -160,13 +176,18 @@ def _rows(group: Group, slot: int) -> list[Row]:
             reads = tuple(row.target_positions)
             rows.append(Row(slot, row.scoring_ids, row.subject_last, reads, row.target, weight))
     kl = group.leader.kl_row
-    rows.append(Row(slot, kl.ids, kl.subject_last, (kl.subject_last,), (), 1.0))
+    rows.append(Row(slot, kl.ids, kl.subject_last, (kl.subject_last,), (), config.kl_factor))
+    anchors = list(dict.fromkeys(anchor for member in group.members for anchor in member.anchors))
+    for anchor in anchors:
+        reads = tuple(anchor.target_positions) or (len(anchor.ids) - 1,)
+        weight = config.anchor_factor / len(anchors)
+        rows.append(Row(slot, anchor.scoring_ids, anchor.subject_last, reads, (), weight))
     return rows
 
 
 def _chunks(bench: Bench, groups: Sequence[Group]) -> Iterator[list[int]]:
     """Groups with like tails together, at most ``target_tokens`` padded tail tokens a chunk."""
-    tails = [[len(row.ids) - row.subject for row in _rows(group, 0)] for group in groups]
+    tails = [[len(row.ids) - row.subject for row in _rows(group, 0, bench.config)] for group in groups]
     order = sorted(range(len(groups)), key=lambda g: max(tails[g]))
     chunk: list[int] = []
     for g in order:

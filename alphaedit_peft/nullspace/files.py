@@ -1,7 +1,7 @@
 """Read and write the two files of a null-space artefact: tensors as safetensors, the rest as JSON.
 
 In: named float32 tensors and plain values. Out: ``<stem>.safetensors`` and ``<stem>.json`` in a
-folder, or on the Hugging Face Hub. Nothing is pickled, and nothing that was read is trusted: names,
+folder. Nothing is pickled, and nothing that was read is trusted: names,
 shapes and values are checked here or by the caller.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from alphaedit_peft.storing import Content, left_aside, read_steadily, replace_folder
+
 FORMAT_VERSION = 1
 Types = type | tuple[type, ...]
 ORIGIN: dict[str, Types] = {"tokens": int, "fingerprint": (dict, type(None)), "provenance": dict}
@@ -26,26 +29,52 @@ ORIGIN: dict[str, Types] = {"tokens": int, "fingerprint": (dict, type(None)), "p
 def write_artefact(
     folder: str | Path, stem: str, tensors: Mapping[str, Tensor], values: Mapping[str, Any]
 ) -> None:
-    """Write tensors and values, with the format's name and version, into a folder."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    """Write tensors and values, with the format's name and version, into a folder, in one step.
+
+    The folder's other files stay. A process killed at any moment leaves the old two files or the
+    new ones.
+
+    Raises:
+        FileExistsError: ``folder`` is a file.
+        ValueError: ``folder`` is, or holds, the working directory.
+        OSError: the disk is full, or a right is missing; what was there before is untouched.
+    """
     kept = {name: tensor.float().cpu().contiguous() for name, tensor in tensors.items()}
-    save_file(kept, folder / f"{stem}.safetensors")
     text = json.dumps({"format": stem, "version": FORMAT_VERSION, **values}, indent=2)
-    (folder / f"{stem}.json").write_text(text + "\n", encoding="utf-8")
+    files: dict[str, Content] = {
+        f"{stem}.safetensors": partial(_save_tensors, kept),
+        f"{stem}.json": (text + "\n").encode(),
+    }
+    replace_folder(folder, files)
 
 
 def read_artefact(
     folder: str | Path, stem: str, fields: Mapping[str, Types]
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read what ``write_artefact`` wrote.
+    """Read what ``write_artefact`` wrote, both files of one save.
 
     Raises:
         FileNotFoundError: one of the two files is missing.
         ValueError: a file that is damaged, of another format or version, or with other fields or
             types of them, or tensors that are not finite float32.
     """
-    json_path, tensor_path = (Path(folder) / f"{stem}{end}" for end in (".json", ".safetensors"))
+    place = left_aside(folder) or Path(folder)
+    if not place.is_dir():
+        raise FileNotFoundError(f"{folder} does not exist; give the folder of a {stem} artefact")
+    return read_steadily(place, lambda found: _read(found, stem, fields))
+
+
+def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    try:
+        save_file(tensors, path)
+    except SafetensorError as error:  # it has no errno; a full disk is one
+        raise OSError(str(error)) from error
+
+
+def _read(
+    folder: Path, stem: str, fields: Mapping[str, Types]
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    json_path, tensor_path = (folder / f"{stem}{end}" for end in (".json", ".safetensors"))
     for path in (json_path, tensor_path):
         if not path.is_file():
             raise FileNotFoundError(f"{path} does not exist; {folder} holds no {stem} artefact")
@@ -61,34 +90,6 @@ def read_artefact(
                 f"{tensor_path}: {name} ({tensor.dtype}) is not finite float32; the file is damaged"
             )
     return tensors, {name: values[name] for name in fields}
-
-
-def artefact_folder(
-    path_or_repo: str | Path,
-    stem: str,
-    *,
-    revision: str | None = None,
-    token: str | bool | None = None,
-    subfolder: str | None = None,
-) -> Path:
-    """The local folder of an artefact; a Hub repo's two files are fetched into the Hub's cache.
-
-    Raises:
-        FileNotFoundError: neither a folder nor the form of a repo's name.
-    """
-    local = Path(path_or_repo)
-    if local.is_dir():
-        return local / subfolder if subfolder else local
-    repo = str(path_or_repo)
-    if repo.count("/") > 1 or repo.startswith((".", "/", "~")) or local.is_file():
-        raise FileNotFoundError(f"{repo} is no folder, and no Hub repo's name ('user/name')")
-    from huggingface_hub import hf_hub_download
-
-    fetched = [
-        hf_hub_download(repo, f"{stem}{end}", subfolder=subfolder, revision=revision, token=token)
-        for end in (".json", ".safetensors")
-    ]
-    return Path(fetched[0]).parent
 
 
 def versions() -> dict[str, str]:

@@ -21,6 +21,8 @@ from alphaedit_peft.nullspace.files import Types, read_artefact, write_artefact
 
 STEM = "null_space"
 REACH = 10.0  # the threshold can be moved by this factor, either way
+PROJECTOR_ERROR = 1e-2  # largest deviation of a projector's entries and eigenvalues
+PROJECTOR = (0.5, "absolute")  # threshold and mode where only P is known: values are 0 or 1
 
 
 class LayerSummary(NamedTuple):
@@ -55,19 +57,32 @@ class LayerSpace:
         return cls(torch.zeros(width, 0), torch.zeros(width), True)
 
     @classmethod
-    def from_moment(cls, moment: Tensor, threshold: float, mode: str) -> LayerSpace:
-        """Decompose C0 in float64; keep the thinner side that reaches ten times either way.
+    def from_moment(
+        cls, moment: Tensor, threshold: float, mode: str, reach: float = REACH
+    ) -> LayerSpace:
+        """Decompose C0 in float64; keep the thinner side that reaches ``reach`` times either way.
+
+        Where thresholds within reach keep ``low`` to ``high`` directions, it stores the ``high``
+        smallest or the ``d_in - low`` largest eigenvectors, whichever are fewer. Fewer cannot do:
+        those between ``low`` and ``high`` are needed one by one, and one of the two ends besides.
 
         float64 because small eigenvalues are lost under a few huge ones otherwise, and some models
         have keys whose squared norm is 1e6 times the others'.
+
+        Raises:
+            ValueError: a ``reach`` below 1 or not finite.
         """
+        if not 1 <= reach < float("inf"):
+            raise ValueError(
+                f"reach={reach} is no factor to move the threshold by; use 1 (not at all) or more"
+            )
         found = algebra.spectrum(moment.double())
         values = found.values.float().cpu()
         width = len(values)
         top = {"absolute": float("inf"), "rank": float(width)}.get(mode, 1.0)
         reached = [
             algebra.null_dimension(values, min(t, top), mode)
-            for t in (threshold / REACH, threshold, threshold * REACH)
+            for t in (threshold / reach, threshold, threshold * reach)
         ]
         for_null, for_complement = max(reached), width - min(reached)
         complement = for_complement <= for_null
@@ -75,6 +90,39 @@ class LayerSpace:
         # row-major, as a saved one loads: the same products round the same way
         basis = _signed(found.vectors[:, columns]).float().cpu().contiguous()
         return cls(basis, values, complement)
+
+    @classmethod
+    def from_projector(cls, projector: Tensor) -> LayerSpace:
+        """Basis of P (d_in, d_in); its eigenvalues stand in for those of C0: 0 kept, 1 removed.
+
+        Raises:
+            ValueError: a matrix that is not a projector: not symmetric, or with an eigenvalue
+                that is off 0 and 1 by more than 0.01.
+        """
+        exact = projector.double()
+        error = float((exact - exact.T).abs().max())
+        if not error <= PROJECTOR_ERROR:
+            raise ValueError(f"it is off symmetric by {error:.2g}, so it is no projector")
+        found, vectors = torch.linalg.eigh(exact)  # ascending: removed ones first
+        error = float(torch.minimum(found.abs(), (found - 1).abs()).max())
+        if error > PROJECTOR_ERROR:
+            raise ValueError(
+                f"its eigenvalues are off 0 and 1 by {error:.2g} (trace "
+                f"{float(found.sum()):.6g}), so it is no projector"
+            )
+        removed = int((found < 0.5).sum())
+        width = len(found)
+        complement = removed <= width - removed
+        basis = _signed(vectors[:, :removed] if complement else vectors[:, removed:])
+        values = torch.zeros(width)
+        values[width - removed :] = 1
+        return cls(basis.float().cpu().contiguous(), values, complement)
+
+    @property
+    def projector_only(self) -> bool:
+        """Whether only P is known, so that values are 0 and 1 and no threshold can be moved."""
+        known = (self.values == 0) | (self.values == 1)
+        return bool(known.all()) and bool(self.values.any())
 
     @property
     def reach(self) -> tuple[int, int]:
@@ -86,8 +134,14 @@ class LayerSpace:
         """Refuse a threshold that keeps nothing, or that the stored eigenvectors do not reach.
 
         Raises:
-            ValueError: either of them.
+            ValueError: either of them, or another threshold than a projector's.
         """
+        if self.projector_only and (threshold, mode) != PROJECTOR:
+            raise ValueError(
+                f"threshold={threshold} ({mode}) cannot be used: layer {layer} was read from a "
+                f"projector, and its eigenvalues are not known; use {PROJECTOR[0]} "
+                f"({PROJECTOR[1]}), which is the projector as it is, or leave the threshold unset"
+            )
         kept = algebra.null_dimension(self.values, threshold, mode)
         low, high = self.reach
         if kept == 0:

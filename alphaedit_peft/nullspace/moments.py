@@ -120,8 +120,18 @@ class KeyMoments:
         threshold: float | None = None,
         mode: str | None = None,
         config: AlphaEditConfig | None = None,
+        *,
+        reach: float = 10.0,
     ) -> NullSpace:
         """The null space for a threshold, given here or in a resolved config.
+
+        Args:
+            threshold: which eigenvalues count as zero, see ``algebra.null_dimension``.
+            mode: absolute, relative, energy or rank.
+            config: has both where they are not given.
+            reach: how far ``with_threshold`` can go from there, as a factor, either way. The
+                artefact holds eigenvectors for all of it: 1.0 makes the thinnest one, whose
+                threshold stays.
 
         Raises:
             ValueError: no threshold or mode in either place, and as ``NullSpace.from_moments``.
@@ -136,7 +146,7 @@ class KeyMoments:
                 f"threshold={threshold} and mode={mode!r} leave one open; give both, or a config "
                 "that was resolved for the model"
             )
-        return NullSpace.from_moments(self, threshold, mode)
+        return NullSpace.from_moments(self, threshold, mode, reach)
 
     def digest(self) -> str:
         """Sixteen hex digits that identify these moments, for provenance."""

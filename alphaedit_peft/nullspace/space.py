@@ -20,9 +20,10 @@ from torch import Tensor
 from alphaedit_peft import algebra
 from alphaedit_peft.config import AlphaEditConfig
 from alphaedit_peft.fingerprint import BaseFingerprint, bare_model, require_same_base
-from alphaedit_peft.nullspace.files import ORIGIN, Types, artefact_folder
+from alphaedit_peft.hub import Destination
+from alphaedit_peft.nullspace.files import ORIGIN, Types
 from alphaedit_peft.nullspace.layer import (
-    STEM,
+    REACH,
     LayerSpace,
     LayerSummary,
     check_tokens,
@@ -30,6 +31,7 @@ from alphaedit_peft.nullspace.layer import (
     write_parts,
 )
 from alphaedit_peft.nullspace.moments import KeyMoments
+from alphaedit_peft.nullspace.sharing import find_folder, push_null_space
 
 FIELDS: dict[str, Types] = {"threshold": (int, float), "threshold_mode": str, **ORIGIN}
 
@@ -93,11 +95,14 @@ class NullSpace:
         return moments.null_space(config=config.resolve(bare_model(model))[0])
 
     @classmethod
-    def from_moments(cls, moments: KeyMoments, threshold: float, mode: str) -> NullSpace:
-        """The null space of key moments; the eigen-decompositions run in float64 on the CPU.
+    def from_moments(
+        cls, moments: KeyMoments, threshold: float, mode: str, reach: float = REACH
+    ) -> NullSpace:
+        """The null space of key moments, its threshold within ``reach``; in float64 on the CPU.
 
         Raises:
-            ValueError: fewer tokens than a layer is wide, or a threshold that keeps nothing.
+            ValueError: fewer tokens than a layer is wide, a threshold that keeps nothing, or a
+                ``reach`` below 1.
 
         Warns:
             UserWarning: fewer than ten tokens for each direction.
@@ -105,7 +110,7 @@ class NullSpace:
         for layer, moment in moments.moments.items():
             check_tokens(moments.tokens, layer, moment.shape[0])
         parts = {
-            layer: LayerSpace.from_moment(moments.moments[layer], threshold, mode)
+            layer: LayerSpace.from_moment(moments.moments[layer], threshold, mode, reach)
             for layer in moments.layers
         }
         return cls(parts, threshold, mode, moments.tokens, moments.fingerprint, moments.provenance)
@@ -165,7 +170,7 @@ class NullSpace:
         return self._part(layer).moment_quadratic(self._checked(layer, rows).double())
 
     def with_threshold(self, threshold: float, mode: str | None = None) -> NullSpace:
-        """This null space at another threshold, about a factor of ten either way.
+        """This null space at another threshold, within the ``reach`` it was made with.
 
         Raises:
             ValueError: a threshold beyond the stored eigenvectors; ``KeyMoments`` has them all.
@@ -219,20 +224,47 @@ class NullSpace:
         revision: str | None = None,
         token: str | bool | None = None,
         subfolder: str | None = None,
+        fingerprint: BaseFingerprint | None = None,
     ) -> NullSpace:
-        """Read a null space from a folder or a Hub repo (its two files, nothing else).
+        """Read a null space from a folder or a Hub repository.
+
+        ``fingerprint`` chooses, where there are several, the one that was made for that base (see
+        ``push_to_hub(by_fingerprint=True)``); where none fits, the one at the root is read.
 
         Raises:
-            FileNotFoundError: neither a folder nor a repo's name, or a missing file.
-            ValueError: a damaged file.
+            FileNotFoundError: neither a folder nor a repository that may be read, or no null space.
+            ValueError: a damaged file, or several that fit.
         """
-        folder = artefact_folder(
-            path_or_repo, STEM, revision=revision, token=token, subfolder=subfolder
+        folder = find_folder(
+            path_or_repo, fingerprint, revision=revision, token=token, subfolder=subfolder
         )
         parts, values = read_parts(folder, FIELDS)
         found = values.pop("fingerprint")
         made_for = BaseFingerprint.from_json(found) if found else None
         return cls(parts, fingerprint=made_for, **values)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        commit_message: str | None = None,
+        subfolder: str | None = None,
+        by_fingerprint: bool = False,
+    ) -> str:
+        """Upload it with a README in one commit, and return the commit's or PR's address.
+
+        ``by_fingerprint`` puts it into the folder named by its base's fingerprint, where
+        ``config.null_space = repo_id`` finds it among others. The rest and what is raised: as
+        ``Destination`` and ``push_folder`` in :mod:`alphaedit_peft.hub`.
+        """
+        to = Destination(repo_id, private, token, revision, create_pr, subfolder)
+        return push_null_space(
+            self, to, by_fingerprint=by_fingerprint, commit_message=commit_message
+        )
 
     def _part(self, layer: int) -> LayerSpace:
         if layer not in self.parts:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path, PureWindowsPath
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import ModelCardData
@@ -32,6 +33,11 @@ _LOADING_EMBEDDED = """\
 from alphaedit_peft import embedded
 
 base, tokenizer = embedded.load()"""
+_ABOUT_EMBEDDED = """
+The base is the small model within the Python package `alphaedit_peft`. It is on no Hub, so that
+`AutoPeftModelForCausalLM` cannot find it by its name; load it first, as here.
+"""
+PLACE = "path/or/repository/of/this/pack"
 
 _INTRODUCTION = """\
 # Edited facts, as a LoRA
@@ -43,51 +49,89 @@ share a subject; rank {rank}, scaling 1.
 
 ## Use
 
-With PEFT alone, as any LoRA:
+Load the base:
+
+```python
+{loading}
+```
+{about}
+Then the adapter. With PEFT alone, as any LoRA:
 
 ```python
 from peft import PeftModel
-{loading}
-model = PeftModel.from_pretrained(base, "path/or/repository/of/this/pack")
+
+model = PeftModel.from_pretrained(base, {place}{inside})
 ```
+
+With transformers alone: `base.load_adapter({place}{adapter_kwargs})`.
 
 With `alphaedit_peft`, to look at the edits, and to go on from them:
 
 ```python
 from alphaedit_peft import AlphaEditModel, EditPack
 
-print(EditPack.from_pretrained("path/or/repository/of/this/pack").summary())
-model = AlphaEditModel.from_pretrained(base, "path/or/repository/of/this/pack")
+print(EditPack.from_pretrained({place}{inside}).summary())
+model = AlphaEditModel.from_pretrained(base, {place}{inside})
+```
+
+To deploy a plain model with the edits in its weights, rounded once to the base's dtype:
+
+```python
+model.merge_and_unload().save_pretrained("edited-model")
 ```
 
 ## Edits
 
 """
+_NO_TEXTS = """\
+The texts of the edits are left out of this card; [alphaedit/edits.jsonl](alphaedit/edits.jsonl)
+has them.
+"""
+_RESPONSIBILITY = """\
+## Responsible use
+
+An edit changes what the model says, whether or not it is true, and it may also change other things
+the model says about the same subject. Check the list of edits before you rely on this adapter,
+measure on your own prompts, tell users that the model was edited, and do not use edits to spread
+false statements about people or events.
+"""
 
 
-def card(pack: EditPack) -> str:
-    """The model card, ``README.md``: metadata, how to load, a table of the edits, provenance."""
+def card(
+    pack: EditPack, repo: str | None = None, subfolder: str | None = None, *, texts: bool = True
+) -> str:
+    """The model card, ``README.md``: metadata, how to load, a table of the edits, provenance.
+
+    Args:
+        pack: the pack.
+        repo: the repository it is sent to, for the code in the card; None: a placeholder.
+        subfolder: of the pack in the repository.
+        texts: whether to show the edits' texts; without them the card says where they are.
+    """
+    base = pack.config.base_model_name_or_path
+    on_hub = _hub_name(base)
     data = ModelCardData(
-        base_model=_hub_name(pack.config.base_model_name_or_path),
+        base_model=on_hub,
+        base_model_relation="adapter" if on_hub else None,
         library_name="peft",
         pipeline_tag="text-generation",
         tags=["alphaedit", "knowledge-editing", "lora"],
     )
+    inside = "" if subfolder is None else f"subfolder={json.dumps(subfolder)}"
     introduction = _INTRODUCTION.format(
         facts=_count(len(pack.edits), "fact"),
         modules=_count(len(pack.modules), "matrix", "matrices"),
         rank=pack.rank,
-        loading=_loading(pack.config.base_model_name_or_path),
+        loading=_loading(base),
+        about=_ABOUT_EMBEDDED if base == embedded.NAME else "",
+        place=json.dumps(repo or PLACE),
+        inside=inside and f", {inside}",
+        adapter_kwargs=inside and f", adapter_kwargs=dict({inside})",
     )
-    rows = [_edit_row(record) for record in pack.records if record.role == "own"]
-    lines = ["| subject | prompt | new target | P before | P after |", "|---|---|---|---|---|"]
-    lines += rows[:MAX_LISTED]
-    if len(rows) > MAX_LISTED:
-        lines += ["", f"... and {len(rows) - MAX_LISTED} more, in `alphaedit/edits.jsonl`."]
-    facts = [f"- {name}: {_escaped(value)}" for name, value in _provenance(pack)]
-    table = "\n".join(lines) if rows else "None yet."
-    origin = "\n".join(facts)
-    return f"---\n{data.to_yaml()}\n---\n\n{introduction}{table}\n\n## Provenance\n\n{origin}\n"
+    parts = [introduction, _measured(pack), _edit_table(pack) if texts else _NO_TEXTS]
+    facts = "".join(f"- {name}: {_escaped(value)}\n" for name, value in _provenance(pack))
+    parts += [f"\n{_RESPONSIBILITY}\n## Provenance\n\n", facts]
+    return f"---\n{data.to_yaml()}\n---\n\n{''.join(parts)}"
 
 
 def summary(pack: EditPack) -> str:
@@ -118,6 +162,35 @@ def _provenance(pack: EditPack) -> list[tuple[str, str]]:
     found.append(("contexts", str(len(pack.contexts))))
     found.append(("versions", _flat(pack.versions)))
     return found
+
+
+def _measured(pack: EditPack) -> str:
+    """The probabilities of the new targets before and after, in one sentence."""
+    found = [
+        (record.probability_before, record.probability_after)
+        for record in pack.records
+        if record.role == "own"
+    ]
+    before = [p for p, _ in found if p is not None]
+    after = [p for _, p in found if p is not None]
+    if not before or not after:
+        return ""
+    return (
+        f"Median probability of the new target: {median(before):.3g} before, {median(after):.3g} "
+        f"right after ({len(after)} of {_count(len(found), 'edit')} measured).\n\n"
+    )
+
+
+def _edit_table(pack: EditPack) -> str:
+    rows = [_edit_row(record) for record in pack.records if record.role == "own"]
+    if not rows:
+        return "None yet.\n"
+    lines = ["| subject | prompt | new target | P before | P after |", "|---|---|---|---|---|"]
+    lines += rows[:MAX_LISTED]
+    if len(rows) > MAX_LISTED:
+        more = len(rows) - MAX_LISTED
+        lines += ["", f"... and {more} more, in [alphaedit/edits.jsonl](alphaedit/edits.jsonl)."]
+    return "\n".join(lines) + "\n"
 
 
 def _edit_row(record: EditRecord) -> str:

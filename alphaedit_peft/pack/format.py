@@ -114,6 +114,8 @@ def parse_json(data: bytes, where: str | Path) -> dict[str, Any]:
     """
     try:
         value = json.loads(data.decode("utf-8"), parse_constant=_finite, parse_float=_finite)
+        if b"\\ud" in data.lower():  # half a surrogate pair is no text: it could not be saved again
+            json.dumps(value, ensure_ascii=False).encode("utf-8")
     except (ValueError, RecursionError) as error:
         raise PackError(f"{where}: not valid JSON ({error}); {REMEDY}") from error
     if not isinstance(value, dict):

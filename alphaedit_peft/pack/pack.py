@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections import Counter
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -23,13 +21,18 @@ from alphaedit_peft.algebra import LowRankDelta
 from alphaedit_peft.config import AlphaEditConfig
 from alphaedit_peft.edits import Edit
 from alphaedit_peft.fingerprint import BaseFingerprint
+from alphaedit_peft.hub import Destination
 from alphaedit_peft.pack import card
+from alphaedit_peft.pack.checks import check_parts
+from alphaedit_peft.pack.compressing import DTYPE_NAMES, Compression
 from alphaedit_peft.pack.folder import pack_files, read_fields
 from alphaedit_peft.pack.format import ADAPTER_MODEL, CARD, EDITS, FILES, TARGETS, refuse
+from alphaedit_peft.pack.hub import push_pack
 from alphaedit_peft.pack.locate import locate, read_steadily
 from alphaedit_peft.pack.lora import by_block, lora_state
+from alphaedit_peft.pack.operations import PackOperations
 from alphaedit_peft.pack.record import EditRecord
-from alphaedit_peft.pack.save import replace_folder
+from alphaedit_peft.storing import replace_folder
 
 
 def library_versions() -> dict[str, str]:
@@ -44,7 +47,7 @@ def library_versions() -> dict[str, str]:
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class EditPack:
+class EditPack(PackOperations):
     """Edits of one base model, as a LoRA whose rows are their projected keys.
 
     Args:
@@ -59,6 +62,7 @@ class EditPack:
             threshold, mode.
         versions: of the libraries that made the edits.
         parents: what this pack was made from, where it was not edited directly.
+        compression: what was lost, where the factors were made smaller; None where they were not.
 
     ``provenance`` gives base, null space, versions, parents and contexts together, as JSON values.
 
@@ -76,19 +80,14 @@ class EditPack:
     null_space: dict[str, Any] | None = None
     versions: dict[str, Any] = field(default_factory=library_versions)
     parents: tuple[dict[str, Any], ...] = ()
+    compression: Compression | None = None
 
     def __post_init__(self) -> None:
         ordered = {name: self.factors[name] for name in sorted(self.factors, key=by_block)}
         object.__setattr__(self, "factors", ordered)
         for name in ("records", "contexts", "parents"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
-        _check_factors(self.factors)
-        _check_records(self.records, self.rank)
-        _check_targets(self.targets, self.factors)
-        if not all(isinstance(text, str) for text in self.contexts):
-            raise ValueError(f"contexts={self.contexts!r} must be texts")
-        if not all(isinstance(parent, Mapping) for parent in self.parents):
-            raise ValueError(f"parents={self.parents!r} must be dicts")
+        check_parts(self)
 
     @property
     def rank(self) -> int:
@@ -163,21 +162,44 @@ class EditPack:
         """A plain-text table: edits, modules, rank, norms, size, base, null space."""
         return card.summary(self)
 
-    def save_pretrained(self, folder: str | Path, *, dtype: torch.dtype = torch.float32) -> None:
+    def save_pretrained(self, folder: str | Path, *, dtype: torch.dtype | None = None) -> None:
         """Write the pack as a folder, in one step: readers see the old folder or the new one.
 
         Args:
             folder: new, empty, a pack or another adapter; files that are not the pack's stay.
             dtype: of the factors on disk; float32 keeps going on bit-equal, bfloat16 and float16
-                halve the size and round.
+                halve the size and round. None: float32, or what the pack was compressed to.
 
         Raises:
             PackError: a value that the dtype or JSON cannot hold, or a file over its limit.
             FileExistsError: ``folder`` is a file.
             OSError: the disk is full, or a right is missing; what was there before is untouched.
         """
+        if dtype is None:
+            dtype = DTYPE_NAMES[self.compression.dtype] if self.compression else torch.float32
         files = pack_files(self, dtype)
         replace_folder(folder, files | {CARD: card.card(self).encode("utf-8")}, owned=FILES)
+
+    def push_to_hub(  # noqa: PLR0913
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        commit_message: str | None = None,
+        subfolder: str | None = None,
+        texts: bool = True,
+        dtype: torch.dtype = torch.float32,
+    ) -> str:
+        """Upload the pack in one commit, and return the commit's or pull request's address.
+
+        ``texts=False`` leaves the edits' texts out of the card. The rest and what is raised: as
+        ``Destination`` and ``push_folder`` in :mod:`alphaedit_peft.hub`.
+        """
+        to = Destination(repo_id, private, token, revision, create_pr, subfolder)
+        return push_pack(self, to, texts=texts, commit_message=commit_message, dtype=dtype)
 
     @classmethod
     def from_pretrained(
@@ -203,36 +225,3 @@ class EditPack:
             return cls(**fields)
         except ValueError as error:
             refuse(folder, str(error))
-
-
-def _check_factors(factors: Mapping[str, LowRankDelta]) -> None:
-    if not factors:
-        raise ValueError("factors={} names no module; give each edited module its factors")
-    ranks = {name: delta.rank for name, delta in factors.items()}
-    if len(set(ranks.values())) > 1:
-        raise ValueError(f"ranks {ranks} differ; every module has one row for each key")
-    for name, delta in factors.items():
-        for side, tensor in (("A", delta.A), ("B", delta.B)):
-            if not tensor.is_floating_point() or not bool(torch.isfinite(tensor).all()):
-                raise ValueError(f"{side} of {name} ({tensor.dtype}) must be finite floats")
-
-
-def _check_records(records: tuple[EditRecord, ...], rank: int) -> None:
-    outside = sorted({record.row for record in records if record.row >= rank})
-    if outside:
-        raise ValueError(f"rows {outside} of the records are outside the factors' {rank} rows")
-    own = [record.edit.id for record in records if record.role == "own"]
-    twice = sorted(name for name, count in Counter(own).items() if count > 1)
-    if twice:
-        raise ValueError(f"edit ids {twice} occur twice; give each edit an id of its own")
-
-
-def _check_targets(targets: Tensor | None, factors: Mapping[str, LowRankDelta]) -> None:
-    if targets is None:
-        return
-    for name, delta in factors.items():
-        wanted = (delta.rank, delta.B.shape[0])
-        if tuple(targets.shape) != wanted:
-            raise ValueError(f"targets {tuple(targets.shape)} do not fit {name}: {wanted} needed")
-    if targets.dtype != torch.float32 or not bool(torch.isfinite(targets).all()):
-        raise ValueError(f"targets ({targets.dtype}) must be finite float32")

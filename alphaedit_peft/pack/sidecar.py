@@ -14,6 +14,7 @@ from torch import Tensor
 
 from alphaedit_peft.config import AlphaEditConfig
 from alphaedit_peft.fingerprint import BaseFingerprint
+from alphaedit_peft.pack.compressing import Compression
 from alphaedit_peft.pack.format import (
     EDITS,
     FORMAT_VERSION,
@@ -42,6 +43,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "versions": (dict,),
     "parents": (list,),
 }
+_OPTIONAL: dict[str, tuple[type, ...]] = {"compression": (dict,)}  # absent where there is none
 
 
 def facts_bytes(pack: EditPack) -> bytes:
@@ -57,6 +59,8 @@ def facts_bytes(pack: EditPack) -> bytes:
         "versions": pack.versions,
         "parents": pack.parents,
     }
+    if pack.compression is not None:
+        values["compression"] = pack.compression.to_json()
     return json_bytes(values, SIDECAR_CONFIG)
 
 
@@ -80,16 +84,19 @@ def read_facts(folder: Path) -> dict[str, Any]:
         )
     raw = read_json(folder, SIDECAR_CONFIG)
     _check_version(raw.get("format_version"), where)
-    if set(raw) != set(_TYPES):
-        missing, unknown = sorted(set(_TYPES) - set(raw)), sorted(set(raw) - set(_TYPES))
+    known = _TYPES | _OPTIONAL
+    missing, unknown = sorted(set(_TYPES) - set(raw)), sorted(set(raw) - set(known))
+    if missing or unknown:
         refuse(where, f"fields {missing} are missing, fields {unknown} are unknown")
-    for name, types in _TYPES.items():
-        if type(raw[name]) not in types:
+    for name, types in known.items():
+        if name in raw and type(raw[name]) not in types:
             refuse(where, f"{name}={raw[name]!r} is a {type(raw[name]).__name__}")
     del raw["format_version"]
     try:
         raw["config"] = AlphaEditConfig.from_json(raw["config"])
         raw["base"] = None if raw["base"] is None else BaseFingerprint.from_json(raw["base"])
+        if "compression" in raw:
+            raw["compression"] = Compression.from_json(raw["compression"])
     except (ValueError, TypeError, OverflowError) as error:
         refuse(where, str(error), "update alphaedit_peft, or download the pack again")
     return raw

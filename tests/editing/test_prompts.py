@@ -8,7 +8,8 @@ from tokenizers import Tokenizer, models, processors
 from transformers import PreTrainedTokenizerFast
 
 from alphaedit_peft import AlphaEditConfig, Edit
-from alphaedit_peft.editing.prompts import Renderer, batches, padded
+from alphaedit_peft.editing.prompts import Renderer
+from alphaedit_peft.tokens import batches, padded
 
 TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}\n{% endfor %}"

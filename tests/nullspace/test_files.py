@@ -2,12 +2,11 @@ from __future__ import annotations
 
 import json
 
-import huggingface_hub
 import pytest
 import torch
 
 from alphaedit_peft.nullspace import NullSpace
-from alphaedit_peft.nullspace.files import artefact_folder, read_artefact, write_artefact
+from alphaedit_peft.nullspace.files import read_artefact, write_artefact
 
 
 @pytest.fixture
@@ -57,22 +56,5 @@ def test_json_that_is_no_object(saved):
 
 @pytest.mark.parametrize("name", ["./nowhere", "/nowhere/at/all", "a/b/c"])
 def test_no_folder_and_no_repo(name):
-    with pytest.raises(FileNotFoundError, match="is no folder, and no Hub repo's name"):
-        artefact_folder(name, "thing")
-
-
-def test_a_hub_repo_gives_its_two_files_only(tmp_path, monkeypatch):
-    NullSpace.identity({0: 4}).save_pretrained(tmp_path / "sub")
-    asked = []
-
-    def download(repo, filename, *, subfolder, revision, token):
-        asked.append((repo, filename, revision, token))
-        return str(tmp_path / subfolder / filename)
-
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
-    found = NullSpace.from_pretrained("user/space", subfolder="sub", revision="v1", token="t")
-    assert found.width(0) == 4
-    assert asked == [
-        ("user/space", "null_space.json", "v1", "t"),
-        ("user/space", "null_space.safetensors", "v1", "t"),
-    ]
+    with pytest.raises(FileNotFoundError, match="is no folder here, and no Hub repository name"):
+        NullSpace.from_pretrained(name)

@@ -40,6 +40,25 @@ def test_a_local_folder_named_like_a_repository_stays_out(pack, tmp_path, monkey
     assert ModelCard(card(with_base(pack, "models/base"))).data.base_model is None
 
 
+def test_the_hub_learns_that_it_is_an_adapter_of_its_base(pack):
+    assert ModelCard(card(pack)).data.to_dict()["base_model_relation"] == "adapter"
+    assert "base_model_relation" not in card(with_base(pack, None))
+
+
+def test_without_texts_the_card_says_where_they_are_and_what_was_measured(pack):
+    text = card(pack, "me/pack", "a", texts=False)
+    assert all(edit.subject not in text for edit in pack.edits)
+    assert "[alphaedit/edits.jsonl](alphaedit/edits.jsonl)" in text
+    assert "0.1 before, 0.9 right after (3 of 3 edits measured)" in text
+    assert 'PeftModel.from_pretrained(base, "me/pack", subfolder="a")' in text
+
+
+def test_unmeasured_and_empty_packs_claim_no_probability(new_pack):
+    records = [EditRecord(Edit("s", "{} is", "t"), 0)]
+    for made in (new_pack(records=records), new_pack(rows=0)):
+        assert "Median probability" not in card(made)
+
+
 def test_edits_cannot_break_the_table(new_pack):
     hostile = Edit("a|b\n\n# c", "{} `x` <img src=x> [l](u)", "\x1b[31m|---|\r\n---\n")
     text = card(new_pack(records=[EditRecord(hostile, 0, probability_after=1e-5)]))

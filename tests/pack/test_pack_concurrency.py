@@ -18,7 +18,8 @@ from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 import torch
 from conftest import make_pack
-from alphaedit_peft.pack import EditPack, save
+from alphaedit_peft import storing
+from alphaedit_peft.pack import EditPack
 
 def save_and_kill(folder):
     packs[0].save_pretrained(folder)
@@ -43,7 +44,7 @@ random.seed(0)
 packs = [make_pack(rows=3), make_pack(rows=40, seed=1, targets=None)]
 known = {pack.digest() for pack in packs}
 save_and_kill(Path(sys.argv[2]) / "exchange" / "pack")
-save._exchange = lambda one, other: False
+storing._exchange = lambda one, other: False
 save_and_kill(Path(sys.argv[2]) / "renames" / "pack")
 print("whole")
 """
@@ -100,6 +101,6 @@ def test_writers_beside_each_other_take_turns(new_pack, tmp_path):
 
 def test_a_folder_that_never_rests(saved, monkeypatch):
     stamps = iter(range(1000))
-    monkeypatch.setattr("alphaedit_peft.pack.locate._stamp", lambda folder: next(stamps))
+    monkeypatch.setattr("alphaedit_peft.storing._stamp", lambda folder: next(stamps))
     with pytest.raises(PackError, match=r"changed 20 times while it was read"):
         EditPack.from_pretrained(saved)

@@ -146,21 +146,6 @@ def test_subfolder(saved, pack):
     assert EditPack.from_pretrained(saved.parent, subfolder="pack").digest() == pack.digest()
 
 
-def test_from_the_hub_takes_the_packs_files_only(saved, pack, monkeypatch):
-    asked = {}
-
-    def snapshot_download(repo, **options):
-        asked.update(options, repo=repo)
-        return str(saved.parent)
-
-    monkeypatch.setattr("alphaedit_peft.pack.locate.snapshot_download", snapshot_download)
-    loaded = EditPack.from_pretrained("someone/edits", revision="v1", token="t", subfolder="pack")
-    assert loaded.digest() == pack.digest()
-    assert (asked["repo"], asked["revision"], asked["token"]) == ("someone/edits", "v1", "t")
-    assert "pack/alphaedit/edits.jsonl" in asked["allow_patterns"]
-    assert all(pattern.startswith("pack/") for pattern in asked["allow_patterns"])
-
-
 def test_the_hubs_cache_may_link_to_its_blobs(saved, pack, tmp_path):
     blobs, snapshot = tmp_path / "repo/blobs", tmp_path / "repo/snapshots/abc/alphaedit"
     blobs.mkdir(parents=True)

@@ -1,9 +1,10 @@
 """Replace a whole folder at once: readers see the old one or the new one, never a mixture.
 
-In: a folder's name and the bytes of its files. Out: the folder, on disk. Everything is written to
-a sibling folder and flushed; then the two names are exchanged in one step (Linux ``renameat2``),
-or, where the system cannot, the old folder is moved aside under a name that reading recognises.
-A process killed at any moment leaves the old or the new folder; the next save sweeps up the rest.
+In: a folder's name and its files' bytes, or what writes them. Out: the folder, on disk. Everything
+is written to a sibling folder and flushed; then the two names are exchanged in one step (Linux
+``renameat2``), or, where the system cannot, the old folder is moved aside under a name that reading
+recognises. A process killed at any moment leaves the old or the new folder; the next save sweeps up
+the rest.
 """
 
 from __future__ import annotations
@@ -16,26 +17,31 @@ import re
 import secrets
 import shutil
 import sys
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
+from typing import TypeVar
 
 try:
     import fcntl
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
+Found = TypeVar("Found")
+Content = bytes | Callable[[Path], object]  # a file's bytes, or what writes it to a path
 _SAVING, _REPLACED = "saving", "replaced"
+_ATTEMPTS = 20
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
 
 
 def replace_folder(
-    folder: str | Path, files: Mapping[str, bytes], owned: Collection[str] = ()
+    folder: str | Path, files: Mapping[str, Content], owned: Collection[str] = ()
 ) -> None:
     """Make ``folder`` hold ``files``, and whatever else it held that is not in ``owned``.
 
     Args:
         folder: the folder; made where it does not exist, links to it are followed.
-        files: content by name relative to the folder, with ``/``.
+        files: content by name relative to the folder, with ``/``: bytes, or a function that
+            writes the file to the path it is given, for what is too large to hold twice.
         owned: names that do not survive from the old folder unless they are in ``files``.
 
     Raises:
@@ -43,14 +49,8 @@ def replace_folder(
         ValueError: ``folder`` is, or holds, the working directory, which cannot be exchanged.
         OSError: the disk is full, or a right is missing; what was there before is untouched.
     """
+    check_folder(folder)
     target = Path(folder).resolve()
-    if target.exists() and not target.is_dir():
-        raise FileExistsError(f"{folder} is a file; give the name of a folder")
-    if Path.cwd().is_relative_to(target):
-        raise ValueError(
-            f"{folder} is or holds the working directory, which a save would pull away from under "
-            "its programs; give a folder of its own"
-        )
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with _locked(target.parent) as alone:
@@ -65,6 +65,23 @@ def replace_folder(
         ) from error
 
 
+def check_folder(folder: str | Path) -> None:
+    """Refuse a folder that cannot be replaced; to call before hours of work, too.
+
+    Raises:
+        FileExistsError: ``folder`` is a file.
+        ValueError: ``folder`` is, or holds, the working directory, which cannot be exchanged.
+    """
+    target = Path(folder).resolve()
+    if target.exists() and not target.is_dir():
+        raise FileExistsError(f"{folder} is a file; give the name of a folder")
+    if Path.cwd().is_relative_to(target):
+        raise ValueError(
+            f"{folder} is or holds the working directory, which a save would pull away from under "
+            "its programs; give a folder of its own"
+        )
+
+
 def left_aside(folder: str | Path) -> Path | None:
     """Where the old folder lies if a save was killed between its two renames, else None."""
     target = Path(folder).resolve()
@@ -73,7 +90,34 @@ def left_aside(folder: str | Path) -> Path | None:
     return next(iter(_leftovers(target, _REPLACED)), None)
 
 
-def _write_and_swap(target: Path, files: Mapping[str, bytes], owned: Collection[str]) -> None:
+def read_steadily(
+    folder: Path, read: Callable[[Path], Found], error: type[ValueError] = ValueError
+) -> Found:
+    """Read a folder's files so that all come from one save, even while another process saves.
+
+    Raises:
+        ValueError: of the type ``error``: the folder is replaced faster than it can be read;
+            otherwise what ``read`` raises.
+    """
+    for _ in range(_ATTEMPTS):
+        before = _stamp(folder)
+        try:
+            found = read(folder)
+        except (OSError, ValueError):
+            if _stamp(folder) == before:
+                raise
+            continue
+        if _stamp(folder) == before:
+            return found
+    raise error(f"{folder} changed {_ATTEMPTS} times while it was read; wait for its writer")
+
+
+def _stamp(folder: Path) -> tuple[int, int]:
+    status = folder.stat()
+    return status.st_ino, status.st_mtime_ns
+
+
+def _write_and_swap(target: Path, files: Mapping[str, Content], owned: Collection[str]) -> None:
     fresh = _sibling(target, _SAVING)
     try:
         fresh.mkdir()
@@ -91,11 +135,16 @@ def _write_and_swap(target: Path, files: Mapping[str, bytes], owned: Collection[
         _flush(target.parent)
 
 
-def _write(path: Path, data: bytes) -> None:
+def _write(path: Path, data: Content) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("wb") as file:
-        file.write(data)
-        file.flush()
+    if isinstance(data, bytes):
+        path.write_bytes(data)
+    else:
+        path.touch()
+        mode = path.stat().st_mode
+        data(path)
+        path.chmod(mode)  # some writers make private files
+    with path.open("r+b") as file:
         os.fsync(file.fileno())
 
 

@@ -1,0 +1,265 @@
+"""Packs on top of packs: which parents a pack stands on, and how their rows are protected in it.
+
+In: the state of a pack, and of those that are active beside it. Out: that state with the parents'
+rows in it: their A, columns of zeros in B, records of role ``protected``. A batch solved on top
+then keeps the parents' outputs as it would within one pack, Delta = R^T E (G + D)^-1 A over all
+rows, and the pack taken away leaves the parents as they were. A pack names its parents; whether
+they are there is found out here too.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from alphaedit_peft.algebra import LowRankDelta
+from alphaedit_peft.editing.state import EditState
+from alphaedit_peft.edits import Edit
+from alphaedit_peft.pack import EditRecord
+
+BESIDE = "beside"  # the operation that a pack records of a parent it stands on
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A pack in the model.
+
+    Args:
+        name: of its adapter.
+        source: the folder's name or repository it was loaded from, else the adapter's name.
+        digest: of the pack as it is now.
+    """
+
+    name: str
+    source: str
+    digest: str
+
+
+@dataclass(frozen=True)
+class Parent(Loaded):
+    """An active pack that another one is edited on top of, with what it holds."""
+
+    state: EditState
+
+    @property
+    def own(self) -> tuple[EditRecord, ...]:
+        """Records of the edits that it makes itself; its own parents are parents too."""
+        return tuple(record for record in self.state.records if record.role == "own")
+
+    def recorded(self) -> dict[str, Any]:
+        """What a pack on top of it records."""
+        return {
+            "operation": BESIDE,
+            "name": self.source,
+            "digest": self.digest,
+            "edits": len(self.own),
+        }
+
+
+def needed(parents: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Those of a pack's recorded parents that have to be active beside it."""
+    return [parent for parent in parents if parent.get("operation") == BESIDE]
+
+
+def describe(parent: Mapping[str, Any]) -> str:
+    """A recorded parent in words: its name, number of edits and digest."""
+    digest = str(parent.get("digest", ""))[:8]
+    return f"pack {parent.get('name')!r} ({parent.get('edits')} edits, digest {digest})"
+
+
+def adopt(
+    state: EditState, parents: Sequence[Parent], carried: Collection[str] = frozenset()
+) -> EditState:
+    """Take the parents' rows into a pack, protected: their A, zeros in B.
+
+    Args:
+        state: of the pack; its own rows stay where they are.
+        parents: whose rows come after them.
+        carried: ids of parents' edits that are solved anew in a row of this pack, together with
+            own edits of the same key; their old row is superseded.
+    """
+    for parent in parents:
+        rows = sorted({record.row for record in parent.own})
+        factors = {
+            layer: _with_rows(delta, parent.state.factors[layer].A[rows])
+            for layer, delta in state.factors.items()
+        }
+        records = [
+            replace(
+                record,
+                row=state.rank + rows.index(record.row),
+                role="superseded" if record.edit.id in carried else "protected",
+            )
+            for record in parent.own
+        ]
+        known = parent.state.targets[rows].nan_to_num(0.0)  # zeros where a parent has none
+        targets = torch.cat([state.targets, known.to(state.targets)])
+        state = EditState(factors, (*state.records, *records), targets)
+    return state
+
+
+def without_parents(
+    records: Sequence[EditRecord], stored: Sequence[EditRecord], parents: Sequence[Parent]
+) -> tuple[list[EditRecord], frozenset[str]]:
+    """The records of a pack that are to be poured again, and ids of the parents' edits in them.
+
+    Parents' rows are taken from the parents. An edit of theirs is poured only where it shares a row
+    with the pack's own.
+
+    Args:
+        records: those to pour, the parents' among them.
+        stored: all records of the pack.
+        parents: as they are now.
+    """
+    theirs = {record.edit.id for record in stored if record.role == "protected"}
+    alive = {record.edit.id for parent in parents for record in parent.own}
+    mine = [record for record in records if record.edit.id not in theirs]
+    rows = {record.row for record in mine if record.role == "own"}
+    carried = [r for r in records if r.role == "protected" and r.edit.id in alive and r.row in rows]
+    kept = [record for record in records if record in mine or record in carried]
+    return kept, frozenset(record.edit.id for record in carried)
+
+
+def refuse_common(own: Iterable[Edit], parents: Sequence[Parent], target: str) -> None:
+    """Refuse a new parent that holds an edit of the pack already, or contradicts one.
+
+    Raises:
+        ValueError: names the edit and the parent.
+    """
+    edits = list(own)
+    for parent in parents:
+        both = sorted({edit.id for edit in edits} & {record.edit.id for record in parent.own})
+        if both:
+            raise ValueError(
+                f"edits {both} are both in {target!r} and in {parent.name!r}, which it would stand "
+                f"on; take them out of one with remove_edits(ids, adapter_name={target!r})"
+            )
+    refuse_contradictions(edits, parents, "error")
+
+
+def refuse_contradictions(
+    edits: Iterable[Edit], parents: Sequence[Parent], on_conflict: str
+) -> None:
+    """Refuse edits that say otherwise than a parent's edit, which a pack on top cannot take back.
+
+    Under ``keep`` they are set aside with the others, so nothing is refused here.
+
+    Raises:
+        ValueError: a contradiction; names both edits and the parent.
+    """
+    if on_conflict == "keep":
+        return
+    said = {_words(r.edit): (parent.name, r.edit) for parent in parents for r in parent.own}
+    for edit in edits:
+        name, earlier = said.get(_words(edit), ("", edit))
+        if earlier.target_new.strip() != edit.target_new.strip():
+            raise ValueError(
+                f"edits {earlier.id} of adapter {name!r} and {edit.id} contradict each other: "
+                f"{edit.question!r} -> {earlier.target_new!r} and {edit.target_new!r}; a pack "
+                f"cannot change another that it stands on, so edit into {name!r}, join the packs "
+                "with join(), or set on_conflict='keep' (the earlier one stays)"
+            )
+
+
+def new_parents(
+    recorded: Iterable[Mapping[str, Any]], active: Sequence[Parent], target: str
+) -> list[Parent]:
+    """The active packs that a pack does not stand on yet.
+
+    Raises:
+        ValueError: one that it stands on is not active, or has changed since.
+    """
+    digests = {parent.get("digest") for parent in needed(recorded)}
+    for parent in needed(recorded):
+        if parent.get("digest") in {other.digest for other in active}:
+            continue
+        changed = [other.name for other in active if other.source == parent.get("name")]
+        if changed:
+            raise ValueError(
+                f"adapter {target!r} was made on top of {describe(parent)}, and {changed[0]!r} is "
+                f"another, or has changed since; take that back, or pour {target!r} on it with "
+                f"repour(adapter_name={target!r})"
+            )
+        raise ValueError(
+            f"adapter {target!r} was made on top of {describe(parent)}, which is not active; load "
+            "it and make it active with set_adapter([..., ...]), the parent first"
+        )
+    return [other for other in active if other.digest not in digests]
+
+
+def require_parents(
+    what: str,
+    recorded: Iterable[Mapping[str, Any]],
+    before: Sequence[Loaded],
+    others: Sequence[Loaded],
+    rule: str,
+) -> None:
+    """See to it that the packs which one stands on are there, and come before it.
+
+    Args:
+        what: the pack, for messages.
+        recorded: its parents.
+        before: packs that are active, or listed before it.
+        others: other packs in the model.
+        rule: ``error`` or ``warn``, for a parent that is missing.
+
+    Raises:
+        ValueError: a missing parent under ``error``; says which, and what to do. Another rule.
+
+    Warns:
+        UserWarning: a missing parent under ``warn``.
+    """
+    if rule not in ("error", "warn"):
+        raise ValueError(f"missing_parents={rule!r} is unknown; use 'error' or 'warn'")
+    there = {pack.digest for pack in before}
+    for parent in needed(recorded):
+        if parent.get("digest") in there:
+            continue
+        sentence = f"{what} stands on {describe(parent)}, {_whereabouts(parent, before, others)}"
+        if rule == "error":
+            raise ValueError(f"{sentence}, or use it without, by missing_parents='warn'")
+        warnings.warn(f"{sentence}; until then it acts otherwise than it was made", stacklevel=4)
+
+
+def _whereabouts(
+    parent: Mapping[str, Any], before: Sequence[Loaded], others: Sequence[Loaded]
+) -> str:
+    for pack in others:
+        if pack.digest == parent.get("digest"):
+            return (
+                f"which is loaded as {pack.name!r} but not active before it; set_adapter with "
+                f"{pack.name!r} first in the list makes it so"
+            )
+    for pack in (*before, *others):
+        if pack.source == parent.get("name"):
+            return (
+                f"and what is loaded as {pack.name!r} is another, or has changed since; load that "
+                "pack as it was (rollback() may bring it back)"
+            )
+    return "which is not loaded; load it first, and this one beside it with load_adapter"
+
+
+def require_active(
+    recorded: Iterable[Mapping[str, Any]], active: Sequence[Parent], target: str
+) -> None:
+    """Refuse to pour a pack again where a parent is missing; one that has changed will do.
+
+    Raises:
+        ValueError: a parent that is not active.
+    """
+    there = {other.digest for other in active} | {other.source for other in active}
+    missing = [p for p in needed(recorded) if not {p.get("digest"), p.get("name")} & there]
+    if missing:
+        new_parents(missing, active, target)
+
+
+def _with_rows(delta: LowRankDelta, rows: torch.Tensor) -> LowRankDelta:
+    return delta.extended(rows, delta.B.new_zeros(delta.rank + len(rows), delta.B.shape[0]))
+
+
+def _words(edit: Edit) -> str:
+    return " ".join(edit.question.split())

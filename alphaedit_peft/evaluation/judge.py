@@ -1,0 +1,239 @@
+"""The judge: runs any causal language model over cases and scores it.
+
+In: a model (edited by this package, by another, or not at all), its tokenizer, a suite of cases.
+Out: :class:`Scores`. Cases go through in groups; finished ones can be written to a file and are not
+judged again when the run is taken up.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from alphaedit_peft.evaluation import text_metrics
+from alphaedit_peft.evaluation.cases import Case, Suite
+from alphaedit_peft.evaluation.drift import text_perplexity
+from alphaedit_peft.evaluation.generating import Sampling, greedy, sampled
+from alphaedit_peft.evaluation.intervals import Estimate, bootstrap
+from alphaedit_peft.evaluation.judging import Written, judge, pairs_of
+from alphaedit_peft.evaluation.reader import Reader
+from alphaedit_peft.evaluation.results import Results
+from alphaedit_peft.evaluation.scores import CaseScores, Scores, gather
+
+Progress = Callable[[int, int], None]
+
+SAME = 0.02  # largest difference of a probability between two runs of one model
+
+
+@dataclass(frozen=True)
+class Judging:
+    """How to judge.
+
+    Attributes:
+        tokens_per_batch: most tokens in a batch, padding included.
+        cases_at_once: cases whose prompts are sorted into batches together, and then written.
+        separator: between a prompt and its continuation.
+        answer_tokens: how far the model may write after a prompt, for exact match.
+        text_tokens: length of the texts for fluency, prompt included.
+        top_k: among how many tokens these texts are sampled.
+        seed: of the samples and of the intervals.
+        level: of the confidence intervals.
+
+    Raises:
+        ValueError: a number out of range.
+    """
+
+    tokens_per_batch: int = 4096
+    cases_at_once: int = 64
+    separator: str = " "
+    answer_tokens: int = 16
+    text_tokens: int = 100
+    top_k: int = 5
+    seed: int = 0
+    level: float = 0.95
+
+    def __post_init__(self) -> None:
+        for name in ("tokens_per_batch", "cases_at_once", "answer_tokens", "text_tokens", "top_k"):
+            value = getattr(self, name)
+            if value < 1:
+                raise ValueError(f"{name}={value} is too small; use 1 or more")
+        if not 0 < self.level < 1:
+            raise ValueError(f"level={self.level} is no share of draws; use 0 < level < 1")
+
+
+def evaluate(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    cases: Suite | Sequence[Case],
+    *,
+    baseline: Scores | Iterable[CaseScores] | None = None,
+    generate: bool = False,
+    results: str | Path | None = None,
+    progress: Progress | None = None,
+    how: Judging | None = None,
+) -> Scores:
+    """Judge a causal language model.
+
+    Args:
+        model: from transformers, from PEFT, or any module that gives ``logits``; it is judged in
+            evaluation mode and put back into the mode it was in.
+        tokenizer: its fast tokenizer.
+        cases: what to ask (``read_cases``); in a :class:`Suite`, with facts and texts around them.
+        baseline: what this function gave for the unedited model on the same cases; adds how many
+            answers are unchanged.
+        generate: also let the model write: exact match, and fluency and consistency where a case
+            has generation prompts and references. Much slower; needs ``model.generate``.
+        results: a JSON Lines file: cases in it are not judged again, those judged now are added.
+            It belongs to one model, which is checked on one case, and to one way of judging.
+        progress: called with the number of cases done and of all, after each group.
+        how: batches, lengths, seeds.
+
+    Returns:
+        The scores.
+
+    Raises:
+        ValueError: no case, two equal ones, a baseline that lacks a case, a results file of
+            another run or model, or a prompt the model cannot take.
+        TypeError: something else than a model, cases or a baseline.
+        ImportError: references, but no scikit-learn for consistency.
+    """
+    how = how or Judging()
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model={model!r} is a {type(model).__name__}; load it first")
+    suite = cases if isinstance(cases, Suite) else Suite(cases)
+    vectorizer = _vectorizer(suite.cases) if generate else None
+    group = _Group(
+        Reader(model, tokenizer, how.tokens_per_batch, how.separator),
+        how,
+        generate,
+        _baseline(baseline, suite.cases),
+        vectorizer,
+    )
+    file = Results(Path(results), _way(how, generate, baseline, suite)) if results else None
+    done = file.read() if file else {}
+    waiting = [case for case in suite.cases if case.digest not in done]
+    _require_same_model(group, [case for case in suite.cases if case.digest in done], done, results)
+    for start in range(0, len(waiting), how.cases_at_once):
+        found = group.judge(waiting[start : start + how.cases_at_once])
+        done |= {case.digest: case for case in found}
+        if file:
+            file.add(found)
+        if progress:
+            progress(len(suite.cases) - len(waiting) + start + len(found), len(suite.cases))
+    judged = [done[case.digest] for case in suite.cases]
+    scores = gather(judged, how.level, how.seed, {**asdict(how), "generate": generate})
+    return replace(scores, metrics={**scores.metrics, **_around(group.reader, suite, how)})
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Judges some cases at once."""
+
+    reader: Reader
+    how: Judging
+    generate: bool
+    earlier: dict[str, CaseScores]
+    vectorizer: Any
+
+    def judge(self, cases: Sequence[Case]) -> list[CaseScores]:
+        pairs = list(dict.fromkeys(pair for case in cases for pair in pairs_of(case)))
+        readings = dict(zip(pairs, self.reader.read(pairs), strict=True))
+        written = self._write(cases) if self.generate else [None] * len(cases)
+        return [
+            judge(case, readings, wrote, self.earlier.get(case.digest), self.vectorizer)
+            for case, wrote in zip(cases, written, strict=True)
+        ]
+
+    def _write(self, cases: Sequence[Case]) -> list[Written]:
+        """What the model writes for each case: greedy after its prompts, sampled texts."""
+        prompts = [p for case in cases for p in (case.edit.question, *case.paraphrases)]
+        said = greedy(self.reader, prompts, self.how.answer_tokens)
+        answers = dict(zip(prompts, said, strict=True))
+        named = [(f"{c.digest} {i}", p) for c in cases for i, p in enumerate(c.generation)]
+        sampling = Sampling(self.how.top_k, self.how.seed)
+        texts = iter(sampled(self.reader, named, self.how.text_tokens, sampling))
+        return [
+            Written(
+                answers[case.edit.question],
+                tuple(answers[prompt] for prompt in case.paraphrases),
+                tuple(next(texts) for _ in case.generation),
+            )
+            for case in cases
+        ]
+
+
+def _around(reader: Reader, suite: Suite, how: Judging) -> dict[str, Estimate]:
+    """What is measured beside the cases."""
+    found = {}
+    if suite.unedited:
+        readings = reader.read([(question.prompt, question.answer) for question in suite.unedited])
+        hits = [float(reading.recalled) for reading in readings]
+        found["unedited_recall"] = bootstrap(hits, level=how.level, seed=how.seed)
+    if suite.texts:
+        found["perplexity"] = text_perplexity(reader, suite.texts, level=how.level, seed=how.seed)
+    return found
+
+
+def _vectorizer(cases: Sequence[Case]) -> Any:
+    """TF-IDF whose documents are the cases' references, None where there are none."""
+    texts = _references(cases)
+    return text_metrics.fit_tfidf(texts) if texts else None
+
+
+def _references(cases: Sequence[Case]) -> list[str]:
+    return list(dict.fromkeys(text for case in cases for text in case.references))
+
+
+def _baseline(
+    baseline: Scores | Iterable[CaseScores] | None, asked: Sequence[Case]
+) -> dict[str, CaseScores]:
+    if baseline is None:
+        return {}
+    entries = list(baseline.cases if isinstance(baseline, Scores) else baseline)
+    wrong = [entry for entry in entries if not isinstance(entry, CaseScores)]
+    if wrong:
+        raise TypeError(f"baseline holds {wrong[0]!r}; pass what evaluate gave")
+    found = {entry.digest: entry for entry in entries}
+    missing = [case.id for case in asked if case.digest not in found]
+    if missing:
+        raise ValueError(
+            f"the baseline lacks {len(missing)} of {len(asked)} cases, edit {missing[0]!r} first; "
+            "judge the unedited model on the same cases"
+        )
+    return found
+
+
+def _way(
+    how: Judging, generate: bool, baseline: Scores | Iterable[CaseScores] | None, suite: Suite
+) -> dict[str, Any]:
+    """What a case's scores depend on, beside the case and the model."""
+    way = {k: v for k, v in asdict(how).items() if k not in ("level", "cases_at_once")}
+    way |= {"generate": generate, "baseline": baseline is not None}
+    if generate:
+        texts = "\n".join(_references(suite.cases))
+        way["references"] = hashlib.sha256(texts.encode()).hexdigest()[:16]
+    return way
+
+
+def _require_same_model(
+    group: _Group, judged: Sequence[Case], done: dict[str, CaseScores], file: str | Path | None
+) -> None:
+    """Judge one finished case again, without free text, and compare."""
+    if not judged:
+        return
+    case = judged[0]
+    again = replace(group, generate=False).judge([case])[0].metrics
+    before = done[case.digest].metrics
+    for name in (name for name in again if name.endswith("_probability")):
+        if not math.isclose(again[name], before.get(name, math.inf), abs_tol=SAME):
+            raise ValueError(
+                f"{file} was judged on another model: {name} of edit {case.id!r} is "
+                f"{again[name]:.3f} now and {before.get(name)} there; name another file"
+            )

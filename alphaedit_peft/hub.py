@@ -1,0 +1,280 @@
+"""The Hugging Face Hub: a folder up as one commit, some of a repository's files down.
+
+In: a folder and a :class:`Destination`, or a repository's name. Out: the address of a commit, or a
+local folder whose files are all of one commit. What goes wrong is said in one sentence, as an
+``OSError`` of Python's own, whatever the Hub's client raised.
+"""
+
+from __future__ import annotations
+
+import glob
+import re
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, snapshot_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+LOGIN = "log in with 'hf auth login' or pass token="
+_MAIN = "main"
+_CONFLICTS = (409, 412)  # another push at the same time; the parent commit is no longer the last
+_NETWORK = {"httpx", "httpx2", "httpcore", "httpcore2", "requests", "urllib3"}
+
+
+@dataclass(frozen=True)
+class Destination:
+    """Where on the Hub a push goes.
+
+    Args:
+        repo_id: ``user/name``; made where it does not exist.
+        private: of a repository that is made; None: the account's default. An existing public one
+            is refused where True was asked for.
+        token: of the Hub; None: the one that is logged in.
+        revision: branch to commit to, made from ``main`` where it does not exist; None: ``main``.
+        create_pr: open a pull request instead of committing.
+        subfolder: folder within the repository; None: its root.
+
+    Raises:
+        ValueError: a revision that is a commit, or a subfolder that leads out of the repository.
+    """
+
+    repo_id: str
+    private: bool | None = None
+    token: str | bool | None = None
+    revision: str | None = None
+    create_pr: bool = False
+    subfolder: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.revision is not None and re.fullmatch(r"[0-9a-f]{40}", self.revision):
+            raise ValueError(
+                f"revision={self.revision!r} is a commit, which cannot change; give a branch"
+            )
+        check_subfolder(self.subfolder)
+
+
+def push_folder(folder: Path, to: Destination, owned: Collection[str], message: str) -> str:
+    """Make a place on the Hub hold a folder's files, in one commit.
+
+    The Hub takes the commit as a whole or not at all, so a push that breaks off leaves the old
+    revision. Files that are there and not in ``owned`` stay. An unchanged push makes no commit.
+
+    Args:
+        folder: all its files are sent.
+        to: where to.
+        owned: names, relative to the destination, that do not survive unless the folder has them.
+        message: of the commit.
+
+    Returns:
+        The address of the commit or pull request.
+
+    Raises:
+        PermissionError: the token may not write there.
+        FileNotFoundError: no such pull request, or no such branch for ``create_pr``.
+        ValueError: a tag as revision, a public repository where a private one was asked for, or
+            what is no repository's name.
+        RuntimeError: someone else's push came in between.
+        ConnectionError: the Hub cannot be reached, or fails.
+    """
+    api = HfApi(token=to.token)
+    prefix = f"{to.subfolder.strip('/')}/" if to.subfolder else ""
+    local = sorted(path for path in folder.rglob("*") if path.is_file())
+    names = {path: prefix + path.relative_to(folder).as_posix() for path in local}
+    with _pushing(to):
+        repo_id = api.create_repo(to.repo_id, private=to.private, exist_ok=True).repo_id
+        if to.private and api.model_info(repo_id).private is False:
+            raise ValueError(
+                f"private=True, but {repo_id} exists and is public; push to another repository, or "
+                "make that one private on the Hub"
+            )
+        _ensure_branch(api, repo_id, to)
+        there = api.model_info(repo_id, revision=to.revision)
+        stale = {prefix + name for name in owned} & {f.rfilename for f in there.siblings or []}
+        commit = api.create_commit(
+            repo_id,
+            [
+                *(CommitOperationDelete(name) for name in sorted(stale - set(names.values()))),
+                *(CommitOperationAdd(name, path) for path, name in names.items()),
+            ],
+            commit_message=message,
+            revision=to.revision,
+            create_pr=to.create_pr,
+            parent_commit=there.sha,
+        )
+    return commit.pr_url or commit.commit_url
+
+
+def fetch_folder(
+    repo_id: str,
+    names: Iterable[str],
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    subfolder: str | None = None,
+) -> Path:
+    """Some files of a repository, all of one commit, in the Hub's cache.
+
+    Args:
+        repo_id: ``user/name``.
+        names: relative to ``subfolder``; ``*`` stands for one folder's name. Those that the
+            repository does not have are left out.
+        revision: branch, tag, commit or ``refs/pr/N``; None: ``main``.
+        token: for private repositories; None: the one that is logged in.
+        subfolder: of the files within the repository.
+
+    Returns:
+        The local folder that stands for ``subfolder``; the root's is named by its commit.
+
+    Raises:
+        FileNotFoundError: no such repository for this token, revision, or folder; nothing in the
+            cache while offline; or what is no repository's name.
+        PermissionError: a gated repository.
+        ConnectionError: the Hub fails.
+    """
+    check_subfolder(subfolder)
+    inside = subfolder.strip("/") if subfolder else ""
+    start = glob.escape(f"{inside}/") if inside else ""
+    wanted = list(names)
+    with _reading(repo_id, revision):
+        patterns = [start + name for name in wanted]
+        place = snapshot_download(repo_id, revision=revision, token=token, allow_patterns=patterns)
+    folder = Path(place) / inside
+    if not folder.is_dir():
+        missing = f"no folder {subfolder!r}" if subfolder else f"none of {', '.join(wanted[:3])}"
+        raise FileNotFoundError(
+            f"{repo_id} on the Hub has {missing} at revision {revision or _MAIN!r}; look at its "
+            "files there"
+        )
+    return folder
+
+
+def check_subfolder(subfolder: str | None) -> None:
+    """Refuse a subfolder that leads out of its repository.
+
+    Raises:
+        ValueError: an absolute path, or one with ``..`` or backslashes.
+    """
+    parts = PurePosixPath(subfolder or "").parts
+    if subfolder is not None and (
+        not parts or subfolder.startswith("/") or ".." in parts or "\\" in subfolder
+    ):
+        raise ValueError(
+            f"subfolder={subfolder!r} is no folder within a repository; give a name such as "
+            "'packs/first', or None for the root"
+        )
+
+
+def _ensure_branch(api: HfApi, repo_id: str, to: Destination) -> None:
+    if to.revision in (None, _MAIN) or to.create_pr or str(to.revision).startswith("refs/"):
+        return
+    refs = api.list_repo_refs(repo_id)
+    if to.revision in {tag.name for tag in refs.tags}:
+        raise ValueError(f"revision={to.revision!r} is a tag of {repo_id}; give a branch")
+    if to.revision not in {branch.name for branch in refs.branches}:
+        api.create_branch(repo_id, branch=str(to.revision), exist_ok=True)
+
+
+@contextmanager
+def _pushing(to: Destination) -> Iterator[None]:
+    """What goes wrong in a push, in plain words."""
+    try:
+        yield
+    except HFValidationError as error:
+        raise ValueError(f"repo_id={to.repo_id!r} is no repository's name: {error}") from error
+    except RevisionNotFoundError as error:
+        raise FileNotFoundError(f"{to.repo_id} has no revision {to.revision!r}") from error
+    except HfHubHTTPError as error:
+        status = error.response.status_code
+        if status in _CONFLICTS:
+            raise RuntimeError(
+                f"{to.repo_id} changed while this was pushed, and was left as it is then; look at "
+                "what is there, and push again"
+            ) from error
+        if status in (401, 403) or isinstance(error, RepositoryNotFoundError):
+            raise PermissionError(
+                f"{to.repo_id}: the Hub lets this token not write there (status {status}); {LOGIN} "
+                "of someone who may, or propose the change with create_pr=True"
+            ) from error
+        raise ConnectionError(f"{to.repo_id} was not pushed: {_answered(error)}") from error
+    except Exception as error:
+        if isinstance(error, ValueError) or not _is_network(error):
+            raise
+        raise ConnectionError(
+            f"the connection to the Hub broke while {to.repo_id} was pushed ({_root(error)}): it "
+            "holds its old revision or the new one, whole; push again"
+        ) from error
+
+
+@contextmanager
+def _reading(repo_id: str, revision: str | None) -> Iterator[None]:
+    """What goes wrong in a download, in plain words."""
+    try:
+        yield
+    except HFValidationError as error:
+        raise FileNotFoundError(
+            f"{repo_id} is no folder here, and no Hub repository name either; check the path"
+        ) from error
+    except GatedRepoError as error:
+        raise PermissionError(
+            f"{repo_id} is gated: ask for access on its page, then {LOGIN}"
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise FileNotFoundError(
+            f"{repo_id}: no such folder here, and no Hub repository of that name that may be read; "
+            f"check the name, or {LOGIN} if it is private"
+        ) from error
+    except RevisionNotFoundError as error:
+        raise FileNotFoundError(
+            f"{repo_id} on the Hub has no revision {revision!r}; give one of its branches, tags "
+            "or commits"
+        ) from error
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
+        raise FileNotFoundError(
+            f"{repo_id}: no such folder here, nothing of it in the Hub's cache, and no Hub "
+            "repository that could be asked for; check the path or the connection"
+        ) from error
+    except HfHubHTTPError as error:
+        raise ConnectionError(f"{repo_id} was not downloaded: {_answered(error)}") from error
+    except Exception as error:
+        if not _is_network(error):
+            raise
+        raise ConnectionError(
+            f"the connection to the Hub broke while {repo_id} was read ({_root(error)}); try again"
+        ) from error
+
+
+def _answered(error: HfHubHTTPError) -> str:
+    first = next(iter(str(error).strip().splitlines()), "no reason given")
+    return f"the Hub answers with status {error.response.status_code} ({first}); try again later"
+
+
+def _is_network(error: BaseException) -> bool:
+    return any(
+        isinstance(cause, (ConnectionError, TimeoutError))
+        or type(cause).__module__.partition(".")[0] in _NETWORK
+        for cause in _causes(error)
+    )
+
+
+def _root(error: BaseException) -> str:
+    last = list(_causes(error))[-1]
+    return str(last) or type(last).__name__
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    cause: BaseException | None = error
+    for _ in range(20):  # chains may be circular
+        if cause is None:
+            return
+        yield cause
+        cause = cause.__cause__ or cause.__context__

@@ -1,0 +1,240 @@
+"""Statistics that other programs wrote, read into this package's own artefacts.
+
+In: second moments of ROME and MEMIT (``.npz``, one file a layer), covariances in a safetensors
+file, or the projectors of AlphaEdit's reference code (``null_space_project.pt``). Out: a
+:class:`~alphaedit_peft.nullspace.moments.KeyMoments`, or a
+:class:`~alphaedit_peft.nullspace.space.NullSpace` where only projectors are known. Nothing is
+unpickled, sizes are checked before memory is taken, and no number is used before it was checked.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from alphaedit_peft.architecture import describe
+from alphaedit_peft.config import AlphaEditConfig
+from alphaedit_peft.fingerprint import BaseFingerprint, bare_model, fingerprint
+from alphaedit_peft.nullspace.files import versions
+from alphaedit_peft.nullspace.layer import PROJECTOR, LayerSpace
+from alphaedit_peft.nullspace.matrices import check_moment, read_matrix, read_projectors
+from alphaedit_peft.nullspace.moments import KeyMoments
+from alphaedit_peft.nullspace.npz import ForeignFileError, read_npz_moment
+from alphaedit_peft.nullspace.space import NullSpace
+
+_NPZ_NAME = re.compile(r"(?P<module>.+)_float(16|32|64)_[a-z0-9_-]*mom2[a-z0-9_{}-]*\.npz")
+
+
+@dataclass(frozen=True)
+class _Origin:
+    """What is known of the model that foreign statistics are of."""
+
+    modules: dict[int, str]
+    fingerprint: BaseFingerprint | None
+    model: str | None
+
+
+def read_second_moments(
+    files: Mapping[int, str | Path] | Iterable[str | Path],
+    *,
+    model: Any = None,
+    config: AlphaEditConfig | None = None,
+) -> KeyMoments:
+    """Key moments from the ``.npz`` files of ROME and MEMIT: C0 = sum / count.
+
+    Args:
+        files: one a layer, named as those programs do, such as
+            ``transformer.h.13.mlp.c_proj_float32_mom2_100000.npz``, which tells the layer; or
+            layer -> file, whatever its name.
+        model: the base that they are of: its widths are checked, and the result is bound to it by
+            a fingerprint. Without it, they are taken for any model of these widths.
+        config: names the parts of a model whose family is not known.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ForeignFileError: a file that is damaged or hostile, or of something else.
+        ValueError: a layer twice, or one that the model does not have, or of another width there.
+    """
+    named = dict(files) if isinstance(files, Mapping) else _by_layer(files)
+    if not named:
+        raise ValueError("files is empty; give one .npz file for each rewrite layer")
+    found = {int(layer): read_npz_moment(Path(path)) for layer, path in sorted(named.items())}
+    moments = {layer: one.moment for layer, one in found.items()}
+    for layer, moment in moments.items():
+        check_moment(moment, f"{named[layer]}")
+    names = {layer: _module_and_layer(Path(named[layer]))[0] for layer in found}
+    origin = _origin(model, config, moments, names)
+    folders = {Path(path).resolve().parent.name for path in named.values()}
+    corpora = sorted(name.removesuffix("_stats") for name in folders if name.endswith("_stats"))
+    provenance = {
+        "corpus": ", ".join(corpora) or "an unknown corpus",
+        "texts": next(iter(found.values())).texts,
+        "tokens_by_layer": {str(layer): one.count for layer, one in found.items()},
+        "files": {str(layer): Path(path).name for layer, path in named.items()},
+        **_provenance("second moments of ROME or MEMIT (.npz)", origin),
+    }
+    tokens = min(one.count for one in found.values())
+    return KeyMoments(moments, tokens, origin.modules, origin.fingerprint, provenance)
+
+
+def read_covariances(
+    path: str | Path,
+    names: Mapping[int, str],
+    tokens: int,
+    *,
+    summed: bool = False,
+    model: Any = None,
+    config: AlphaEditConfig | None = None,
+) -> KeyMoments:
+    """Key moments from a safetensors file that holds one matrix (d_in, d_in) a layer.
+
+    The matrices are means of k k^T, not centred ones: C0 is not a covariance in the strict sense.
+
+    Args:
+        path: the file.
+        names: layer -> name of its matrix in the file.
+        tokens: how many tokens went into each.
+        summed: whether they are sums over the tokens rather than means.
+        model: as for ``read_second_moments``.
+        config: as for ``read_second_moments``.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ForeignFileError: a file that is damaged, or a matrix that is no second moment.
+        ValueError: no tokens, names that the file does not have, or layers or widths that the
+            model does not.
+    """
+    path = Path(path)
+    if not names or tokens < 1:
+        raise ValueError(
+            f"names={dict(names)} and tokens={tokens} must say which matrix is of which layer, and "
+            "over how many tokens they were collected"
+        )
+    moments = {int(layer): read_matrix(path, name) for layer, name in sorted(names.items())}
+    if summed:
+        moments = {layer: moment / tokens for layer, moment in moments.items()}
+    for layer, moment in moments.items():
+        check_moment(moment, f"{path}: {names[layer]}")
+    origin = _origin(model, config, moments, {})
+    provenance = {
+        "corpus": f"an unknown corpus ({path.name})",
+        "files": {str(layer): f"{path.name}: {names[layer]}" for layer in moments},
+        **_provenance("covariances (.safetensors)", origin),
+    }
+    return KeyMoments(moments, tokens, origin.modules, origin.fingerprint, provenance)
+
+
+def read_projector(
+    path: str | Path,
+    layers: Sequence[int],
+    *,
+    model: Any = None,
+    config: AlphaEditConfig | None = None,
+) -> NullSpace:
+    """The null space in a ``null_space_project.pt`` of AlphaEdit's reference code.
+
+    The file holds P alone, (layers, d_in, d_in). Eigenvalues and tokens are not known: the
+    spectrum is 1 where P removes and 0 where it keeps, ``tokens`` is 0, and the threshold cannot be
+    moved from 0.5 (absolute).
+
+    Args:
+        path: the file; it is loaded without unpickling anything but tensors.
+        layers: which blocks the projectors are of, in the file's order, which the file does not
+            tell: the ``layers`` of the hyper-parameters it was made with.
+        model: as for ``read_second_moments``.
+        config: as for ``read_second_moments``.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ForeignFileError: a file that holds more than a tensor, or no projectors.
+        ValueError: as many layers as the file does not hold, or that the model does not have.
+    """
+    path = Path(path)
+    stacked = read_projectors(path)
+    if len(set(layers)) != len(layers) or len(layers) != len(stacked):
+        raise ValueError(
+            f"layers={list(layers)} must be {len(stacked)} distinct blocks, as {path} holds "
+            f"{len(stacked)} projectors; give the layers of the settings that it was made with"
+        )
+    of_layer = {int(layer): stacked[i] for i, layer in enumerate(layers)}
+    origin = _origin(model, config, of_layer, {})
+    parts = {}
+    for layer in sorted(of_layer):
+        try:
+            parts[layer] = LayerSpace.from_projector(of_layer[layer])
+        except ValueError as error:
+            raise ForeignFileError(
+                f"{path}: the matrix given for layer {layer} cannot be used: {error}; a key moment "
+                "is read with read_second_moments or read_covariances"
+            ) from error
+    provenance = {
+        "corpus": f"an unknown corpus ({path.name})",
+        "spectrum": "not known: 1 where the projector removes, 0 where it keeps",
+        "files": {str(layer): f"{path.name}[{i}]" for i, layer in enumerate(layers)},
+        **_provenance("projectors of AlphaEdit's reference code (.pt)", origin),
+    }
+    return NullSpace(parts, *PROJECTOR, 0, origin.fingerprint, provenance)
+
+
+def _by_layer(files: Iterable[str | Path]) -> dict[int, Path]:
+    found: dict[int, Path] = {}
+    for path in [files] if isinstance(files, (str, Path)) else files:
+        layer = _module_and_layer(Path(path))[1]
+        if layer is None:
+            raise ValueError(
+                f"{path} does not tell its layer, as "
+                "'transformer.h.13.mlp.c_proj_float32_mom2_100000.npz' does; give {layer: file}"
+            )
+        if layer in found:
+            raise ValueError(f"{path} and {found[layer]} are both of layer {layer}; give one")
+        found[layer] = Path(path)
+    return found
+
+
+def _module_and_layer(path: Path) -> tuple[str, int | None]:
+    """Name of the module in a file's name, and the one number in it; "" and None without."""
+    match = _NPZ_NAME.fullmatch(path.name)
+    numbers = [part for part in match["module"].split(".") if part.isdecimal()] if match else []
+    if match is None or len(numbers) != 1:
+        return "", None
+    return match["module"], int(numbers[0])
+
+
+def _origin(
+    model: Any,
+    config: AlphaEditConfig | None,
+    matrices: Mapping[int, Tensor],
+    named: Mapping[int, str],
+) -> _Origin:
+    """Check layers, widths and module names against a model, where there is one."""
+    if model is None:
+        return _Origin({layer: named.get(layer, "") for layer in matrices}, None, None)
+    base, settings = bare_model(model), config or AlphaEditConfig()
+    architecture = describe(base, settings.block_module, settings.rewrite_module)
+    architecture.check_layers(sorted(matrices))
+    modules = {layer: architecture.rewrite_name(layer) for layer in matrices}
+    for layer, name in modules.items():
+        weight = base.get_submodule(name)
+        width = weight.weight.shape[0] if architecture.conv1d else weight.in_features
+        if len(matrices[layer]) != width:
+            raise ValueError(
+                f"the matrix for layer {layer} is {len(matrices[layer])} wide, but {name} of this "
+                f"model takes {width}; these statistics are of another model"
+            )
+        said = named.get(layer, "") or name
+        if said.rpartition(".")[2] != name.rpartition(".")[2]:
+            raise ValueError(
+                f"the file for layer {layer} is of {said}, but edits of this model rewrite {name}; "
+                "give the statistics of that module"
+            )
+    made_for = fingerprint(base, max(matrices), architecture)
+    return _Origin(modules, made_for, getattr(base.config, "_name_or_path", None) or None)
+
+
+def _provenance(source: str, origin: _Origin) -> dict[str, Any]:
+    return {"format": source, "model": origin.model, "versions": versions()}

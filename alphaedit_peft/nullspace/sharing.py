@@ -1,0 +1,233 @@
+"""Null spaces on the Hub: which of a repository's is a base's own, and what its README says.
+
+In: a repository or folder, and a base's fingerprint. Out: the local folder of the null space made
+for that base; or, the other way, the address of the commit that put one there. A repository may
+hold one null space at its root, and any number in folders named by their bases' fingerprints.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from huggingface_hub import ModelCardData
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+
+from alphaedit_peft import embedded
+from alphaedit_peft.fingerprint import BaseFingerprint
+from alphaedit_peft.hub import Destination, fetch_folder, push_folder
+from alphaedit_peft.nullspace.layer import STEM
+from alphaedit_peft.storing import left_aside
+
+if TYPE_CHECKING:
+    from alphaedit_peft.nullspace.space import NullSpace
+
+HEADER = f"{STEM}.json"
+FILES = (HEADER, f"{STEM}.safetensors", "README.md")
+MAX_NAME = 128  # hex digits of a folder's name: the embeddings and fifteen blocks
+
+_CARD = """\
+# Null space for editing {base}
+
+Directions in which the keys of this model's MLPs may change without touching preserved knowledge,
+for [AlphaEdit](https://arxiv.org/abs/2410.02355). It was measured over {tokens:,} tokens of
+{corpus}, and fits this base alone: loading checks the fingerprint.
+
+| layer | width | kept | threshold |
+|---|---|---|---|
+{rows}
+
+## Use
+
+```python
+{use}
+```
+
+Base fingerprint: {fingerprint}.
+"""
+_USE = """\
+from alphaedit_peft import AlphaEditConfig, get_alphaedit_model
+
+config = AlphaEditConfig(null_space={repo})
+model = get_alphaedit_model(base, config, tokenizer=tokenizer)"""
+_USE_SUBFOLDER = """\
+from alphaedit_peft import AlphaEditConfig, NullSpace, get_alphaedit_model
+
+null_space = NullSpace.from_pretrained({repo}, subfolder={subfolder})
+model = get_alphaedit_model(base, AlphaEditConfig(), tokenizer=tokenizer, null_space=null_space)"""
+
+
+def folder_name(fingerprint: BaseFingerprint) -> str:
+    """The folder of a base's null space in a shared repository: its digest, cut to ``MAX_NAME``.
+
+    Raises:
+        ValueError: a fingerprint of a quantised or offloaded base, which has no digest.
+    """
+    if fingerprint.digest is None:
+        raise ValueError(
+            "this null space was made on a quantised or offloaded base, so that there is no "
+            "fingerprint to name its folder by; give subfolder= instead of by_fingerprint=True"
+        )
+    return fingerprint.digest[:MAX_NAME]
+
+
+def find_folder(
+    path_or_repo: str | Path,
+    fingerprint: BaseFingerprint | None,
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    subfolder: str | None = None,
+) -> Path:
+    """The local folder of the null space that a base needs.
+
+    Args:
+        path_or_repo: a folder, or a Hub repository.
+        fingerprint: of the base; None takes the one at the root or in ``subfolder``.
+        revision: as in :func:`alphaedit_peft.hub.fetch_folder`.
+        token: likewise.
+        subfolder: of the null space; then no other is looked for.
+
+    Raises:
+        FileNotFoundError: no null space for this base there.
+        ValueError: several, so that one must be named.
+        OSError: as :func:`alphaedit_peft.hub.fetch_folder`.
+    """
+    root = left_aside(path_or_repo) or Path(path_or_repo)
+    where: dict[str, Any] = {"token": token, "subfolder": subfolder}
+    if root.is_dir():
+        inside = subfolder or _choose(root, path_or_repo, fingerprint)
+        return root / (inside or "")
+    if isinstance(path_or_repo, Path) or root.exists():
+        raise FileNotFoundError(f"{path_or_repo} is no folder, and no Hub repository's name")
+    if subfolder is None:
+        wanted = (HEADER, f"*/{HEADER}")
+        headers = fetch_folder(path_or_repo, wanted, revision=revision, token=token)
+        where["subfolder"] = _choose(headers, path_or_repo, fingerprint)
+        revision = headers.name  # the commit of the headers, whatever was pushed since
+    return fetch_folder(path_or_repo, FILES, revision=revision, **where)
+
+
+def push_null_space(
+    space: NullSpace, to: Destination, *, by_fingerprint: bool, commit_message: str | None
+) -> str:
+    """Upload a null space with a README; see ``NullSpace.push_to_hub``.
+
+    Raises:
+        ValueError: ``by_fingerprint`` together with a subfolder, or without a fingerprint.
+        OSError, ValueError, RuntimeError: as :func:`alphaedit_peft.hub.push_folder`.
+    """
+    if by_fingerprint:
+        if to.subfolder is not None:
+            raise ValueError(
+                f"by_fingerprint=True names the folder itself; leave out subfolder={to.subfolder!r}"
+            )
+        if space.fingerprint is None:
+            raise ValueError(
+                "this null space is for any base (it has no fingerprint), so that no folder can be "
+                "named by one; give subfolder= instead of by_fingerprint=True"
+            )
+        to = replace(to, subfolder=folder_name(space.fingerprint))
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place) / "null_space"
+        space.save_pretrained(folder)
+        text = card(space, to, by_fingerprint=by_fingerprint)
+        (folder / "README.md").write_text(text, encoding="utf-8")
+        message = commit_message or f"Null space of {_base(space.provenance)}"
+        return push_folder(folder, to, FILES, message)
+
+
+def card(space: NullSpace, to: Destination, *, by_fingerprint: bool = False) -> str:
+    """The README of a null space on the Hub: what it is, of which base, and how to use it."""
+    name = space.provenance.get("model")
+    data = ModelCardData(
+        base_model=name if _is_hub_name(name) else None,
+        library_name="alphaedit_peft",
+        tags=["alphaedit", "knowledge-editing", "null-space"],
+    )
+    rows = "\n".join(
+        f"| {row.layer} | {row.width} | {row.kept} | {row.threshold:.4g} {row.threshold_mode} |"
+        for row in space.summary()
+    )
+    digest = None if space.fingerprint is None else space.fingerprint.digest
+    use = _USE if to.subfolder is None or by_fingerprint else _USE_SUBFOLDER
+    text = _CARD.format(
+        base=_base(space.provenance),
+        tokens=space.tokens,
+        corpus=_one_line(space.provenance.get("corpus", "an unknown corpus")),
+        rows=rows,
+        use=use.format(repo=json.dumps(to.repo_id), subfolder=json.dumps(to.subfolder)),
+        fingerprint=f"`{digest}`" if digest else "none, so that it fits by shape alone",
+    )
+    return f"---\n{data.to_yaml()}\n---\n\n{text}"
+
+
+def _choose(root: Path, given: str | Path, fingerprint: BaseFingerprint | None) -> str | None:
+    """The name of the folder within ``root``, or None for the root itself."""
+    named = {path.parent.name: _made_for(path) for path in sorted(root.glob(f"*/{HEADER}"))}
+    at_root = (root / HEADER).is_file()
+    if fingerprint is not None:
+        fitting = [
+            name
+            for name, base in named.items()
+            if base is not None and base.matches(fingerprint) is not False
+        ]
+        exact = [name for name in fitting if named[name] == fingerprint]
+        if len(exact or fitting) == 1:
+            return (exact or fitting)[0]
+        if fitting:
+            raise ValueError(
+                f"{given} holds several null spaces that fit this model: {fitting}; load one with "
+                "NullSpace.from_pretrained(..., subfolder=) and pass it as null_space="
+            )
+    if at_root:
+        return None
+    if not named:
+        raise FileNotFoundError(f"{given} holds no {HEADER}; is it a null space?")
+    short = [f"{name[:16]}..." if len(name) > 20 else name for name in named]
+    if fingerprint is None:
+        raise FileNotFoundError(
+            f"{given} holds null spaces in folders, {short}, and none at its root; give "
+            "subfolder=, or fingerprint= of the base"
+        )
+    raise FileNotFoundError(
+        f"{given} holds null spaces of other bases, {short}, and none that fits this model "
+        f"({(fingerprint.digest or 'not verifiable')[:16]}...); make one with "
+        "NullSpace.from_texts, and share it with push_to_hub(by_fingerprint=True)"
+    )
+
+
+def _made_for(header: Path) -> BaseFingerprint | None:
+    """The base of a null space, from its header; None where it names none that can be read."""
+    try:
+        values = json.loads(header.read_text(encoding="utf-8"))
+        return BaseFingerprint.from_json(values["fingerprint"])
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return None
+
+
+def _base(provenance: Mapping[str, Any]) -> str:
+    name = provenance.get("model")
+    known = name == embedded.NAME or _is_hub_name(name)
+    return str(name) if known else "a local model"
+
+
+def _is_hub_name(name: object) -> bool:
+    if not isinstance(name, str) or name == embedded.NAME or Path(name).is_dir():
+        return False
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True
+
+
+def _one_line(text: object) -> str:
+    """Text from elsewhere, in one line and without Markdown's brackets."""
+    shown = " ".join("".join(c if c.isprintable() else " " for c in str(text)).split())
+    return shown.translate(str.maketrans("", "", "<>[]|`"))[:200]

@@ -1,0 +1,138 @@
+"""Texts to token ids and padded batches, for whatever runs a model over prompts and continuations.
+
+In: texts, a fast tokenizer. Out: ids cut at the border between a prompt and what follows it, and
+padded batches of them. A prompt and its continuation are tokenised once, together; padding is made
+here, on the right, whatever the tokenizer's own setting, which is never touched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+SHOWN = 80  # characters of a prompt in an error
+
+Offsets = list[tuple[int, int]]
+
+
+def require_offsets(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse a tokenizer that does not say which characters its tokens stand for.
+
+    Raises:
+        ValueError: a slow tokenizer.
+    """
+    if not getattr(tokenizer, "is_fast", False):
+        raise ValueError(
+            f"tokenizer {type(tokenizer).__name__} gives no character offsets, which place the "
+            "subject and the target; load a fast one (AutoTokenizer.from_pretrained(..., "
+            "use_fast=True))"
+        )
+
+
+def encode(
+    tokenizer: PreTrainedTokenizerBase, text: str, special: bool = True
+) -> tuple[tuple[int, ...], Offsets]:
+    """Ids and character offsets of a text; ``special`` adds BOS where the tokenizer does.
+
+    A closing EOS is taken off, since a continuation is to follow.
+    """
+    # verbose=False: no advice about lengths, ``require_fit`` sees to them
+    encoded = tokenizer(
+        text, add_special_tokens=special, return_offsets_mapping=True, verbose=False
+    )
+    ids, offsets = list(encoded["input_ids"]), list(encoded["offset_mapping"])
+    while ids and offsets[-1][0] == offsets[-1][1] and ids[-1] in tokenizer.all_special_ids:
+        ids.pop()
+        offsets.pop()
+    return tuple(ids), offsets
+
+
+def joined(
+    tokenizer: PreTrainedTokenizerBase, text: str, suffix: str, special: bool = True
+) -> tuple[tuple[int, ...], Offsets, int]:
+    """Ids and offsets of ``text + suffix``, and the index of the first token of the suffix.
+
+    A token that runs over the border would belong to both: the two sides are then tokenised
+    apart, as they meet in generation, and the offsets are of ``text`` alone.
+    """
+    ids, offsets = encode(tokenizer, text + suffix, special)
+    border = next((i for i, (_, b) in enumerate(offsets) if b > len(text)), len(ids))
+    if border < len(ids) and offsets[border][0] < len(text):
+        ids, offsets = encode(tokenizer, text, special)
+        border, ids = len(ids), ids + encode(tokenizer, suffix, special=False)[0]
+    return ids, offsets, border
+
+
+def separator_between(text: str, target: str, separator: str) -> str:
+    """What stands between a prompt and its continuation: nothing where either brings a space."""
+    return "" if text[-1:].isspace() or target[:1].isspace() else separator
+
+
+def require_fit(
+    ids: Sequence[int], largest: int, text: str, limits: tuple[int | None, int], advice: str
+) -> None:
+    """Refuse a row that the model has no positions or no embeddings for.
+
+    Args:
+        ids: what the model is to read.
+        largest: the largest token id in it and in what is to follow.
+        text: the prompt, shown in the error.
+        limits: how many positions the model has (None: any), and how many token ids it knows.
+        advice: what to shorten.
+
+    Raises:
+        ValueError: too long, or an id out of range.
+    """
+    positions, vocabulary = limits
+    shown = text if len(text) <= SHOWN else text[: SHOWN - 3] + "..."
+    if positions is not None and len(ids) > positions:
+        raise ValueError(
+            f"prompt {shown!r} and its target have {len(ids)} tokens, the model has {positions} "
+            f"positions; {advice}"
+        )
+    if largest >= vocabulary:
+        raise ValueError(
+            f"prompt {shown!r} or its target has token id {largest}, the model has ids "
+            f"0..{vocabulary - 1}; use the tokenizer that belongs to the model"
+        )
+
+
+@dataclass(frozen=True)
+class PaddedBatch:
+    """Rows padded on the right: ``inputs`` for the model, and which rows these are."""
+
+    inputs: dict[str, Tensor]
+    indices: list[int]
+
+
+def padded(rows: Sequence[Sequence[int]], device: torch.device) -> dict[str, Tensor]:
+    """Ids (batch, tokens) padded with 0 on the right, and their attention mask."""
+    length = max(len(row) for row in rows)
+    ids = torch.zeros(len(rows), length, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for i, row in enumerate(rows):
+        ids[i, : len(row)] = torch.tensor(row)
+        mask[i, : len(row)] = 1
+    return {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
+
+
+def batches(
+    rows: Sequence[Sequence[int]], tokens_per_batch: int, device: torch.device
+) -> Iterator[PaddedBatch]:
+    """Padded batches of at most ``tokens_per_batch`` tokens, rows sorted by length.
+
+    A row longer than that makes a batch of its own.
+    """
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+    batch: list[int] = []
+    for index in order:
+        if batch and (len(batch) + 1) * len(rows[index]) > tokens_per_batch:
+            yield PaddedBatch(padded([rows[i] for i in batch], device), batch)
+            batch = []
+        batch.append(index)
+    if batch:
+        yield PaddedBatch(padded([rows[i] for i in batch], device), batch)

@@ -1,0 +1,121 @@
+"""What a call that edits works with: the bench, the packs it goes on top of, figures by layer.
+
+In: an adapter, and those active beside it. Out: a bench in evaluation mode with the objective, the
+other active packs as parents, or a sentence that says why nothing can be edited now. ``editable``
+does the editing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from alphaedit_peft import hooks, quantised
+from alphaedit_peft.chaining import Parent, needed
+from alphaedit_peft.editing.bench import Bench
+from alphaedit_peft.editing.contexts import sample_contexts
+from alphaedit_peft.editing.objective import Objective
+from alphaedit_peft.editing.report import LayerReport, layer_report
+from alphaedit_peft.pack.compressing import require_rows
+from alphaedit_peft.saving import SavingModel
+
+
+class WorkbenchModel(SavingModel):
+    """The preparing part of :class:`~alphaedit_peft.model.AlphaEditModel`."""
+
+    @contextmanager
+    def _bench(self, contexts: tuple[str, ...] | None = None) -> Iterator[tuple[Bench, Objective]]:
+        """What the river works with, in evaluation mode.
+
+        Contexts are the adapter's, those of a pack that it goes on top of, or those given; where
+        there are none they are sampled.
+        """
+        self._require_editable()
+        base, config = self.get_base_model(), self.alphaedit_config
+        tokenizer = self.resources.find_tokenizer(base)
+        objective = self.resources.find_objective(config, self.base_fingerprint)
+        self._require_same_null_space()
+        with hooks.evaluating(base), quantised.differentiable(base):
+            contexts = self._contexts(contexts)
+            if contexts is None:
+                with self.disable_adapter():
+                    contexts = sample_contexts(base, tokenizer, config)
+            yield Bench(base, tokenizer, config, self.architecture, contexts), objective
+
+    def _contexts(self, given: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        names = [self._active, *self.active_adapters]
+        journals = [self._journals[name] for name in names if name in self._journals]
+        return next((j.contexts for j in journals if j.contexts is not None), given)
+
+    def _require_same_null_space(self) -> None:
+        given = self.resources.provenance()
+        for name in {self._active, *self.active_adapters} & self._journals.keys():
+            journal = self._journals[name]
+            if journal.rank == 0 or journal.null_space is None or given is None:
+                continue
+            if journal.null_space["digest"] != given["digest"]:
+                raise ValueError(
+                    f"the edits of adapter {name!r} were made with null space "
+                    f"{journal.null_space}, and {given} was given; rows of two projectors do not "
+                    "go together: pass the first, or make the edits anew"
+                )
+
+    def _others(self) -> tuple[Parent, ...]:
+        """The packs that are active beside the one that is edited, as its parents.
+
+        Raises:
+            ValueError: that one is not active, or one of the others stands on it.
+            RuntimeError: a plain LoRA is active, whose keys are not known.
+        """
+        target, active = self._active, self.active_adapters
+        if target not in active:
+            raise ValueError(
+                f"adapter {target!r} is not active, and edits go into the model as it computes; "
+                f"call set_adapter({target!r}), or with a list the packs it stands on and it"
+            )
+        if len(active) == 1:
+            return ()
+        self._require_top(target)
+        found = (self._as_parent(name) for name in active if name != target)
+        return tuple(parent for parent in found if parent.own)
+
+    def _require_top(self, target: str) -> None:
+        """Refuse to change an adapter that an active one stands on."""
+        on_packs = {
+            name: needed(self._journals[name].parents)
+            for name in self.active_adapters
+            if name != target and name in self._journals
+        }
+        if target not in self._journals or not any(on_packs.values()):
+            return
+        own = self.to_pack(target).digest()
+        for name, parents in on_packs.items():
+            if any(parent.get("digest") == own for parent in parents):
+                raise ValueError(
+                    f"adapter {name!r} was made on top of {target!r}, which would change under it; "
+                    f"edit into {name!r}, or first make {target!r} active alone"
+                )
+
+    def _as_parent(self, adapter_name: str) -> Parent:
+        if adapter_name not in self._journals:
+            raise RuntimeError(
+                f"adapter {adapter_name!r} is active and no pack of edits in this model's rewrite "
+                "layers, so what it does for its keys cannot be protected; leave it out of "
+                "set_adapter, or merge it into the base before wrapping that for edits"
+            )
+        with self._on(adapter_name):
+            require_rows(self._compressions.get(adapter_name), "edit on top of it")
+            source = self._sources.get(adapter_name, adapter_name)
+            return Parent(adapter_name, source, self.to_pack().digest(), self._state())
+
+    def _layer_reports(self, rank_before: int) -> tuple[LayerReport, ...]:
+        null_space = self.resources.null_space
+        if self.alphaedit_config.objective != "alphaedit":
+            null_space = None  # its rows are not projected keys
+        reports = []
+        for layer, delta in self.factors.items():
+            weight = self._lora_layer(layer).get_base_layer().weight
+            norm = float(weight.float().norm()) if weight.is_floating_point() else None
+            new = max(0, delta.rank - rank_before)  # no batch, no parents' rows either
+            reports.append(layer_report(layer, delta, new, norm, null_space))
+        return tuple(reports)

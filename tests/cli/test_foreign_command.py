@@ -1,0 +1,80 @@
+"""``alphaedit nullspace import``: each kind of file in, a NullSpace folder out."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from alphaedit_peft.nullspace import KeyMoments, NullSpace
+
+WIDTH, TOKENS = 12, 600
+
+
+@pytest.fixture
+def files(tmp_path):
+    """(.npz files of blocks 0 and 1, .pt, .safetensors) of the same moment."""
+    keys = torch.randn(TOKENS, WIDTH, generator=torch.Generator().manual_seed(0))
+    total = (keys * torch.logspace(0, -2, WIDTH)).T @ (keys * torch.logspace(0, -2, WIDTH))
+    npz = [tmp_path / f"h.{n}.mlp.c_proj_float32_mom2_9.npz" for n in (0, 1)]
+    for path in npz:
+        np.savez(path, **{"mom2.count": TOKENS, "mom2.mom2": total.numpy(), "sample_size": 9})
+    space = KeyMoments({0: total / TOKENS}, TOKENS, {0: ""}).null_space(5, "rank")
+    torch.save(
+        space.project(0, torch.eye(WIDTH))[None].expand(2, -1, -1).clone(), tmp_path / "p.pt"
+    )
+    save_file({"c.0": total / TOKENS, "c.1": total / TOKENS}, tmp_path / "c.safetensors")
+    return npz, tmp_path / "p.pt", tmp_path / "c.safetensors"
+
+
+def test_each_kind_gives_the_same_projector(run_json, files, tmp_path):
+    npz, pt, tensors = files
+    rank = ("--threshold", 5, "--threshold-mode", "rank")
+    ways = {
+        "npz": (*npz, *rank, "--moments-out", tmp_path / "moments"),
+        "named": (*reversed(npz), *rank, "--layers", "1,0"),
+        "pt": (pt, "--layers", "0-1"),
+        "st": (tensors, *rank, "--layers", "0-1", "--name", "c.{}", "--tokens", TOKENS),
+    }
+    keys = torch.randn(3, WIDTH)
+    projected = []
+    for name, words in ways.items():
+        found = run_json("nullspace", "import", *words, "--out", tmp_path / name)
+        assert [row["kept"] for row in found["layers"]] == [WIDTH - 5] * 2
+        projected.append(NullSpace.from_pretrained(tmp_path / name).project(1, keys))
+    for other in projected[1:]:
+        torch.testing.assert_close(other, projected[0], rtol=0, atol=1e-5)
+    assert KeyMoments.from_pretrained(tmp_path / "moments").tokens == TOKENS
+
+
+def test_reach_one_is_the_thinnest(run, files, tmp_path):
+    words = (*files[0], "--threshold", 0.01, "--threshold-mode", "absolute")
+    run("nullspace", "import", *words, "--out", tmp_path / "thick")
+    run("nullspace", "import", *words, "--out", tmp_path / "thin", "--reach", 1)
+    thin, thick = (NullSpace.from_pretrained(tmp_path / name) for name in ("thin", "thick"))
+    assert thin.parts[0].basis.numel() < thick.parts[0].basis.numel()
+
+
+def test_wrong_command_lines_exit_with_two(run, files):
+    npz, pt, tensors = files
+    for words in (
+        (),
+        (pt,),
+        (pt, tensors, "--layers", "0"),
+        (pt, "--layers", "0-1", "--threshold", 1),
+        (tensors, "--layers", "0"),
+        npz,
+        (*npz, "--layers", "0", "--threshold", 1, "--threshold-mode", "rank"),
+        ("stats.csv",),
+    ):
+        assert "Usage" in run("nullspace", "import", *words, "--out", "x", code=2).output
+
+
+def test_what_cannot_be_read_is_one_line(run, files, tmp_path):
+    files[1].write_bytes(b"junk")
+    result = run("nullspace", "import", files[1], "--layers", "0", "--out", tmp_path / "x", code=1)
+    assert result.stderr.startswith("alphaedit: ")
+    assert "p.pt is damaged, or holds more than tensors" in result.stderr
+    result = run("nullspace", "import", files[1], "--layers", "0", "--out", ".", code=1)
+    assert "is or holds the working directory" in result.stderr

@@ -1,0 +1,122 @@
+"""What the reader says of a model, against plain runs, and of models known beforehand."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from alphaedit_peft.evaluation.reader import Reader
+from tests.conftest import tiny_model
+from tests.evaluation.models import Constant, Says, Uniform
+
+PAIRS = [
+    ("The capital of France is", "Paris"),
+    ("Anna Smith plays", "the violin and the piano"),
+    ("I", "think"),
+    ("The capital of France is", "Rome"),
+]
+
+
+def plainly(model, tokenizer, prompt: str, target: str) -> list[float]:
+    """Log-probabilities of a target's tokens, one row at a time, all logits."""
+    ids = tokenizer(f"{prompt} {target}")["input_ids"]
+    start = len(tokenizer(prompt)["input_ids"])
+    with torch.no_grad():
+        log_probs = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+    return [log_probs[i - 1, ids[i]].item() for i in range(start, len(ids))]
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("tokens_per_batch", [1, 40, 4096])
+def test_it_reads_what_the_model_says_in_batches_of_any_size(tokenizer, family, tokens_per_batch):
+    model = tiny_model(family)
+    for pair, found in zip(
+        PAIRS, Reader(model, tokenizer, tokens_per_batch).read(PAIRS), strict=True
+    ):
+        assert found.log_probs == pytest.approx(plainly(model, tokenizer, *pair), abs=1e-5)
+
+
+def test_the_head_sees_target_positions_alone_and_nothing_is_left_behind(tokenizer):
+    model = tiny_model("llama").train()
+    seen = []
+    handle = model.lm_head.register_forward_hook(lambda _m, _a, out: seen.append(out.shape[1]))
+    reader = Reader(model, tokenizer)
+    readings = reader.read(PAIRS)
+    handle.remove()
+    assert seen == [sum(len(r.target) for r in readings)]
+    assert model.training
+    assert not model.lm_head._forward_pre_hooks
+
+
+def test_equal_pairs_are_run_once_and_answered_each_time(tokenizer):
+    reader = Reader(tiny_model("llama"), tokenizer)
+    first, second = reader.read([PAIRS[0], PAIRS[0]])
+    assert first is second
+
+
+def test_a_peft_model_is_read_like_its_base(tokenizer):
+    from peft import LoraConfig, get_peft_model
+
+    base = tiny_model("llama")
+    before = Reader(base, tokenizer).read(PAIRS)
+    adapted = get_peft_model(base, LoraConfig(target_modules=["down_proj"]))
+    assert Reader(adapted, tokenizer).read(PAIRS) == before  # a fresh LoRA adds nothing
+
+
+def test_a_uniform_model_gives_each_token_its_share(tokenizer):
+    for found in Reader(Uniform(), tokenizer).read(PAIRS):
+        assert found.log_probs == pytest.approx([math.log(1 / 320)] * len(found.target))
+
+
+def test_a_model_that_says_the_target_is_sure_of_it(tokenizer):
+    model = Says(tokenizer, ["The capital of France is Paris"])
+    paris, _, _, rome = Reader(model, tokenizer).read(PAIRS)
+    assert paris.recalled
+    assert paris.mean_probability == pytest.approx(1)
+    assert not rome.recalled
+    assert rome.mean_probability < paris.mean_probability
+
+
+def test_a_constant_model_recalls_only_its_token(tokenizer):
+    token = tokenizer(" a")["input_ids"][-1]
+    found = Reader(Constant(token), tokenizer).read([("I", "a"), ("I", "think")])
+    assert [reading.recalled for reading in found] == [True, False]
+    assert set(found[1].top) == {token}
+
+
+@pytest.mark.parametrize(
+    ("pair", "message"),
+    [
+        (("The river", " "), "continuation ' ' has no token"),
+        (("The river", ""), "continuation '' has no token"),
+        (("", "Paris"), "prompt '' has no token"),
+        (("the " * 200, "end"), "has 128 positions"),
+    ],
+)
+def test_what_cannot_be_read_is_refused(tokenizer, pair, message):
+    with pytest.raises(ValueError, match=message):
+        Reader(tiny_model("llama"), tokenizer).read([pair])
+
+
+def test_a_tokenizer_of_another_model_is_refused(tokenizer):
+    model = tiny_model("llama")
+    model.resize_token_embeddings(20)
+    with pytest.raises(ValueError, match=r"token id \d+, the model has ids 0..19"):
+        Reader(model, tokenizer).read(PAIRS)
+
+
+def test_a_model_of_nan_is_refused(tokenizer):
+    model = tiny_model("llama")
+    with torch.no_grad():
+        model.lm_head.weight[0] = math.nan
+    with pytest.raises(ValueError, match="NaN"):
+        Reader(model, tokenizer).read(PAIRS)
+
+
+def test_a_slow_tokenizer_and_an_empty_batch_are_refused(tokenizer):
+    with pytest.raises(ValueError, match="object gives no character offsets"):
+        Reader(Uniform(), object())
+    with pytest.raises(ValueError, match="tokens_per_batch=0"):
+        Reader(Uniform(), tokenizer, 0)

@@ -1,0 +1,54 @@
+"""Borders between prompts and what follows, limits, batches."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from alphaedit_peft import tokens
+
+
+@pytest.mark.parametrize("suffix", [" Paris", " is", ".", "\n東京"])
+def test_both_sides_of_the_border_join_to_the_whole(tokenizer, suffix):
+    text = "The capital of France"
+    ids, _, border = tokens.joined(tokenizer, text, suffix)
+    assert tokenizer.decode(ids[:border]) == text
+    assert tokenizer.decode(ids[border:]) == suffix
+
+
+def test_a_token_over_the_border_is_split_as_generation_would(tokenizer):
+    ids, _, border = tokens.joined(tokenizer, "The cap", "ital of")
+    assert ids[:border] == tokens.encode(tokenizer, "The cap")[0]
+    assert ids[border:] == tokens.encode(tokenizer, "ital of", special=False)[0]
+
+
+@pytest.mark.parametrize(
+    ("text", "target", "expected"), [("is", "a", "-"), ("is ", "a", ""), ("is", " a", "")]
+)
+def test_a_separator_stands_where_neither_side_brings_a_space(text, target, expected):
+    assert tokens.separator_between(text, target, "-") == expected
+
+
+def test_rows_the_model_cannot_take_are_refused():
+    tokens.require_fit([1, 2, 3], 3, "text", (3, 4), "cut it")
+    tokens.require_fit([1] * 99, 3, "text", (None, 4), "cut it")
+    with pytest.raises(ValueError, match=r"'text' and its target have 4 tokens.* 3 positions; cut"):
+        tokens.require_fit([1, 2, 3, 3], 3, "text", (3, 4), "cut it")
+    with pytest.raises(ValueError, match=r"token id 4, the model has ids 0\.\.3"):
+        tokens.require_fit([1], 4, "text", (3, 4), "cut it")
+
+
+def test_every_row_is_in_one_batch_and_batches_stay_small():
+    rows = [[1] * n for n in (5, 1, 9, 2, 3, 3)]
+    found = list(tokens.batches(rows, 8, torch.device("cpu")))
+    assert sorted(i for batch in found for i in batch.indices) == list(range(6))
+    for batch in found:
+        ids, mask = batch.inputs["input_ids"], batch.inputs["attention_mask"]
+        assert ids.numel() <= 8 or len(ids) == 1
+        assert mask.sum(1).tolist() == [len(rows[i]) for i in batch.indices]
+        assert torch.equal(ids, mask)  # padded with 0
+
+
+def test_a_slow_tokenizer_is_refused():
+    with pytest.raises(ValueError, match="tokenizer object gives no character offsets"):
+        tokens.require_offsets(object())
