@@ -27,10 +27,7 @@ FLOORS = (
     ("nullspace", "evaluation", "embedded"),
     ("pack",),
     ("editing",),
-    (
-        *("live", "adapter", "saving", "chaining", "workbench", "editable", "merging", "fitting"),
-        *("several", "union", "joining", "model"),
-    ),
+    ("model",),
     ("studies", "report"),
     ("cli",),
 )
@@ -38,7 +35,7 @@ FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 
 MAY_IMPORT = {
     # the demonstration loads its pack with plain PEFT, to show that this is enough
-    "peft": ("model", "adapter", "live", "config", "pack", "cli.showing"),
+    "peft": ("model", "config", "pack", "cli.showing"),
     "datasets": ("nullspace.corpus", "evaluation.data.source"),
     "sklearn": ("evaluation.text_metrics",),
     "typer": ("cli",),

@@ -58,7 +58,9 @@ def optimise_targets(
     """
     found: dict[int, tuple[Tensor, ...]] = {}
     for members in _chunks(bench, groups):
-        rows = [row for slot, g in enumerate(members) for row in _rows(groups[g], slot, bench.config)]
+        rows = [
+            row for slot, g in enumerate(members) for row in _rows(groups[g], slot, bench.config)
+        ]
         part = _Chunk(bench, rows, len(members)).optimise()
         for slot, g in enumerate(members):
             found[g] = (part.values[slot], part.hidden[slot], part.losses[slot], part.steps[slot])
@@ -187,7 +189,9 @@ def _rows(group: Group, slot: int, config: AlphaEditConfig) -> list[Row]:
 
 def _chunks(bench: Bench, groups: Sequence[Group]) -> Iterator[list[int]]:
     """Groups with like tails together, at most ``target_tokens`` padded tail tokens a chunk."""
-    tails = [[len(row.ids) - row.subject for row in _rows(group, 0, bench.config)] for group in groups]
+    tails = [
+        [len(row.ids) - row.subject for row in _rows(group, 0, bench.config)] for group in groups
+    ]
     order = sorted(range(len(groups)), key=lambda g: max(tails[g]))
     chunk: list[int] = []
     for g in order:

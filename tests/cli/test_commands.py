@@ -15,7 +15,7 @@ from alphaedit_peft import (
     embedded,
     read_edits,
 )
-from alphaedit_peft.editable import EditableModel
+from alphaedit_peft.model.editable import EditableModel
 
 FAST = ("--set", "num_contexts=0", "--set", "steps=3")
 

@@ -15,20 +15,20 @@ from peft import LoraConfig
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from alphaedit_peft import live
-from alphaedit_peft.chaining import require_parents
 from alphaedit_peft.config import AlphaEditConfig
 from alphaedit_peft.editing.journal import Journal
 from alphaedit_peft.editing.resources import Resources
 from alphaedit_peft.fingerprint import fingerprint
-from alphaedit_peft.fitting import check_fit, check_plain
-from alphaedit_peft.joining import JoinableModel
+from alphaedit_peft.model import live
+from alphaedit_peft.model.chaining import require_parents
+from alphaedit_peft.model.fitting import check_fit, check_plain
+from alphaedit_peft.model.joining import JoinableModel
+from alphaedit_peft.model.several import require_path
 from alphaedit_peft.nullspace import KeyMoments, NullSpace
 from alphaedit_peft.pack import EditPack
 from alphaedit_peft.pack.format import ADAPTER_CONFIG, PackError
 from alphaedit_peft.pack.locate import locate, read_steadily
 from alphaedit_peft.pack.lora import read_lora
-from alphaedit_peft.several import require_path
 
 
 def get_alphaedit_model(

@@ -13,8 +13,8 @@ from typing import Any
 
 from torch import nn
 
-from alphaedit_peft import live
-from alphaedit_peft.editable import EditableModel
+from alphaedit_peft.model import live
+from alphaedit_peft.model.editable import EditableModel
 
 LOSS = 0.1  # of an update, rounded away: above it merging warns
 

@@ -14,13 +14,20 @@ from pathlib import Path
 
 import torch
 
-from alphaedit_peft.chaining import Parent, adopt, describe, needed, new_parents, refuse_common
 from alphaedit_peft.edits import Edit
-from alphaedit_peft.fitting import check_beside
+from alphaedit_peft.model.chaining import (
+    Parent,
+    adopt,
+    describe,
+    needed,
+    new_parents,
+    refuse_common,
+)
+from alphaedit_peft.model.fitting import check_beside
+from alphaedit_peft.model.several import SeveralModel, require_path
+from alphaedit_peft.model.union import Union, with_pack
 from alphaedit_peft.pack import EditPack
 from alphaedit_peft.pack.compressing import require_rows
-from alphaedit_peft.several import SeveralModel, require_path
-from alphaedit_peft.union import Union, with_pack
 
 RULES = ("error", "first", "last")
 

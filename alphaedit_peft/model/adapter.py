@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from peft import PeftModelForCausalLM
 
-from alphaedit_peft import live
 from alphaedit_peft.algebra import LowRankDelta
 from alphaedit_peft.architecture import Architecture
 from alphaedit_peft.config import AlphaEditConfig
@@ -26,6 +25,7 @@ from alphaedit_peft.editing.resources import Resources
 from alphaedit_peft.editing.state import EditState
 from alphaedit_peft.edits import Edit
 from alphaedit_peft.fingerprint import BaseFingerprint
+from alphaedit_peft.model import live
 from alphaedit_peft.pack import EditRecord
 from alphaedit_peft.pack.compressing import Compression, require_rows
 

@@ -11,13 +11,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from alphaedit_peft import hooks, quantised
-from alphaedit_peft.chaining import Parent, needed
 from alphaedit_peft.editing.bench import Bench
 from alphaedit_peft.editing.contexts import sample_contexts
 from alphaedit_peft.editing.objective import Objective
 from alphaedit_peft.editing.report import LayerReport, layer_report
+from alphaedit_peft.model.chaining import Parent, needed
+from alphaedit_peft.model.saving import SavingModel
 from alphaedit_peft.pack.compressing import require_rows
-from alphaedit_peft.saving import SavingModel
 
 
 class WorkbenchModel(SavingModel):

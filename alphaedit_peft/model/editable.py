@@ -14,16 +14,6 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from alphaedit_peft.chaining import (
-    BESIDE,
-    Parent,
-    adopt,
-    new_parents,
-    refuse_common,
-    refuse_contradictions,
-    require_active,
-    without_parents,
-)
 from alphaedit_peft.editing.bench import Bench
 from alphaedit_peft.editing.groups import sort_out
 from alphaedit_peft.editing.journal import Snapshot
@@ -34,8 +24,18 @@ from alphaedit_peft.editing.repour import repour_state
 from alphaedit_peft.editing.river import edit_batch
 from alphaedit_peft.editing.state import EditState
 from alphaedit_peft.edits import Edit, as_edits
+from alphaedit_peft.model.chaining import (
+    BESIDE,
+    Parent,
+    adopt,
+    new_parents,
+    refuse_common,
+    refuse_contradictions,
+    require_active,
+    without_parents,
+)
+from alphaedit_peft.model.workbench import WorkbenchModel
 from alphaedit_peft.pack import EditRecord
-from alphaedit_peft.workbench import WorkbenchModel
 
 
 class EditableModel(WorkbenchModel):

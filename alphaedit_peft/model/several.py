@@ -15,12 +15,12 @@ from typing import Any
 
 import torch
 
-from alphaedit_peft import live
 from alphaedit_peft.algebra import LowRankDelta
-from alphaedit_peft.chaining import Loaded, needed, require_parents
 from alphaedit_peft.editing.journal import Journal
-from alphaedit_peft.fitting import check_beside
-from alphaedit_peft.merging import MergeableModel
+from alphaedit_peft.model import live
+from alphaedit_peft.model.chaining import Loaded, needed, require_parents
+from alphaedit_peft.model.fitting import check_beside
+from alphaedit_peft.model.merging import MergeableModel
 from alphaedit_peft.pack import EditPack
 
 

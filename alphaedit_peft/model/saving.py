@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from alphaedit_peft.adapter import AdapterModel
+from alphaedit_peft.model.adapter import AdapterModel
 from alphaedit_peft.pack import EditPack
 
 
