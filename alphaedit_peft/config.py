@@ -23,6 +23,7 @@ from alphaedit_peft.settings import (
     PRESET_VALUES,
     RANGES,
     TYPES,
+    Preset,
     check_choice,
     check_pair,
     check_range,
@@ -111,15 +112,21 @@ class AlphaEditConfig(PeftConfig):
             check_range(name, getattr(self, name), low, high)
         for name in ("ridge", "threshold", "learning_rate"):
             check_pair(name, getattr(self, name), getattr(self, f"{name}_mode"))
-        for text in (self.kl_prompt, *(self.anchors or ())):
+        slots = [("kl_prompt", self.kl_prompt), *(("anchors", a) for a in self.anchors or ())]
+        for name, text in slots:
             if text.count("{}") != 1:
-                name = "kl_prompt" if text == self.kl_prompt else "an anchor"
-                raise ValueError(f"{name}, {text!r}, needs one '{{}}' for the subject")
+                raise ValueError(f"{name}={text!r} needs one '{{}}' for the subject")
 
     @property
     def projects(self) -> bool:
         """Whether updates pass through the null-space projector."""
         return self.objective == "alphaedit" if self.projection is None else self.projection
+
+    @property
+    def open_settings(self) -> frozenset[str]:
+        """Names of the settings left at None, which the preset fills or ``auto`` decides."""
+        preset = {f.name for f in fields(Preset)} | {"rewrite_layers"}
+        return frozenset(name for name in preset if getattr(self, name) is None)
 
     def resolve(self, model: Any) -> tuple[AlphaEditConfig, Architecture]:
         """Fill every field left at None for this model; returns the full config and its layout.

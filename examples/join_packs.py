@@ -29,7 +29,7 @@ def main() -> None:
     edits = [ae.Edit(f["subject"], f["prompt"], f["target_new"]["str"]) for f in facts]
     halves = [edits[: given.edits], edits[given.edits : 2 * given.edits]]
     base, tok = embedded.load()
-    config = ae.AlphaEditConfig(num_contexts=2)
+    config = ae.AlphaEditConfig(num_contexts=2, threshold=0.002, threshold_mode="energy")
     null_space = NullSpace.from_texts(base, tok, embedded.texts(1500), config, progress=False)
     folders = [f"{given.folder}/{name}" for name in ("first", "second", "joined")]
     for i in (0, 1):

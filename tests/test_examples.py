@@ -3,17 +3,23 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from alphaedit_peft import embedded
+from tests.pack.conftest import make_pack
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"
-SHORT = ("quickstart", "continue_editing", "join_packs")
+SHORT = (
+    *("quickstart", "continue_editing", "join_packs"),
+    *("plot_packs", "plot_rows", "picture_page"),
+)
 
 
 @pytest.fixture(scope="module")
@@ -91,3 +97,31 @@ def test_the_picture_is_drawn_from_the_demos_json(tmp_path):
     (tmp_path / "demo.json").write_text(json.dumps({"questions": asked}))
     run(EXAMPLES / "plot_demo.py", tmp_path / "demo.json", tmp_path / "demo.png")
     assert (tmp_path / "demo.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
+def test_pictures_of_packs_are_drawn_from_their_files(tmp_path):
+    pytest.importorskip("matplotlib")
+    lower, other = make_pack(rows=5), make_pack(rows=3, seed=1)
+    names = [f"Else {row}" for row in range(3)]
+    records = [
+        replace(record, edit=replace(record.edit, subject=name, id=""), prefix=name)
+        for record, name in zip(other.records, names, strict=True)
+    ]
+    parent = {"operation": "beside", "name": "a", "digest": lower.digest(), "edits": 5}
+    upper = replace(other, records=[*records[:2], replace(records[2], role="protected")])
+    upper = replace(upper, parents=(parent,))
+    for name, pack in (("a", lower), ("b", replace(other, records=records)), ("c", upper)):
+        pack.save_pretrained(tmp_path / name)
+    run(EXAMPLES / "plot_packs.py", tmp_path / "a", tmp_path / "b", tmp_path / "packs.png")
+    run(EXAMPLES / "plot_rows.py", tmp_path / "a", tmp_path / "c", tmp_path / "rows.png")
+    for name in ("packs", "rows"):
+        assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="no chromium here")
+def test_a_picture_of_a_packs_page(tmp_path):
+    make_pack().save_pretrained(tmp_path / "pack")
+    run(EXAMPLES / "picture_page.py", tmp_path / "pack", tmp_path / "page.png", "--height", "300")
+    assert (tmp_path / "page.png").read_bytes().startswith(b"\x89PNG")

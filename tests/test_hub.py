@@ -95,6 +95,16 @@ def logits(model) -> torch.Tensor:
 # -- up and down
 
 
+def test_a_pack_keeps_the_dtype_it_was_compressed_to(hub, pack):
+    pack.push_to_hub("me/full")
+    pack.compress(dtype=torch.bfloat16).push_to_hub("me/small")
+    pack.push_to_hub("me/half", dtype=torch.float16)
+    for repo, dtype in (("full", "F32"), ("small", "BF16"), ("half", "F16")):
+        stored = hub.repos[f"me/{repo}"].files()["adapter_model.safetensors"]
+        header = json.loads(stored[8 : 8 + int.from_bytes(stored[:8], "little")])
+        assert {value["dtype"] for value in header.values() if "dtype" in value} == {dtype}
+
+
 def test_a_model_is_pushed_and_pulled_with_the_same_bits(hub, folder, tokenizer):
     base = AutoModelForCausalLM.from_pretrained(folder)
     space = NullSpace.identity({0: 96})

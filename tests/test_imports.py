@@ -38,6 +38,7 @@ MAY_IMPORT = {
     "peft": ("model", "config", "pack", "cli.showing"),
     "datasets": ("nullspace.corpus", "evaluation.data.source"),
     "sklearn": ("evaluation.text_metrics",),
+    "lm_eval": ("studies.harness",),
     "typer": ("cli",),
     "rich": ("cli",),
 }

@@ -11,7 +11,17 @@ from typing import Annotated
 
 import typer
 
-from alphaedit_peft.cli import demo, edit, foreign, hub, nullspace, operations, packs
+from alphaedit_peft.cli import (
+    compare,
+    demo,
+    edit,
+    evaluate,
+    foreign,
+    hub,
+    nullspace,
+    operations,
+    packs,
+)
 from alphaedit_peft.cli.errors import CommandGroup
 
 app = typer.Typer(
@@ -68,6 +78,8 @@ app.command()(operations.remove)
 app.command()(operations.join)
 app.command()(operations.compress)
 app.command()(operations.export)
+app.command()(evaluate.evaluate)
+app.command()(compare.compare)
 app.command()(hub.push)
 app.command()(hub.pull)
 app.command("nullspace push")(hub.push_null_space)

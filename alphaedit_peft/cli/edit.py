@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from alphaedit_peft.cli import errors, show
-from alphaedit_peft.cli.loading import finding, load_model, load_moments, load_null_space
+from alphaedit_peft.cli.loading import finding, load_model_and_space, load_moments
 from alphaedit_peft.cli.options import (
     DeviceOption,
     Dtype,
@@ -102,12 +102,9 @@ def edit(  # noqa: PLR0913
     }
     values = _settings(config, given, settings or [])
     wanted = read_edits(edits)
-    resources = {
-        "null_space": load_null_space(null_space),
-        "key_moments": load_moments(key_moments),
-    }
-    base, tokenizer = load_model(model, dtype, device)
-    resources["tokenizer"] = tokenizer
+    moments = load_moments(key_moments)
+    base, tokenizer, space = load_model_and_space(model, dtype, device, null_space)
+    resources = {"tokenizer": tokenizer, "null_space": space, "key_moments": moments}
     edited = _model(base, pack, values, resources)
     report = _edit_and_save(edited, wanted, batch_size, out)
     facts = {"out": str(out), "edits_in_pack": len(edited.edits), **report.to_json()}

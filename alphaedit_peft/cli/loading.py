@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from alphaedit_peft.cli.options import Dtype
 
 if TYPE_CHECKING:
+    from alphaedit_peft.fingerprint import BaseFingerprint
     from alphaedit_peft.nullspace import KeyMoments, NullSpace
 
 EMBEDDED = "embedded"
@@ -55,6 +56,39 @@ def hush() -> None:
     hub_logging.set_verbosity_error()
 
 
+def load_model_and_space(
+    model: str, dtype: Dtype, device: str | None, null_space: str | None
+) -> tuple[Any, Any, NullSpace | None]:
+    """A model, its tokenizer, and the null space of a folder or Hub id, where one was given.
+
+    Of several null spaces in one place, the one made for this model is taken, by fingerprint.
+    Whether the place is there at all is found out before the model is loaded.
+
+    Raises:
+        FileNotFoundError: no such place, or no null space for this model in it.
+        ValueError: as ``load_model``; a damaged null space; several that fit.
+    """
+    from alphaedit_peft.nullspace import NullSpace
+
+    several = null_space is not None and _holds_several(null_space)
+    only = None if several else load_null_space(null_space)
+    base, tokenizer = load_model(model, dtype, device)
+    if null_space is None or not several:
+        return base, tokenizer, only
+    with finding(null_space):
+        found = NullSpace.from_pretrained(null_space, fingerprint=fingerprint_of(base))
+    return base, tokenizer, found
+
+
+def fingerprint_of(base: Any) -> BaseFingerprint:
+    """A model's fingerprint, up to the last block that is edited by default."""
+    from alphaedit_peft import AlphaEditConfig
+    from alphaedit_peft.fingerprint import fingerprint
+
+    config, architecture = AlphaEditConfig().resolve(base)
+    return fingerprint(base, max(config.rewrite_layers or [0]), architecture)
+
+
 def load_null_space(path: str | None) -> NullSpace | None:
     """The null space of a folder or Hub id; None where none was given."""
     from alphaedit_peft.nullspace import NullSpace
@@ -63,6 +97,19 @@ def load_null_space(path: str | None) -> NullSpace | None:
         return None
     with finding(path):
         return NullSpace.from_pretrained(path)
+
+
+def _holds_several(path: str) -> bool:
+    """Whether a folder or repository has null spaces in folders, to be chosen by fingerprint."""
+    from alphaedit_peft.hub import fetch_folder
+    from alphaedit_peft.nullspace.sharing import HEADER
+
+    inside = f"*/{HEADER}"
+    with finding(path):
+        root = Path(path)
+        if not root.exists():
+            root = fetch_folder(path, (HEADER, inside))
+        return any(root.glob(inside))
 
 
 @contextmanager

@@ -1,7 +1,8 @@
 """``alphaedit inspect``, ``merge`` and ``rollback``: what can be done with a pack.
 
-In: a pack, and a model where one is needed. Out: a summary, a plain model, or a smaller pack. They
-do what ``EditPack.summary``, ``AlphaEditModel.merge_and_unload`` and ``rollback`` do.
+In: a pack, and a model where one is needed. Out: a summary, a page, a plain model, or a smaller
+pack. They do what ``EditPack.summary``, ``report.pack_page``, ``AlphaEditModel.merge_and_unload``
+and ``rollback`` do.
 """
 
 from __future__ import annotations
@@ -12,7 +13,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from alphaedit_peft.cli import nullspace, show
-from alphaedit_peft.cli.loading import finding, load_model, load_moments, load_null_space
+from alphaedit_peft.cli.loading import (
+    finding,
+    load_model,
+    load_model_and_space,
+    load_moments,
+    load_null_space,
+)
 from alphaedit_peft.cli.options import (
     DeviceOption,
     Dtype,
@@ -29,7 +36,7 @@ from alphaedit_peft.cli.options import (
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from alphaedit_peft import EditPack
+    from alphaedit_peft import EditPack, NullSpace
 
 LISTED = 20
 
@@ -40,15 +47,32 @@ def inspect_pack(
     all_edits: Annotated[
         bool, typer.Option("--all", help=f"List every edit, not the first {LISTED}.")
     ] = False,
+    html: Annotated[
+        Path | None,
+        typer.Option("--html", metavar="PAGE.html", help="Write a page that shows it to people."),
+    ] = None,
+    null_space: Annotated[
+        str | None,
+        typer.Option(
+            "--null-space", metavar="DIR", help="For the page: the one the pack was made with."
+        ),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Show what a pack holds, without any model. Reads NullSpace folders too.
 
+    A parent "on top of" which it was edited has to be loaded beside it.
+
     `alphaedit inspect pack`
+
+    `alphaedit inspect pack --html pack.html --null-space ns` (one file, for a browser)
     """
+    _check_page(html, null_space)
     if (Path(pack) / "null_space.json").is_file():
         from alphaedit_peft import NullSpace
 
+        if html is not None:
+            raise ValueError(f"{pack} is a null space, and --html shows packs; leave it out")
         found = NullSpace.from_pretrained(pack)
         show.show(as_json, nullspace.describe(found), nullspace.summary_table(found))
         return
@@ -57,10 +81,16 @@ def inspect_pack(
 
     with finding(pack):
         read = EditPack.from_pretrained(pack)
+    facts = _describe(read)
+    if html is not None:
+        _write_page(read, pack, html, load_null_space(null_space))
+        shown = f"Written to {html}: {show.count(len(read.edits), 'edit')}; open it in a browser"
+        show.show(as_json, {"html": str(html), **facts}, shown)
+        return
     table = _edit_table(read, None if all_edits else LISTED)
     more = len(read.records) - len(table.rows)
     rest = [f"... and {more} more; --all lists them."] if more else []
-    show.show(as_json, _describe(read), read.summary(), table, *rest)
+    show.show(as_json, facts, read.summary(), table, *rest)
 
 
 def merge(
@@ -126,12 +156,11 @@ def rollback(  # noqa: PLR0913
     check_folder(out)
     with finding(pack):
         before = EditPack.from_pretrained(pack).edits
-    statistics: dict[str, Any] = {
-        "null_space": load_null_space(null_space),
-        "key_moments": load_moments(key_moments),
-    }
-    base, tokenizer = load_model(model, dtype, device)
-    edited = AlphaEditModel.from_pretrained(base, pack, tokenizer=tokenizer, **statistics)
+    moments = load_moments(key_moments)
+    base, tokenizer, space = load_model_and_space(model, dtype, device, null_space)
+    edited = AlphaEditModel.from_pretrained(
+        base, pack, tokenizer=tokenizer, null_space=space, key_moments=moments
+    )
     edited.rollback(batches)
     edited.save_pretrained(out)
     kept = {edit.id for edit in edited.edits}
@@ -146,6 +175,31 @@ def rollback(  # noqa: PLR0913
     show.show(as_json, facts, table, f"Written to {out}: {show.count(len(kept), 'edit')} remain")
 
 
+def _check_page(html: Path | None, null_space: str | None) -> None:
+    """Refuse a page that cannot be written, before anything is read.
+
+    Raises:
+        typer.BadParameter: a name that is no page's, or a null space without a page.
+        FileNotFoundError: a folder that is not there.
+    """
+    if html is None:
+        if null_space is not None:
+            raise typer.BadParameter(f"--null-space {null_space} is for the page; give --html too")
+        return
+    if html.suffix.lower() not in (".html", ".htm") or html.is_dir():
+        raise typer.BadParameter(f"--html {str(html)!r} is not the name of a page; write PAGE.html")
+    if not html.parent.is_dir():
+        raise FileNotFoundError(f"--html {html}: there is no folder {html.parent}; make it first")
+
+
+def _write_page(pack: EditPack, name: str, html: Path, null_space: NullSpace | None) -> None:
+    from alphaedit_peft.report import pack_page
+
+    title = Path(name).resolve().name if Path(name).is_dir() else name
+    text = pack_page(pack, null_space, title=f"Edit pack {title}")
+    html.write_text(text, encoding="utf-8")
+
+
 def _describe(pack: EditPack) -> dict[str, Any]:
     """A pack as plain JSON values."""
     return {
@@ -157,6 +211,8 @@ def _describe(pack: EditPack) -> dict[str, Any]:
         "base": None if pack.base is None else pack.base.to_json(),
         "null_space": pack.null_space,
         "versions": pack.versions,
+        "parents": list(pack.parents),
+        "compression": None if pack.compression is None else pack.compression.to_json(),
         "contexts": list(pack.contexts),
         "config": pack.config.to_json(),
         "delta_norms": {name: delta.norm() for name, delta in pack.factors.items()},

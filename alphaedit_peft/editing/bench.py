@@ -74,6 +74,17 @@ class Bench:
                 found[index] = _at_least_float32(inputs[i, rows[index].subject_last])
         return torch.stack([found[i] for i in range(len(rows))])
 
+    def token_keys(self, rows: Sequence[TokenRow], layer: int) -> list[Tensor]:
+        """Inputs of a rewrite module at every token, for each row (tokens, d_in)."""
+        name, block = self.architecture.rewrite_name(layer), self.architecture.block_name(layer)
+        found: dict[int, Tensor] = {}
+        ids = [row.ids for row in rows]
+        for batch in batches(ids, self.config.tokens_per_batch, self.device):
+            inputs = hooks.capture_inputs(self.model, batch.inputs, [name], block)[name]
+            for i, index in enumerate(batch.indices):
+                found[index] = _at_least_float32(inputs[i, : len(rows[index].ids)])
+        return [found[i] for i in range(len(rows))]
+
     def hidden(self, rows: Sequence[TokenRow], layer: int) -> Tensor:
         """Hidden states after a block at each row's subject, (rows, d), float32 or better."""
         block = self.architecture.block_name(layer)

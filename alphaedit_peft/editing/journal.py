@@ -28,6 +28,7 @@ class Journal:
         contexts: texts put before prompts; None: not sampled yet.
         null_space: provenance of the null space a loaded pack was made with.
         parents: of a loaded pack.
+        decisions: what ``auto`` decided at the first edits, as JSON values.
     """
 
     records: tuple[EditRecord, ...]
@@ -36,6 +37,7 @@ class Journal:
     contexts: tuple[str, ...] | None
     null_space: dict[str, Any] | None = None
     parents: tuple[dict[str, Any], ...] = ()
+    decisions: tuple[dict[str, Any], ...] = ()
 
     @classmethod
     def empty(cls, hidden_size: int) -> Journal:

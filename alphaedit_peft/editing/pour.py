@@ -2,13 +2,15 @@
 
 In: groups with their target values z, the factors in place. Out: longer factors, one row a group.
 Equation (MEMIT Algorithm 1, AlphaEdit Eq. 11): at layer l of the L rewrite layers still to go, the
-wanted residual is R = (z - h) / L with h taken from the model as edited so far; the layer gets
+wanted residual is R = (z - h) / L with h taken from the model as edited so far (or a part by how
+little the layer disturbs, see ``layer_shares``); the layer gets
 Delta = R^T E (G + D)^-1 A. There is no optimisation here, so stored targets pour again at the cost
 of forward passes.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -18,7 +20,7 @@ from torch import Tensor
 from alphaedit_peft import algebra
 from alphaedit_peft.algebra import LowRankDelta
 from alphaedit_peft.editing.bench import Bench
-from alphaedit_peft.editing.objective import Objective
+from alphaedit_peft.editing.objective import AlphaEdit, Objective
 from alphaedit_peft.editing.prompts import EditRows
 
 Factors = Mapping[int, LowRankDelta]
@@ -28,13 +30,16 @@ GUARD_FACTOR, GUARD_STEPS = 2.0, 20
 
 @dataclass(frozen=True)
 class Poured:
-    """Factors after a batch; ``shares`` (layers, groups) of each layer's wanted residual reached.
+    """Factors after a batch, and how far they reach.
 
-    ``total`` (groups,) is the share of z - h that the hidden state moved in the end.
+    ``shares`` (layers, groups) of each layer's wanted residual reached; ``kept`` (layers, groups),
+    |A|^2 / |K|^2, what projection leaves of each squared key length; ``total`` (groups,), the share
+    of z - h that the hidden state moved in the end.
     """
 
     factors: dict[int, LowRankDelta]
     shares: Tensor
+    kept: Tensor
     total: Tensor
 
 
@@ -57,26 +62,59 @@ def pour(
         factors: by layer, (n, d_in) and (d_out, n), in place before this batch.
         protected: (n,), whether each row in place shall keep its output.
         write: puts a layer's new factors into the model.
+
+    Warns:
+        UserWarning: the norm guard acted.
     """
     bare = [leader.rows[0] for leader in leaders]
     guard = bench.config.norm_guard or float("inf")
     last = bench.layers[-1]
     start = bench.hidden(bare, last).to(targets)  # (groups, d)
     poured: dict[int, LowRankDelta] = {}
-    shares = []
+    shares, kept = [], []
     hidden = start
-    for position, layer in enumerate(bench.layers):
-        residuals = (targets - hidden) / (len(bench.layers) - position)
+    for layer, part in zip(bench.layers, _parts(bench, objective, leaders), strict=True):
+        residuals = (targets - hidden) * part
         keys = mean_keys(bench, leaders, layer)  # (groups, d_in)
         rows = objective.rows(layer, keys)
-        poured[layer], reached = _extend(
+        poured[layer], reached, doubled = _extend(
             objective, layer, rows, residuals, factors[layer], protected, guard
         )
+        if doubled:
+            _tell_of_guard(bench, layer, doubled)
         shares.append(algebra.residual_share(residuals, reached.to(residuals)))
+        kept.append(rows.square().sum(1) / keys.square().sum(1))
         write(layer, poured[layer])
         hidden = bench.hidden(bare, last).to(targets)
     total = algebra.residual_share(targets - start, hidden - start)
-    return Poured(poured, torch.stack(shares).cpu(), total.cpu())
+    columns = [torch.stack([part.cpu() for part in parts]) for parts in (shares, kept)]
+    return Poured(poured, *columns, total.cpu())
+
+
+def _tell_of_guard(bench: Bench, layer: int, doubled: int) -> None:
+    warnings.warn(
+        f"norm_guard={bench.config.norm_guard:g} raised the ridge of layer {layer} "
+        f"{GUARD_FACTOR**doubled:g}-fold, since edits in this batch have nearly the same key; they "
+        "reach less of their residuals: make them in one prompt, or lower key_cosine",
+        stacklevel=2,
+    )
+
+
+def _parts(bench: Bench, objective: Objective, leaders: Sequence[EditRows]) -> list[float]:
+    """For each layer, its part of what is left of z - h: equal ones are 1/L, ..., 1/2, 1.
+
+    By disturbance, each layer's share of z - h is as 1 / (a C0 a^T / |a|^4): if residuals r_l add
+    up to z - h, this makes the sum of |r_l|^2 a C0 a^T / |a|^4 least. Only AlphaEdit knows C0.
+    """
+    weights = [1.0] * len(bench.layers)
+    if bench.config.layer_shares == "disturbance" and isinstance(objective, AlphaEdit):
+        space = objective.null_space
+        for position, layer in enumerate(bench.layers):
+            rows = objective.rows(layer, mean_keys(bench, leaders, layer)).double()
+            moved = space.moment_quadratic(layer, rows).diagonal()
+            cost = moved / rows.square().sum(1).square().clamp_min(1e-300)
+            weights[position] = 1 / max(float(cost.median()), 1e-300)
+    return [weight / sum(weights[i:]) for i, weight in enumerate(weights)]
 
 
 def mean_keys(bench: Bench, leaders: Sequence[EditRows], layer: int) -> Tensor:
@@ -99,8 +137,8 @@ def _extend(
     before: LowRankDelta,
     protected: Sequence[bool],
     guard: float,
-) -> tuple[LowRankDelta, Tensor]:
-    """One layer's solve: longer factors, and the output (groups, d_out) that the keys now get.
+) -> tuple[LowRankDelta, Tensor, int]:
+    """One layer's solve: longer factors, the output (groups, d_out) of the keys, ridge doublings.
 
     While the update is more than ``guard`` times what orthogonal keys would need, the ridge grows:
     keys that are nearly alike would otherwise be told apart by enormous weights.
@@ -114,10 +152,11 @@ def _extend(
     ridges[:prior][~torch.tensor(protected, dtype=torch.bool, device=rows.device)] = torch.inf
     residuals = residuals.to(rows.device)
     coefficients = algebra.solve(gram, residuals, ridges, new)
-    for _ in range(GUARD_STEPS):
-        if algebra.amplification(gram, coefficients, residuals, new) <= guard:
-            break
-        ridges = ridges * GUARD_FACTOR
-        coefficients = algebra.solve(gram, residuals, ridges, new)
+    doubled = 0
+    while (
+        doubled < GUARD_STEPS and algebra.amplification(gram, coefficients, residuals, new) > guard
+    ):
+        doubled += 1
+        coefficients = algebra.solve(gram, residuals, ridges * GUARD_FACTOR**doubled, new)
     stored = objective.stored(layer, rows)
-    return before.extended(stored, coefficients), gram[new] @ coefficients
+    return before.extended(stored, coefficients), gram[new] @ coefficients, doubled

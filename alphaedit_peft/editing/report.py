@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from alphaedit_peft.algebra import LowRankDelta
+from alphaedit_peft.editing.deciding import Decision
 from alphaedit_peft.edits import Edit
 from alphaedit_peft.nullspace import NullSpace
 
@@ -31,6 +32,8 @@ class EditResult:
         clamped: |z - h| / |h|; at ``clamp_factor`` the bound stopped the search.
         shares: by rewrite layer, the share of the wanted residual that the layer's solve reached.
         total_share: the share of z - h that the hidden state moved in the end.
+        paraphrases: for each of the edit's, whether greedy decoding says the whole target.
+        why_not: where it does not say it after the prompt: the reason that the figures point to.
     """
 
     edit: Edit
@@ -44,6 +47,8 @@ class EditResult:
     clamped: float | None = None
     shares: dict[int, float] = field(default_factory=dict)
     total_share: float | None = None
+    paraphrases: tuple[bool, ...] = ()
+    why_not: str = ""
 
     @property
     def made(self) -> bool:
@@ -75,10 +80,14 @@ class LayerReport:
 
 @dataclass(frozen=True)
 class EditReport:
-    """Everything a call of ``edit`` did. Iterating gives the :class:`EditResult` of each edit."""
+    """Everything a call of ``edit`` did. Iterating gives the :class:`EditResult` of each edit.
+
+    ``decisions`` are the settings that ``auto`` decided, at an adapter's first edits.
+    """
 
     results: tuple[EditResult, ...]
     layers: tuple[LayerReport, ...]
+    decisions: tuple[Decision, ...] = ()
 
     def __iter__(self) -> Iterator[EditResult]:
         return iter(self.results)
@@ -104,13 +113,16 @@ class EditReport:
     def to_json(self) -> dict[str, Any]:
         """The report as plain JSON values."""
         results = [asdict(r) | {"edit": r.edit.to_dict(), "made": r.made} for r in self.results]
-        return {"results": results, "layers": [asdict(layer) for layer in self.layers]}
+        layers = [asdict(layer) for layer in self.layers]
+        decided = [decision.to_json() for decision in self.decisions]
+        return {"results": results, "layers": layers, "decisions": decided}
 
     def __str__(self) -> str:
         lines = [
             f"{len(self.made)} edits made, {len(self.set_aside)} set aside, "
             f"{len(self.made) - len(self.not_taken)} say their target greedily"
         ]
+        lines += [f"  {decision}" for decision in self.decisions]
         lines += [_result_line(r) for r in self.results]
         lines += [_layer_line(layer) for layer in self.layers]
         return "\n".join(lines)
@@ -121,10 +133,12 @@ def _result_line(result: EditResult) -> str:
     if not result.made:
         return f"{head}: set aside, {result.reason}"
     share = "" if result.total_share is None else f", share {result.total_share:.2f}"
+    told, asked = sum(result.paraphrases), len(result.paraphrases)
     return (
         f"{head}: P {result.probability_before:.3g} -> {result.probability_after:.3g}"
-        f"{'' if result.likeliest else ' (not the likeliest)'}"
         f", loss {result.loss:.3f} after {result.steps} steps{share}"
+        f"{f', {told} of {asked} paraphrases' if asked else ''}"
+        f"{'' if result.likeliest else f'; not the likeliest: {result.why_not}'}"
     )
 
 

@@ -12,9 +12,10 @@ from dataclasses import replace
 
 import torch
 
-from alphaedit_peft.editing.bench import Bench, Score
+from alphaedit_peft.editing.bench import Bench
 from alphaedit_peft.editing.groups import Group, group_by_key
 from alphaedit_peft.editing.objective import Objective
+from alphaedit_peft.editing.outcome import outcome, score_after
 from alphaedit_peft.editing.pour import Poured, Write, mean_keys, pour
 from alphaedit_peft.editing.prompts import EditRows
 from alphaedit_peft.editing.report import EditResult
@@ -51,8 +52,7 @@ def edit_batch(
     usable = [rows for rows in edits if rows.edit.id not in reasons]
     if not usable:
         return state, _set_aside(edits, reasons)
-    bare = [rows.rows[0] for rows in usable]
-    before = bench.score(bare)
+    before = bench.score([rows.rows[0] for rows in usable])
     groups = _groups(bench, objective, state, usable, _replaced(replaces, usable))
     found = optimise_targets(bench, groups, progress)
     groups, found, failed = _without_failures(groups, found)
@@ -70,9 +70,8 @@ def edit_batch(
         _still_protected(bench, state, groups, replaced),
         write,
     )
-    pairs = zip(usable, before, bench.score(bare), strict=True)
-    scores = {rows.edit.id: (old, new) for rows, old, new in pairs}
-    made = _results(bench, state.rank, groups, found, poured, scores)
+    scores = score_after(bench, usable, before)
+    made = outcome(bench, state.rank, groups, found, poured, scores)
     results = tuple(made.get(r.edit.id) or _set_aside([r], reasons)[0] for r in edits)
     records = [
         _record(rows, made[rows.edit.id], state.next_batch)
@@ -160,38 +159,7 @@ def _without_failures(
         for member in group.members
     }
     keep = good.nonzero()[:, 0].tolist()
-    columns = (found.values, found.hidden, found.losses, found.steps)
-    return [groups[i] for i in keep], Targets(*(column[keep] for column in columns)), failed
-
-
-def _results(
-    bench: Bench,
-    rank: int,
-    groups: Sequence[Group],
-    found: Targets,
-    poured: Poured,
-    scores: Mapping[str, tuple[Score, Score]],
-) -> dict[str, EditResult]:
-    """A result for each new edit of the groups, by id; carried edits have none."""
-    results = {}
-    for g, group in enumerate(groups):
-        for member in group.members:
-            if member.edit.id not in scores:
-                continue
-            before, after = scores[member.edit.id]
-            results[member.edit.id] = EditResult(
-                member.edit,
-                row=rank + g,
-                probability_before=before.probability,
-                probability_after=after.probability,
-                likeliest=after.greedy,
-                loss=float(found.losses[g]),
-                steps=int(found.steps[g]),
-                clamped=float(found.clamped[g]),
-                shares=dict(zip(bench.layers, poured.shares[:, g].tolist(), strict=True)),
-                total_share=float(poured.total[g]),
-            )
-    return results
+    return [groups[i] for i in keep], Targets(*(part[keep] for part in found.columns)), failed
 
 
 def _record(rows: EditRows, result: EditResult, batch: int) -> EditRecord:

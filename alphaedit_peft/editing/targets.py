@@ -32,13 +32,20 @@ ADAM_EPSILON = 1e-8
 class Targets:
     """Optimised values and how they were reached, one entry for each group.
 
-    ``values`` z and ``hidden`` h are (groups, d); ``losses`` and ``steps`` are (groups,).
+    ``values`` z and ``hidden`` h are (groups, d); ``losses``, ``steps`` and ``said``, the share of
+    prompts whose target greedy decoding says at z, are (groups,).
     """
 
     values: Tensor
     hidden: Tensor
     losses: Tensor
     steps: Tensor
+    said: Tensor
+
+    @property
+    def columns(self) -> tuple[Tensor, ...]:
+        """All fields in their order."""
+        return self.values, self.hidden, self.losses, self.steps, self.said
 
     @property
     def clamped(self) -> Tensor:
@@ -63,7 +70,7 @@ def optimise_targets(
         ]
         part = _Chunk(bench, rows, len(members)).optimise()
         for slot, g in enumerate(members):
-            found[g] = (part.values[slot], part.hidden[slot], part.losses[slot], part.steps[slot])
+            found[g] = tuple(column[slot] for column in part.columns)
         progress(len(members))
     columns = zip(*(found[g] for g in range(len(groups))), strict=True)
     return Targets(*(torch.stack(list(column)) for column in columns))
@@ -88,29 +95,30 @@ class _Chunk:
         adam = _Adam(self.hidden, config)
         losses = self.hidden.new_full((self.num_groups,), float("inf"))
         steps = torch.zeros(self.num_groups, dtype=torch.long)
+        said = torch.zeros(self.num_groups)
         active = list(range(self.num_groups))
         for step in range(config.steps):
             delta = adam.delta[active].requires_grad_()
             with torch.enable_grad():
-                loss, said = self._losses(delta, active)  # (active,)
+                loss, said[active] = self._losses(delta, active)  # (active,)
                 gradient = torch.autograd.grad(loss.sum(), delta)[0]
             losses[active], steps[active] = loss.detach(), step + 1
-            going = [k for k, g in enumerate(active) if not self._done(losses[g], said[k])]
+            going = [k for k, g in enumerate(active) if not self._done(losses[g], said[g])]
             active = [active[k] for k in going]
             if not active or step == config.steps - 1:
                 break
             adam.update(active, gradient[going])
-        return Targets(self.hidden + adam.delta, self.hidden, losses, steps)
+        return Targets(self.hidden + adam.delta, self.hidden, losses, steps, said)
 
-    def _done(self, loss: Tensor, said: bool) -> bool:
+    def _done(self, loss: Tensor, said: Tensor) -> bool:
         config = self.bench.config
         assert config.stop_loss is not None, "resolve the config first"
-        return bool(loss < config.stop_loss) or (config.stop_when == "likeliest" and said)
+        return bool(loss < config.stop_loss) or (config.stop_when == "likeliest" and said == 1)
 
-    def _losses(self, delta: Tensor, active: Sequence[int]) -> tuple[Tensor, list[bool]]:
-        """For deltas (active, d): each group's loss, and whether greedy decoding says all targets.
+    def _losses(self, delta: Tensor, active: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """For deltas (active, d): each group's loss, and the share of its prompts that say theirs.
 
-        The losses are (active,).
+        Both are (active,).
         """
         config = self.bench.config
         slot = {g: k for k, g in enumerate(active)}
@@ -119,17 +127,17 @@ class _Chunk:
         log_probs = self.resumed.log_probs(chosen, self.subjects[chosen] + delta[where])
         loss = config.weight_decay * delta.norm(dim=1) / self.hidden[list(active)].norm(dim=1) ** 2
         parts: list[Tensor] = []
-        said = [True] * len(active)
+        said: list[list[bool]] = [[] for _ in active]
         start = 0
         for i in chosen:
             row = self.rows[i]
             part = log_probs[start : start + len(row.reads)]
             start += len(row.reads)
             parts.append(row.weight * self._row_loss(i, part))
-            if config.stop_when == "likeliest" and row.target:
-                greedy = part.argmax(1).tolist() == list(row.target)
-                said[slot[row.group]] = said[slot[row.group]] and greedy
-        return loss.index_add(0, where, torch.stack(parts).to(loss)), said
+            if row.target:
+                said[slot[row.group]].append(part.argmax(1).tolist() == list(row.target))
+        shares = torch.tensor([sum(hits) / len(hits) for hits in said])
+        return loss.index_add(0, where, torch.stack(parts).to(loss)), shares
 
     def _row_loss(self, index: int, log_probs: Tensor) -> Tensor:
         """A row's loss from its log-probabilities (reads, vocab): -log P(target), or the KL."""

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 __all__ = ["NAME", "SEED", "Fact", "World", "folder", "load", "records", "texts", "world"]
 
-NAME = "alphaedit-peft/embedded-world"
+NAME = "alphaedit-peft:embedded"  # no repository on the Hub can have this name
 SEED = 0
 
 

@@ -21,7 +21,14 @@ TEXTS = 200
 FactKey = tuple[str, str]
 
 
-def embedded_suite(n: int, *, seed: int = 0, unedited: int = UNEDITED, texts: int = TEXTS) -> Suite:
+def embedded_suite(
+    n: int,
+    *,
+    seed: int = 0,
+    unedited: int = UNEDITED,
+    texts: int = TEXTS,
+    world: World | None = None,
+) -> Suite:
     """Cases about ``n`` facts of the embedded world.
 
     The edits go around the people in a seeded order, one fact each, before anyone gets a second
@@ -35,11 +42,12 @@ def embedded_suite(n: int, *, seed: int = 0, unedited: int = UNEDITED, texts: in
         seed: of all choices; the same seed gives the first n of the same edits.
         unedited: facts of people whom no edit is about, at most; none are left from 304 edits on.
         texts: held-out plain sentences for perplexity, 0..400.
+        world: another world than the embedded model's, for a model trained on it.
 
     Raises:
         ValueError: a number out of range.
     """
-    world = embedded.world()
+    world = world or embedded.world()
     for name, value, low, high in (
         ("n", n, 1, len(world.facts)),
         ("unedited", unedited, 0, len(world.facts)),

@@ -42,6 +42,7 @@ class AdapterModel(PeftModelForCausalLM):
     _stamps: dict[str, tuple[int, ...]]  # of the factors that a journal belongs to
     _sources: dict[str, str]  # where adapters were loaded from
     _compressions: dict[str, Compression]
+    _undecided: frozenset[str]  # settings that the user left open
     _chosen: str | None = None  # the adapter that the call under way names
     base_model: Any  # PEFT's LoraModel
     config: Any  # the base model's

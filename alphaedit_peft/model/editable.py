@@ -9,12 +9,14 @@ inherits this.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from tqdm.auto import tqdm
 
 from alphaedit_peft.editing.bench import Bench
+from alphaedit_peft.editing.deciding import Decision
 from alphaedit_peft.editing.groups import sort_out
 from alphaedit_peft.editing.journal import Snapshot
 from alphaedit_peft.editing.objective import Objective
@@ -83,12 +85,16 @@ class EditableModel(WorkbenchModel):
             plan = sort_out(given, standing, bench.config.on_conflict)
             rows = [bench.renderer.edit_rows(edit, bench.contexts) for edit in plan.to_make]
             found = [EditResult(edit, reason) for edit, reason in plan.set_aside]
-            with tqdm(total=len(rows), desc="edits", unit="edit", disable=not progress) as bar:
+            with (
+                self._settled(bench, objective, rows[:batch_size]) as (objective, decided),
+                tqdm(total=len(rows), desc="edits", unit="edit", disable=not progress) as bar,
+            ):
                 for start in range(0, len(rows), batch_size):
                     batch = rows[start : start + batch_size]
                     found += self._make(bench, objective, batch, plan.replaced, others, bar.update)
+                    self._note(decided)
             found.sort(key=lambda result: given.index(result.edit))
-            return EditReport(tuple(found), self._layer_reports(adopted.rank))
+            return EditReport(tuple(found), self._layer_reports(adopted.rank), decided)
 
     def _make(
         self,
@@ -113,6 +119,13 @@ class EditableModel(WorkbenchModel):
                 self._remember(Snapshot.of(journal, before.factors))
         return results
 
+    def _note(self, decided: Sequence[Decision]) -> None:
+        """Keep what was decided for the first edits with them."""
+        journal = self._journal()
+        if decided and journal.rank:
+            found = tuple(decision.to_json() for decision in decided)
+            self._keep(replace(journal, decisions=found))
+
     @torch.no_grad()
     def repour(
         self, edit_ids: Sequence[str] | None = None, *, adapter_name: str | None = None
@@ -120,7 +133,9 @@ class EditableModel(WorkbenchModel):
         """Pour stored target values again: key passes and solves only.
 
         The model then holds exactly these edits, as if the others had never been made. A target
-        value is optimised again only where its row loses some of the edits that shared it.
+        value is optimised again only where its row loses some of the edits that shared it. What is
+        set in ``alphaedit_config`` and ``resources`` now counts: another ridge, threshold or null
+        space takes effect here.
 
         Args:
             edit_ids: which edits; None: all that stand. Batches keep their order.
@@ -214,7 +229,9 @@ class EditableModel(WorkbenchModel):
                 "this pack was saved without target values, which pouring again needs; make the "
                 "edits anew with edit()"
             )
-        with self._bench(contexts) as (bench, objective):
+        alone = stored is None and len(self.active_adapters) == 1
+        anew = alone and all(record.role != "protected" for record in self._journal().records)
+        with self._bench(contexts, anew=anew) as (bench, objective):
             before, parents = self._state(), self._others()
             require_active(self._journal().parents, parents, self._active)
             source = before if stored is None else stored

@@ -41,6 +41,7 @@ class SavingModel(AdapterModel):
                 null_space=journal.null_space,
                 parents=journal.parents,
                 compression=self._compressions.get(self._active),
+                decisions=journal.decisions,
             )
             self._known_journal(self._active)
             return pack
@@ -92,7 +93,7 @@ class SavingModel(AdapterModel):
         commit_message: str | None = None,
         subfolder: str | None = None,
         texts: bool = True,
-        dtype: torch.dtype = torch.float32,
+        dtype: torch.dtype | None = None,
     ) -> str:
         """Save the active adapter as a pack on the Hub, in one commit; see ``EditPack``'s own."""
         return self.to_pack().push_to_hub(

@@ -221,10 +221,17 @@ class SeveralModel(MergeableModel):
         """Hold what a pack knows, for the adapter whose factors are the pack's."""
         name = self._active
         contexts = pack.contexts if pack.records else None
-        journal = Journal(
-            pack.records, pack.targets, pack.rank, contexts, pack.null_space, pack.parents
+        self._keep(
+            Journal(
+                pack.records,
+                pack.targets,
+                pack.rank,
+                contexts,
+                pack.null_space,
+                pack.parents,
+                pack.decisions,
+            )
         )
-        self._keep(journal)
         here = Path(model_id)
         self._sources[name] = here.resolve().name if here.is_dir() else str(model_id)
         if pack.compression is not None:

@@ -7,16 +7,19 @@ does the editing.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from alphaedit_peft import hooks, quantised
 from alphaedit_peft.editing.bench import Bench
 from alphaedit_peft.editing.contexts import sample_contexts
+from alphaedit_peft.editing.deciding import Decision, decisions, keys_around, movable
 from alphaedit_peft.editing.objective import Objective
+from alphaedit_peft.editing.prompts import EditRows
 from alphaedit_peft.editing.report import LayerReport, layer_report
 from alphaedit_peft.model.chaining import Parent, needed
 from alphaedit_peft.model.saving import SavingModel
+from alphaedit_peft.nullspace.disturbance import least_disturbing
 from alphaedit_peft.pack.compressing import require_rows
 
 
@@ -24,23 +27,53 @@ class WorkbenchModel(SavingModel):
     """The preparing part of :class:`~alphaedit_peft.model.AlphaEditModel`."""
 
     @contextmanager
-    def _bench(self, contexts: tuple[str, ...] | None = None) -> Iterator[tuple[Bench, Objective]]:
+    def _bench(
+        self, contexts: tuple[str, ...] | None = None, *, anew: bool = False
+    ) -> Iterator[tuple[Bench, Objective]]:
         """What the river works with, in evaluation mode.
 
         Contexts are the adapter's, those of a pack that it goes on top of, or those given; where
-        there are none they are sampled.
+        there are none they are sampled. ``anew``: all rows are going to be made again.
         """
         self._require_editable()
         base, config = self.get_base_model(), self.alphaedit_config
         tokenizer = self.resources.find_tokenizer(base)
         objective = self.resources.find_objective(config, self.base_fingerprint)
-        self._require_same_null_space()
+        if not anew:
+            self._require_same_null_space()
         with hooks.evaluating(base), quantised.differentiable(base):
             contexts = self._contexts(contexts)
             if contexts is None:
                 with self.disable_adapter():
                     contexts = sample_contexts(base, tokenizer, config)
             yield Bench(base, tokenizer, config, self.architecture, contexts), objective
+
+    @contextmanager
+    def _settled(
+        self, bench: Bench, objective: Objective, edits: Sequence[EditRows]
+    ) -> Iterator[tuple[Objective, tuple[Decision, ...]]]:
+        """The objective with all settings decided, and what was decided now.
+
+        Settings are decided at an adapter's first edits, for them; if none is made, they are open
+        again.
+        """
+        config, given = self.alphaedit_config, self.resources.null_space
+        if self._journal().rank or not edits or config.preset != "auto":
+            yield objective, ()
+            return
+        before, tried = (config.threshold, config.threshold_mode), {}
+        decides = "threshold" in self._undecided and movable(given, config)
+        around = keys_around(bench, edits) if decides else {}
+        if given is not None and around:
+            config.threshold, tried = least_disturbing(given, around)
+            objective = self.resources.find_objective(config, self.base_fingerprint)
+        space = self.resources.null_space
+        try:
+            yield objective, decisions(bench, space, edits, self._undecided, tried)
+        finally:
+            if not self._journal().rank:
+                config.threshold, config.threshold_mode = before
+                self.resources.null_space = given
 
     def _contexts(self, given: tuple[str, ...] | None) -> tuple[str, ...] | None:
         names = [self._active, *self.active_adapters]

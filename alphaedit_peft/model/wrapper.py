@@ -90,6 +90,7 @@ class AlphaEditModel(JoinableModel):
                 "which unload() or merge_and_unload() gives"
             )
         full, architecture = config.resolve(model)
+        self._undecided = config.open_settings
         if config.threshold is None:  # the null space brings its own
             full.threshold = full.threshold_mode = None
         own_fingerprint = fingerprint(model, max(full.rewrite_layers or [0]), architecture)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from pathlib import Path, PureWindowsPath
 from statistics import median
 from typing import TYPE_CHECKING, Any
@@ -17,10 +18,11 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from alphaedit_peft import embedded
+from alphaedit_peft.pack.record import ROLES, EditRecord
+from alphaedit_peft.pack.wording import compressed, parent_in_words
 
 if TYPE_CHECKING:
     from alphaedit_peft.pack.pack import EditPack
-    from alphaedit_peft.pack.record import EditRecord
 
 MAX_LISTED = 100  # edits in the card's table; edits.jsonl has all
 MAX_CELL = 200  # characters
@@ -122,7 +124,7 @@ def card(
         facts=_count(len(pack.edits), "fact"),
         modules=_count(len(pack.modules), "matrix", "matrices"),
         rank=pack.rank,
-        loading=_loading(base),
+        loading=loading_code(base),
         about=_ABOUT_EMBEDDED if base == embedded.NAME else "",
         place=json.dumps(repo or PLACE),
         inside=inside and f", {inside}",
@@ -136,25 +138,33 @@ def card(
 
 def summary(pack: EditPack) -> str:
     """A plain-text table of the pack: counts, norms |Delta| by module, size, base, null space."""
-    own = len(pack.edits)
-    others = len(pack.records) - own
+    roles: Counter[str] = Counter(record.role for record in pack.records)
+    others = "".join(f", {roles[role]} {role}" for role in ROLES[1:] if roles[role])
+    batches = _count(len(pack.batches), "batch", "batches")
+    mixed = pack.compression is not None and pack.compression.mixed
     facts = [
-        ("edits", f"{own} own, {others} other, in {_count(len(pack.batches), 'batch', 'batches')}"),
-        ("rank", f"{pack.rank}, {len(pack.active_rows())} protected"),
+        ("edits", f"{roles['own']} own{others}, in {batches}"),
+        ("rank", str(pack.rank) + ("" if mixed else f", {len(pack.active_rows())} in force")),
         ("layers", ", ".join(map(str, pack.layers))),
         ("dtype", str(pack.dtype).removeprefix("torch.")),
         ("size", f"{pack.size_bytes / 1e6:.3f} MB"),
+        *([] if pack.compression is None else [("compression", compressed(pack.compression))]),
         *((name, _one_line(value)) for name, value in _provenance(pack)),
+        *(("parent", _one_line(parent_in_words(parent))) for parent in pack.parents),
         *((f"|Delta| {name}", f"{delta.norm():.4g}") for name, delta in pack.factors.items()),
     ]
     width = max(len(name) for name, _ in facts)
     return "\n".join(f"{name:<{width}}  {value}" for name, value in facts)
 
 
-def _provenance(pack: EditPack) -> list[tuple[str, str]]:
+def base_name(pack: EditPack) -> str:
+    """What strangers may be told of the base: its name on the Hub, never a path."""
     name = pack.config.base_model_name_or_path
-    base = name if name == embedded.NAME else _hub_name(name) or "a local model"
-    found = [("base", str(base))]
+    return embedded.NAME if name == embedded.NAME else _hub_name(name) or "a local model"
+
+
+def _provenance(pack: EditPack) -> list[tuple[str, str]]:
+    found = [("base", base_name(pack))]
     if pack.base is not None:
         digest = pack.base.digest or "not verifiable"
         found.append(("base fingerprint", f"{digest} ({_flat(pack.base.shape)})"))
@@ -200,8 +210,8 @@ def _edit_row(record: EditRecord) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def _loading(base: str | None) -> str:
-    """The lines that load the base."""
+def loading_code(base: str | None) -> str:
+    """The lines of Python that load a base of this name or path."""
     if base == embedded.NAME:
         return _LOADING_EMBEDDED
     return _LOADING.format(base=json.dumps(_hub_name(base) or "path/of/the/base/model"))

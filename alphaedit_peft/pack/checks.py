@@ -32,8 +32,9 @@ def check_parts(pack: EditPack) -> None:
     _check_targets(pack.targets, pack.factors)
     if not all(isinstance(text, str) for text in pack.contexts):
         raise ValueError(f"contexts={pack.contexts!r} must be texts")
-    if not all(isinstance(parent, Mapping) for parent in pack.parents):
-        raise ValueError(f"parents={pack.parents!r} must be dicts")
+    for name in ("parents", "decisions"):
+        if not all(isinstance(value, Mapping) for value in getattr(pack, name)):
+            raise ValueError(f"{name}={getattr(pack, name)!r} must be dicts")
 
 
 def _check_factors(factors: Mapping[str, LowRankDelta]) -> None:

@@ -30,7 +30,7 @@ def push_pack(
     *,
     texts: bool = True,
     commit_message: str | None = None,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = None,
 ) -> str:
     """Create the repository and branch where they are missing, and upload the pack.
 
@@ -39,7 +39,7 @@ def push_pack(
         to: where to.
         texts: whether the card shows the edits' texts; ``alphaedit/edits.jsonl`` has them always.
         commit_message: of the commit; None: how many edits there are.
-        dtype: of the factors in the file.
+        dtype: of the factors in the file; None: float32, or what the pack was compressed to.
 
     Returns:
         The address of the commit or pull request.

@@ -10,7 +10,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -71,14 +71,26 @@ def join(
         factors={module: joint.delta for module, joint in solved.items()},
         records=tuple(_records(packs, names, rows, chosen)),
         targets=_targets(packs, chosen),
-        parents=tuple(
-            {"operation": "join", "name": n, "digest": p.digest(), "edits": len(p.edits)}
-            for n, p in zip(names, packs, strict=True)
-        ),
+        parents=_parents(packs, names),
         compression=None,
     )
     _warn(solved, norm_guard)
     return Joined(joined, left_out, solved)
+
+
+def _parents(packs: Sequence[EditPack], names: Sequence[str]) -> tuple[dict[str, Any], ...]:
+    """The packs joined, and those that they stand on (``beside``) and that are not among them."""
+    joined = [
+        {"operation": "join", "name": n, "digest": p.digest(), "edits": len(p.edits)}
+        for n, p in zip(names, packs, strict=True)
+    ]
+    known = {parent["digest"] for parent in joined}
+    found = []
+    for parent in (parent for pack in packs for parent in pack.parents):
+        if parent.get("operation") == "beside" and parent.get("digest") not in known:
+            known.add(parent.get("digest"))
+            found.append(dict(parent))
+    return (*found, *joined)
 
 
 def _checked_names(packs: Sequence[EditPack], names: Sequence[str] | None) -> list[str]:

@@ -63,6 +63,7 @@ class EditPack(PackOperations):
         versions: of the libraries that made the edits.
         parents: what this pack was made from, where it was not edited directly.
         compression: what was lost, where the factors were made smaller; None where they were not.
+        decisions: settings that were decided by measurement, each a dict of name, value, reason.
 
     ``provenance`` gives base, null space, versions, parents and contexts together, as JSON values.
 
@@ -81,11 +82,12 @@ class EditPack(PackOperations):
     versions: dict[str, Any] = field(default_factory=library_versions)
     parents: tuple[dict[str, Any], ...] = ()
     compression: Compression | None = None
+    decisions: tuple[dict[str, str], ...] = ()
 
     def __post_init__(self) -> None:
         ordered = {name: self.factors[name] for name in sorted(self.factors, key=by_block)}
         object.__setattr__(self, "factors", ordered)
-        for name in ("records", "contexts", "parents"):
+        for name in ("records", "contexts", "parents", "decisions"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
         check_parts(self)
 
@@ -191,7 +193,7 @@ class EditPack(PackOperations):
         commit_message: str | None = None,
         subfolder: str | None = None,
         texts: bool = True,
-        dtype: torch.dtype = torch.float32,
+        dtype: torch.dtype | None = None,
     ) -> str:
         """Upload the pack in one commit, and return the commit's or pull request's address.
 

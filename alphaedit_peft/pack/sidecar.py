@@ -43,7 +43,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "versions": (dict,),
     "parents": (list,),
 }
-_OPTIONAL: dict[str, tuple[type, ...]] = {"compression": (dict,)}  # absent where there is none
+_OPTIONAL: dict[str, tuple[type, ...]] = {"compression": (dict,), "decisions": (list,)}  # or absent
 
 
 def facts_bytes(pack: EditPack) -> bytes:
@@ -61,6 +61,8 @@ def facts_bytes(pack: EditPack) -> bytes:
     }
     if pack.compression is not None:
         values["compression"] = pack.compression.to_json()
+    if pack.decisions:
+        values["decisions"] = pack.decisions
     return json_bytes(values, SIDECAR_CONFIG)
 
 

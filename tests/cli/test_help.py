@@ -6,8 +6,17 @@ import sys
 import pytest
 
 import alphaedit_peft
+from alphaedit_peft.cli import app
 
-COMMANDS = ("demo", "nullspace", "edit", "inspect", "merge", "rollback")
+COMMANDS = tuple(command.name or command.callback.__name__ for command in app.registered_commands)
+
+
+def test_the_commands_are_those_of_the_readers_guides():
+    pairs = {f"nullspace {word}" for word in ("import", "push", "pull")}
+    assert {
+        *("demo", "nullspace", "edit", "inspect", "merge", "rollback"),
+        *("remove", "join", "compress", "export", "push", "pull"),
+    } | pairs <= set(COMMANDS)
 
 
 def test_help_names_every_command_and_the_way_to_begin(run):
@@ -18,7 +27,7 @@ def test_help_names_every_command_and_the_way_to_begin(run):
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_each_command_explains_itself_with_an_example(run, command):
-    text = run(command, "--help").stdout
+    text = run(*command.split(), "--help").stdout
     assert f"alphaedit {command}" in text.partition("Options")[0]
     assert "--json" in text
 

@@ -80,6 +80,18 @@ def test_edits_rows_batches_targets_and_parents_are_stacked(make):
     assert EditPack.join([packs[0], without]).targets is None
 
 
+def test_packs_that_the_joined_ones_stand_on_are_still_named(make):
+    below, other = make("a"), make("b")
+    parents = [
+        {"operation": "beside", "name": name, "digest": digest, "edits": 3}
+        for name, digest in (("below", below.digest()), ("elsewhere", "ef"))
+    ]
+    upper = dataclasses.replace(make("c"), parents=({"operation": "remove"}, *parents))
+    joined = EditPack.join([below, upper, dataclasses.replace(other, parents=parents[1:])])
+    assert [p["operation"] for p in joined.parents] == ["beside", "join", "join", "join"]
+    assert joined.parents[0] == parents[1]
+
+
 def test_a_joined_pack_is_saved_and_joined_again(make, tmp_path):
     joined = EditPack.join([make("a"), make("b")])
     joined.save_pretrained(tmp_path / "pack")

@@ -3,6 +3,7 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
+import torch
 from huggingface_hub import ModelCard
 
 from alphaedit_peft import embedded
@@ -78,10 +79,37 @@ def test_long_texts_and_long_lists_are_cut(new_pack):
 
 def test_summary_says_what_there_is(pack):
     text = pack.summary()
-    for fact in ("3 own, 0 other, in 2 batches", "2, 10", "float32", "a/base", "tokens 1000"):
+    for fact in (
+        "3 own, in 2 batches",
+        "3, 3 in force",
+        "2, 10",
+        "float32",
+        "a/base",
+        "tokens 1000",
+    ):
         assert fact in text
     assert f"{pack.factors[pack.modules[0]].norm():.4g}" in text
     assert "not recorded" in dataclasses.replace(pack, null_space=None, base=None).summary()
+
+
+def test_summary_tells_protected_rows_from_superseded_ones(pack):
+    roles = ("superseded", "own", "protected")
+    records = [dataclasses.replace(r, role=n) for r, n in zip(pack.records, roles, strict=True)]
+    text = dataclasses.replace(pack, records=records).summary()
+    assert "1 own, 1 protected, 1 superseded" in text
+    assert "3, 2 in force" in text
+
+
+def test_summary_tells_of_compression_and_parents(pack):
+    assert "compression" not in pack.summary()
+    parent = {"operation": "beside", "name": "a\nb", "digest": "ef" * 20, "edits": 7}
+    small = dataclasses.replace(pack, parents=(parent,)).compress(rank=2, dtype=torch.bfloat16)
+    text = small.summary()
+    worst = max(small.compression.delta_errors.values())
+    assert f"from 3 rows, bfloat16; Delta off by {worst:.2g}" in text
+    assert "on top of a b, 7 edits, digest efefefefefef" in text
+    assert "compressed from, 3 edits" in text
+    assert "in force" not in text
 
 
 def test_the_embedded_model_is_loaded_from_the_package(pack):

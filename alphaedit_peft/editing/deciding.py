@@ -1,0 +1,179 @@
+"""What ``auto`` decides for the model and the edits at hand, from what it measures, with reasons.
+
+In: a bench, the tokenised edits of a first batch, the null space. Out: :class:`Decision` values, to
+print and to store in the pack; keys from which ``nullspace.disturbance`` finds the threshold. The
+paper's clamp, ridge and threshold are numbers for three models of 1.5 to 8 billion
+parameters; key norms and spectra of others differ by orders of magnitude.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass
+
+from torch import Tensor
+
+from alphaedit_peft.config import AlphaEditConfig
+from alphaedit_peft.editing.bench import Bench
+from alphaedit_peft.editing.pour import mean_keys
+from alphaedit_peft.editing.prompts import EditRows, TokenRow
+from alphaedit_peft.nullspace import NullSpace
+from alphaedit_peft.nullspace.disturbance import KeysAround
+from alphaedit_peft.settings import PRESET_VALUES
+
+PROBED = 32  # edits whose prompts are looked at, of a batch
+
+
+@dataclass(frozen=True)
+class Decision:
+    """One setting: its name, its value as text, and the reason in a sentence."""
+
+    name: str
+    value: str
+    reason: str
+
+    def to_json(self) -> dict[str, str]:
+        """The decision as plain JSON values."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.value}: {self.reason}"
+
+
+def movable(null_space: NullSpace | None, config: AlphaEditConfig) -> bool:
+    """Whether ``auto`` may choose the threshold: nobody chose one, and the spectrum is known.
+
+    A null space at another threshold than the preset's was made so by somebody, and is kept.
+    """
+    preset = PRESET_VALUES["auto"]
+    if null_space is None or config.preset != "auto" or config.objective != "alphaedit":
+        return False
+    given = (null_space.threshold, null_space.threshold_mode)
+    known = not any(part.projector_only for part in null_space.parts.values())
+    return known and given == (preset.threshold, preset.threshold_mode)
+
+
+def keys_around(bench: Bench, edits: Sequence[EditRows]) -> dict[int, KeysAround]:
+    """At every rewrite layer, keys of some edits and of the other tokens of their prompts.
+
+    A prompt's first token is left out: models keep a huge state there, whatever it is. Without any
+    other token there is nothing to look at, and the answer is empty.
+    """
+    some = edits[:: math.ceil(len(edits) / PROBED)]
+    rows = [rows.rows[-1] for rows in some if _others(rows.rows[-1])]
+    found = {}
+    for layer in bench.layers:
+        around = []
+        for row, keys in zip(rows, bench.token_keys(rows, layer), strict=True):
+            around.append((keys[row.subject_last], keys[_others(row)]))
+        found[layer] = around
+    return found if rows else {}
+
+
+def _others(row: TokenRow) -> list[int]:
+    return [i for i in range(1, len(row.ids)) if i != row.subject_last]
+
+
+def decisions(
+    bench: Bench,
+    null_space: NullSpace | None,
+    edits: Sequence[EditRows],
+    undecided: Collection[str],
+    disturbances: Mapping[float, float],
+) -> tuple[Decision, ...]:
+    """Settings that were left open, with what was measured of this model for these edits.
+
+    Args:
+        bench: with the settings as decided.
+        null_space: at the threshold decided; None for plain MEMIT.
+        edits: of the first batch.
+        undecided: names of the settings that the user left open.
+        disturbances: from ``least_disturbing``; empty where the threshold was not chosen here.
+    """
+    config = bench.config
+    keys = {layer: mean_keys(bench, edits, layer) for layer in bench.layers}
+    found = [_layers(bench)]
+    if null_space is not None:
+        found.append(_threshold(null_space, keys, disturbances))
+    if config.objective == "alphaedit" and null_space is not None:
+        found.append(_ridge(config, null_space, keys))
+    found += _search(bench, edits)
+    return tuple(decision for decision in found if decision.name in undecided)
+
+
+def _layers(bench: Bench) -> Decision:
+    blocks = bench.architecture.num_blocks
+    reason = f"by depth: the last one lies at 30 % of {blocks} blocks, or is the paper's"
+    return Decision("rewrite_layers", str(list(bench.layers)), reason)
+
+
+def _threshold(
+    null_space: NullSpace, keys: Mapping[int, Tensor], disturbances: Mapping[float, float]
+) -> Decision:
+    mode, value = null_space.threshold_mode, null_space.threshold
+    kept = ", ".join(
+        f"{null_space.null_dimension(layer)} of {null_space.width(layer)} directions of layer "
+        f"{layer} with {_share(null_space, layer, rows):.0%} of the edits' squared key length"
+        for layer, rows in keys.items()
+    )
+    reason = f"keeps {kept}"
+    if disturbances:
+        tried = ", ".join(f"{d:.3f} at {t:g}" for t, d in disturbances.items())
+        reason += (
+            f"; of what it moves its key, an edit then moves its prompt's other tokens {tried}: "
+            "the least, or close to it"
+        )
+    return Decision("threshold", f"{value:g} ({mode})", reason)
+
+
+def _share(null_space: NullSpace, layer: int, keys: Tensor) -> float:
+    """Mean of |P k|^2 / |k|^2."""
+    projected = null_space.project(layer, keys).square().sum(1)
+    return float((projected / keys.square().sum(1).clamp_min(1e-30)).mean())
+
+
+def _ridge(config: AlphaEditConfig, null_space: NullSpace, keys: Mapping[int, Tensor]) -> Decision:
+    assert config.ridge is not None, "resolve the config first"
+    sizes = {
+        layer: float(null_space.project(layer, rows).square().sum(1).mean())
+        for layer, rows in keys.items()
+    }
+    relative = config.ridge_mode == "relative"
+    parts = ", ".join(
+        f"{config.ridge * size:.3g} in layer {layer}" if relative else f"{size:.3g} there"
+        for layer, size in sizes.items()
+    )
+    reason = f"times the mean |P k|^2 of the edits: {parts}" if relative else f"|P k|^2 is {parts}"
+    return Decision("ridge", f"{config.ridge:g} ({config.ridge_mode})", reason)
+
+
+def _search(bench: Bench, edits: Sequence[EditRows]) -> list[Decision]:
+    """Clamp, learning rate and stopping, relative to |h| at the last rewrite layer."""
+    config, last = bench.config, bench.layers[-1]
+    hidden = bench.hidden([rows.rows[0] for rows in edits], last)  # (n, d)
+    norm = float(hidden.norm(dim=1).median())
+    step = norm / hidden.shape[1] ** 0.5
+    assert config.clamp_factor is not None, "resolve the config first"
+    assert config.learning_rate is not None, "resolve the config first"
+    relative = config.learning_rate_mode == "relative"
+    rate = config.learning_rate * (step if relative else 1)
+    return [
+        Decision(
+            "clamp_factor",
+            f"{config.clamp_factor:g}",
+            f"|z - h| up to {config.clamp_factor * norm:.3g}; the edits' median |h| after block "
+            f"{last} is {norm:.3g}",
+        ),
+        Decision(
+            "learning_rate",
+            f"{config.learning_rate:g} ({config.learning_rate_mode})",
+            f"steps of {rate:.3g} a coordinate, whose size |h| / sqrt(d) is {step:.3g}",
+        ),
+        Decision(
+            "stop_loss",
+            f"{config.stop_loss:g}",
+            "a target value goes no further than the target needs, which spares the subject's "
+            "other facts",
+        ),
+    ]

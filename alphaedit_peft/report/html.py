@@ -1,0 +1,161 @@
+"""The one template of all pages: a title, sections, tables that can be searched; no network.
+
+In: texts and numbers, and :class:`Markup` for what is HTML already. Out: a whole page as text, or a
+piece of one as :class:`Markup`. The page carries its style and its script, and a content policy
+that lets no other script run and nothing be loaded.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import html
+import re
+import unicodedata
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from string import Template
+
+STACKED = 4  # tables of more columns become one block a row on narrow screens
+NOTHING = "\N{EN DASH}"
+
+
+class Markup(str):
+    """Text that is HTML already, and goes into a page as it is; any other text is escaped."""
+
+    __slots__ = ()
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of a page.
+
+    Args:
+        heading: plain text; the page's contents list it.
+        html: what stands below it.
+    """
+
+    heading: str
+    html: Markup
+
+
+def page(title: str, sections: Sequence[Section], lead: object = "") -> str:
+    """A whole page, light or dark as the reader's system is, with a list of its sections.
+
+    Args:
+        title: plain text.
+        sections: in order.
+        lead: what the page is, in a sentence or two, below the title.
+    """
+    script = _resource("page.js")
+    digest = base64.b64encode(hashlib.sha256(script.encode("utf-8")).digest()).decode("ascii")
+    anchors = [f"{i}-{_slug(section.heading)}" for i, section in enumerate(sections, 1)]
+    contents = (
+        f'<a href="#{anchor}">{escaped(section.heading)}</a>'
+        for anchor, section in zip(anchors, sections, strict=True)
+    )
+    body = (
+        f'<section id="{anchor}">\n<h2>{escaped(section.heading)}</h2>\n{section.html}\n</section>'
+        for anchor, section in zip(anchors, sections, strict=True)
+    )
+    return Template(_resource("page.html")).substitute(
+        title=escaped(title),
+        lead=escaped(lead),
+        contents="\n".join(contents),
+        sections="\n".join(body),
+        style=_resource("page.css"),
+        script=script,
+        digest=digest,
+    )
+
+
+def table(
+    columns: Sequence[str], rows: Iterable[Sequence[object]], *, search: str | None = None
+) -> Markup:
+    """A table; columns whose name begins with ``>`` are set to the right.
+
+    Args:
+        columns: their names.
+        rows: one cell a column: text, a number, None, or Markup.
+        search: a label such as ``Find an edit``; gives a box that leaves the rows with all of its
+            words, and lets a long table scroll. ``PAGE.html#search=word`` fills the box. Without
+            scripts there is no box and every row is seen.
+    """
+    names = [name.lstrip(">") for name in columns]
+    kinds = [' class="number"' if name.startswith(">") else "" for name in columns]
+    head = "".join(
+        f'<th scope="col"{kind}>{escaped(name)}</th>'
+        for name, kind in zip(names, kinds, strict=True)
+    )
+    body = []
+    for row in rows:
+        cells = zip(row, names, kinds, strict=True)
+        body.append(
+            "<tr>"
+            + "".join(
+                f'<td data-name="{escaped(name)}"{kind}>{escaped(cell)}</td>'
+                for cell, name, kind in cells
+            )
+            + "</tr>"
+        )
+    stacked = " stacked" if len(columns) > STACKED else ""
+    shown = f'<table class="data{stacked}">\n<thead><tr>{head}</tr></thead>\n<tbody>\n'
+    shown += "\n".join(body) + "\n</tbody>\n</table>"
+    if search is None:
+        return Markup(f'<div class="wide">{shown}</div>')
+    return Markup(
+        f'<div class="searched">\n<p class="search" hidden><label>{escaped(search)} '
+        f'<input type="search" autocomplete="off" spellcheck="false"></label> '
+        f'<output></output></p>\n<div class="wide long" tabindex="0">{shown}</div>\n</div>'
+    )
+
+
+def facts(pairs: Iterable[tuple[str, object]]) -> Markup:
+    """Names and values, as a list."""
+    rows = (f"<div><dt>{escaped(n)}</dt><dd>{escaped(v)}</dd></div>" for n, v in pairs)
+    return Markup(f'<dl class="facts">{"".join(rows)}</dl>')
+
+
+def paragraph(text: object) -> Markup:
+    """A paragraph."""
+    return Markup(f"<p>{escaped(text)}</p>")
+
+
+def source(code: str) -> Markup:
+    """Code, set as it is."""
+    return Markup(f"<pre><code>{escaped(code)}</code></pre>")
+
+
+def side_by_side(pieces: Iterable[Markup]) -> Markup:
+    """Charts beside each other where there is room."""
+    return Markup(f'<div class="charts">{"".join(pieces)}</div>')
+
+
+def escaped(value: object) -> Markup:
+    """What a page shows of a value: Markup as it is, anything else as text and never as HTML.
+
+    Floats get four significant digits, None a dash; control characters and half surrogates, which
+    no HTML file can hold, become the replacement character.
+    """
+    if isinstance(value, Markup):
+        return value
+    if value is None:
+        return Markup(NOTHING)
+    if isinstance(value, bool):
+        return Markup("yes" if value else "no")
+    text = f"{value:.4g}" if isinstance(value, float) else str(value)
+    return Markup(html.escape("".join(map(_writable, text))))
+
+
+def _writable(character: str) -> str:
+    known = character in "\n\t" or unicodedata.category(character) not in ("Cc", "Cs")
+    return character if known else "\ufffd"
+
+
+def _slug(heading: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", heading.lower()).strip("-")
+
+
+def _resource(name: str) -> str:
+    return (Path(__file__).parent / name).read_text(encoding="utf-8")

@@ -1,0 +1,33 @@
+"""Studies: edits made by a protocol, judged, and editors compared on the same cases.
+
+`Study` says what is studied, `METHODS` lists editors, `sequential`, `at_once` and `single` run one
+of them, `compare` several over several orders of the cases. Runs live in folders and can be killed
+and taken up.
+"""
+
+from alphaedit_peft.studies.base import Base, Study, file_digest
+from alphaedit_peft.studies.comparing import Comparison, compare
+from alphaedit_peft.studies.finetuning import FineTuning, fine_tune
+from alphaedit_peft.studies.methods import METHODS, FineTuned, Method, find_methods
+from alphaedit_peft.studies.protocols import Schedule, at_once, sequential, single
+from alphaedit_peft.studies.runs import Checkpoint, Run
+
+__all__ = [
+    "METHODS",
+    "Base",
+    "Checkpoint",
+    "Comparison",
+    "FineTuned",
+    "FineTuning",
+    "Method",
+    "Run",
+    "Schedule",
+    "Study",
+    "at_once",
+    "compare",
+    "file_digest",
+    "find_methods",
+    "fine_tune",
+    "sequential",
+    "single",
+]

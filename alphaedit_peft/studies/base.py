@@ -1,0 +1,162 @@
+"""What a study works on: a base model with its statistics, the cases, and how to judge them.
+
+In: a model, its tokenizer, a null space, key moments, a suite. Out: :class:`Base` and
+:class:`Study`, values that every protocol takes, and the provenance that goes with every result.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from alphaedit_peft.config import AlphaEditConfig
+from alphaedit_peft.evaluation import Judging, Scores, Suite, evaluate
+from alphaedit_peft.fingerprint import fingerprint
+from alphaedit_peft.nullspace import KeyMoments, NullSpace
+
+LIBRARIES = ("alphaedit_peft", "torch", "transformers", "peft", "numpy")
+
+
+@dataclass(frozen=True, eq=False)
+class Base:
+    """An unedited model, and the statistics that methods need.
+
+    Attributes:
+        model: from transformers, bare.
+        tokenizer: its fast tokenizer.
+        null_space: for what projects.
+        key_moments: for MEMIT and ROME.
+    """
+
+    model: nn.Module
+    tokenizer: PreTrainedTokenizerBase
+    null_space: NullSpace | None = None
+    key_moments: KeyMoments | None = None
+
+    @classmethod
+    def from_texts(
+        cls,
+        model: nn.Module,
+        tokenizer: PreTrainedTokenizerBase,
+        texts: Iterable[Any] | str,
+        config: AlphaEditConfig | None = None,
+        *,
+        max_tokens: int | None = None,
+        progress: bool = False,
+    ) -> Base:
+        """Collect key moments, and make the null space of them.
+
+        Args:
+            model: bare.
+            tokenizer: of the model.
+            texts: as for ``KeyMoments.collect``.
+            config: has rewrite layers and threshold.
+            max_tokens: stop after this many.
+            progress: whether to show a bar on stderr.
+
+        Raises:
+            ValueError: as ``KeyMoments.collect`` and ``NullSpace.from_moments``.
+        """
+        full, _ = (config or AlphaEditConfig()).resolve(model)
+        moments = KeyMoments.collect(
+            model, tokenizer, texts, full, max_tokens=max_tokens, progress=progress
+        )
+        return cls(model, tokenizer, moments.null_space(config=full), moments)
+
+
+@dataclass(frozen=True, eq=False)
+class Study:
+    """What runs have in common, whatever the method.
+
+    Attributes:
+        base: the model to edit.
+        suite: the cases, and what else is asked.
+        config: settings that every method starts from. Where two records contradict each other the
+            later one wins by default, since data sets hold such pairs.
+        how: how to judge.
+        generate: whether the model also writes (see ``evaluate``); slow.
+        data: where the cases come from, as plain JSON values, for the results' provenance.
+    """
+
+    base: Base
+    suite: Suite
+    config: AlphaEditConfig = field(default_factory=lambda: AlphaEditConfig(on_conflict="replace"))
+    how: Judging = field(default_factory=Judging)
+    generate: bool = False
+    data: Mapping[str, Any] = field(default_factory=dict)
+
+    def provenance(self) -> dict[str, Any]:
+        """All that the numbers depend on but method and schedule, as plain JSON values."""
+        full, architecture = self.config.resolve(self.base.model)
+        made_for = fingerprint(self.base.model, max(full.rewrite_layers or [0]), architecture)
+        space, moments = self.base.null_space, self.base.key_moments
+        weights = next(self.base.model.parameters())
+        return {
+            "versions": {name: version(name) for name in LIBRARIES}
+            | {"python": platform.python_version()},
+            "base": made_for.to_json(),
+            "dtype": str(weights.dtype).removeprefix("torch."),
+            "device": weights.device.type,
+            "null_space": None if space is None else space.digest(),
+            "key_moments": None if moments is None else moments.digest(),
+            "data": {**self.data, "digest": suite_digest(self.suite)},
+            "cases": len(self.suite.cases),
+            "judging": {**asdict(self.how), "generate": self.generate},
+        }
+
+
+def suite_digest(suite: Suite) -> str:
+    """Sixteen hex digits of everything a suite asks, in its order."""
+    asked = [case.digest for case in suite.cases]
+    content = [asked, [asdict(question) for question in suite.unedited], list(suite.texts)]
+    return hashlib.sha256(json.dumps(content, ensure_ascii=False).encode()).hexdigest()[:16]
+
+
+def file_digest(path: str | Path) -> str:
+    """SHA-256 of a file, in hex: what a data set is known by."""
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
+def judged_before(study: Study, folder: Path) -> Scores:
+    """The unedited model's scores on all cases; kept in ``before.json`` and read from there.
+
+    Raises:
+        ValueError: the file is of another study.
+    """
+    path, made_of = folder / "before.json", json.loads(json.dumps(study.provenance()))
+    if path.exists():
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if found["study"] != made_of:
+            wrong = [name for name in made_of if found["study"].get(name) != made_of[name]]
+            raise ValueError(
+                f"{path} is of another study: {', '.join(wrong)} differ; name another folder"
+            )
+        return Scores.from_json(found["scores"])
+    folder.mkdir(parents=True, exist_ok=True)
+    scores = evaluate(
+        study.base.model,
+        study.base.tokenizer,
+        study.suite,
+        generate=study.generate,
+        results=folder / "before-cases.jsonl",
+        how=study.how,
+    )
+    text = json.dumps({"study": made_of, "scores": scores.to_json()}, ensure_ascii=False)
+    fresh = path.with_suffix(".new")
+    fresh.write_text(text + "\n", encoding="utf-8")
+    fresh.replace(path)
+    return scores
+
+
+def with_cases(suite: Suite, cases: Iterable[Any]) -> Suite:
+    """The suite with other cases, asked between the same facts and texts."""
+    return replace(suite, cases=tuple(cases))

@@ -1,0 +1,230 @@
+"""How edits are made and when they are judged: one alone, all at once, or batch after batch.
+
+In: a :class:`Study`, a :class:`Method`, a folder. Out: a :class:`Run`. Every protocol can be killed
+at any moment and called again: it goes on from the last finished batch, case or judgement, and ends
+in the same numbers.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from random import Random
+from statistics import mean
+from typing import Any
+
+from alphaedit_peft.evaluation import Case, CaseScores, Scores, evaluate
+from alphaedit_peft.evaluation.scores import gather
+from alphaedit_peft.studies.base import Study, judged_before, with_cases
+from alphaedit_peft.studies.editors import Editor, opened
+from alphaedit_peft.studies.methods import Method
+from alphaedit_peft.studies.runs import Checkpoint, Run, RunFolder
+
+Progress = Callable[[str], None]
+
+BY_BATCH = ("efficacy", "efficacy_recall", "generalization", "generalization_recall")
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """In which order edits are made, and when they are judged.
+
+    Attributes:
+        batch_size: edits made together; the last batch may be smaller.
+        every: judge after every so many batches, and at the end; 0: at the end only.
+        order: seed of a shuffle of the cases; None: in the given order.
+
+    Raises:
+        ValueError: a number out of range.
+    """
+
+    batch_size: int = 100
+    every: int = 0
+    order: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1 or self.every < 0:
+            raise ValueError(
+                f"batch_size={self.batch_size}, every={self.every}: use batch_size >= 1, every >= 0"
+            )
+
+    def ordered(self, cases: Sequence[Case]) -> tuple[Case, ...]:
+        """The cases in this order."""
+        if self.order is None:
+            return tuple(cases)
+        return tuple(Random(f"order {self.order}").sample(list(cases), len(cases)))
+
+    def is_due(self, batches: int, last: int) -> bool:
+        """Whether a judgement follows this batch."""
+        return batches == last or (self.every > 0 and batches % self.every == 0)
+
+
+def sequential(
+    study: Study,
+    method: Method,
+    folder: str | Path,
+    schedule: Schedule,
+    *,
+    before: Scores | None = None,
+    progress: Progress = lambda text: None,
+) -> Run:
+    """Make all edits batch after batch in one model; judge all made so far now and then.
+
+    Args:
+        study: model, cases, settings.
+        method: the editor.
+        folder: of the run; a run that is there is taken up.
+        schedule: batches, order, judgements.
+        before: the unedited model's scores, where they are known; else judged and kept beside.
+        progress: called with a line of text after each step.
+
+    Returns:
+        Judgements in order; the last one is of all edits, and tells by batch how well they hold.
+
+    Raises:
+        ValueError: the folder holds a run with something else, or as ``AlphaEditModel.edit``.
+    """
+    place = RunFolder(Path(folder), _head(study, method, "sequential", asdict(schedule)))
+    lines = place.begin()
+    before = before or judged_before(study, place.path)
+    cases = schedule.ordered(study.suite.cases)
+    batches = [
+        cases[i : i + schedule.batch_size] for i in range(0, len(cases), schedule.batch_size)
+    ]
+    finished = {line["judged"]["batches"] for line in lines if "judged" in line}
+    step, state = place.state()
+    if len(batches) not in finished:
+        with opened(study.base, method, study.config, state) as editor:
+            while True:
+                if step and schedule.is_due(step, len(batches)) and step not in finished:
+                    found = _judged(study, editor, batches[:step], before, place)
+                    place.add(judged=found.to_json())
+                    progress(f"{method.name}: {found.edits} edits judged")
+                if step == len(batches):
+                    break
+                _make(editor, batches[step], step + 1, place)
+                step += 1
+                progress(f"{method.name}: batch {step} of {len(batches)} made")
+    return _gathered(place, before, batches)
+
+
+def at_once(study: Study, method: Method, folder: str | Path, **options: Any) -> Run:
+    """Make all edits as one batch and judge them; options as ``sequential``."""
+    return sequential(study, method, folder, Schedule(len(study.suite.cases)), **options)
+
+
+def single(
+    study: Study,
+    method: Method,
+    folder: str | Path,
+    *,
+    before: Scores | None = None,
+    progress: Progress = lambda text: None,
+) -> Run:
+    """Make each edit alone in the unedited model, judge its case, and take it back.
+
+    Unedited facts and texts are not asked again after every edit. Arguments and errors are those of
+    ``sequential``. With ``generate``, consistency knows the references of one case only.
+    """
+    place = RunFolder(Path(folder), _head(study, method, "single", {}))
+    lines = place.begin()
+    before = before or judged_before(study, place.path)
+    done = {line["case"]["digest"] for line in lines}
+    waiting = [case for case in study.suite.cases if case.digest not in done]
+    for case in waiting:
+        # a fresh model: what the first edits decide for all later ones is undone too
+        with opened(study.base, method, study.config) as editor:
+            start = time.process_time()
+            made = editor.edit([case.edit])
+            seconds = time.process_time() - start
+            found = _evaluate(study, editor, [case], before, None)
+        place.add(case=found.cases[0].to_json(), made=made, seconds=seconds)
+        done.add(case.digest)
+        progress(f"{method.name}: {len(done)} of {len(study.suite.cases)} edits judged")
+    lines = place.begin()
+    by_digest = {line["case"]["digest"]: line for line in lines}
+    ordered = [by_digest[case.digest] for case in study.suite.cases]
+    cases = tuple(CaseScores.from_json(line["case"]) for line in ordered)
+    metrics = gather(cases, study.how.level, study.how.seed).metrics
+    checkpoint = Checkpoint(len(cases), len(cases), metrics)
+    made = sum(line["made"] for line in ordered)
+    seconds = sum(line["seconds"] for line in ordered)
+    return Run(place.head, before, (checkpoint,), cases, made, seconds)
+
+
+def _make(editor: Editor, batch: Sequence[Case], step: int, place: RunFolder) -> None:
+    """One batch; its line comes first, so that a saved state always has one."""
+    start = time.process_time()
+    made = editor.edit([case.edit for case in batch])
+    place.add(batch=step, made=made, seconds=time.process_time() - start)
+    place.keep(step, editor.save)
+
+
+def _judged(
+    study: Study,
+    editor: Editor,
+    batches: Sequence[Sequence[Case]],
+    before: Scores,
+    place: RunFolder,
+) -> Checkpoint:
+    cases = [case for batch in batches for case in batch]
+    found = _evaluate(study, editor, cases, before, place.cases(len(batches)))
+    by_digest = {case.digest: case.metrics for case in found.cases}
+    by_batch = {
+        name: means
+        for name in BY_BATCH
+        if (means := _means(name, [[by_digest[c.digest] for c in batch] for batch in batches]))
+    }
+    return Checkpoint(len(batches), len(cases), found.metrics, by_batch)
+
+
+def _means(name: str, batches: Iterable[Sequence[Any]]) -> tuple[float, ...]:
+    """A metric's mean over each batch; nothing where a batch does not have it."""
+    values = [[metrics[name] for metrics in batch if name in metrics] for batch in batches]
+    return tuple(map(mean, values)) if all(values) else ()
+
+
+def _evaluate(
+    study: Study, editor: Editor, cases: Sequence[Case], before: Scores, file: Path | None
+) -> Scores:
+    suite = with_cases(study.suite, cases)
+    if file is None:
+        suite = replace(suite, unedited=(), texts=())
+    return evaluate(
+        editor.model,
+        study.base.tokenizer,
+        suite,
+        baseline=before,
+        generate=study.generate,
+        results=file,
+        how=study.how,
+    )
+
+
+def _gathered(place: RunFolder, before: Scores, batches: Sequence[Sequence[Case]]) -> Run:
+    """A finished run, read from its files."""
+    lines = place.begin()
+    judged = {line["judged"]["batches"]: line["judged"] for line in lines if "judged" in line}
+    made = {line["batch"]: line for line in lines if "batch" in line}
+    found = place.judged_cases(len(batches))
+    return Run(
+        place.head,
+        before,
+        tuple(Checkpoint.from_json(judged[step]) for step in sorted(judged)),
+        tuple(found[case.digest] for batch in batches for case in batch),
+        sum(line["made"] for line in made.values()),
+        sum(line["seconds"] for line in made.values()),
+    )
+
+
+def _head(study: Study, method: Method, protocol: str, schedule: dict[str, Any]) -> dict[str, Any]:
+    """What a run's numbers depend on."""
+    return {
+        "protocol": protocol,
+        "schedule": schedule,
+        "method": method.to_json(),
+        "config": method.config(study.base.model, study.config).to_json(),
+        **study.provenance(),
+    }

@@ -1,0 +1,109 @@
+"""Comparisons: the same cases for all, intervals over seeds, nothing done twice."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+
+from alphaedit_peft.evaluation.intervals import Estimate
+from alphaedit_peft.studies import METHODS, Schedule, compare, find_methods
+from alphaedit_peft.studies.comparing import over_seeds, shown
+
+THREES = Schedule(batch_size=3, every=1)
+
+
+@pytest.fixture(scope="module")
+def compared(study, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs")
+    methods = find_methods(["alphaedit", "finetuning"])
+    return folder, methods, compare(study, methods, folder, THREES, seeds=[0, 1])
+
+
+def test_it_is_one_run_a_method_and_seed_on_the_same_orders(compared):
+    _, _, found = compared
+    assert {name: len(runs) for name, runs in found.runs.items()} == {
+        "alphaedit": 2,
+        "finetuning": 2,
+    }
+    for one, other in zip(*found.runs.values(), strict=True):
+        assert [c.id for c in one.cases] == [c.id for c in other.cases]
+    orders = [[case.id for case in run.cases] for run in found.runs["alphaedit"]]
+    assert orders[0] != orders[1]
+
+
+def test_finished_runs_are_read_and_not_made_again(compared, study):
+    folder, methods, found = compared
+    said = []
+    again = compare(study, methods, folder, THREES, seeds=[0, 1], progress=said.append)
+    assert again.to_json() == found.to_json()
+    assert len(said) == 1  # the unedited model, known before
+
+
+def test_its_table_has_a_column_a_method_after_the_unedited_model(compared):
+    _, _, found = compared
+    heads, rows = found.rows()
+    assert heads == ["metric", "before", "alphaedit", "finetuning"]
+    assert [row[0] for row in rows][:3] == ["efficacy", "generalization", "specificity"]
+    assert rows[-1][0] == "seconds an edit"
+    assert {len(row) for row in rows} == {len(heads)}
+    assert str(found).count("\n") == len(rows)
+
+
+def test_courses_begin_with_the_unedited_model(compared):
+    _, _, found = compared
+    course = found.course("alphaedit", "efficacy")
+    assert [edits for edits, _ in course] == [0, 3, 6]
+    assert course[-1][1] == found.final("alphaedit")["efficacy"]
+    assert len(found.retention("alphaedit")) == 2
+
+
+def test_intervals_over_seeds_are_students():
+    found = over_seeds([{"x": Estimate(v, 0, 1, 9)} for v in (0.2, 0.4, 0.9)])["x"]
+    mean, deviation = 0.5, math.sqrt((0.09 + 0.01 + 0.16) / 2)
+    assert found.value == pytest.approx(mean)
+    assert found.high - mean == pytest.approx(4.303 * deviation / math.sqrt(3))
+    assert mean - found.low == pytest.approx(found.high - mean)
+    assert found.n == 3
+    one = Estimate(0.2, 0.1, 0.3, 9)
+    assert over_seeds([{"x": one}]) == {"x": one}
+    assert over_seeds([{"x": one}, {"y": one}]) == {}
+
+
+def test_shares_are_shown_in_percent_with_half_the_interval():
+    assert shown("efficacy", Estimate(0.5, 0.4, 0.6, 2), spread=True) == "50.0 ± 10.0"
+    assert shown("perplexity", Estimate(5.5, 5, 6, 2)) == "5.50"
+    assert shown("perplexity", None) == ""
+
+
+@pytest.mark.parametrize(
+    ("missing", "name"),
+    [("null_space", "alphaedit"), ("key_moments", "memit"), ("null_space", "memit-projection")],
+)
+def test_missing_statistics_are_told_before_anything_runs(study, tmp_path, missing, name):
+    without = replace(study, base=replace(study.base, **{missing: None}))
+    with pytest.raises(ValueError, match=f"{name}.* needs .*{missing.replace('_', ' ')}"):
+        compare(without, [METHODS["finetuning"], METHODS[name]], tmp_path, THREES)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("names", "seeds", "named"),
+    [
+        (["memit"], [], r"seeds=\[\]"),
+        (["memit"], [1, 1], r"seeds=\[1, 1\]"),
+        ([], [0], r"methods=\[\]"),
+    ],
+)
+def test_nothing_or_the_same_twice_is_refused(study, tmp_path, names, seeds, named):
+    methods = [METHODS[name] for name in names]
+    with pytest.raises(ValueError, match=named):
+        compare(study, methods, tmp_path, THREES, seeds=seeds)
+
+
+def test_a_folder_of_another_comparison_is_refused(compared, study):
+    folder, methods, _ = compared
+    other = replace(study, suite=replace(study.suite, cases=study.suite.cases[:4]))
+    with pytest.raises(ValueError, match=r"another study: data, cases differ"):
+        compare(other, methods, folder, THREES, seeds=[0, 1])

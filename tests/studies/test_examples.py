@@ -1,0 +1,71 @@
+"""The examples of this package run as a reader would run them, with tiny numbers."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from alphaedit_peft import embedded
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+@pytest.fixture(scope="module")
+def weights() -> None:
+    if not (embedded.folder() / "model.safetensors").is_file():
+        pytest.skip("the embedded model's weights are not here")
+
+
+def run(script: str, *words: object) -> str:
+    done = subprocess.run(
+        [sys.executable, EXAMPLES / script, *map(str, words)],
+        capture_output=True,
+        text=True,
+        timeout=400,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("name", ["compare_editors", "counterfact_benchmark"])
+def test_they_are_at_most_sixty_lines(name):
+    assert len((EXAMPLES / f"{name}.py").read_text().splitlines()) <= 60
+
+
+@pytest.mark.slow
+def test_the_comparison_and_its_picture(weights, tmp_path):
+    pytest.importorskip("matplotlib")
+    words = ["--edits", "2", "--batch-size", "1", "--every", "1", "--seeds", "0"]
+    words += ["--methods", "alphaedit", "finetuning", "--folder", tmp_path]
+    text = run("compare_editors.py", *words)
+    assert "alphaedit" in text
+    assert "seconds an edit" in text
+    found = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
+    assert found["methods"]["alphaedit"]["final"]["efficacy"]["value"] == 1.0
+    run("plot_results.py", tmp_path / "results.json", tmp_path / "results.png")
+    assert (tmp_path / "results.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
+@pytest.mark.shared_data
+@pytest.mark.parametrize(
+    ("model", "data"),
+    [
+        ("counterfact-lm-7m", "counterfact_600.json"),
+        ("counterfact-lm-7m", "zsre_eval_700.json"),
+    ],
+)
+def test_the_benchmark_on_shared_records(shared_data, tmp_path, model, data):
+    words = [shared_data / model, shared_data / data, "--folder", tmp_path]
+    words += ["--texts", shared_data / "wikitext2_valid.txt", "--max-tokens", "20000"]
+    words += ["--edits", "3", "--batch-size", "2", "--methods", "alphaedit"]
+    text = run("counterfact_benchmark.py", *words)
+    assert "efficacy" in text
+    assert (tmp_path / "alphaedit-0" / "results.jsonl").is_file()
