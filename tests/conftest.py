@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,10 @@ from transformers import (
     LlamaConfig,
     PreTrainedTokenizerFast,
 )
+
+# tests run in as many processes as there are cores: one thread for each, and for what they start
+os.environ["OMP_NUM_THREADS"] = "1"
+torch.set_num_threads(1)
 
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 CORPUS = [

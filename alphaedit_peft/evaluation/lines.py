@@ -47,7 +47,7 @@ class JsonLines:
                 raise TypeError("a line is no object")
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(
-                f"{self.path} holds no {self.kind} of this program ({error}); name another file"
+                f"{self.path} holds no results of a {self.kind} ({error}); name another file"
             ) from error
         if before != head:
             raise ValueError(f"{self.path} was made with {_difference(before, head)}; name another")
