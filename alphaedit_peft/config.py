@@ -58,6 +58,7 @@ class AlphaEditConfig(PeftConfig):
 
     ridge: float | None = _setting(None, "lambda of Eq. 11; text 1, code 10; auto 0.05 relative")
     ridge_mode: str | None = _setting(None, "absolute, or relative to the batch's mean |P k|^2")
+    prior_ridge: float | None = _setting(None, "earlier rows' ridge to new rows'; 0: held; None: 1")
     layer_shares: str = _setting("equal", "of the residual: equal, or by least disturbance")
     norm_guard: float | None = _setting(None, "most |Delta| relative to orthogonal keys; 0: none")
     threshold: float | None = _setting(None, "eigenvalues below it are null; text 1e-2, code 2e-2")
@@ -88,6 +89,7 @@ class AlphaEditConfig(PeftConfig):
     on_conflict: str = _setting("error", "an edit that contradicts one in place: see docs/theory")
     key_cosine: float = _setting(0.999, "edits whose keys are at least this alike share one row")
     max_hidden_ratio: float = _setting(10.0, "skip edits of |h| over this times median; 0: off")
+    capacity_bound: float = _setting(0.33, "warn when edits take this share of the room; 0: never")
     rollback_depth: int = _setting(20, "batches whose earlier factors are kept for exact rollback")
 
     def __post_init__(self) -> None:

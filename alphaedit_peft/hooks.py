@@ -83,6 +83,22 @@ def changing_input(
         yield
 
 
+@contextmanager
+def changing_outputs(
+    model: nn.Module, changes: Mapping[str, Callable[[Tensor], Tensor]]
+) -> Iterator[None]:
+    """Pass the hidden state that each named module puts out through its own change."""
+    with ExitStack() as stack:
+        for name, change in changes.items():
+            hook = model.get_submodule(name).register_forward_hook(
+                lambda _module, _args, output, change=change: with_hidden(
+                    output, change(hidden_of(output))
+                )
+            )
+            stack.callback(hook.remove)
+        yield
+
+
 def head_name(model: nn.Module) -> str | None:
     """Name of the module that turns hidden states into logits, None where the model has none."""
     find = getattr(model, "get_output_embeddings", None)

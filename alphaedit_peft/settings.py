@@ -63,7 +63,8 @@ TYPES: tuple[tuple[str, Any], ...] = (
 
 RANGES: tuple[tuple[str, float, float], ...] = (
     ("ridge", 0, float("inf")),
-    ("norm_guard", 0, float("inf")),
+    ("prior_ridge", 0, float("inf")),
+    ("norm_guard", 1, float("inf")),
     ("threshold", 0, float("inf")),
     ("moment_weight", 1e-9, float("inf")),
     ("tokens_per_batch", 1, float("inf")),
@@ -79,8 +80,10 @@ RANGES: tuple[tuple[str, float, float], ...] = (
     ("context_length", 1, 1000),
     ("key_cosine", 0.5, 1.0),
     ("max_hidden_ratio", 1, float("inf")),
+    ("capacity_bound", 0, 1),
     ("rollback_depth", 0, float("inf")),
 )
+SWITCHED = ("max_hidden_ratio", "norm_guard")
 COUNTS = (
     *("tokens_per_batch", "target_tokens", "steps"),
     *("num_contexts", "context_length", "rollback_depth"),
@@ -101,7 +104,7 @@ def check_range(name: str, value: float | None, low: float, high: float) -> None
         raise ValueError(f"{name}={value!r} must be a number")
     if name in COUNTS and not isinstance(value, int):
         raise ValueError(f"{name}={value} must be a whole number")
-    off = name == "max_hidden_ratio"  # 0 switches it off
+    off = name in SWITCHED  # 0 switches it off
     if not low <= value <= high and not (off and value == 0):
         raise ValueError(f"{name}={value} is outside {low}..{high}{', or 0 for off' * off}")
     if value > sys.float_info.max:

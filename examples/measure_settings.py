@@ -3,7 +3,7 @@
     python examples/measure_settings.py --out settings.json [--models FOLDER ...] [--edits 100]
 
 FOLDER is what train_embedded_model.py --seed N wrote: a model of another world. Figures are of the
-edited model, in the order of SHOWN; docs/tuning.md has this script's output over four worlds.
+edited model, in the order of SHOWN; docs/tuning.md has a table of them.
 """
 
 import argparse
@@ -24,9 +24,8 @@ AT = {"threshold_mode": "energy", "threshold": 0.02}
 SETTINGS = {
     "auto": {},
     "paper's numbers": {"preset": "paper", "rewrite_layers": [0, 1], "threshold": 0.02},
-    "paper's search": AT | {"learning_rate": 0.3, "stop_loss": 0.05},
+    "rate 0.3, stop at 0.05": AT | {"learning_rate": 0.3, "stop_loss": 0.05},
     "stop when likeliest": {"stop_when": "likeliest"},
-    "stop at loss 0.05": {"stop_loss": 0.05},
     "threshold 0.002": AT | {"threshold": 0.002},
     "threshold 0.2": AT | {"threshold": 0.2},
     "ridge 0.01": {"ridge": 0.01, "ridge_mode": "relative"},

@@ -227,6 +227,8 @@ def train(world: World, tokenizer: PreTrainedTokenizerFast, args: argparse.Names
     checkpoint, step, spent = args.out / "checkpoint.pt", 0, 0.0
     if checkpoint.exists():
         kept = torch.load(checkpoint, map_location=args.device)
+        if kept["seed"] != args.seed:
+            raise SystemExit(f"{checkpoint} is of seed {kept['seed']}; choose another --out")
         step, spent = kept["step"], kept["spent"]
         for part, state in zip(parts, kept["states"], strict=True):
             part.load_state_dict(state)
@@ -250,7 +252,8 @@ def train(world: World, tokenizer: PreTrainedTokenizerFast, args: argparse.Names
             losses = ([], [])
         if spent - stored > 90:
             stored, states = spent, [part.state_dict() for part in parts]
-            torch.save({"states": states, "step": step, "spent": spent}, f"{checkpoint}.part")
+            kept = {"states": states, "step": step, "spent": spent, "seed": args.seed}
+            torch.save(kept, f"{checkpoint}.part")
             Path(f"{checkpoint}.part").replace(checkpoint)
     save(model, tokenizer, args.out)
     return {"seed": args.seed, "steps": step, "minutes": round(spent / 60, 1)}

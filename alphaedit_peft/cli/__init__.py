@@ -18,9 +18,13 @@ from alphaedit_peft.cli import (
     evaluate,
     foreign,
     hub,
+    locate,
     nullspace,
     operations,
     packs,
+    records,
+    report,
+    tune,
 )
 from alphaedit_peft.cli.errors import CommandGroup
 
@@ -80,6 +84,10 @@ app.command()(operations.compress)
 app.command()(operations.export)
 app.command()(evaluate.evaluate)
 app.command()(compare.compare)
+app.command()(locate.locate)
+app.command()(tune.tune)
+app.command()(report.report)
+app.command("show")(records.show_record)
 app.command()(hub.push)
 app.command()(hub.pull)
 app.command("nullspace push")(hub.push_null_space)

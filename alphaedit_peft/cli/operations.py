@@ -114,6 +114,8 @@ def join(
 ) -> None:
     """Join packs of one base and one null space into one, without the model.
 
+    A pack that was edited on top of another comes after it; the joined pack does what both did.
+
     `alphaedit join pack-a pack-b --out both`
     """
     from alphaedit_peft.pack.joining import join as solve
@@ -212,10 +214,18 @@ def export(
 
     `alphaedit export pack --max-rank vllm --dtype bfloat16 --out lora`
     """
+    from alphaedit_peft.pack.parents import require_alone
+
     check_folder(out)
     if max_rank is not None and max_rank != "vllm" and not max_rank.isdecimal():
         raise typer.BadParameter(f"--max-rank {max_rank!r} is neither a whole number nor 'vllm'")
-    done = _read(pack).export(
+    read = _read(pack)
+    require_alone(
+        read,
+        "it cannot be exported alone",
+        f"join it with its parent first: alphaedit join PARENT {pack} --out both",
+    )
+    done = read.export(
         out,
         format=format.value,
         max_rank=int(max_rank) if max_rank and max_rank.isdecimal() else max_rank,

@@ -78,6 +78,7 @@ def inspect_pack(
         return
 
     from alphaedit_peft import EditPack
+    from alphaedit_peft.editing.capacity import pack_capacity
 
     with finding(pack):
         read = EditPack.from_pretrained(pack)
@@ -90,7 +91,10 @@ def inspect_pack(
     table = _edit_table(read, None if all_edits else LISTED)
     more = len(read.records) - len(table.rows)
     rest = [f"... and {more} more; --all lists them."] if more else []
-    show.show(as_json, facts, read.summary(), table, *rest)
+    filled = pack_capacity(read)
+    facts["capacity"] = None if filled is None else filled.to_json()
+    room = [] if filled is None or not read.rank else [str(filled)]
+    show.show(as_json, facts, read.summary(), *room, table, *rest)
 
 
 def merge(
@@ -110,12 +114,19 @@ def merge(
     `alphaedit merge MODEL pack --out edited-model`
     """
     from alphaedit_peft import AlphaEditModel, EditPack
+    from alphaedit_peft.pack.parents import require_alone
 
     check_folder(out)
     if out.is_dir() and any(out.iterdir()):
         raise FileExistsError(f"--out {out} is not empty; give a new folder")
     with finding(pack):
-        edits = len(EditPack.from_pretrained(pack).edits)
+        read = EditPack.from_pretrained(pack)
+    require_alone(
+        read,
+        "it cannot be merged alone",
+        f"join it with its parent first: alphaedit join PARENT {pack} --out both",
+    )
+    edits = len(read.edits)
     base, tokenizer = load_model(model, dtype, device)
     edited = AlphaEditModel.from_pretrained(base, pack)
     rounding = max(edited.merge_errors().values())

@@ -11,9 +11,11 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 from torch import Tensor
 
+from alphaedit_peft.architecture import paper_preset
 from alphaedit_peft.config import AlphaEditConfig
 from alphaedit_peft.editing.bench import Bench
 from alphaedit_peft.editing.pour import mean_keys
@@ -39,6 +41,18 @@ class Decision:
 
     def __str__(self) -> str:
         return f"{self.name} {self.value}: {self.reason}"
+
+
+def shown(config: AlphaEditConfig, name: str) -> str:
+    """A setting's value as text, with the mode that says how it is read."""
+    value, mode = getattr(config, name), getattr(config, f"{name}_mode", None)
+    text = f"{value:g}" if isinstance(value, float) else str(value)
+    return text if mode is None else f"{text} ({mode})"
+
+
+def in_force(decided: Sequence[Mapping[str, Any]], config: AlphaEditConfig) -> list[Any]:
+    """Stored decisions whose settings have not been changed since."""
+    return [d for d in decided if shown(config, str(d["name"])) == d["value"]]
 
 
 def movable(null_space: NullSpace | None, config: AlphaEditConfig) -> bool:
@@ -94,8 +108,8 @@ def decisions(
     config = bench.config
     keys = {layer: mean_keys(bench, edits, layer) for layer in bench.layers}
     found = [_layers(bench)]
-    if null_space is not None:
-        found.append(_threshold(null_space, keys, disturbances))
+    if null_space is not None and (disturbances or movable(null_space, config)):
+        found.append(_threshold(config, null_space, keys, disturbances))
     if config.objective == "alphaedit" and null_space is not None:
         found.append(_ridge(config, null_space, keys))
     found += _search(bench, edits)
@@ -104,14 +118,17 @@ def decisions(
 
 def _layers(bench: Bench) -> Decision:
     blocks = bench.architecture.num_blocks
-    reason = f"by depth: the last one lies at 30 % of {blocks} blocks, or is the paper's"
-    return Decision("rewrite_layers", str(list(bench.layers)), reason)
+    known = paper_preset(bench.model.config) is not None
+    reason = "the paper's" if known else f"by depth: the last one lies at 30 % of {blocks} blocks"
+    return Decision("rewrite_layers", shown(bench.config, "rewrite_layers"), reason)
 
 
 def _threshold(
-    null_space: NullSpace, keys: Mapping[int, Tensor], disturbances: Mapping[float, float]
+    config: AlphaEditConfig,
+    null_space: NullSpace,
+    keys: Mapping[int, Tensor],
+    disturbances: Mapping[float, float],
 ) -> Decision:
-    mode, value = null_space.threshold_mode, null_space.threshold
     kept = ", ".join(
         f"{null_space.null_dimension(layer)} of {null_space.width(layer)} directions of layer "
         f"{layer} with {_share(null_space, layer, rows):.0%} of the edits' squared key length"
@@ -124,7 +141,7 @@ def _threshold(
             f"; of what it moves its key, an edit then moves its prompt's other tokens {tried}: "
             "the least, or close to it"
         )
-    return Decision("threshold", f"{value:g} ({mode})", reason)
+    return Decision("threshold", shown(config, "threshold"), reason)
 
 
 def _share(null_space: NullSpace, layer: int, keys: Tensor) -> float:
@@ -145,7 +162,7 @@ def _ridge(config: AlphaEditConfig, null_space: NullSpace, keys: Mapping[int, Te
         for layer, size in sizes.items()
     )
     reason = f"times the mean |P k|^2 of the edits: {parts}" if relative else f"|P k|^2 is {parts}"
-    return Decision("ridge", f"{config.ridge:g} ({config.ridge_mode})", reason)
+    return Decision("ridge", shown(config, "ridge"), reason)
 
 
 def _search(bench: Bench, edits: Sequence[EditRows]) -> list[Decision]:
@@ -161,18 +178,18 @@ def _search(bench: Bench, edits: Sequence[EditRows]) -> list[Decision]:
     return [
         Decision(
             "clamp_factor",
-            f"{config.clamp_factor:g}",
+            shown(config, "clamp_factor"),
             f"|z - h| up to {config.clamp_factor * norm:.3g}; the edits' median |h| after block "
             f"{last} is {norm:.3g}",
         ),
         Decision(
             "learning_rate",
-            f"{config.learning_rate:g} ({config.learning_rate_mode})",
+            shown(config, "learning_rate"),
             f"steps of {rate:.3g} a coordinate, whose size |h| / sqrt(d) is {step:.3g}",
         ),
         Decision(
             "stop_loss",
-            f"{config.stop_loss:g}",
+            shown(config, "stop_loss"),
             "a target value goes no further than the target needs, which spares the subject's "
             "other facts",
         ),

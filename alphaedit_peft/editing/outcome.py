@@ -105,15 +105,29 @@ def why_not(config: AlphaEditConfig, found: Targets, poured: Poured, group: int)
             f"its target value still had loss {loss:.2f} after {steps} steps; raise steps or "
             "learning_rate"
         )
+    held = _what_held(config, poured)
     share, kept = float(poured.total[group]), float(poured.kept[:, group].min())
     if share < REACHED and kept < KEPT and config.objective == "alphaedit":
         return (
             f"the layers reached {share:.0%} of its residual, and projection leaves {kept:.1%} of "
-            "its squared key length; raise threshold or lower ridge"
+            f"its squared key length; raise threshold, or {held}"
         )
     if share < REACHED:
-        return f"the layers reached {share:.0%} of its residual; lower ridge (now {config.ridge})"
+        return f"the layers reached {share:.0%} of its residual; {held}"
     return (
         f"its target value was reached ({share:.0%}), but the batch also moves the prompt's other "
         "tokens; raise ridge, rewrite other layers, or make fewer edits at once"
     )
+
+
+def _what_held(config: AlphaEditConfig, poured: Poured) -> str:
+    """What keeps the layers from the residual, as something to do."""
+    if poured.guarded:
+        layers = ", ".join(map(str, poured.guarded))
+        return (
+            f"the norm guard raised the ridge of layers {layers}, so make edits with nearly one "
+            f"key apart, or raise norm_guard (now {config.norm_guard:g})"
+        )
+    if config.objective == "memit":
+        return f"lower moment_weight (now {config.moment_weight:g})"
+    return f"lower ridge (now {config.ridge:g}, {config.ridge_mode})"

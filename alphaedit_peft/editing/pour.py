@@ -19,6 +19,7 @@ from torch import Tensor
 
 from alphaedit_peft import algebra
 from alphaedit_peft.algebra import LowRankDelta
+from alphaedit_peft.config import AlphaEditConfig
 from alphaedit_peft.editing.bench import Bench
 from alphaedit_peft.editing.objective import AlphaEdit, Objective
 from alphaedit_peft.editing.prompts import EditRows
@@ -34,13 +35,15 @@ class Poured:
 
     ``shares`` (layers, groups) of each layer's wanted residual reached; ``kept`` (layers, groups),
     |A|^2 / |K|^2, what projection leaves of each squared key length; ``total`` (groups,), the share
-    of z - h that the hidden state moved in the end.
+    of z - h that the hidden state moved in the end; ``guarded`` the layers whose ridge the norm
+    guard raised.
     """
 
     factors: dict[int, LowRankDelta]
     shares: Tensor
     kept: Tensor
     total: Tensor
+    guarded: tuple[int, ...] = ()
 
 
 def pour(
@@ -67,20 +70,20 @@ def pour(
         UserWarning: the norm guard acted.
     """
     bare = [leader.rows[0] for leader in leaders]
-    guard = bench.config.norm_guard or float("inf")
     last = bench.layers[-1]
     start = bench.hidden(bare, last).to(targets)  # (groups, d)
     poured: dict[int, LowRankDelta] = {}
-    shares, kept = [], []
+    shares, kept, guarded = [], [], []
     hidden = start
     for layer, part in zip(bench.layers, _parts(bench, objective, leaders), strict=True):
         residuals = (targets - hidden) * part
         keys = mean_keys(bench, leaders, layer)  # (groups, d_in)
         rows = objective.rows(layer, keys)
         poured[layer], reached, doubled = _extend(
-            objective, layer, rows, residuals, factors[layer], protected, guard
+            bench.config, objective, layer, rows, residuals, factors[layer], protected
         )
         if doubled:
+            guarded.append(layer)
             _tell_of_guard(bench, layer, doubled)
         shares.append(algebra.residual_share(residuals, reached.to(residuals)))
         kept.append(rows.square().sum(1) / keys.square().sum(1))
@@ -88,7 +91,7 @@ def pour(
         hidden = bench.hidden(bare, last).to(targets)
     total = algebra.residual_share(targets - start, hidden - start)
     columns = [torch.stack([part.cpu() for part in parts]) for parts in (shares, kept)]
-    return Poured(poured, *columns, total.cpu())
+    return Poured(poured, *columns, total.cpu(), tuple(guarded))
 
 
 def _tell_of_guard(bench: Bench, layer: int, doubled: int) -> None:
@@ -130,25 +133,30 @@ def mean_keys(bench: Bench, leaders: Sequence[EditRows], layer: int) -> Tensor:
 
 
 def _extend(
+    config: AlphaEditConfig,
     objective: Objective,
     layer: int,
     rows: Tensor,
     residuals: Tensor,
     before: LowRankDelta,
     protected: Sequence[bool],
-    guard: float,
 ) -> tuple[LowRankDelta, Tensor, int]:
     """One layer's solve: longer factors, the output (groups, d_out) of the keys, ridge doublings.
 
-    While the update is more than ``guard`` times what orthogonal keys would need, the ridge grows:
-    keys that are nearly alike would otherwise be told apart by enormous weights.
+    Rows in place have ``prior_ridge`` times the new rows' ridge: the less it is, the better they
+    keep their outputs, and at 0 the update is orthogonal to them. While the update is more than
+    ``norm_guard`` times what orthogonal keys would need, every ridge grows: keys that are nearly
+    alike would otherwise be told apart by enormous weights.
     """
+    guard = config.norm_guard or float("inf")
     count, prior = len(rows), before.rank
     new = torch.arange(prior, prior + count, device=rows.device)
     together = torch.cat([before.A.to(rows), rows])  # (n + groups, d_in)
     gram = objective.gram(layer, together)
     ridge = objective.ridge(gram[prior:, prior:])
     ridges = torch.full((prior + count,), ridge, dtype=torch.float64, device=rows.device)
+    if config.prior_ridge is not None:
+        ridges[:prior] *= config.prior_ridge
     ridges[:prior][~torch.tensor(protected, dtype=torch.bool, device=rows.device)] = torch.inf
     residuals = residuals.to(rows.device)
     coefficients = algebra.solve(gram, residuals, ridges, new)

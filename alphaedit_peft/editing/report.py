@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from alphaedit_peft.algebra import LowRankDelta
+from alphaedit_peft.editing.capacity import Capacity
 from alphaedit_peft.editing.deciding import Decision
 from alphaedit_peft.edits import Edit
 from alphaedit_peft.nullspace import NullSpace
@@ -82,12 +83,14 @@ class LayerReport:
 class EditReport:
     """Everything a call of ``edit`` did. Iterating gives the :class:`EditResult` of each edit.
 
-    ``decisions`` are the settings that ``auto`` decided, at an adapter's first edits.
+    ``decisions`` are the settings that ``auto`` decided, at an adapter's first edits; ``capacity``
+    is how full the adapter is afterwards.
     """
 
     results: tuple[EditResult, ...]
     layers: tuple[LayerReport, ...]
     decisions: tuple[Decision, ...] = ()
+    capacity: Capacity | None = None
 
     def __iter__(self) -> Iterator[EditResult]:
         return iter(self.results)
@@ -115,7 +118,8 @@ class EditReport:
         results = [asdict(r) | {"edit": r.edit.to_dict(), "made": r.made} for r in self.results]
         layers = [asdict(layer) for layer in self.layers]
         decided = [decision.to_json() for decision in self.decisions]
-        return {"results": results, "layers": layers, "decisions": decided}
+        found = {"results": results, "layers": layers, "decisions": decided}
+        return found | {"capacity": None if self.capacity is None else self.capacity.to_json()}
 
     def __str__(self) -> str:
         lines = [
@@ -125,6 +129,8 @@ class EditReport:
         lines += [f"  {decision}" for decision in self.decisions]
         lines += [_result_line(r) for r in self.results]
         lines += [_layer_line(layer) for layer in self.layers]
+        if self.capacity is not None:
+            lines += [f"  {line}" for line in str(self.capacity).splitlines()]
         return "\n".join(lines)
 
 
@@ -134,11 +140,12 @@ def _result_line(result: EditResult) -> str:
         return f"{head}: set aside, {result.reason}"
     share = "" if result.total_share is None else f", share {result.total_share:.2f}"
     told, asked = sum(result.paraphrases), len(result.paraphrases)
+    gap = "; it holds only as phrased: more or longer contexts help" * (2 * told < asked)
     return (
         f"{head}: P {result.probability_before:.3g} -> {result.probability_after:.3g}"
         f", loss {result.loss:.3f} after {result.steps} steps{share}"
         f"{f', {told} of {asked} paraphrases' if asked else ''}"
-        f"{'' if result.likeliest else f'; not the likeliest: {result.why_not}'}"
+        f"{gap if result.likeliest else f'; not the likeliest: {result.why_not}'}"
     )
 
 

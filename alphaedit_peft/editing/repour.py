@@ -28,6 +28,8 @@ def repour_state(
     records: Sequence[EditRecord],
     stored: EditState,
     write: Write,
+    *,
+    together: bool = False,
 ) -> EditState:
     """Pour stored target values again, batch by batch, into a model that holds no edit.
 
@@ -39,10 +41,14 @@ def repour_state(
         empty: the state to begin with.
         records: the edits to pour; a row is poured with the latest of its edits' batches.
         stored: the state whose targets and rows the records refer to.
+        together: all in one batch. Keys in upper layers are then measured with every edit in the
+            layers below, where batch by batch those of early edits go stale.
     """
     state = empty
     standing = [r for r in records if r.role != "superseded"]
     batch_of = {row: max(r.batch for r in standing if r.row == row) for row in _rows(standing)}
+    if together:
+        batch_of = dict.fromkeys(batch_of, 0)
     for number in sorted(set(batch_of.values())):
         rows = [row for row in sorted(batch_of) if batch_of[row] == number]
         of_row = [[r for r in standing if r.row == row] for row in rows]

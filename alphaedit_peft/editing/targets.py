@@ -187,7 +187,9 @@ def _rows(group: Group, slot: int, config: AlphaEditConfig) -> list[Row]:
             rows.append(Row(slot, row.scoring_ids, row.subject_last, reads, row.target, weight))
     kl = group.leader.kl_row
     rows.append(Row(slot, kl.ids, kl.subject_last, (kl.subject_last,), (), config.kl_factor))
-    anchors = list(dict.fromkeys(anchor for member in group.members for anchor in member.anchors))
+    asked = {member.rows[0].ids for member in group.members}  # an edit's prompt is no anchor
+    anchors = [a for member in group.members for a in member.anchors if a.ids not in asked]
+    anchors = list(dict.fromkeys(anchors))
     for anchor in anchors:
         reads = tuple(anchor.target_positions) or (len(anchor.ids) - 1,)
         weight = config.anchor_factor / len(anchors)

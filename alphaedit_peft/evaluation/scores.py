@@ -168,15 +168,15 @@ def gather(
         if all(name in case.metrics for name in SCORED)
     ]
     if rows:
-        found["score"] = bootstrap(rows, _harmonic, level=level, seed=seed)
+        found["score"] = bootstrap(rows, harmonic, level=level, seed=seed)
     return Scores(found, tuple(cases), settings or {})
 
 
-def _harmonic(means: Values) -> Values:
-    """Harmonic mean of each row, 0 where an entry is 0; (draws, 3) -> (draws,)."""
+def harmonic(means: Values) -> Values:
+    """Harmonic mean of each row, 0 where an entry is 0; (draws, k) -> (draws,)."""
     safe = np.where(means > 0, means, 1.0)
-    harmonic = means.shape[1] / (1 / safe).sum(1)
-    return np.where((means > 0).all(1), harmonic, 0.0)
+    found = means.shape[1] / (1 / safe).sum(1)
+    return np.where((means > 0).all(1), found, 0.0)
 
 
 def _shown(name: str, estimate: Estimate | None) -> str:

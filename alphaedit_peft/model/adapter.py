@@ -20,6 +20,7 @@ from peft import PeftModelForCausalLM
 from alphaedit_peft.algebra import LowRankDelta
 from alphaedit_peft.architecture import Architecture
 from alphaedit_peft.config import AlphaEditConfig
+from alphaedit_peft.editing.deciding import in_force
 from alphaedit_peft.editing.journal import Journal, Snapshot
 from alphaedit_peft.editing.resources import Resources
 from alphaedit_peft.editing.state import EditState
@@ -184,6 +185,7 @@ class AdapterModel(PeftModelForCausalLM):
                 contexts=contexts,
                 null_space=self.resources.provenance() or journal.null_space,
                 parents=parents,
+                decisions=tuple(in_force(journal.decisions, self.alphaedit_config)),
             )
         )
 

@@ -8,6 +8,7 @@ inherits this.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -66,6 +67,9 @@ class EditableModel(WorkbenchModel):
         Returns:
             A result for every edit, made or set aside with the reason, and figures by layer.
 
+        Warns:
+            UserWarning: the edits take more of a layer's room than ``config.capacity_bound``.
+
         Raises:
             ValueError: edits or statistics that cannot be used; says which and why. An edit that
                 contradicts a parent's, or a parent that is missing or has changed.
@@ -94,7 +98,12 @@ class EditableModel(WorkbenchModel):
                     found += self._make(bench, objective, batch, plan.replaced, others, bar.update)
                     self._note(decided)
             found.sort(key=lambda result: given.index(result.edit))
-            return EditReport(tuple(found), self._layer_reports(adopted.rank), decided)
+            report = EditReport(
+                tuple(found), self._layer_reports(adopted.rank), decided, self.capacity()
+            )
+        if report.made and report.capacity is not None and report.capacity.warning:
+            warnings.warn(report.capacity.warning, stacklevel=3)  # through no_grad
+        return report
 
     def _make(
         self,
@@ -128,7 +137,11 @@ class EditableModel(WorkbenchModel):
 
     @torch.no_grad()
     def repour(
-        self, edit_ids: Sequence[str] | None = None, *, adapter_name: str | None = None
+        self,
+        edit_ids: Sequence[str] | None = None,
+        *,
+        together: bool = False,
+        adapter_name: str | None = None,
     ) -> None:
         """Pour stored target values again: key passes and solves only.
 
@@ -139,6 +152,8 @@ class EditableModel(WorkbenchModel):
 
         Args:
             edit_ids: which edits; None: all that stand. Batches keep their order.
+            together: all in one batch rather than batch by batch, which measures upper keys anew
+                with every edit in place (see docs/tuning.md).
             adapter_name: which active adapter; needed where there are several. It is then poured on
                 top of the others as they are now.
 
@@ -151,7 +166,7 @@ class EditableModel(WorkbenchModel):
             if edit_ids is not None:
                 wanted = self._known_ids(edit_ids)
                 records = [r for r in records if r.edit.id in wanted or r.role != "own"]
-            self._repour(records)
+            self._repour(records, together=together)
 
     def remove_edits(self, edit_ids: Sequence[str], *, adapter_name: str | None = None) -> None:
         """Take edits out by pouring the others again, as if these had never been made.
@@ -215,6 +230,8 @@ class EditableModel(WorkbenchModel):
         stored: EditState | None = None,
         ancestors: Sequence[dict[str, Any]] = (),
         contexts: tuple[str, ...] | None = None,
+        *,
+        together: bool = False,
     ) -> None:
         """Pour records again, on top of the other active packs.
 
@@ -223,6 +240,7 @@ class EditableModel(WorkbenchModel):
             stored: holds their target values; None: the adapter itself.
             ancestors: packs that these come from, to be recorded.
             contexts: for an adapter that has none yet.
+            together: all in one batch.
         """
         if stored is None and self._journal().targets is None and records:
             raise ValueError(
@@ -247,7 +265,9 @@ class EditableModel(WorkbenchModel):
             with self._all_or_nothing(before):
                 for layer, delta in start.factors.items():
                     self._write(layer, delta)
-                state = repour_state(bench, objective, start, to_pour, source, self._write)
+                state = repour_state(
+                    bench, objective, start, to_pour, source, self._write, together=together
+                )
             former = [p for p in self._journal().parents if p.get("operation") != BESIDE]
             self._snapshots.pop(self._active, None)
             recorded = (*former, *ancestors, *(parent.recorded() for parent in parents))

@@ -9,22 +9,40 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import torch
 
 from alphaedit_peft import hooks, quantised
 from alphaedit_peft.editing.bench import Bench
+from alphaedit_peft.editing.capacity import Capacity, measure_capacity, prompt_drift
 from alphaedit_peft.editing.contexts import sample_contexts
 from alphaedit_peft.editing.deciding import Decision, decisions, keys_around, movable
 from alphaedit_peft.editing.objective import Objective
 from alphaedit_peft.editing.prompts import EditRows
 from alphaedit_peft.editing.report import LayerReport, layer_report
+from alphaedit_peft.editing.state import protects
+from alphaedit_peft.evaluation.reader import Reader
 from alphaedit_peft.model.chaining import Parent, needed
 from alphaedit_peft.model.saving import SavingModel
+from alphaedit_peft.nullspace import NullSpace
 from alphaedit_peft.nullspace.disturbance import least_disturbing
 from alphaedit_peft.pack.compressing import require_rows
 
 
+@dataclass(frozen=True)
+class Moved:
+    """A threshold that was decided: the null space and setting before, and the null space since."""
+
+    given: NullSpace | None
+    threshold: tuple[float | None, str | None]
+    now: NullSpace | None
+
+
 class WorkbenchModel(SavingModel):
     """The preparing part of :class:`~alphaedit_peft.model.AlphaEditModel`."""
+
+    _moved: Moved | None = None
 
     @contextmanager
     def _bench(
@@ -54,26 +72,37 @@ class WorkbenchModel(SavingModel):
     ) -> Iterator[tuple[Objective, tuple[Decision, ...]]]:
         """The objective with all settings decided, and what was decided now.
 
-        Settings are decided at an adapter's first edits, for them; if none is made, they are open
-        again.
+        Settings are decided at the model's first edits, for them; if none is made, or all are taken
+        back, they are open again.
         """
-        config, given = self.alphaedit_config, self.resources.null_space
-        if self._journal().rank or not edits or config.preset != "auto":
+        config, resources = self.alphaedit_config, self.resources
+        empty = not any(journal.rank for journal in self._journals.values())
+        if not empty or not edits or config.preset != "auto":
             yield objective, ()
             return
-        before, tried = (config.threshold, config.threshold_mode), {}
+        if self._moved is not None and resources.null_space is self._moved.now:
+            self._reopen(self._moved)
+            objective = resources.find_objective(config, self.base_fingerprint)
+        given, tried = resources.null_space, {}
         decides = "threshold" in self._undecided and movable(given, config)
         around = keys_around(bench, edits) if decides else {}
-        if given is not None and around:
-            config.threshold, tried = least_disturbing(given, around)
-            objective = self.resources.find_objective(config, self.base_fingerprint)
-        space = self.resources.null_space
+        before = (config.threshold, config.threshold_mode)
         try:
-            yield objective, decisions(bench, space, edits, self._undecided, tried)
+            if given is not None and around:
+                config.threshold, tried = least_disturbing(given, around)
+                objective = resources.find_objective(config, self.base_fingerprint)
+                self._moved = Moved(given, before, resources.null_space)
+            yield (
+                objective,
+                decisions(bench, resources.null_space, edits, self._undecided, tried),
+            )
         finally:
             if not self._journal().rank:
-                config.threshold, config.threshold_mode = before
-                self.resources.null_space = given
+                self._reopen(Moved(given, before, resources.null_space))
+
+    def _reopen(self, moved: Moved) -> None:
+        config, self.resources.null_space = self.alphaedit_config, moved.given
+        config.threshold, config.threshold_mode = moved.threshold
 
     def _contexts(self, given: tuple[str, ...] | None) -> tuple[str, ...] | None:
         names = [self._active, *self.active_adapters]
@@ -141,14 +170,52 @@ class WorkbenchModel(SavingModel):
             source = self._sources.get(adapter_name, adapter_name)
             return Parent(adapter_name, source, self.to_pack().digest(), self._state())
 
+    @torch.no_grad()
+    def capacity(self, prompts: Sequence[str] = (), *, adapter_name: str | None = None) -> Capacity:
+        """How full an adapter is: rows against the room, their crowding, growth, drift.
+
+        Args:
+            prompts: texts that should go on as before; how far the next token's distribution has
+                moved from the bare base's, with all active adapters, is measured on them.
+            adapter_name: which adapter; needed where there are several.
+
+        Raises:
+            RuntimeError: a plain LoRA.
+            ValueError: an empty prompt, or an adapter that is not loaded.
+        """
+        with self._on(adapter_name):
+            journal, factors = self._journal(), self.factors
+            standing = [record for record in journal.records if record.role != "superseded"]
+            compression = self._compressions.get(self._active)
+            mixed = compression is not None and compression.mixed  # no row is an edit's own
+            found = measure_capacity(
+                factors,
+                [True] * journal.rank if mixed else protects(standing, journal.rank),
+                null_space=self._null_space_of_rows(),
+                weight_norms={layer: self._weight_norm(layer) for layer in factors},
+            )
+            found = replace(found, bound=self.alphaedit_config.capacity_bound)
+            if not prompts:
+                return found
+            base, most = self.get_base_model(), self.alphaedit_config.tokens_per_batch
+            reader = Reader(base, self.resources.find_tokenizer(base), most)
+            return replace(found, drift=prompt_drift(reader, self.disable_adapter, prompts))
+
     def _layer_reports(self, rank_before: int) -> tuple[LayerReport, ...]:
-        null_space = self.resources.null_space
-        if self.alphaedit_config.objective != "alphaedit":
-            null_space = None  # its rows are not projected keys
+        null_space = self._null_space_of_rows()
         reports = []
         for layer, delta in self.factors.items():
-            weight = self._lora_layer(layer).get_base_layer().weight
-            norm = float(weight.float().norm()) if weight.is_floating_point() else None
+            norm = self._weight_norm(layer)
             new = max(0, delta.rank - rank_before)  # no batch, no parents' rows either
             reports.append(layer_report(layer, delta, new, norm, null_space))
         return tuple(reports)
+
+    def _null_space_of_rows(self) -> NullSpace | None:
+        """The null space, where the rows are keys projected by it: MEMIT's are not."""
+        return self.resources.null_space if self.alphaedit_config.objective == "alphaedit" else None
+
+    def _weight_norm(self, layer: int) -> float | None:
+        """|W| of a layer's base weight, Frobenius; None where it is quantised."""
+        module = self._lora_layer(layer)
+        weight = module.original if module.merged else module.get_base_layer().weight
+        return float(weight.float().norm()) if weight.is_floating_point() else None

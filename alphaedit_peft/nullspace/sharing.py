@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 HEADER = f"{STEM}.json"
 FILES = (HEADER, f"{STEM}.safetensors", "README.md")
+MAX_HEADER_BYTES = 64 * 2**20  # of a null space among others; a larger one is passed over
 MAX_NAME = 128  # hex digits of a folder's name: the embeddings and fifteen blocks
 
 _CARD = """\
@@ -203,7 +204,12 @@ def _choose(root: Path, given: str | Path, fingerprint: BaseFingerprint | None) 
 
 
 def _made_for(header: Path) -> BaseFingerprint | None:
-    """The base of a null space, from its header; None where it names none that can be read."""
+    """The base of a null space, from its header; None where it names none that can be read.
+
+    Headers in a shared repository come from strangers: none is read past ``MAX_HEADER_BYTES``.
+    """
+    if header.stat().st_size > MAX_HEADER_BYTES:
+        return None
     try:
         values = json.loads(header.read_text(encoding="utf-8"))
         return BaseFingerprint.from_json(values["fingerprint"])

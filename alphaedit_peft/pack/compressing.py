@@ -16,6 +16,7 @@ import torch
 from alphaedit_peft import delta_algebra
 from alphaedit_peft.algebra import LowRankDelta
 from alphaedit_peft.pack.format import DTYPES
+from alphaedit_peft.pack.parents import parent_entry
 
 if TYPE_CHECKING:
     from alphaedit_peft.pack.pack import EditPack
@@ -120,13 +121,12 @@ def compress(
         delta_errors={n: delta_algebra.relative_error(*pair) for n, pair in pairs.items()},
         output_errors={n: _output_error(*pair, rows) for n, pair in pairs.items()},
     )
-    parent = {"operation": "compress", "digest": pack.digest(), "edits": len(pack.edits)}
     return replace(
         pack,
         factors=small,
         targets=None if compression.mixed else pack.targets,
         compression=compression,
-        parents=(*pack.parents, parent),
+        parents=(*pack.parents, parent_entry("compress", pack)),
     )
 
 
@@ -137,6 +137,9 @@ def _check_arguments(
         raise ValueError(f"rank={rank} and tolerance={tolerance} both set the rank; give one")
     if rank is None and tolerance is None and dtype is None:
         raise ValueError("nothing was asked for; give a rank, a tolerance or a dtype")
+    if pack.rank < 2 and (rank is not None or tolerance is not None):
+        rows = "one row" if pack.rank else "no row, since it holds no edit"
+        raise ValueError(f"this pack has {rows}, so its rank cannot be lower; give a dtype alone")
     if rank is not None and (type(rank) is not int or not 1 <= rank < pack.rank):
         raise ValueError(
             f"rank={rank!r} does not make this pack of rank {pack.rank} smaller; use "

@@ -25,6 +25,7 @@ from alphaedit_peft.pack.format import (
     tensor_bytes,
 )
 from alphaedit_peft.pack.lora import Factors, adapter_config_bytes, by_block, lora_state
+from alphaedit_peft.pack.parents import require_alone
 from alphaedit_peft.storing import replace_folder
 
 if TYPE_CHECKING:
@@ -67,6 +68,9 @@ def export(
     num_blocks: int | None = None,
 ) -> Export:
     """Write a plain LoRA folder; see :meth:`EditPack.export`."""
+    require_alone(
+        pack, "it cannot be exported alone", "join them first, EditPack.join([parent, pack])"
+    )
     if format not in FORMATS:
         raise ValueError(f"format={format!r} is unknown; use one of {FORMATS}")
     if dtype is None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn
@@ -29,6 +30,7 @@ FILES = (ADAPTER_CONFIG, ADAPTER_MODEL, CARD, SIDECAR_CONFIG, EDITS, TARGETS)
 
 MAX_JSON_BYTES = 64 * 2**20
 MAX_LINE_BYTES = 2**20
+MAX_TENSOR_BYTES = 16 * 2**30  # 20,000 edits of a model with 70 billion parameters
 REMEDY = "the pack is damaged, save or download it again"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -71,10 +73,13 @@ def read_json_lines(folder: Path, name: str) -> list[tuple[int, dict[str, Any]]]
 def read_tensors(folder: Path, name: str) -> dict[str, Tensor]:
     """Read the tensors of a safetensors file, floating and finite, on the CPU in float32.
 
+    The file has at most ``MAX_TENSOR_BYTES``.
+
     Raises:
-        PackError: a missing or climbing file, no safetensors file, another dtype, NaN or infinity.
+        PackError: a missing, too large or climbing file, no safetensors file, another dtype, NaN
+            or infinity.
     """
-    data = read_bytes(folder, name)
+    data = read_bytes(folder, name, MAX_TENSOR_BYTES)
     where = folder / name
     try:
         tensors = load(data)
@@ -88,7 +93,7 @@ def read_tensors(folder: Path, name: str) -> dict[str, Tensor]:
     return {key: tensor.float() for key, tensor in tensors.items()}
 
 
-def read_bytes(folder: Path, name: str, limit: int | None = None) -> bytes:
+def read_bytes(folder: Path, name: str, limit: int = MAX_TENSOR_BYTES) -> bytes:
     """Read a regular file that lies within the folder.
 
     Raises:
@@ -100,8 +105,9 @@ def read_bytes(folder: Path, name: str, limit: int | None = None) -> bytes:
     if not any(path.resolve().is_relative_to(root) for root in _allowed_roots(folder)):
         refuse(path, f"a link leads out of the folder, to {path.resolve()}")
     with path.open("rb") as file:
-        data = file.read(-1 if limit is None else limit + 1)
-    if limit is not None and len(data) > limit:
+        size = os.fstat(file.fileno()).st_size
+        data = b"" if size > limit else file.read(size + 1)
+    if max(size, len(data)) > limit:
         refuse(path, f"the file is larger than the limit of {limit} bytes")
     return data
 
@@ -179,7 +185,14 @@ def _finite(text: str) -> float:
 
 
 def _allowed_roots(folder: Path) -> list[Path]:
-    """The folder itself and, inside the Hub's cache, the blobs that its snapshots link to."""
+    """The folder itself and, inside the Hub's cache, the blobs that its snapshots link to.
+
+    The cache keeps a repository in models--OWNER--NAME, with snapshots/COMMIT and blobs.
+    """
     here = folder.resolve()
-    snapshots = [parent for parent in here.parents if parent.name == "snapshots"]
-    return [here, *(parent.parent / "blobs" for parent in snapshots)]
+    repositories = [
+        parent.parent
+        for parent in here.parents
+        if parent.name == "snapshots" and parent.parent.name.startswith("models--")
+    ]
+    return [here, *(repository / "blobs" for repository in repositories)]

@@ -1,8 +1,9 @@
 """Join packs into one, from their files alone.
 
 In: packs of one base and one null space. Out: :class:`Joined`: the pack whose update puts out on
-each pack's stored keys what that pack did (``delta_algebra.join``). Adding the packs' updates would
-not: each would also act on the other's keys.
+each pack's stored keys what that pack did (``delta_algebra.join``), together with those it was
+edited on top of. Adding the updates of packs made apart would not: each would also act on the
+other's keys.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,6 +21,7 @@ from alphaedit_peft import algebra, delta_algebra
 from alphaedit_peft.pack.compressing import require_rows
 from alphaedit_peft.pack.contradicting import LeftOut, Row, settle
 from alphaedit_peft.pack.fellows import require_fellows
+from alphaedit_peft.pack.parents import acting, parent_entry, stands_on
 from alphaedit_peft.pack.record import EditRecord
 
 if TYPE_CHECKING:
@@ -43,7 +46,7 @@ class Joined:
 
 
 def join(
-    packs: Sequence[EditPack],
+    packs: Sequence[EditPack | str | Path],
     *,
     names: Sequence[str] | None = None,
     on_conflict: str = "error",
@@ -54,52 +57,68 @@ def join(
     layers: str = "same",
 ) -> Joined:
     """One pack of several; see :meth:`EditPack.join`."""
-    names = _checked_names(packs, names)
+    packs, names = _opened(packs, names)
     _check_settings(key_cosine, ridge, ridge_mode, norm_guard)
     for pack in packs:
         require_rows(pack.compression, "join it with others")
     first = require_fellows(packs, names, layers)
+    chains = acting(packs, names)
     rows, left_out = settle(packs, names, on_conflict, key_cosine)
     chosen = [sorted(row.number for row in rows if row.pack == p) for p in range(len(packs))]
     solved = {}
     for module in first.modules:
-        parts = [_part(pack, module, kept, first) for pack, kept in zip(packs, chosen, strict=True)]
+        parts = [
+            _part(pack, chain, module, kept, first)
+            for pack, chain, kept in zip(packs, chains, chosen, strict=True)
+        ]
         start = _ridge([a for a, _ in parts], ridge or 0.0, ridge_mode)
-        solved[module] = delta_algebra.join(parts, start, norm_guard)
+        solved[module] = delta_algebra.join(_linked(parts, packs, chains), start, norm_guard)
+    records, adopted = _adopted(_records(packs, names, rows, chosen), packs)
     joined = replace(
         first,
         factors={module: joint.delta for module, joint in solved.items()},
-        records=tuple(_records(packs, names, rows, chosen)),
+        records=tuple(records),
         targets=_targets(packs, chosen),
         parents=_parents(packs, names),
         compression=None,
     )
     _warn(solved, norm_guard)
-    return Joined(joined, left_out, solved)
+    return Joined(joined, tuple(left for left in left_out if left.id not in adopted), solved)
 
 
 def _parents(packs: Sequence[EditPack], names: Sequence[str]) -> tuple[dict[str, Any], ...]:
     """The packs joined, and those that they stand on (``beside``) and that are not among them."""
-    joined = [
-        {"operation": "join", "name": n, "digest": p.digest(), "edits": len(p.edits)}
-        for n, p in zip(names, packs, strict=True)
-    ]
-    known = {parent["digest"] for parent in joined}
+    joined = [parent_entry("join", p, name=n) for n, p in zip(names, packs, strict=True)]
+    known = {str(parent["digest"]) for parent in joined}
     found = []
-    for parent in (parent for pack in packs for parent in pack.parents):
-        if parent.get("operation") == "beside" and parent.get("digest") not in known:
-            known.add(parent.get("digest"))
+    for parent in (parent for pack in packs for parent in stands_on(pack)):
+        if str(parent.get("digest")) not in known:
+            known.add(str(parent.get("digest")))
             found.append(dict(parent))
     return (*found, *joined)
 
 
-def _checked_names(packs: Sequence[EditPack], names: Sequence[str] | None) -> list[str]:
-    if not packs:
+def _opened(
+    packs: Sequence[EditPack | str | Path], names: Sequence[str] | None
+) -> tuple[list[EditPack], list[str]]:
+    """The packs, read where they are folders or repositories, and their names."""
+    from alphaedit_peft.pack.pack import EditPack
+
+    if isinstance(packs, (str, Path, EditPack)):
+        shown = "one EditPack" if isinstance(packs, EditPack) else repr(str(packs))
+        raise TypeError(f"packs={shown} is one pack; pass a list of packs, folders or Hub ids")
+    given = list(packs)
+    if not given:
         raise ValueError("packs=[] holds no pack; give at least one, better two")
-    found = [f"pack {i + 1}" for i in range(len(packs))] if names is None else list(names)
-    if len(found) != len(packs):
-        raise ValueError(f"names={found} are not one for each of the {len(packs)} packs")
-    return found
+    for pack in given:
+        if not isinstance(pack, (EditPack, str, Path)):
+            raise TypeError(
+                f"packs holds {pack!r}, a {type(pack).__name__}; pass EditPacks, folders or Hub ids"
+            )
+    found = [f"pack {i + 1}" for i in range(len(given))] if names is None else list(names)
+    if len(found) != len(given):
+        raise ValueError(f"names={found} are not one for each of the {len(given)} packs")
+    return [p if isinstance(p, EditPack) else EditPack.from_pretrained(p) for p in given], found
 
 
 def _check_settings(key_cosine: float, ridge: float | None, mode: str, guard: float) -> None:
@@ -114,15 +133,51 @@ def _check_settings(key_cosine: float, ridge: float | None, mode: str, guard: fl
 
 
 def _part(
-    pack: EditPack, module: str, kept: Sequence[int], first: EditPack
+    pack: EditPack, chain: Sequence[EditPack], module: str, kept: Sequence[int], first: EditPack
 ) -> tuple[Tensor, Tensor]:
-    """A pack's rows at a module, and what it puts out on them; zeros where it does not edit it."""
+    """A pack's rows at a module, and what it and those that act with it put out on them.
+
+    Zeros where the pack does not edit the module.
+    """
     if module not in pack.factors:
         d_out, d_in = first.factors[module].B.shape[0], first.factors[module].A.shape[1]
         return torch.zeros(len(kept), d_in), torch.zeros(len(kept), d_out)
-    delta = pack.factors[module]
-    rows = delta.A[list(kept)]
-    return rows, delta_algebra.outputs(delta, rows)
+    rows = pack.factors[module].A[list(kept)]
+    acting_here = [p.factors[module] for p in chain if module in p.factors]
+    return rows, torch.stack([delta_algebra.outputs(d, rows) for d in acting_here]).sum(0)
+
+
+def _linked(
+    parts: Sequence[tuple[Tensor, Tensor]],
+    packs: Sequence[EditPack],
+    chains: Sequence[Sequence[EditPack]],
+) -> list[tuple[Tensor, Tensor]]:
+    """The parts, with neighbours in one chain as one: its |Delta| is no sign of a clash."""
+    found: list[tuple[Tensor, Tensor]] = []
+    for number, (part, chain) in enumerate(zip(parts, chains, strict=True)):
+        if number and any(packs[number - 1] is other for other in chain):
+            earlier = found.pop()
+            part = (torch.cat([earlier[0], part[0]]), torch.cat([earlier[1], part[1]]))
+        found.append(part)
+    return found
+
+
+def _adopted(
+    records: Sequence[EditRecord], packs: Sequence[EditPack]
+) -> tuple[list[EditRecord], set[str]]:
+    """Edits that only an upper pack's row holds any more become the joined pack's own, with ids."""
+    theirs = {r.edit.id: r.edit for pack in packs for r in pack.records if r.role == "own"}
+    own = {record.edit.id for record in records if record.role == "own"}
+    found, adopted = [], set[str]()
+    for record in records:
+        name = record.edit.id
+        if record.role == "protected" and name not in own and theirs.get(name) == record.edit:
+            own.add(name)
+            adopted.add(name)
+            found.append(replace(record, role="own"))
+        else:
+            found.append(record)
+    return found, adopted
 
 
 def _targets(packs: Sequence[EditPack], chosen: Sequence[Sequence[int]]) -> Tensor | None:

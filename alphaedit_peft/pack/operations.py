@@ -57,7 +57,7 @@ class PackOperations:
 
     @staticmethod
     def join(
-        packs: Sequence[EditPack],
+        packs: Sequence[EditPack | str | Path],
         *,
         names: Sequence[str] | None = None,
         on_conflict: str = "error",
@@ -70,7 +70,9 @@ class PackOperations:
         """One pack that does what several do, each on its own stored keys.
 
         Args:
-            packs: of one base and one null space; batches are numbered in this order.
+            packs: of one base and one null space, or their folders or Hub ids; batches are
+                numbered in this order. One that was edited on top of others comes after them: on
+                its keys the joined pack does what the chain did.
             names: of the packs, for messages and ``parents``; None: pack 1, pack 2 ...
             on_conflict: where two packs contradict each other, or have one key for different
                 edits: ``error``, or keep the row of the ``first`` or the ``last``.
@@ -84,11 +86,13 @@ class PackOperations:
                 their keys there are unknown.
 
         Raises:
+            TypeError: one pack, or something that is none.
             ValueError: packs of different bases, null spaces, modules or objectives, contradictions
-                under ``error``, or one id for two edits.
+                under ``error``, one id for two edits, or a pack before one that it stands on.
 
         Warns:
-            UserWarning: the norm guard acted, or the bases could not be compared.
+            UserWarning: the norm guard acted, the bases could not be compared, or a pack stands on
+                one that is not given; the joined pack stands on that then.
         """
         return join(
             packs,
@@ -152,8 +156,8 @@ class PackOperations:
             What was written, with the relative error of rounding to ``dtype``.
 
         Raises:
-            ValueError: a rank over ``max_rank``, an unknown format or dtype, or an unknown number
-                of blocks.
+            ValueError: a rank over ``max_rank``, an unknown format or dtype, an unknown number of
+                blocks, or a pack that stands on others.
             FileExistsError: ``folder`` holds an edit pack, or something else that is no export.
         """
         return export(

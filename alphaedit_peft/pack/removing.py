@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from alphaedit_peft import delta_algebra
 from alphaedit_peft.pack.compressing import require_rows
+from alphaedit_peft.pack.parents import parent_entry
 from alphaedit_peft.pack.record import EditRecord
 
 if TYPE_CHECKING:
@@ -58,13 +59,12 @@ def remove(pack: EditPack, ids: Iterable[str], *, max_share: float = 0.5) -> Rem
         for record in gone:
             shares[record.edit.id][name] = float(inside[dropped.index(record.row)])
     place = {row: i for i, row in enumerate(rows)}
-    parent = {"operation": "remove", "digest": pack.digest(), "edits": len(pack.edits)}
     left = replace(
         pack,
         factors=factors,
         records=tuple(replace(record, row=place[record.row]) for record in stay),
         targets=None if pack.targets is None else pack.targets[rows],
-        parents=(*pack.parents, parent),
+        parents=(*pack.parents, parent_entry("remove", pack)),
         compression=None,
     )
     removal = Removal(left, shares)

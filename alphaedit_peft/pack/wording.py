@@ -25,7 +25,10 @@ def parent_in_words(parent: Mapping[str, Any]) -> str:
     use = _USES.get(operation, operation)
     name = f" {parent['name']}" if parent.get("name") else ""
     edits = f", {parent['edits']} edits" if "edits" in parent else ""
-    return f"{use}{name}{edits}, digest {str(parent.get('digest', ''))[:12] or 'unknown'}"
+    digest = str(parent.get("digest", ""))[:12] or "unknown"
+    made = parent.get("compression")
+    rounded = f", {made.get('dtype')} factors" if isinstance(made, Mapping) else ""
+    return f"{use}{name}{edits}, digest {digest}{rounded}"
 
 
 def compressed(made: Compression) -> str:

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
+from alphaedit_peft.editing.capacity import ALIKE, pack_capacity
 from alphaedit_peft.nullspace import NullSpace
 from alphaedit_peft.pack import EditPack
 from alphaedit_peft.report.figures import MAX_ROWS, RowFigures, histogram
@@ -28,6 +29,8 @@ def capacity_section(
         (f"layer {layer}", delta.norm())
         for layer, delta in zip(pack.layers, pack.factors.values(), strict=True)
     ]
+    filled = pack_capacity(pack, null_space)
+    alike = {part.layer: part.conflicts for part in filled.layers} if filled else {}
     cells = []
     for layer, (module, delta) in zip(pack.layers, pack.factors.items(), strict=True):
         width = delta.A.shape[1]
@@ -35,7 +38,8 @@ def capacity_section(
         found = rows.get(module)
         rank = pack.rank if found is None or found.rows < pack.rank else found.rank
         condition = None if found is None else _condition(found.condition)
-        cells.append((layer, module, delta.norm(), rank, room, f"{rank / room:.1%}", condition))
+        taken = f"{rank / room:.1%}"
+        cells.append((layer, module, delta.norm(), rank, room, taken, condition, alike.get(layer)))
     room_name = ">width" if null_space is None else ">kept directions"
     columns = [">layer", "module", ">|Delta|", ">independent rows", room_name, ">taken"]
     text = (
@@ -48,8 +52,10 @@ def capacity_section(
     if pack.rank > MAX_ROWS:
         text += f" The condition is that of the first {MAX_ROWS:,} rows."
     chart = bar_chart("Size of the update, |Delta|", bars)
-    listed = table([*columns, ">condition of A Aᵀ"], cells)
-    return Section("Layers and room", Markup(side_by_side([chart]) + listed + paragraph(text)))
+    listed = table([*columns, ">condition of A Aᵀ", f">pairs of cosine ≥ {ALIKE:g}"], cells)
+    said = paragraph(f"Note: {filled.warning}.") if filled and filled.warning else ""
+    content = Markup(side_by_side([chart]) + said + listed + paragraph(text))
+    return Section("Layers and room", content)
 
 
 def key_section(pack: EditPack, rows: Mapping[str, RowFigures]) -> Section:

@@ -84,18 +84,19 @@ def bar_chart(title: str, bars: Sequence[tuple[str, float]], *, unit: str = "") 
 
 
 def heat_map(title: str, values: Sequence[Sequence[float]], labels: Sequence[str] = ()) -> Markup:
-    """A square of cells: darker is nearer to 1, in another colour nearer to -1; 0 is empty.
+    """A grid of cells: darker is nearer to 1, in another colour nearer to -1; 0 is empty.
 
     Args:
         title: above the chart.
-        values: rows of numbers in -1..1.
-        labels: of the rows and columns, shown where they are at most ``NAMED``.
+        values: rows of numbers in -1..1, equally long; a square, or wider or narrower than high.
+        labels: of the rows (and of a square's columns), shown where they are at most ``NAMED``.
     """
     n = len(values)
     if not n:
         return _nothing(title)
     left = 120 if labels and n <= NAMED else 4
-    cell = min(28.0, (WIDTH - left - 4) / n)
+    wide = len(values[0])
+    cell = min(28.0, (WIDTH - left - 4) / max(n, wide))
     shades: dict[int, list[str]] = {}
     for i, row in enumerate(values):
         for j, value in enumerate(row):
@@ -109,7 +110,7 @@ def heat_map(title: str, values: Sequence[Sequence[float]], labels: Sequence[str
         for level, places in sorted(shades.items())
     ]
     size = n * cell
-    edge = f'x="{left}" y="0.5" width="{size:.2f}" height="{size:.2f}"'
+    edge = f'x="{left}" y="0.5" width="{wide * cell:.2f}" height="{size:.2f}"'
     parts.append(f'<rect class="grid" fill="none" {edge}/>')
     if labels and n <= NAMED:
         for i, label in enumerate(labels):

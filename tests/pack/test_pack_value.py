@@ -147,13 +147,22 @@ def test_subfolder(saved, pack):
 
 
 def test_the_hubs_cache_may_link_to_its_blobs(saved, pack, tmp_path):
-    blobs, snapshot = tmp_path / "repo/blobs", tmp_path / "repo/snapshots/abc/alphaedit"
+    repository = tmp_path / "models--me--pack"
+    blobs, snapshot = repository / "blobs", repository / "snapshots/abc/alphaedit"
     blobs.mkdir(parents=True)
     snapshot.mkdir(parents=True)
     for number, path in enumerate(p for p in saved.rglob("*") if p.is_file()):
         path.rename(blobs / str(number))
         (snapshot.parent / path.relative_to(saved)).symlink_to(blobs / str(number))
     assert EditPack.from_pretrained(snapshot.parent).digest() == pack.digest()
+    elsewhere = repository.rename(tmp_path / "mine")  # a folder of snapshots is no Hub cache
+    for path in (elsewhere / "snapshots/abc").rglob("*"):
+        if path.is_symlink():
+            target = elsewhere / "blobs" / path.readlink().name
+            path.unlink()
+            path.symlink_to(target)
+    with pytest.raises(PackError, match=r"a link leads out of the folder"):
+        EditPack.from_pretrained(elsewhere / "snapshots/abc")
 
 
 def _card(pack, tmp_path):

@@ -1,0 +1,101 @@
+"""What a pack was made from, and which packs act together: those on top of others, and those below.
+
+In: packs, with what each records of its parents. Out: the entry that a new pack records, the
+parents that a pack stands on (``beside``), and for each of several packs those whose updates act on
+its keys besides its own. A pack on top of others holds only what is left to do once they act.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from alphaedit_peft.pack.wording import parent_in_words
+
+if TYPE_CHECKING:
+    from alphaedit_peft.pack.pack import EditPack
+
+
+def parent_entry(operation: str, pack: EditPack, **more: str) -> dict[str, Any]:
+    """What a new pack records of one it is made from; what that one had lost by rounding too."""
+    entry = {"operation": operation, **more, "digest": pack.digest(), "edits": len(pack.edits)}
+    if pack.compression is not None:
+        entry["compression"] = pack.compression.to_json()
+    return entry
+
+
+def stands_on(pack: EditPack) -> tuple[dict[str, Any], ...]:
+    """The parents that have to act beside a pack, as it records them."""
+    return tuple(parent for parent in pack.parents if parent.get("operation") == "beside")
+
+
+def require_alone(pack: EditPack, what: str, remedy: str) -> None:
+    """Refuse what would take a pack for the whole that stands on others.
+
+    Args:
+        pack: the pack.
+        what: was asked for, as in "it cannot be exported alone".
+        remedy: what to do.
+
+    Raises:
+        ValueError: it stands on others; names them.
+    """
+    below = stands_on(pack)
+    if below:
+        named = " and ".join(parent_in_words(parent) for parent in below)
+        raise ValueError(
+            f"this pack was edited {named}, and holds only what differs from there, so {what}; "
+            f"{remedy}"
+        )
+
+
+def acting(packs: Sequence[EditPack], names: Sequence[str]) -> list[list[EditPack]]:
+    """For each pack, the packs among those given that act on its keys as they were made.
+
+    These are itself, those that it stands on, directly or not, and those on top of it, which keep
+    its outputs nearly: the sum of their updates is what the chain does.
+
+    Raises:
+        ValueError: a pack that comes before one it stands on.
+
+    Warns:
+        UserWarning: a pack stands on one that is not given.
+    """
+    digests = [pack.digest() for pack in packs]
+    below = {d: _below(packs, digests, i, names) for i, d in enumerate(digests)}
+    for _ in digests:  # chains have at most as many links as there are packs
+        below = {d: found.union(*(below[f] for f in found)) for d, found in below.items()}
+    one_of = dict(zip(digests, packs, strict=True))
+    return [
+        [p for other, p in one_of.items() if other == d or other in below[d] or d in below[other]]
+        for d in digests
+    ]
+
+
+def _below(
+    packs: Sequence[EditPack], digests: Sequence[str], number: int, names: Sequence[str]
+) -> set[str]:
+    """Digests of the given packs that one of them stands on, each of which comes before it."""
+    found: set[str] = set()
+    for parent in stands_on(packs[number]):
+        digest = str(parent.get("digest"))
+        if digest not in digests:
+            _warn_missing(names[number], parent)
+        elif digests.index(digest) >= digests.index(digests[number]):
+            raise ValueError(
+                f"{names[number]} was edited on top of {names[digests.index(digest)]}, which comes "
+                "after it; give the packs in the order in which they were made, the parent first"
+            )
+        else:
+            found.add(digest)
+    return found
+
+
+def _warn_missing(name: str, parent: Mapping[str, Any]) -> None:
+    warnings.warn(
+        f"{name} was edited {parent_in_words(parent)}, and that pack is not among those joined (or "
+        "has changed since), so the joined pack still stands on it and acts as made only beside "
+        "it; give that pack too, first, for one that stands alone",
+        stacklevel=6,
+    )

@@ -1,0 +1,218 @@
+"""What ``alphaedit evaluate`` and ``alphaedit compare`` found, read back from their files.
+
+In: a file or a folder that they wrote. Out: :class:`Finding`, one for each model or method judged:
+metrics before and after, over the edits, by age of the edits, and what they depend on. Nothing is
+measured here, and nothing in a folder is changed.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from alphaedit_peft.evaluation.intervals import Estimate
+from alphaedit_peft.evaluation.scores import CaseScores, Scores, gather
+from alphaedit_peft.studies.comparing import Comparison
+from alphaedit_peft.studies.runs import Checkpoint, Run
+
+COMPARISON, RUN, BEFORE = "comparison.json", "results.jsonl", "before.json"
+ADVICE = "give what alphaedit evaluate or compare wrote"
+LEVEL, SEED = 0.95, 0  # of intervals over a file of cases, as Judging has them
+
+
+@dataclass(frozen=True)
+class Finding:
+    """The scores of one model or method.
+
+    Attributes:
+        name: of the method, or of the file.
+        source: which file or folder it was read from.
+        before: metric -> estimate on the unedited model; empty where it was not judged.
+        final: metric -> estimate at the end.
+        course: metric -> (edits, estimate) at each judgement, the unedited model first.
+        by_batch: metric -> its mean over each batch's cases at the end, the first batch first.
+        over: what intervals are over: ``cases``, or such as ``3 orders``.
+        seconds: of the processor, an edit; None where no edit was made.
+        origin: what the numbers depend on, as plain JSON values.
+    """
+
+    name: str
+    source: str
+    before: Mapping[str, Estimate]
+    final: Mapping[str, Estimate]
+    course: Mapping[str, Sequence[tuple[int, Estimate]]] = field(default_factory=dict)
+    by_batch: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    over: str = "cases"
+    seconds: float | None = None
+    origin: Mapping[str, Any] = field(default_factory=dict)
+
+
+def read_findings(paths: Sequence[str | Path]) -> tuple[Finding, ...]:
+    """Read results; of two findings of one name, each gets its source's name in front.
+
+    Args:
+        paths: each a comparison's JSON or folder, a run's folder, the JSON of ``evaluate --json``,
+            or its ``--out`` file of judged cases, with the ``.before`` file beside it.
+
+    Raises:
+        FileNotFoundError: no such file or folder.
+        ValueError: something else, or a run without any judgement.
+    """
+    found = [finding for path in paths for finding in _read(Path(path))]
+    names = [finding.name for finding in found]
+    named = [
+        replace(f, name=f"{f.source}: {f.name}") if names.count(f.name) > 1 else f for f in found
+    ]
+    names = [finding.name for finding in named]
+    return tuple(
+        replace(f, name=f"{f.name} ({names[:i].count(f.name) + 1})")
+        if names.count(f.name) > 1
+        else f
+        for i, f in enumerate(named)
+    )
+
+
+def _read(path: Path) -> list[Finding]:
+    if not path.exists():
+        raise FileNotFoundError(f"{path} is not there; {ADVICE}")
+    try:
+        if path.is_dir():
+            return _folder(path)
+        if path.suffix == ".jsonl":
+            return [_cases(path)]
+        return _values(json.loads(path.read_text(encoding="utf-8")), path.stem)
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        why = f"no field {error}" if isinstance(error, KeyError) else error
+        raise ValueError(f"{path} holds no results ({why}); {ADVICE}") from error
+
+
+def _folder(path: Path) -> list[Finding]:
+    """A comparison's folder, finished or not, or that of one run."""
+    if (path / COMPARISON).is_file():
+        values = json.loads((path / COMPARISON).read_text(encoding="utf-8"))
+        return _values(values, path.resolve().name)
+    places = [path] if (path / RUN).is_file() else sorted(p.parent for p in path.glob(f"*/{RUN}"))
+    if not places:
+        raise ValueError(f"neither {COMPARISON} nor {RUN} is in it")
+    before = path / BEFORE
+    scores = Scores({}, ())
+    if before.is_file():
+        scores = Scores.from_json(json.loads(before.read_text(encoding="utf-8"))["scores"])
+    runs: dict[str, list[Run]] = {}
+    for place in places:
+        run = _run(place / RUN, scores)
+        if run.checkpoints:
+            runs.setdefault(run.head["method"]["name"], []).append(run)
+    if not runs:
+        raise ValueError("no run in it was judged yet")
+    return [_of_runs(n, path.resolve().name, scores, tuple(f)) for n, f in runs.items()]
+
+
+def _run(path: Path, before: Scores) -> Run:
+    """A run, finished or not; a last line that was cut off is left out."""
+    lines = [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1]]
+    judged = {v["judged"]["batches"]: v["judged"] for v in lines if "judged" in v}
+    made = {v["batch"]: v for v in lines if "batch" in v}
+    single = [v for v in lines if "case" in v]
+    points = [Checkpoint.from_json(judged[step]) for step in sorted(judged)]
+    if single:
+        judging = lines[0]["run"].get("judging", {})
+        cases = [CaseScores.from_json(v["case"]) for v in single]
+        metrics = gather(cases, judging.get("level", LEVEL), judging.get("seed", SEED)).metrics
+        points = [Checkpoint(len(cases), len(cases), metrics)]
+    done = [*made.values(), *single]
+    total, seconds = sum(v["made"] for v in done), sum(v["seconds"] for v in done)
+    return Run(lines[0]["run"], before, tuple(points), (), total, seconds)
+
+
+def _values(values: Mapping[str, Any], name: str) -> list[Finding]:
+    """JSON of a comparison, or of one evaluation."""
+    if "methods" in values:
+        before = Scores(_estimates(values["before"]), ())
+        return [
+            _of_runs(method, name, before, tuple(_saved(run, before) for run in found["runs"]))
+            for method, found in values["methods"].items()
+        ]
+    metrics = _estimates(values["metrics"])
+    origin = {"judging": dict(values["settings"])}
+    before = _estimates(values.get("before", {}))
+    return [Finding(name, name, before, _required(metrics), origin=origin)]
+
+
+def _saved(run: Mapping[str, Any], before: Scores) -> Run:
+    points = tuple(Checkpoint.from_json(point) for point in run["checkpoints"])
+    return Run(run["head"], before, points, (), run["made"], run["seconds"])
+
+
+def _of_runs(name: str, source: str, before: Scores, runs: tuple[Run, ...]) -> Finding:
+    """Runs over several orders as one finding, as far as all of them were judged."""
+    common = min(len(run.checkpoints) for run in runs)
+    if not common:
+        raise ValueError(f"a run of {name} was not judged yet")
+    runs = tuple(replace(run, checkpoints=run.checkpoints[:common]) for run in runs)
+    heads = [run.head for run in runs]
+    orders = tuple(head.get("schedule", {}).get("order") for head in heads)
+    whole = Comparison(before, {name: runs}, orders)
+    final = whole.final(name)
+    course = {metric: _course(whole, name, metric) for metric in final} if common > 1 else {}
+    made = sum(run.made for run in runs)
+    return Finding(
+        name,
+        source,
+        before.metrics,
+        _required(final),
+        course,
+        {metric: means for metric in final if (means := _by_batch(runs, metric))},
+        f"{len(runs)} orders" if len(runs) > 1 else "cases",
+        sum(run.seconds for run in runs) / made if made else None,
+        {**heads[0], "orders": [order for order in orders if order is not None]},
+    )
+
+
+def _course(whole: Comparison, name: str, metric: str) -> list[tuple[int, Estimate]]:
+    """As ``Comparison.course``; without the unedited model where the metric compares with it."""
+    known = whole
+    if metric not in whole.before.metrics:
+        start = Scores({metric: whole.final(name)[metric]}, ())
+        known = replace(whole, before=start)
+        return known.course(name, metric)[1:]
+    return known.course(name, metric)
+
+
+def _by_batch(runs: Sequence[Run], metric: str) -> list[float]:
+    """A metric by batch at the end, the mean over orders; nothing where a run lacks it."""
+    values = [run.final.by_batch.get(metric, ()) for run in runs]
+    same = len({len(found) for found in values}) == 1
+    return [mean(batch) for batch in zip(*values, strict=True)] if same else []
+
+
+def _cases(path: Path) -> Finding:
+    """The judged cases that ``evaluate --out`` keeps, gathered again."""
+    how, cases = _lines(path)
+    before: Mapping[str, Estimate] = {}
+    beside = path.with_name(f"{path.stem}.before{path.suffix}")
+    if beside.is_file():
+        wanted = {case.digest for case in cases}
+        rest = [case for case in _lines(beside)[1] if case.digest in wanted]
+        before = gather(rest, LEVEL, SEED).metrics
+    final = gather(cases, LEVEL, SEED).metrics
+    return Finding(path.stem, path.stem, before, _required(final), origin={"judging": how})
+
+
+def _lines(path: Path) -> tuple[dict[str, Any], list[CaseScores]]:
+    head, *rest = [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1]]
+    return head["judging"], [CaseScores.from_json(line) for line in rest]
+
+
+def _estimates(values: Mapping[str, Any]) -> dict[str, Estimate]:
+    return {name: Estimate(**found) for name, found in values.items() if None not in found.values()}
+
+
+def _required(metrics: Mapping[str, Estimate]) -> Mapping[str, Estimate]:
+    if not metrics:
+        raise ValueError("no case in it was judged")
+    return metrics

@@ -1,0 +1,175 @@
+"""Where a model recalls facts: causal tracing by token and block (ROME, section 2 and appendix B).
+
+In: a causal language model, facts it knows. Out: :class:`Located`: how much of P(target) comes back
+when, in a run whose subject is corrupted, one clean state is put back. The indirect effect of a
+state is P(restored) - P(corrupted), as a mean over noise samples, then over tokens of a class.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from alphaedit_peft import hooks, tokens
+from alphaedit_peft.config import AlphaEditConfig
+from alphaedit_peft.edits import Edit
+from alphaedit_peft.studies.traces import CLASSES, LAST_SUBJECT, FactTrace, Located
+from alphaedit_peft.studies.tracing import MLP, STATES, Row, Run, Tracer
+
+WINDOW = 0.2  # of the blocks: ROME restores the MLPs of 10 of GPT2-XL's 48 together
+
+
+def locate(  # noqa: PLR0913
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    edits: Sequence[Edit],
+    config: AlphaEditConfig | None = None,
+    *,
+    noise: float = 3.0,
+    samples: int = 10,
+    window: int | None = None,
+    seed: int = 0,
+    progress: Callable[[str], None] = lambda text: None,
+) -> Located:
+    """Trace facts through a model: corrupt the subject, restore one state, see what comes back.
+
+    Traced is ``target_true`` where greedy decoding says it, as ROME keeps to what a model knows;
+    of an edit without one, the token that the model itself puts next.
+
+    Args:
+        model: a bare causal language model of a known family, or named in ``config``.
+        tokenizer: its fast tokenizer.
+        edits: the facts; their ``target_new`` is not used.
+        config: names of modules, separator, ``tokens_per_batch``.
+        noise: standard deviations of the Gaussian noise on the subject's embeddings, in units of
+            that of these embeddings over all facts; ROME's is 3.
+        samples: draws of the noise for each fact.
+        window: neighbouring MLP outputs restored together; None: a fifth of the blocks.
+        seed: of the noise.
+        progress: called with a line of text after each fact.
+
+    Returns:
+        The traces.
+
+    Raises:
+        ValueError: a number out of range, no fact, or none that the model knows.
+    """
+    settings, architecture = (config or AlphaEditConfig()).resolve(model)
+    blocks = architecture.num_blocks
+    window = max(1, round(WINDOW * blocks)) if window is None else window
+    for name, value, low in (("noise", noise, 0), ("samples", samples, 1), ("window", window, 1)):
+        if not low <= value < float("inf"):
+            raise ValueError(f"{name}={value} is out of range; use {low} or more")
+    tracer = Tracer(model, architecture, settings.tokens_per_batch)
+    with torch.no_grad(), hooks.evaluating(model):
+        rows = [fact_row(tracer, tokenizer, edit, settings.separator) for edit in edits]
+        known = [(edit, row) for edit, row in zip(edits, rows, strict=True) if row is not None]
+        if not known:
+            raise ValueError(
+                f"the model knows none of the {len(edits)} facts: greedy decoding gives no "
+                "target_true; pass facts it knows, or edits without target_true"
+            )
+        deviation = tracer.deviation([row for _, row in known])
+        traces = []
+        for number, (edit, row) in enumerate(known, 1):
+            generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {edit.id}".encode()))
+            shape = (samples, len(row.subject), tracer.width)
+            draws = torch.randn(shape, generator=generator, dtype=torch.float64)
+            traces.append(
+                trace_fact(tracer, tokenizer, edit, row, draws * noise * deviation, window)
+            )
+            progress(f"{number} of {len(known)} facts traced")
+    return Located(
+        tuple(traces), len(edits) - len(known), deviation, noise, samples, window, blocks
+    )
+
+
+def fact_row(
+    tracer: Tracer, tokenizer: PreTrainedTokenizerBase, edit: Edit, separator: str
+) -> Row | None:
+    """Ids of a fact, with the subject's place; None for a fact the model does not know.
+
+    Raises:
+        ValueError: a slow tokenizer, or a prompt that the model has no positions or ids for.
+    """
+    tokens.require_offsets(tokenizer)
+    text, (start, end) = edit.question, edit.subject_span
+    target = edit.target_true or ""
+    suffix = tokens.separator_between(text, target, separator) + target if target else ""
+    ids, offsets, border = tokens.joined(tokenizer, text, suffix)
+    within = [i for i, (a, b) in enumerate(offsets) if a < end and b > max(start, a)]
+    if not within:
+        raise ValueError(f"subject {edit.subject!r} has no token in {text!r}; check the tokenizer")
+    tracer.require_fit(ids, text)
+    row = Row(ids[:border], range(within[0], within[-1] + 1), ids[border:])
+    if not row.target:
+        return replace(row, target=(tracer.next_token(row),))
+    return row if tracer.says(row) else None
+
+
+def token_classes(row: Row) -> tuple[str, ...]:
+    """The class of every token of the prompt from the subject on.
+
+    A subject of one token has only a last one; a token between the subject and the prompt's last
+    is the first after it, or a further one. Where the prompt ends with the subject, no token is
+    after it.
+    """
+    first, last = row.subject[0], row.subject[-1]
+    end = len(row.prompt) - 1
+    names = dict.fromkeys(row.subject, CLASSES[1])
+    names |= dict.fromkeys(range(last + 1, end + 1), CLASSES[4])
+    names |= {end: CLASSES[5], first: CLASSES[0]}
+    if last + 1 < end:
+        names[last + 1] = CLASSES[3]
+    names[last] = LAST_SUBJECT
+    return tuple(names[position] for position in range(first, end + 1))
+
+
+def trace_fact(
+    tracer: Tracer,
+    tokenizer: PreTrainedTokenizerBase,
+    edit: Edit,
+    row: Row,
+    noise: Tensor,
+    window: int,
+) -> FactTrace:
+    """Every state of one fact restored in turn, under every draw of the noise.
+
+    Args:
+        noise: (samples, subject's tokens, d), added to the embeddings.
+        window: of the MLP outputs; block l stands for those around it, l - w // 2 the first.
+    """
+    clean, states = tracer.clean(row)
+    places = range(row.subject[0], len(row.prompt))
+    samples, blocks = range(len(noise)), range(tracer.architecture.num_blocks)
+    runs = [Run(sample) for sample in samples]
+    for state in STATES:
+        width = window if state == MLP else 1
+        runs += [
+            Run(sample, tracer.names(state, block, width), (place,))
+            for place in places
+            for block in blocks
+            for sample in samples
+        ]
+    found = tracer.probabilities(row, states, noise, runs)
+    corrupted = float(found[: len(samples)].mean())
+    shape = (len(STATES), len(places), len(blocks), len(samples))
+    effects = found[len(samples) :].reshape(shape).mean(-1) - corrupted  # (states, tokens, blocks)
+    return FactTrace(
+        edit.id,
+        edit.question,
+        tokenizer.decode(list(row.target)).strip(),
+        clean,
+        corrupted,
+        tuple(tokenizer.decode([row.prompt[place]]) for place in places),
+        token_classes(row),
+        {
+            state: tuple(tuple(map(float, line)) for line in effects[i].tolist())
+            for i, state in enumerate(STATES)
+        },
+    )

@@ -1,0 +1,229 @@
+"""What ``auto`` decides through a model: when, what a pack keeps of it, and pouring it anew."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from alphaedit_peft import AlphaEditConfig, AlphaEditModel, EditPack, NullSpace, get_alphaedit_model
+from alphaedit_peft.editing.deciding import keys_around
+from alphaedit_peft.nullspace import KeyMoments
+from alphaedit_peft.nullspace.disturbance import least_disturbing
+from tests.conftest import tiny_model
+from tests.editing.test_deciding import projector, space
+from tests.editing.test_river import EDITS, bench_for, key_moment
+
+AT = {"threshold": 0.02, "threshold_mode": "energy"}
+SEARCH = ["clamp_factor", "learning_rate", "stop_loss"]
+
+
+def moving(tokenizer) -> NullSpace:
+    """At 0.02 it lets through what the keys have in common, at 0.01 and below it does not."""
+    config = AlphaEditConfig(rewrite_layers=[0, 1], contexts=["I think."])
+    bench = bench_for(tiny_model("gpt2"), tokenizer, config)
+    rows = [bench.renderer.edit_rows(edit, bench.contexts) for edit in EDITS]
+    values = torch.tensor([0.6] + 47 * [1e-3] + 48 * [1.0], dtype=torch.float64)
+    moments = {}
+    for layer, around in keys_around(bench, rows).items():
+        common = torch.cat([torch.cat([key[None], others]) for key, others in around]).mean(0)
+        noise = torch.randn(96, 95, generator=torch.Generator().manual_seed(layer))
+        Q = torch.linalg.qr(torch.cat([common[:, None], noise], 1).double())[0]
+        moments[layer] = (Q * values) @ Q.T
+    return KeyMoments(moments, 10_000, dict.fromkeys(moments, "mlp")).null_space(0.02, "energy")
+
+
+def wrap(tokenizer, null_space=None, key_moments=None, **changes) -> AlphaEditModel:
+    values = {"rewrite_layers": [0, 1], "steps": 3, "contexts": ["I think."]} | changes
+    return get_alphaedit_model(
+        tiny_model("gpt2"),
+        AlphaEditConfig(**values),
+        tokenizer=tokenizer,
+        null_space=null_space or moving(tokenizer),
+        key_moments=key_moments,
+    )
+
+
+def names(report) -> list[str]:
+    return [decision.name for decision in report.decisions]
+
+
+def same_factors(one: AlphaEditModel, other: AlphaEditModel, **close) -> None:
+    for layer, delta in one.factors.items():
+        torch.testing.assert_close(delta.dense(), other.factors[layer].dense(), **close)
+
+
+def test_the_threshold_becomes_the_least_disturbing_one(tokenizer):
+    given = moving(tokenizer)
+    model = wrap(tokenizer, given)
+    bench = bench_for(tiny_model("gpt2"), tokenizer, model.alphaedit_config)
+    rows = [bench.renderer.edit_rows(edit, bench.contexts) for edit in EDITS]
+    wanted = least_disturbing(given, keys_around(bench, rows))[0]
+    assert wanted < given.threshold
+    report = model.edit(EDITS, progress=False)
+    state = (model.alphaedit_config.threshold, model.resources.null_space.threshold)
+    assert state == (wanted, wanted)
+    assert model.resources.provenance()["threshold"] == wanted
+    assert names(report) == ["threshold", "ridge", *SEARCH]
+    made = wrap(tokenizer, given, threshold=wanted, threshold_mode="energy")
+    made.edit(EDITS, progress=False)
+    same_factors(model, made, rtol=0, atol=0)
+
+
+def test_settings_that_the_user_made_are_not_decided(tokenizer):
+    model = wrap(tokenizer, ridge=0.1, ridge_mode="relative", clamp_factor=0.5, **AT)
+    assert names(model.edit(EDITS, progress=False)) == ["learning_rate", "stop_loss"]
+    assert model.alphaedit_config.threshold == 0.02
+    model = wrap(tokenizer, rewrite_layers=None)
+    assert names(model.edit(EDITS[:1], progress=False))[0] == "rewrite_layers"
+
+
+def test_the_papers_numbers_leave_nothing_to_decide(tokenizer):
+    report = wrap(tokenizer, preset="paper").edit(EDITS, progress=False)
+    assert report.decisions == ()
+
+
+@pytest.mark.parametrize("made", [lambda: space(0.05), projector])
+def test_a_null_space_keeps_the_threshold_it_was_given(made, tokenizer):
+    given = made()
+    model = wrap(tokenizer, given)
+    report = model.edit(EDITS, progress=False)
+    assert names(report) == ["ridge", *SEARCH]
+    assert model.resources.null_space is given
+    assert model.alphaedit_config.threshold == given.threshold
+
+
+@pytest.mark.parametrize("changes", [{}, {"projection": True, "history": False}])
+def test_memits_threshold_and_ridge_are_not_decided(changes, tokenizer):
+    given = space()
+    moments = {layer: key_moment(layer) for layer in (0, 1)}
+    modules = {layer: f"transformer.h.{layer}.mlp.c_proj" for layer in moments}
+    statistics = KeyMoments(moments, 10_000, modules)
+    model = wrap(tokenizer, given, statistics, objective="memit", **changes)
+    assert names(model.edit(EDITS, progress=False)) == SEARCH
+    assert model.resources.null_space is given
+
+
+def test_nothing_moves_after_an_adapters_first_edits(tokenizer):
+    model = wrap(tokenizer)
+    first = model.edit(EDITS[:2], batch_size=1, progress=False)
+    threshold, used = model.alphaedit_config.threshold, model.resources.null_space
+    later = model.edit(EDITS[2:], progress=False)
+    assert first.decisions != ()
+    assert threshold != 0.02
+    assert later.decisions == ()
+    assert model.alphaedit_config.threshold == threshold
+    assert model.resources.null_space is used
+    assert model.to_pack().decisions == tuple(d.to_json() for d in first.decisions)
+
+
+def check_open_again(model: AlphaEditModel, given) -> None:
+    assert model.resources.null_space is given
+    assert model.alphaedit_config.threshold == given.threshold
+    assert model.alphaedit_config.threshold_mode == given.threshold_mode
+    assert model.edits == []
+    assert model.to_pack().decisions == ()
+
+
+def test_settings_are_open_again_where_every_edit_was_set_aside(tokenizer):
+    given = moving(tokenizer)
+    model = wrap(tokenizer, given, learning_rate=1e308, learning_rate_mode="absolute")
+    report = model.edit(EDITS, progress=False)
+    assert len(report.set_aside) == len(EDITS)
+    assert all("lower learning_rate" in result.reason for result in report)
+    check_open_again(model, given)
+    model.alphaedit_config.learning_rate = 0.1
+    model.edit(EDITS, progress=False)
+    assert model.alphaedit_config.threshold != given.threshold
+
+
+def test_settings_are_open_again_where_the_batch_failed(tokenizer, monkeypatch):
+    given = moving(tokenizer)
+    model = wrap(tokenizer, given)
+    calls = []
+
+    def fail_at_second_layer(layer, delta):
+        calls.append(layer)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        AlphaEditModel._write(model, layer, delta)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(model, "_write", fail_at_second_layer)
+        with pytest.raises(KeyboardInterrupt):
+            model.edit(EDITS, progress=False)
+    check_open_again(model, given)
+    assert "threshold" in names(model.edit(EDITS, progress=False))
+
+
+def test_a_report_prints_its_decisions_and_gives_them_as_json(tokenizer):
+    report = wrap(tokenizer).edit(EDITS, progress=False)
+    text = str(report)
+    assert report.decisions
+    for decision in report.decisions:
+        assert f"  {decision.name} {decision.value}: {decision.reason}\n" in text
+    assert report.to_json()["decisions"] == [
+        {"name": d.name, "value": d.value, "reason": d.reason} for d in report.decisions
+    ]
+
+
+def test_a_pack_keeps_what_was_decided_and_goes_on_by_it(tokenizer, tmp_path):
+    model = wrap(tokenizer)
+    report = model.edit(EDITS[:2], progress=False)
+    decided = tuple(decision.to_json() for decision in report.decisions)
+    model.save_pretrained(tmp_path)
+    assert EditPack.from_pretrained(tmp_path).decisions == decided
+    loaded = AlphaEditModel.from_pretrained(
+        tiny_model("gpt2"), tmp_path, tokenizer=tokenizer, null_space=moving(tokenizer)
+    )
+    assert loaded.edit(EDITS[2:], progress=False).decisions == ()
+    model.edit(EDITS[2:], progress=False)
+    same_factors(model, loaded)
+    assert loaded.resources.null_space.threshold == model.alphaedit_config.threshold
+    assert loaded.to_pack().decisions == decided
+
+
+def other_space():
+    moments = {layer: key_moment(layer + 7) for layer in (0, 1)}
+    return KeyMoments(moments, 10_000, dict.fromkeys(moments, "mlp")).null_space(0.02, "energy")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"ridge": 3.0}, {"threshold": 0.1}, {"null_space": other_space}, {"norm_guard": 0.0}],
+)
+def test_pouring_again_goes_by_the_settings_of_now(changes, tokenizer):
+    values = {"ridge": 0.1, "ridge_mode": "relative", "norm_guard": 2.0, **AT}
+    model = wrap(tokenizer, space(), **values)
+    model.edit(EDITS, progress=False)
+    before = model.factors
+    given = {k: v() if callable(v) else v for k, v in changes.items()}
+    wanted = wrap(tokenizer, **({"null_space": space()} | values | given))
+    wanted.edit(EDITS, progress=False)
+    for name, value in given.items():
+        setattr(model.resources if name == "null_space" else model.alphaedit_config, name, value)
+    model.repour()
+    same_factors(model, wanted, rtol=1e-4, atol=1e-6)
+    moved = [not torch.allclose(before[n].dense(), d.dense()) for n, d in model.factors.items()]
+    assert all(moved) == ("norm_guard" not in changes)
+
+
+def test_going_on_with_another_null_space_waits_for_pouring_again(tokenizer):
+    model = wrap(tokenizer, **AT)
+    model.edit(EDITS[:2], progress=False)
+    model.resources.null_space = other_space()
+    with pytest.raises(ValueError, match="rows of two projectors do not go together"):
+        model.edit(EDITS[2:], progress=False)
+    assert len(model.edits) == 2
+    model.repour()
+    model.edit(EDITS[2:], progress=False)
+    assert len(model.edits) == len(EDITS)
+
+
+def test_going_on_at_another_threshold_waits_for_pouring_again(tokenizer):
+    model = wrap(tokenizer)
+    model.edit(EDITS[:2], progress=False)
+    model.alphaedit_config.threshold = 0.15
+    with pytest.raises(ValueError, match="rows of two projectors do not go together"):
+        model.edit(EDITS[2:], progress=False)
+    model.repour()
+    assert model.resources.provenance()["threshold"] == 0.15

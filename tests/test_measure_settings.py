@@ -1,0 +1,29 @@
+"""The script that compares settings runs as its docstring says, on few edits."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from alphaedit_peft import embedded
+from tests.test_examples import EXAMPLES, run
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    not (embedded.folder() / "model.safetensors").is_file(),
+    reason="the embedded model's weights are not here",
+)
+def test_it_measures_the_unedited_model_and_each_setting_asked_for(tmp_path):
+    out = tmp_path / "settings.json"
+    words = ["--edits", "2", "--settings", "auto", "anchors", "--out", out]
+    lines = run(EXAMPLES / "measure_settings.py", *words).splitlines()
+    found = json.loads(out.read_text())
+    assert [row["setting"] for row in found] == ["unedited", "auto", "anchors"]
+    assert [line.split("\t") for line in lines] == [[str(v) for v in r.values()] for r in found]
+    unedited, *edited = found
+    for row in edited:
+        assert row["efficacy"] > unedited["efficacy"]
+        assert row["not_taken"] == 0
+        assert row["perplexity"] == pytest.approx(unedited["perplexity"], rel=0.1)
