@@ -64,7 +64,7 @@ TYPES: tuple[tuple[str, Any], ...] = (
 RANGES: tuple[tuple[str, float, float], ...] = (
     ("ridge", 0, float("inf")),
     ("prior_ridge", 0, float("inf")),
-    ("norm_guard", 1, float("inf")),
+    ("norm_guard", 0, float("inf")),
     ("threshold", 0, float("inf")),
     ("moment_weight", 1e-9, float("inf")),
     ("tokens_per_batch", 1, float("inf")),
@@ -83,7 +83,7 @@ RANGES: tuple[tuple[str, float, float], ...] = (
     ("capacity_bound", 0, 1),
     ("rollback_depth", 0, float("inf")),
 )
-SWITCHED = ("max_hidden_ratio", "norm_guard")
+SWITCHED = ("max_hidden_ratio",)
 COUNTS = (
     *("tokens_per_batch", "target_tokens", "steps"),
     *("num_contexts", "context_length", "rollback_depth"),

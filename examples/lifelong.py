@@ -10,8 +10,7 @@ from random import Random
 
 from matplotlib import pyplot as plt
 
-import alphaedit_peft as ae
-from alphaedit_peft import embedded
+from alphaedit_peft import AlphaEditConfig, NullSpace, embedded, get_alphaedit_model
 from alphaedit_peft.evaluation import embedded_suite
 from alphaedit_peft.evaluation.drift import text_perplexity
 from alphaedit_peft.evaluation.reader import Reader
@@ -21,15 +20,15 @@ RIDGES, BATCH, SHOWN = (1.0, 0.01, 0.0), 100, ("all", "oldest", "newest", "unedi
 
 def run(prior_ridge: float, count: int) -> list[dict]:
     base, tok = embedded.load()
-    config = ae.AlphaEditConfig(num_contexts=0, prior_ridge=prior_ridge, capacity_bound=0)
-    space = ae.NullSpace.from_texts(base, tok, embedded.texts(3000), config, progress=False)
-    model = ae.get_alphaedit_model(base, config, tokenizer=tok, null_space=space)
+    config = AlphaEditConfig(num_contexts=0, prior_ridge=prior_ridge, capacity_bound=0)
+    space = NullSpace.from_texts(base, tok, embedded.texts(3000), config, progress=False)
+    model = get_alphaedit_model(base, config, tokenizer=tok, null_space=space)
     edits, texts = embedded_suite(1824).edits, embedded.world().plain_sentences[:50]
     reader, found = Reader(model, tok), []
-    for start in range(0, count, BATCH):
-        report = model.edit(edits[start : (done := min(start + BATCH, count))], progress=False)
+    for done in range(BATCH, count + 1, BATCH):
+        report = model.edit(edits[done - BATCH : done], progress=False)
         some = Random(0).sample(edits[:done], min(200, done))
-        asked = {"all": some, "newest": edits[start:done], "oldest": edits[:BATCH]}
+        asked = {"all": some, "newest": edits[done - BATCH : done], "oldest": edits[:BATCH]}
         pairs = {k: [(e.question, e.target_new) for e in v] for k, v in asked.items()}
         pairs["unedited"] = [(e.question, e.target_true) for e in edits[-200:]]
         hits = {k: sum(r.recalled for r in reader.read(v)) / len(v) for k, v in pairs.items()}

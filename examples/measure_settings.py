@@ -75,7 +75,9 @@ def main() -> None:
                 full, _ = config.resolve(base)
                 space = moments.null_space(full.threshold, full.threshold_mode)
                 model = ae.get_alphaedit_model(base, config, tokenizer=tok, null_space=space)
-                edits = suite.edits if name != "anchors" else [anchored(e, world) for e in suite.edits]
+                edits = suite.edits
+                if name == "anchors":
+                    edits = [anchored(edit, world) for edit in edits]
                 start = time.process_time()
                 report = model.edit(edits, progress=False)
                 row["seconds"] = round(time.process_time() - start, 1)

@@ -1,6 +1,6 @@
 """Draw what docs/tuning.md looks at: spectrum, other tokens, residual shares and key cosines.
 
-    python examples/plot_tuning.py --out docs/images/tuning.png [--edits 50]
+python examples/plot_tuning.py --out docs/images/tuning.png [--edits 50]
 """
 
 import argparse
@@ -47,7 +47,7 @@ def main() -> None:
         spectrum.semilogy(space.spectra[n].flip(0).clamp_min(1e-9), color=color, label=f"layer {n}")
         spectrum.axvline(space.width(n) - space.null_dimension(n), color=color, linestyle="--")
         others.semilogx(ENERGIES, [*least_disturbing(space, {n: around[n]})[1].values()], "o-")
-        shares.hist([r.shares[n] for r in report], 20, range=(0, 1.1), alpha=0.6, label=f"layer {n}")
+        shares.hist([r.shares[n] for r in report], 20, range=(0, 1.1), alpha=0.6)
         raw = torch.stack([key for key, _ in around[n]])
         for rows, style in ((raw, ":"), (space.project(n, raw), "-")):
             cosine.ecdf(cosines(rows), color=color, linestyle=style)

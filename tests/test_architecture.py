@@ -121,6 +121,9 @@ def wrapped(name: str, layers: list[int], tokenizer):
         ridge=1e-9,
         ridge_mode="absolute",
         steps=5,
+        learning_rate=0.3,
+        learning_rate_mode="relative",
+        stop_loss=0.05,
         contexts=[],
     )
     space = NullSpace.identity(dict.fromkeys(layers, WIDTH))

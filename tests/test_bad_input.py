@@ -214,7 +214,7 @@ def test_huge_hidden_state_is_set_aside_and_the_others_made(tokenizer):
 
 def _moments(*layers: int) -> KeyMoments:
     names = {layer: f"model.layers.{layer}.mlp.down_proj" for layer in layers}
-    return KeyMoments({layer: torch.eye(96) for layer in layers}, 10_000, names)
+    return KeyMoments({layer: 2 * torch.eye(96) for layer in layers}, 10_000, names)
 
 
 def _without_snowmen(tokenizer):

@@ -95,7 +95,7 @@ def _read(layout: Layout, file: Path, number: int, target: Target) -> Case:
     Raises:
         ValueError: no such record, or one that is not of the layout.
     """
-    from alphaedit_peft.evaluation import read_cases
+    from alphaedit_peft.evaluation import DataError, read_cases
     from alphaedit_peft.evaluation.data.source import raw_records
 
     name, records = raw_records(file)
@@ -106,7 +106,11 @@ def _read(layout: Layout, file: Path, number: int, target: Target) -> Case:
         there = f"{len(known)} records, {known[0]} to {known[-1]}" if known else "no record"
         raise ValueError(f"--case {number} is not in {name}, which holds {there}")
     chosen = records[where.index(number)]
-    return read_cases([chosen], layout.value, target=target.value)[0][0]
+    try:
+        return read_cases([chosen], layout.value, target=target.value)[0][0]
+    except DataError as error:
+        why = str(error).removeprefix("list, record 0, ")  # its place in the list of one
+        raise ValueError(f"{name}, --case {number}: {why}") from error
 
 
 def _answers(

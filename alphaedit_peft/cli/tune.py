@@ -82,17 +82,19 @@ def tune(  # noqa: PLR0913
         raise typer.BadParameter("give --null-space DIR or --texts FILE")
     numbers = {"clamps": clamps, "ridges": ridges, "thresholds": thresholds}
     given = {name: _numbers(name, text) for name, text in numbers.items() if text is not None}
+    wanted = _layers(layers)
 
     from alphaedit_peft import AlphaEditConfig, studies
     from alphaedit_peft.architecture import describe
     from alphaedit_peft.studies import probing
 
     lines = read_lines(texts)
+    corpus = _corpus(None if texts is None else lines) if null_space is None else []
     suite = read_suite(data, edits)
     suite = replace(suite, texts=lines[-HELD_OUT:] or suite.texts[:HELD_OUT], unedited=())
     base, tokenizer, space = load_model_and_space(model, dtype, device, null_space)
-    choices = _layers(layers) or probing.layer_choices(describe(base).num_blocks)
-    if space is not None and layers is None:
+    choices = wanted or probing.layer_choices(describe(base).num_blocks)
+    if space is not None and not wanted:
         choices = tuple(choice for choice in choices if set(choice) <= set(space.layers))
         choices = choices or (space.layers,)
     grid = probing.Grid(choices, **given)
@@ -100,9 +102,7 @@ def tune(  # noqa: PLR0913
     ground = studies.Base(base, tokenizer, space)
     if space is None:
         every = replace(config, rewrite_layers=sorted({n for choice in choices for n in choice}))
-        ground = studies.Base.from_texts(
-            base, tokenizer, _corpus(lines), every, progress=show.watched()
-        )
+        ground = studies.Base.from_texts(base, tokenizer, corpus, every, progress=show.watched())
     say = errors.say if show.watched() else (lambda text: None)
     found = probing.tune(ground, suite, grid, config, progress=say)
     if html is not None:
@@ -112,11 +112,11 @@ def tune(  # noqa: PLR0913
     show.show(as_json, found.to_json(), show.table(title, *_rows(found)), _advice(found), *written)
 
 
-def _corpus(lines: tuple[str, ...]) -> Any:
+def _corpus(lines: tuple[str, ...] | None) -> list[str]:
     """Texts for the statistics: all but the held-out ones, or the embedded world's."""
     from alphaedit_peft import embedded
 
-    if not lines:
+    if lines is None:
         return embedded.texts(STATISTICS_TEXTS)
     if len(lines) <= HELD_OUT:
         raise ValueError(

@@ -76,13 +76,13 @@ def keys_around(bench: Bench, edits: Sequence[EditRows]) -> dict[int, KeysAround
     """
     some = edits[:: math.ceil(len(edits) / PROBED)]
     rows = [rows.rows[-1] for rows in some if _others(rows.rows[-1])]
-    found = {}
-    for layer in bench.layers:
+    found: dict[int, KeysAround] = {}
+    for layer in bench.layers if rows else ():
         around = []
         for row, keys in zip(rows, bench.token_keys(rows, layer), strict=True):
             around.append((keys[row.subject_last], keys[_others(row)]))
         found[layer] = around
-    return found if rows else {}
+    return found
 
 
 def _others(row: TokenRow) -> list[int]:
@@ -118,7 +118,7 @@ def decisions(
 
 def _layers(bench: Bench) -> Decision:
     blocks = bench.architecture.num_blocks
-    known = paper_preset(bench.model.config) is not None
+    known = paper_preset(bench.model.config) is not None  # type: ignore[arg-type]
     reason = "the paper's" if known else f"by depth: the last one lies at 30 % of {blocks} blocks"
     return Decision("rewrite_layers", shown(bench.config, "rewrite_layers"), reason)
 

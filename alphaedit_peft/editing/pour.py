@@ -91,7 +91,7 @@ def pour(
         hidden = bench.hidden(bare, last).to(targets)
     total = algebra.residual_share(targets - start, hidden - start)
     columns = [torch.stack([part.cpu() for part in parts]) for parts in (shares, kept)]
-    return Poured(poured, *columns, total.cpu(), tuple(guarded))
+    return Poured(poured, columns[0], columns[1], total.cpu(), tuple(guarded))
 
 
 def _tell_of_guard(bench: Bench, layer: int, doubled: int) -> None:

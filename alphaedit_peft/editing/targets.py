@@ -113,7 +113,8 @@ class _Chunk:
     def _done(self, loss: Tensor, said: Tensor) -> bool:
         config = self.bench.config
         assert config.stop_loss is not None, "resolve the config first"
-        return bool(loss < config.stop_loss) or (config.stop_when == "likeliest" and said == 1)
+        likeliest = config.stop_when == "likeliest" and bool(said == 1)
+        return likeliest or bool(loss < config.stop_loss)
 
     def _losses(self, delta: Tensor, active: Sequence[int]) -> tuple[Tensor, Tensor]:
         """For deltas (active, d): each group's loss, and the share of its prompts that say theirs.

@@ -83,7 +83,8 @@ class WorkbenchModel(SavingModel):
         if self._moved is not None and resources.null_space is self._moved.now:
             self._reopen(self._moved)
             objective = resources.find_objective(config, self.base_fingerprint)
-        given, tried = resources.null_space, {}
+        given = resources.null_space
+        tried: dict[float, float] = {}
         decides = "threshold" in self._undecided and movable(given, config)
         around = keys_around(bench, edits) if decides else {}
         before = (config.threshold, config.threshold_mode)

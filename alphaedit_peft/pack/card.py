@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path, PureWindowsPath
 from statistics import median
 from typing import TYPE_CHECKING, Any
@@ -18,7 +19,9 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from alphaedit_peft import embedded
+from alphaedit_peft.pack.parents import stands_on
 from alphaedit_peft.pack.record import ROLES, EditRecord
+from alphaedit_peft.pack.usage import use
 from alphaedit_peft.pack.wording import compressed, parent_in_words
 
 if TYPE_CHECKING:
@@ -46,8 +49,7 @@ _INTRODUCTION = """\
 
 This adapter changes what its base model says about {facts}, and as little else as possible. It was
 made by [AlphaEdit](https://arxiv.org/abs/2410.02355): updates of {modules}, confined to
-directions that preserved knowledge does not use. Each edit is one row of `lora_A`, unless edits
-share a subject; rank {rank}, scaling 1.
+directions that preserved knowledge does not use. {rows}; rank {rank}, scaling 1.
 
 ## Use
 
@@ -57,25 +59,7 @@ Load the base:
 {loading}
 ```
 {about}
-Then the adapter. With PEFT alone, as any LoRA:
-
-```python
-from peft import PeftModel
-
-model = PeftModel.from_pretrained(base, {place}{inside})
-```
-
-With transformers alone: `base.load_adapter({place}{adapter_kwargs})`.
-
-With `alphaedit_peft`, to look at the edits, and to go on from them:
-
-```python
-from alphaedit_peft import AlphaEditModel, EditPack
-
-print(EditPack.from_pretrained({place}{inside}).summary())
-model = AlphaEditModel.from_pretrained(base, {place}{inside})
-```
-
+{use}
 To deploy a plain model with the edits in its weights, rounded once to the base's dtype:
 
 ```python
@@ -119,6 +103,7 @@ def card(
         pipeline_tag="text-generation",
         tags=["alphaedit", "knowledge-editing", "lora"],
     )
+    below = stands_on(pack)
     inside = "" if subfolder is None else f"subfolder={json.dumps(subfolder)}"
     introduction = _INTRODUCTION.format(
         facts=_count(len(pack.edits), "fact"),
@@ -126,9 +111,14 @@ def card(
         rank=pack.rank,
         loading=loading_code(base),
         about=_ABOUT_EMBEDDED if base == embedded.NAME else "",
-        place=json.dumps(repo or PLACE),
-        inside=inside and f", {inside}",
-        adapter_kwargs=inside and f", adapter_kwargs=dict({inside})",
+        rows=_rows(pack),
+        use=use(
+            repo or PLACE,
+            inside,
+            below,
+            " and ".join(_escaped(_named(parent)) for parent in below),
+            mixed=_mixed(pack),
+        ),
     )
     parts = [introduction, _measured(pack), _edit_table(pack) if texts else _NO_TEXTS]
     facts = "".join(f"- {name}: {_escaped(value)}\n" for name, value in _provenance(pack))
@@ -141,10 +131,10 @@ def summary(pack: EditPack) -> str:
     roles: Counter[str] = Counter(record.role for record in pack.records)
     others = "".join(f", {roles[role]} {role}" for role in ROLES[1:] if roles[role])
     batches = _count(len(pack.batches), "batch", "batches")
-    mixed = pack.compression is not None and pack.compression.mixed
+    force = "" if _mixed(pack) else f", {len(pack.active_rows())} in force"
     facts = [
         ("edits", f"{roles['own']} own{others}, in {batches}"),
-        ("rank", str(pack.rank) + ("" if mixed else f", {len(pack.active_rows())} in force")),
+        ("rank", f"{pack.rank}{force}"),
         ("layers", ", ".join(map(str, pack.layers))),
         ("dtype", str(pack.dtype).removeprefix("torch.")),
         ("size", f"{pack.size_bytes / 1e6:.3f} MB"),
@@ -161,6 +151,27 @@ def base_name(pack: EditPack) -> str:
     """What strangers may be told of the base: its name on the Hub, never a path."""
     name = pack.config.base_model_name_or_path
     return embedded.NAME if name == embedded.NAME else _hub_name(name) or "a local model"
+
+
+def _mixed(pack: EditPack) -> bool:
+    return pack.compression is not None and pack.compression.mixed
+
+
+def _rows(pack: EditPack) -> str:
+    """What the rows of A are, in a sentence without its full stop."""
+    if pack.compression is None or not pack.compression.mixed:
+        return "Each edit is one row of `lora_A`, unless edits\nshare a subject"
+    made = compressed(pack.compression)
+    return (
+        f"It was compressed ({made}), so\nthat rows of `lora_A` are mixtures, and edits can no "
+        "longer be taken out or gone on from"
+    )
+
+
+def _named(parent: Mapping[str, Any]) -> str:
+    """A parent's name, without the folders it lay in, its number of edits and digest."""
+    name = PureWindowsPath(str(parent.get("name") or "another pack")).name
+    return f"{name} ({parent.get('edits')} edits, digest {str(parent.get('digest'))[:12]})"
 
 
 def _provenance(pack: EditPack) -> list[tuple[str, str]]:

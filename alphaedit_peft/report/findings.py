@@ -139,8 +139,8 @@ def _values(values: Mapping[str, Any], name: str) -> list[Finding]:
         ]
     metrics = _estimates(values["metrics"])
     origin = {"judging": dict(values["settings"])}
-    before = _estimates(values.get("before", {}))
-    return [Finding(name, name, before, _required(metrics), origin=origin)]
+    unedited = _estimates(values.get("before", {}))
+    return [Finding(name, name, unedited, _required(metrics), origin=origin)]
 
 
 def _saved(run: Mapping[str, Any], before: Scores) -> Run:

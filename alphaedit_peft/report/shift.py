@@ -124,8 +124,8 @@ def last_states(
             for states, block in zip(found, blocks, strict=True):
                 output = hooks.capture_output(model, batch.inputs, block)
                 hidden = hooks.hidden_of(output)  # (batch, tokens, d)
-                for i, row in enumerate(batch.indices):
-                    states[row] = hidden[i, len(rows[row]) - 1].float().cpu()
+                for i, index in enumerate(batch.indices):
+                    states[index] = hidden[i, len(rows[index]) - 1].float().cpu()
     return [torch.stack([states[i] for i in range(len(rows))]) for states in found]
 
 
@@ -181,7 +181,12 @@ def shift_section(shifts: Sequence[Shift]) -> Section:
             for name, states in found.before.items()
         }
         charts.append(
-            scatter_chart(found.where, groups, x_label=f"first component, {first}", y_label=second)
+            scatter_chart(
+                found.where,
+                groups,
+                x_label=f"first component, {first}",
+                y_label=f"second component, {second}",
+            )
         )
         for name, moves in found.relative.items():
             far = moves.tolist()

@@ -163,10 +163,10 @@ def trace_fact(
     return FactTrace(
         edit.id,
         edit.question,
-        tokenizer.decode(list(row.target)).strip(),
+        str(tokenizer.decode(list(row.target))).strip(),
         clean,
         corrupted,
-        tuple(tokenizer.decode([row.prompt[place]]) for place in places),
+        tuple(str(tokenizer.decode([row.prompt[place]])) for place in places),
         token_classes(row),
         {
             state: tuple(tuple(map(float, line)) for line in effects[i].tolist())

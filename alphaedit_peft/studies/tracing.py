@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -63,17 +64,17 @@ class Tracer:
     @property
     def embeddings(self) -> nn.Module:
         """The module that turns ids into vectors."""
-        return self.model.get_input_embeddings()  # type: ignore[operator,no-any-return]
+        return self.model.get_input_embeddings()  # type: ignore[operator]
 
     @property
     def width(self) -> int:
         """d of the embeddings."""
-        return int(self.embeddings.weight.shape[1])  # type: ignore[union-attr,index]
+        return int(self.embeddings.weight.shape[1])  # type: ignore[index]
 
     @property
     def device(self) -> torch.device:
         """Where ids go."""
-        device: torch.device = self.embeddings.weight.device  # type: ignore[union-attr,assignment]
+        device: torch.device = self.embeddings.weight.device  # type: ignore[assignment]
         return torch.device("cpu") if device.type == "meta" else device
 
     def names(self, state: str, block: int, width: int = 1) -> tuple[str, ...]:
@@ -114,17 +115,14 @@ class Tracer:
         blocks = range(self.architecture.num_blocks)
         names = [name for state in STATES for block in blocks for name in self.names(state, block)]
 
-        def keep(name: str, output: object) -> None:
+        def keep(output: object, name: str) -> None:
             hidden = hooks.hidden_of(output)
             seen[name] = hidden if hidden.ndim == 2 else hidden[0]  # OPT's MLPs see no batch
 
         with ExitStack() as stack:
             for name in names:
-                stack.enter_context(
-                    hooks.watching_output(
-                        self.model, name, lambda output, name=name: keep(name, output)
-                    )
-                )
+                see = partial(keep, name=name)
+                stack.enter_context(hooks.watching_output(self.model, name, see))
             found = self._target_probs(row, 1)
         return float(found[0]), seen
 
@@ -161,7 +159,7 @@ class Tracer:
             vectors[:, row.subject[0] : row.subject[-1] + 1] += added.to(vectors)
             return vectors
 
-        changes = {self._name_of(self.embeddings): corrupt}
+        changes: dict[str, Callable[[Tensor], Tensor]] = {self._name_of(self.embeddings): corrupt}
         for name in dict.fromkeys(name for run in runs for name in run.modules):
             pairs = [
                 (i, p) for i, run in enumerate(runs) if name in run.modules for p in run.places

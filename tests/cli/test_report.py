@@ -58,7 +58,7 @@ def test_a_record_is_shown_without_any_model(run, run_json, records_file, tmp_pa
         (["report", "x", "--html", "no/page.html"], 1, "there is no folder no"),
         (["show", "counterfact", "FILE", "--case", "9"], 1, "holds 3 records, 0 to 2"),
         (["show", "counterfact", "nowhere.json"], 1, "nowhere.json is no file"),
-        (["show", "zsre", "FILE"], 1, "lacks 'subject'"),
+        (["show", "zsre", "FILE"], 1, "--case 0: field subject is missing"),
         (["show", "counterfact", "FILE", "--pack", "p"], 2, "give --model too"),
         (["show", "else", "FILE"], 2, "else"),
     ],

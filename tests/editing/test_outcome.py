@@ -27,7 +27,8 @@ def reason(clamped=0.3, said=1.0, total=1.0, kept=0.5, **changes) -> str:
     poured = Poured(
         {}, torch.ones(2, 2), torch.tensor([[0.5, 0.5], [0.5, kept]]), torch.tensor([1.0, total])
     )
-    config = AlphaEditConfig(**({"clamp_factor": 0.75, "ridge": 7.0} | changes))
+    known = {"clamp_factor": 0.75, "ridge": 7.0, "ridge_mode": "absolute", "moment_weight": 100.0}
+    config = AlphaEditConfig(**(known | changes))
     return why_not(config, found, poured, 1)
 
 
@@ -47,13 +48,13 @@ def test_keys_that_projection_leaves_little_of_name_the_threshold():
     found = reason(total=0.42, kept=0.013)
     assert found == (
         "the layers reached 42% of its residual, and projection leaves 1.3% of its squared key "
-        "length; raise threshold or lower ridge"
+        "length; raise threshold, or lower ridge (now 7, absolute)"
     )
     assert "threshold" not in reason(total=0.42, kept=0.013, objective="memit")
 
 
 def test_layers_that_fell_short_name_the_ridge():
-    wanted = "the layers reached 42% of its residual; lower ridge (now 7.0)"
+    wanted = "the layers reached 42% of its residual; lower ridge (now 7, absolute)"
     assert reason(total=0.42) == wanted
     assert reason(total=0.42, clamped=0.75) == wanted  # its target value works, so the clamp may
 
@@ -156,7 +157,7 @@ def test_an_edit_under_a_huge_ridge_is_reported_with_the_ridge(tokenizer):
     report = edited(tokenizer, edits, ridge=1e6, learning_rate=0.3)[1]
     assert len(report.not_taken) == len(edits)
     assert {result.why_not for result in report.not_taken} == {
-        "the layers reached 0% of its residual; lower ridge (now 1000000.0)"
+        "the layers reached 0% of its residual; lower ridge (now 1e+06, absolute)"
     }
 
 

@@ -172,4 +172,4 @@ def test_suggested_layers_end_at_the_peak_with_a_block_above():
     assert made_up(5, 5, 5).suggested_layers == (2, 3, 4)
     assert made_up(0, 0).suggested_layers == (0,)
     assert made_up(9, 9, blocks=20).suggested_layers == (5, 6, 7, 8, 9)
-    assert made_up(1, 2, 1, 2).near_peak == (1, 2)
+    assert made_up(*[1, 2] * 8).near_peak == (1, 2)
