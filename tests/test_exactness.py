@@ -14,9 +14,9 @@ from alphaedit_peft import (
     NullSpace,
     embedded,
     get_alphaedit_model,
-    live,
 )
 from alphaedit_peft.algebra import LowRankDelta
+from alphaedit_peft.model import live
 from tests.conftest import tiny_model
 from tests.test_model import logits, same_bits, weights, wrap
 

@@ -17,8 +17,8 @@ from alphaedit_peft import (
     NullSpace,
     embedded,
     get_alphaedit_model,
-    live,
 )
+from alphaedit_peft.model import live
 from alphaedit_peft.quantised import SWITCH, differentiable
 from tests.conftest import tiny_model
 from tests.test_model import same_bits
