@@ -170,10 +170,19 @@ def _carry_over(old: Path, new: Path, without: Collection[str]) -> None:
         if path.is_dir() and not path.is_symlink():
             (new / name).mkdir(exist_ok=True)
             continue
-        try:
-            os.link(path, new / name, follow_symlinks=False)
-        except (OSError, NotImplementedError):
+        if not _linked(path, new / name):
             shutil.copy2(path, new / name, follow_symlinks=False)
+
+
+def _linked(path: Path, new: Path) -> bool:
+    """Give a file a second name; False where the system or the file system cannot."""
+    if os.link not in os.supports_follow_symlinks:
+        return False
+    try:
+        os.link(path, new, follow_symlinks=False)
+    except OSError:
+        return False
+    return True
 
 
 def _swap(fresh: Path, target: Path) -> None:

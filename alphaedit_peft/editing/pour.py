@@ -98,7 +98,8 @@ def _tell_of_guard(bench: Bench, layer: int, doubled: int) -> None:
     warnings.warn(
         f"norm_guard={bench.config.norm_guard:g} raised the ridge of layer {layer} "
         f"{GUARD_FACTOR**doubled:g}-fold, since edits in this batch have nearly the same key; they "
-        "reach less of their residuals: make them in one prompt, or lower key_cosine",
+        "reach less of their residuals: leave some of them out, or lower key_cosine, from which on "
+        "edits share a row",
         stacklevel=2,
     )
 
