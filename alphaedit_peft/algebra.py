@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 THRESHOLD_MODES = ("absolute", "relative", "energy", "rank")
+SMALL_PIVOT = 1e-13  # of a Cholesky factor, squared and to the largest diagonal entry
 
 
 @dataclass(frozen=True)
@@ -55,10 +56,19 @@ class LowRankDelta:
         """The update as a matrix, (d_out, d_in), in the dtype of the factors."""
         return self.B @ self.A
 
-    def norm(self) -> float:
-        """Frobenius norm |B A| = sqrt(tr(B^T B A A^T)), without forming B A."""
-        A, B = self.A.double(), self.B.double()
-        return float(((B.T @ B) * (A @ A.T)).sum().clamp_min(0).sqrt())
+    def gram(self) -> Tensor:
+        """A A^T, (n, n), in float64."""
+        A = self.A.double()
+        return A @ A.T
+
+    def norm(self, gram: Tensor | None = None) -> float:
+        """Frobenius norm |B A| = sqrt(tr(B^T B A A^T)), without forming B A.
+
+        Args:
+            gram: A A^T, (n, n), where it is at hand.
+        """
+        G, B = self.gram() if gram is None else gram, self.B.double().to(self.A.device)
+        return float(((B.T @ B).to(G) * G).sum().clamp_min(0).sqrt())
 
     def to(self, place: torch.device | torch.dtype | str) -> LowRankDelta:
         """Both factors on another device or in another dtype."""
@@ -194,7 +204,7 @@ def solve(gram: Tensor, residuals: Tensor, ridge: float | Tensor, new: Tensor) -
     right[new] = residuals.double()  # (n, d_out) = E^T R
     active = D.isfinite()
     solution = torch.zeros_like(right)
-    solution[active] = _solve_symmetric(
+    solution[active] = solve_symmetric(
         gram.double()[active][:, active] + D[active].diag(), right[active]
     )
     return solution
@@ -205,22 +215,23 @@ def relative_ridge(gram: Tensor, fraction: float) -> float:
     return fraction * float(gram.diagonal().double().mean())
 
 
-def amplification(gram: Tensor, coefficients: Tensor, residuals: Tensor, new: Tensor) -> float:
+def amplification(gram: Tensor, columns: Tensor, residuals: Tensor) -> float:
     """How much larger an update is than the same residuals would need on orthogonal keys.
 
-    |Delta|_F^2 = tr(X^T G X), against sum_i |r_i|^2 / G_ii; the root of their ratio. It is at most
-    1 where keys are orthogonal, and grows without bound as two of them become alike.
+    |Delta|_F^2 = tr(R^T S^T G S R), against sum_i |r_i|^2 / G_ii; the root of their ratio. It is at
+    most 1 where keys are orthogonal, and grows without bound as two of them become alike.
 
     Args:
         gram: G, (n, n).
-        coefficients: X, (n, d_out), from ``solve``.
-        residuals: R, (u, d_out).
-        new: (u,), the rows of G that R belongs to.
+        columns: S = (G + D)^-1 E^T, (n, u), for the last u rows.
+        residuals: R, (u, d_out), of these.
     """
-    exact = gram.double()
-    size = (coefficients * (exact @ coefficients)).sum().clamp_min(0)
-    diagonal = exact.diagonal()[new].clamp_min(torch.finfo(torch.float64).tiny)
-    orthogonal = (residuals.double().square().sum(1) / diagonal).sum()
+    exact, wanted = gram.double(), residuals.double()
+    inner = columns.T @ (exact @ columns)  # (u, u)
+    size = (inner * (wanted @ wanted.T)).sum().clamp_min(0)
+    diagonal = exact.diagonal()[len(gram) - len(wanted) :]
+    diagonal = diagonal.clamp_min(torch.finfo(torch.float64).tiny)
+    orthogonal = (wanted.square().sum(1) / diagonal).sum()
     return float((size / orthogonal).sqrt()) if orthogonal > 0 else 0.0
 
 
@@ -234,11 +245,11 @@ def residual_share(wanted: Tensor, achieved: Tensor) -> Tensor:
     return torch.where(size > 0, share, torch.ones_like(share))
 
 
-def _solve_symmetric(matrix: Tensor, right: Tensor) -> Tensor:
+def solve_symmetric(matrix: Tensor, right: Tensor) -> Tensor:
     """Solve with a symmetric positive semi-definite matrix; the least-norm one where singular."""
     factor, info = torch.linalg.cholesky_ex(matrix)
     scale = matrix.diagonal().amax() if len(matrix) else 1.0
-    if int(info) == 0 and bool((factor.diagonal().square() > 1e-13 * scale).all()):
+    if int(info) == 0 and bool((factor.diagonal().square() > SMALL_PIVOT * scale).all()):
         return torch.cholesky_solve(right, factor)
     values, vectors = torch.linalg.eigh(matrix)
     keep = values > 1e-12 * values[-1].clamp_min(torch.finfo(torch.float64).tiny)

@@ -24,6 +24,7 @@ from alphaedit_peft.settings import (
     RANGES,
     TYPES,
     Preset,
+    byte_count,
     check_choice,
     check_pair,
     check_range,
@@ -67,6 +68,8 @@ class AlphaEditConfig(PeftConfig):
     tokens_per_batch: int = _setting(8192, "most tokens in one forward pass; bounds memory")
 
     target_tokens: int = _setting(2048, "most tokens optimised at once; bounds memory of gradients")
+    memory_budget: str | int | None = _setting(None, "'8GiB' above the base: sets the two bounds")
+    autocast: str | None = _setting(None, "bfloat16: optimise z in it, with state in float32")
     steps: int | None = _setting(None, "loss evaluations for z; 25 make 24 updates, as in the code")
     learning_rate: float | None = _setting(None, "Adam's, on z; Llama-3 0.1, GPT-J and GPT2-XL 0.5")
     learning_rate_mode: str | None = _setting(None, "absolute, or relative to |h| / sqrt(d)")
@@ -112,6 +115,7 @@ class AlphaEditConfig(PeftConfig):
             )
         for name, low, high in RANGES:
             check_range(name, getattr(self, name), low, high)
+        byte_count("memory_budget", self.memory_budget)
         for name in ("ridge", "threshold", "learning_rate"):
             check_pair(name, getattr(self, name), getattr(self, f"{name}_mode"))
         slots = [("kl_prompt", self.kl_prompt), *(("anchors", a) for a in self.anchors or ())]

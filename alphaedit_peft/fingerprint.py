@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from alphaedit_peft.architecture import Architecture
+from alphaedit_peft.placement import held_parameters
 
 SAMPLES = 64
 _STAGE = 8  # hex digits of the digest for the embeddings, and for each block
@@ -183,8 +184,8 @@ def _is_quantised(base: Any) -> bool:
 def _own_parameters(module: nn.Module) -> dict[str, Tensor]:
     """Parameters by their name in the bare model, without those that adapters added."""
     named = {
-        f".{name}".replace(".base_layer.", "."): parameter.detach()
-        for name, parameter in module.named_parameters()
+        f".{name}".replace(".base_layer.", "."): parameter
+        for name, parameter in held_parameters(module)
         if not any(part.startswith("lora_") for part in name.split("."))
     }
     return dict(sorted(named.items()))

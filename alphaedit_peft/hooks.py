@@ -119,13 +119,17 @@ def gathering_logits(
     return changing_input(model, head, gather)
 
 
-def run_until(model: nn.Module, inputs: Mapping[str, Tensor], last: str) -> None:
-    """Run a forward pass and stop it right after the module named ``last`` has run."""
+def run_until(
+    model: nn.Module, inputs: Mapping[str, Tensor], last: str, *, entering: bool = False
+) -> None:
+    """Run a forward pass and stop it right after the module named ``last``, or ``entering`` it."""
 
     def stop(*_: Any) -> None:
         raise _Stop
 
-    hook = model.get_submodule(last).register_forward_hook(stop)
+    module = model.get_submodule(last)
+    register = module.register_forward_pre_hook if entering else module.register_forward_hook
+    hook = register(stop)
     try:
         model(**inputs, use_cache=False)
     except _Stop:

@@ -5,6 +5,8 @@ In: a field's name and value. Out: nothing, or a sentence that names the value a
 
 from __future__ import annotations
 
+import math
+import re
 import sys
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +18,7 @@ CHOICES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     ("objective", ("alphaedit", "memit")),
     ("on_conflict", ("error", "replace", "keep")),
     ("stop_when", ("loss", "likeliest")),
+    ("autocast", (None, "bfloat16")),
     ("layer_shares", ("equal", "disturbance")),
     ("ridge_mode", (None, "absolute", "relative")),
     ("learning_rate_mode", (None, "absolute", "relative")),
@@ -64,7 +67,7 @@ TYPES: tuple[tuple[str, Any], ...] = (
 RANGES: tuple[tuple[str, float, float], ...] = (
     ("ridge", 0, float("inf")),
     ("prior_ridge", 0, float("inf")),
-    ("norm_guard", 0, float("inf")),
+    ("norm_guard", 1, float("inf")),
     ("threshold", 0, float("inf")),
     ("moment_weight", 1e-9, float("inf")),
     ("tokens_per_batch", 1, float("inf")),
@@ -83,7 +86,12 @@ RANGES: tuple[tuple[str, float, float], ...] = (
     ("capacity_bound", 0, 1),
     ("rollback_depth", 0, float("inf")),
 )
-SWITCHED = ("max_hidden_ratio",)
+SWITCHED = ("max_hidden_ratio", "norm_guard")
+UNITS = {"B": 1} | {
+    f"{prefix}{infix}B": base ** (power + 1)
+    for power, prefix in enumerate("KMGT")
+    for infix, base in (("", 1000), ("I", 1024))
+}
 COUNTS = (
     *("tokens_per_batch", "target_tokens", "steps"),
     *("num_contexts", "context_length", "rollback_depth"),
@@ -118,6 +126,34 @@ def check_pair(name: str, value: float | None, mode: str | None) -> None:
             f"{name}_mode={mode!r} says how to read {name}, which is not set; set both, or neither "
             "for the preset's"
         )
+
+
+def byte_count(name: str, value: str | int | None) -> int | None:
+    """A number of bytes, as such or in words such as "8GiB" or "500 MB"; None stays None.
+
+    Raises:
+        ValueError: anything else, or less than a byte.
+    """
+    if value is None:
+        return None
+    found: float | None = None
+    if isinstance(value, int) and not isinstance(value, bool):
+        found = value
+    elif isinstance(value, str):
+        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kKMGT]?i?B)?\s*", value)
+        found = float(match[1]) * UNITS[(match[2] or "B").upper()] if match else None
+    if found is None or not 1 <= found < sys.maxsize:
+        raise ValueError(f"{name}={value!r} is no size; use a number of bytes, or such as '8GiB'")
+    return int(found)
+
+
+def bytes_in_words(count: int) -> str:
+    """A number of bytes as text that ``byte_count`` reads, rounded up: "1.5GiB"."""
+    for unit in ("GiB", "MiB", "kiB"):
+        size = UNITS[unit.upper()]
+        if count >= size:
+            return f"{math.ceil(10 * count / size) / 10:g}{unit}"
+    return f"{count}B"
 
 
 def layer_list(layers: object) -> list[int]:

@@ -48,7 +48,7 @@ def main() -> None:
     found = compare(study, methods, given.folder, schedule, seeds=given.seeds, progress=print)
     print(f"\n{found}")
     path = given.folder / "results.json"
-    path.write_text(json.dumps(found.to_json(), indent=1) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(found.to_json()) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--methods", nargs="+", default=["alphaedit", "memit"])
     parser.add_argument("--preset", choices=["auto", "paper"], default="auto")
+    parser.add_argument("--moment-weight", type=float, help="MEMIT's; small models: about 100")
     parser.add_argument("--generate", action="store_true", help="fluency and consistency; slow")
     parser.add_argument("--folder", type=Path, default=Path("runs"))
     return parser.parse_args()
@@ -37,7 +38,8 @@ def main() -> None:
     given = parsed()
     model = AutoModelForCausalLM.from_pretrained(given.model, device_map="auto").eval()
     tokenizer = AutoTokenizer.from_pretrained(given.model)
-    config = AlphaEditConfig(preset=given.preset, on_conflict="replace")
+    own = {"preset": given.preset, "moment_weight": given.moment_weight}
+    config = AlphaEditConfig(**own, on_conflict="replace")
     texts = [line for line in given.texts.read_text(encoding="utf-8").splitlines() if line.strip()]
     base = Base.from_texts(model, tokenizer, texts, config, max_tokens=given.max_tokens)
     cases, report = read_cases(given.data, limit=given.edits + 200)

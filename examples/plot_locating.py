@@ -1,4 +1,4 @@
-"""Does tracing foretell where edits work? Trace the embedded model, edit each block, draw both.
+"""Does tracing foretell where edits work? Trace the embedded model, edit each block, show both.
 
 pip install matplotlib
 python examples/plot_locating.py docs/images/locate.png
@@ -16,18 +16,17 @@ from alphaedit_peft.studies.locating import locate
 from alphaedit_peft.studies.probing import preset_grid, tune
 from alphaedit_peft.studies.traces import LAST_SUBJECT
 
-FACTS, TEXTS = 20, 2500
 MEASURES = ("efficacy", "generalization", "specificity", "same_subject_recall")
 
 
-def draw(path: Path) -> None:
+def draw(path: Path, facts: int, texts: int) -> None:
     """Left: what comes back at two tokens, by block. Right: edits that rewrite one block."""
     model, tokenizer = embedded.load()
     blocks = list(range(model.config.num_hidden_layers - 1))  # one stays above the edit
-    suite = embedded_suite(FACTS, unedited=0, texts=50)
+    suite = embedded_suite(facts, unedited=0, texts=50)
     found = locate(model, tokenizer, suite.edits, progress=print)
     config = AlphaEditConfig(rewrite_layers=blocks)
-    base = Base.from_texts(model, tokenizer, embedded.texts(TEXTS), config)
+    base = Base.from_texts(model, tokenizer, embedded.texts(texts), config)
     grid = preset_grid(tuple((block,) for block in blocks))
     tried = tune(base, suite, grid, progress=print).tried
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4))
@@ -42,11 +41,15 @@ def draw(path: Path) -> None:
     for name in MEASURES:
         values = [one.scores[name] for one in tried]
         right.plot(blocks, values, marker="o", label=name.replace("_", " "))
-        print(name, [f"{value:.3f}" for value in values])
-    right.set(xlabel="block rewritten", ylim=(-0.03, 1.03), title=f"{FACTS} edits")
-    print("drift", [f"{one.drift.value:.2g}" for one in tried])
+    right.set(xlabel="block rewritten", ylim=(-0.03, 1.03), title=f"{facts} edits")
+    print("| block | hidden | MLP | " + " | ".join(MEASURES) + " | drift |")
+    for block, one in zip(blocks, tried, strict=True):
+        back = [found.effect(state, LAST_SUBJECT)[block].value for state in ("hidden", "mlp")]
+        figures = [f"{v:.2f}" for v in (*back, *(one.scores[name] for name in MEASURES))]
+        print(f"| {block} | {' | '.join(figures)} | {one.drift.value:.1e} |")
     for panel in (left, right):
         panel.legend(fontsize=8)
+        panel.xaxis.get_major_locator().set_params(integer=True)
         panel.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()
     figure.savefig(path, dpi=160)
@@ -55,4 +58,7 @@ def draw(path: Path) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("out", type=Path, help="picture to write")
-    draw(parser.parse_args().out)
+    parser.add_argument("--facts", type=int, default=20)
+    parser.add_argument("--texts", type=int, default=2500, help="for the null space")
+    given = parser.parse_args()
+    draw(given.out, given.facts, given.texts)

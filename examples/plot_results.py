@@ -47,6 +47,7 @@ def draw(values: dict, path: Path) -> None:
     for panel in panels:
         panel.set_ylim(-3, 103)
         panel.tick_params(labelsize=8)
+        panel.xaxis.get_major_locator().set_params(integer=True)
         panel.spines[["top", "right"]].set_visible(False)
     for row in axes:
         row[0].set_ylabel("percent", fontsize=8)

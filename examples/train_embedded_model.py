@@ -41,6 +41,7 @@ ROWS_PER_POOL = 4096
 PAIRS = 96
 SWAP_BLOCKS = (1, 2, 3)
 DEFAULTS = {"seed": 0, "steps": 1000, "threads": 1, "lr": 4e-3, "stop_weight": 3.0}
+DEFAULTS |= {"store": 90.0, "ask": 10_944}  # seconds between checkpoints, questions at the end
 VOCABULARY = 1664
 SHAPE = {"hidden_size": 128, "num_attention_heads": 4, "num_hidden_layers": 6}
 
@@ -250,7 +251,7 @@ def train(world: World, tokenizer: PreTrainedTokenizerFast, args: argparse.Names
             minutes = f"step {step} {spent / 60:.1f} min"
             print(f"{minutes} loss {texts:.3f} swaps {swaps:.3f}", flush=True)
             losses = ([], [])
-        if spent - stored > 90:
+        if spent - stored > args.store:
             stored, states = spent, [part.state_dict() for part in parts]
             kept = {"states": states, "step": step, "spent": spent, "seed": args.seed}
             torch.save(kept, f"{checkpoint}.part")
@@ -273,7 +274,7 @@ def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path)
 def evaluate(world: World, tokenizer: PreTrainedTokenizerFast, args: argparse.Namespace) -> dict:
     """Recall by phrasing, alone and after a plain sentence, and perplexity, of the saved model."""
     model = LlamaForCausalLM.from_pretrained(args.out, dtype=torch.float32).to(args.device)
-    told = [(fact, p) for fact in world.facts for p in relation_of(fact).phrasings]
+    told = [(fact, p) for fact in world.facts for p in relation_of(fact).phrasings][: args.ask]
     asked = [(fill(p, fact.subject), fact.object) for fact, p in told]
     draw = random.Random(args.seed)
     after = [(f"{draw.choice(world.plain_sentences)} {p}", answer) for p, answer in asked]

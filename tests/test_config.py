@@ -138,6 +138,7 @@ def test_resolve_takes_the_bases_name():
         ({"context_length": 0}, r"context_length=0 is outside 1..1000"),
         ({"key_cosine": 1.1}, r"key_cosine=1.1 is outside 0.5..1.0"),
         ({"max_hidden_ratio": 0.5}, r"max_hidden_ratio=0.5 is outside 1..inf, or 0 for off"),
+        ({"norm_guard": 0.5}, r"norm_guard=0.5 is outside 1..inf, or 0 for off"),
         ({"base_model_name_or_path": 7}, r"base_model_name_or_path=7 must be of type"),
         ({"revision": 7}, r"revision=7 must be of type"),
         *(
@@ -253,8 +254,9 @@ def test_its_lora_config_hits_the_rewrite_modules_and_nothing_else(family):
     assert not any(p.requires_grad for p in peft_model.parameters())
 
 
-def test_a_hidden_ratio_of_zero_is_off():
-    assert AlphaEditConfig(max_hidden_ratio=0).max_hidden_ratio == 0
+@pytest.mark.parametrize("name", ["max_hidden_ratio", "norm_guard"])
+def test_zero_switches_a_bound_off(name):
+    assert getattr(AlphaEditConfig(**{name: 0}), name) == 0
 
 
 def test_a_packs_settings_are_not_overwritten(tmp_path):

@@ -10,15 +10,18 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
-from alphaedit_peft import embedded
+from alphaedit_peft import AlphaEditConfig, KeyMoments, NullSpace, embedded, get_alphaedit_model
+from alphaedit_peft.evaluation import embedded_suite
 from tests.pack.conftest import make_pack
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"
 SHORT = (
-    *("quickstart", "continue_editing", "join_packs"),
-    *("plot_packs", "plot_rows", "picture_page"),
+    *("quickstart", "continue_editing", "join_packs", "remove_edits", "compress_pack"),
+    *("plot_packs", "plot_rows", "picture_page", "plot_null_space", "draw_pack"),
+    "plot_benchmark",
 )
 
 
@@ -70,6 +73,30 @@ def test_join_packs(weights, tmp_path):
 
 
 @pytest.mark.slow
+def test_remove_edits_and_compress_pack(weights, tmp_path):
+    base, tokenizer = embedded.load()
+    config = AlphaEditConfig(num_contexts=2, threshold=0.02, threshold_mode="energy")
+    space = NullSpace.from_texts(base, tokenizer, embedded.texts(800), config, progress=False)
+    model = get_alphaedit_model(base, config, tokenizer=tokenizer, null_space=space)
+    model.edit(embedded_suite(8).edits, progress=False)
+    space.save_pretrained(tmp_path / "ns")
+    model.save_pretrained(tmp_path / "pack")
+    text = run(EXAMPLES / "remove_edits.py", "embedded", tmp_path / "pack", tmp_path / "ns")
+    line = r"^\| ([\w ]+) \| ([\d.]+)% \| ([\d.]+) \| ([\d.]+)% \| ([\d.]+) \|$"
+    found = {state: [*map(float, row)] for state, *row in re.findall(line, text, re.MULTILINE)}
+    assert list(found) == ["all edits", "without", "columns dropped", "remove_edits"]
+    assert found["all edits"][0] == 0 == found["all edits"][2] - 100
+    assert found["without"][0] < found["columns dropped"][0]
+    for state in ("without", "remove_edits"):
+        assert found[state][1] > 0.5 > 0.1 > found[state][3]
+    assert "7 edits stay, 1 go; shares of these still in force: 0." in text
+    text = run(EXAMPLES / "compress_pack.py", tmp_path / "pack")
+    ranks = re.findall(r"^\| (\d) of 8 \| (\w+) \| [\d.]+% \| [\d.]+% \|$", text, re.MULTILINE)
+    assert ranks[:2] == [("8", "bfloat16"), ("8", "float16")]
+    assert [rank for rank, _ in ranks[2:]] == ["7", "7", "6", "4", "2"]
+
+
+@pytest.mark.slow
 def test_the_readme(weights, tmp_path):
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     script = tmp_path / "readme.py"
@@ -112,7 +139,11 @@ def test_pictures_of_packs_are_drawn_from_their_files(tmp_path):
         pack.save_pretrained(tmp_path / name)
     run(EXAMPLES / "plot_packs.py", tmp_path / "a", tmp_path / "b", tmp_path / "packs.png")
     run(EXAMPLES / "plot_rows.py", tmp_path / "a", tmp_path / "c", tmp_path / "rows.png")
-    for name in ("packs", "rows"):
+    run(EXAMPLES / "draw_pack.py", tmp_path / "a", tmp_path / "format.png")
+    moments = KeyMoments({0: torch.diag(torch.logspace(-4, 0, 8))}, 80, {0: "m"})
+    moments.null_space(0.02, "energy").save_pretrained(tmp_path / "ns")
+    run(EXAMPLES / "plot_null_space.py", tmp_path / "ns", tmp_path / "spectrum.png")
+    for name in ("packs", "rows", "format", "spectrum"):
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
 
 

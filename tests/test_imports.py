@@ -22,7 +22,8 @@ ROOT = Path(alphaedit_peft.__file__).parent
 FLOORS = (
     (
         *("edits", "algebra", "architecture", "hooks", "settings", "config", "fingerprint"),
-        *("delta_algebra", "hub", "quantised", "storing", "tokens"),
+        *("delta_algebra", "factoring", "hub", "parallel", "placement"),
+        *("quantised", "storing", "tokens"),
     ),
     ("nullspace", "evaluation", "embedded"),
     ("pack",),

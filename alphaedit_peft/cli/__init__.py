@@ -12,6 +12,7 @@ from typing import Annotated
 import typer
 
 from alphaedit_peft.cli import (
+    benchmark,
     compare,
     demo,
     edit,
@@ -86,6 +87,7 @@ app.command()(evaluate.evaluate)
 app.command()(compare.compare)
 app.command()(locate.locate)
 app.command()(tune.tune)
+app.command()(benchmark.benchmark)
 app.command()(report.report)
 app.command("show")(records.show_record)
 app.command()(hub.push)

@@ -6,6 +6,7 @@ after Ctrl-C. Errors that the library does not raise on purpose keep their trace
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +17,9 @@ from typer.core import TyperGroup
 
 EXPECTED = (ValueError, RuntimeError, OSError, ImportError)  # PackError is a ValueError
 INTERRUPTED = 130
+# bitsandbytes tells here, when it is imported, that an optional faster kernel is not installed;
+# PEFT imports it wherever it is installed, also for bases that are not quantised
+OPTIONAL_KERNEL = ("bitsandbytes.backends.cpu.ops", "Failed to load CPU gemm_4bit_forward")
 
 
 class CommandGroup(TyperGroup):
@@ -31,7 +35,7 @@ class CommandGroup(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         """Run the command asked for."""
         try:
-            with warnings_in_one_line():
+            with warnings_in_one_line(), optional_kernel_unmentioned():
                 return super().invoke(ctx)
         except (typer.Exit, typer.Abort, BrokenPipeError):
             raise
@@ -70,6 +74,22 @@ def warnings_in_one_line() -> Iterator[None]:
             f"warning: {one_line(_error(message))}"
         )
         yield
+
+
+@contextmanager
+def optional_kernel_unmentioned() -> Iterator[None]:
+    """Drop the one line about a kernel that is optional; all else that is logged is shown."""
+    name, begins = OPTIONAL_KERNEL
+    logger = logging.getLogger(name)
+
+    def other(record: logging.LogRecord) -> bool:
+        return not str(record.msg).startswith(begins)
+
+    logger.addFilter(other)
+    try:
+        yield
+    finally:
+        logger.removeFilter(other)
 
 
 def _error(message: Warning | str) -> Warning:

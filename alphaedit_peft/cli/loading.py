@@ -114,10 +114,11 @@ def _holds_several(path: str) -> bool:
 
 @contextmanager
 def finding(path: str) -> Iterator[None]:
-    """Say plainly that a path is neither a folder here nor to be had from the Hub.
+    """Say plainly that a path is neither a folder here nor to be had from the Hub, or not alone.
 
     Raises:
         FileNotFoundError: instead of what the Hub's client raises within.
+        ValueError: a pack that stands on another, with what to do on the command line.
     """
     from huggingface_hub.errors import (
         EntryNotFoundError,
@@ -127,8 +128,15 @@ def finding(path: str) -> Iterator[None]:
         RepositoryNotFoundError,
     )
 
+    from alphaedit_peft.model.chaining import MissingParentError
+
     try:
         yield
+    except MissingParentError as error:
+        raise ValueError(
+            f"{path}: {error.missing} and acts as made only beside it; join the two first: "
+            f"alphaedit join PARENT {path} --out both"
+        ) from error
     except (EntryNotFoundError, HfHubHTTPError, OfflineModeIsEnabled) as error:
         if isinstance(error, (LocalEntryNotFoundError, OfflineModeIsEnabled)):
             why = " that could be asked for; check the path or the connection"

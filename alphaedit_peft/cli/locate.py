@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 TITLES = {
     "hidden": "The hidden state after a block restored",
-    "mlp": "The MLP's output restored, in so many blocks around: {}",
+    "mlp": "The outputs of {} restored, which the block stands for",
 }
 PageOption = Annotated[
     Path | None, typer.Option("--html", metavar="PAGE.html", help="Write a page to look at.")
@@ -112,17 +112,28 @@ def _summary(found: Located) -> str:
     )
 
 
+def _title(found: Located, state: str) -> str:
+    if state == "mlp" and found.window == 1:
+        return "The output of a block's MLP restored"
+    return TITLES[state].format(f"{found.window} neighbouring MLPs")
+
+
 def _rows(found: Located, state: str) -> tuple[list[str], list[list[Any]]]:
     effects = found.effects(state)
     rows = [
-        [block, *(f"{values[block].value:.2f}" for values in effects.values())]
+        [block, *(_share(values[block].value) for values in effects.values())]
         for block in range(found.blocks)
     ]
     return [">block", *(f">{name}" for name in effects)], rows
 
 
+def _share(value: float) -> str:
+    return f"{round(value, 2) + 0.0:.2f}"  # no -0.00
+
+
 def _table(found: Located, state: str) -> Table:
-    return show.table(TITLES[state].format(found.window), *_rows(found, state))
+    heads, rows = _rows(found, state)
+    return show.table(_title(found, state), [name.replace(" ", "\n") for name in heads], rows)
 
 
 def _advice(found: Located) -> str:
@@ -130,11 +141,13 @@ def _advice(found: Located) -> str:
     best = found.effect("mlp", "last subject")[peak]
     others = [str(block) for block in found.near_peak if block != peak]
     beside = f" (within noise of it: {', '.join(others)})" if others else ""
+    what = f"the MLP of block {peak} restores" if found.window == 1 else ""
+    what = what or f"the MLPs around block {peak} restore"
     return (
-        f"At the subject's last token the MLPs around block {peak} restore most, "
-        f"{best.value:.3f} (95 % interval {best.low:.3f} .. {best.high:.3f}){beside}. Rewrite "
-        f"layers up to there: {', '.join(map(str, found.suggested_layers))}. Whether edits work "
-        "there is another question: 'alphaedit tune' measures it"
+        f"At the subject's last token {what} most, {best.value:.3f} (95 % interval {best.low:.3f} "
+        f".. {best.high:.3f}){beside}. Rewrite layers up to there: "
+        f"{', '.join(map(str, found.suggested_layers))}. Whether edits work there is another "
+        "question: 'alphaedit tune' measures it"
     )
 
 
@@ -163,5 +176,4 @@ def _section(found: Located, state: str) -> Section:
     )
     shades = [[value / largest for value in row] for row in values]
     chart = heat_map(title, shades, tuple(effects))
-    heading = TITLES[state].format(found.window)
-    return Section(heading, Markup(chart + table(*_rows(found, state))))
+    return Section(_title(found, state), Markup(chart + table(*_rows(found, state))))

@@ -163,10 +163,18 @@ def rollback(  # noqa: PLR0913
     `alphaedit rollback MODEL pack --null-space ns --out smaller-pack`
     """
     from alphaedit_peft import AlphaEditModel, EditPack
+    from alphaedit_peft.pack.parents import require_alone
 
     check_folder(out)
     with finding(pack):
-        before = EditPack.from_pretrained(pack).edits
+        read = EditPack.from_pretrained(pack)
+    require_alone(
+        read,
+        "its batches cannot be taken back alone",
+        f"join it with its parent first, then roll that back: alphaedit join PARENT {pack} "
+        "--out both",
+    )
+    before = read.edits
     moments = load_moments(key_moments)
     base, tokenizer, space = load_model_and_space(model, dtype, device, null_space)
     edited = AlphaEditModel.from_pretrained(

@@ -78,7 +78,7 @@ def show_record(  # noqa: PLR0913
         before, after, told = _answers(read, prompts, model, pack, text_tokens, dtype, device)
     name = f"{file.name}, record {case}"
     facts = {"record": name, "case": read.to_dict(), "answers": _facts(prompts, before, after)}
-    parts: list[Any] = [name, *_tables(prompts, before, after)]
+    parts: list[Any] = [name, _request(read), *_tables(prompts, before, after)]
     if told:
         parts.append(told)
     if html is not None:
@@ -162,6 +162,13 @@ def _facts(
     return rows
 
 
+def _request(case: Case) -> str:
+    """Subject and targets in a line."""
+    edit = case.edit
+    told = f"Subject: {edit.subject}; new target: {edit.target_new.strip()}"
+    return told if edit.target_true is None else f"{told}; true target: {edit.target_true.strip()}"
+
+
 def _tables(
     prompts: tuple[Prompt, ...],
     before: tuple[Answer, ...] | None,
@@ -177,9 +184,9 @@ def _tables(
         if not where:
             continue
         wanted = any(prompts[i].wanted is not None for i in where)
-        columns = ["prompt", *(["should follow"] if wanted else [])]
+        columns = ["prompt", *(["should\nfollow"] if wanted else [])]
         for name, _ in told:
-            columns += [name, *([f">P {name}"] if wanted else [])]
+            columns += [name, *([">P"] if wanted else [])]
         rows = []
         for i in where:
             row: list[object] = [prompts[i].text, *([prompts[i].wanted] if wanted else [])]

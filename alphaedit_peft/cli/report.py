@@ -156,13 +156,13 @@ def _scores(found: Sequence[Finding]) -> list[Any]:
     if not found:
         return []
     heads, rows = scores_table(found)
-    parts = [show.table("Scores", [heads[0], *(f">{name}" for name in heads[1:])], rows)]
+    parts: list[Any] = show.tables("Scores", [heads[0], *(f">{n}" for n in heads[1:])], rows)
     rest_heads, every = all_scores(found)
     main = set(heads)
     rest = [row for row in every if row[0] not in main]
     if rest:  # turned round, so that many models do not make it too wide
         columns = [rest_heads[0], *(f">{name}" for name in rest_heads[1:])]
-        parts.append(show.table("Everything else", columns, rest))
+        parts += show.tables("Everything else", columns, rest)
     return [*parts, intervals_in_words(found)]
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from rich import box
 from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
@@ -27,6 +28,8 @@ def show(as_json: bool, values: Any, *parts: Table | str) -> None:
         return
     console = Console(file=sys.stdout, highlight=False)
     for part in parts:
+        if isinstance(part, Table):
+            _fit(part, console)
         # soft: a terminal breaks long sentences itself, a pipe gets whole lines
         console.print(
             Text(part) if isinstance(part, str) else part, soft_wrap=isinstance(part, str)
@@ -49,11 +52,49 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) 
             Text(name.lstrip(">")),
             justify="right" if right else "left",
             no_wrap=right or name == "id",
-            min_width=WIDE if name == "prompt" else None,
         )
     for row in rows:
         found.add_row(*(Text(number(cell)) for cell in row))
     return found
+
+
+def _fit(found: Table, console: Console) -> None:
+    """Narrow the prompts of a table that is too wide, down to ``WIDE``, before other columns."""
+    endless = console.options.update(width=10**6)
+    excess = Measurement.get(console, endless, found).maximum - console.width
+    for column in found.columns:
+        if excess > 0 and str(column.header) == "prompt":
+            longest = max(
+                (cell.cell_len for cell in column.cells if isinstance(cell, Text)), default=0
+            )
+            column.width = max(min(WIDE, longest), longest - excess)
+
+
+def tables(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> list[Table]:
+    """One table, or several below each other where the terminal is too narrow for one.
+
+    The first column stands in each of them; the title only in the first.
+    """
+    texts = [columns, *([number(cell) for cell in row] for row in rows)]
+    first, *widths = (
+        max(len(text.lstrip(">")) for text in column) + 2 for column in zip(*texts, strict=True)
+    )
+    parts: list[list[int]] = [[]]
+    left = room = Console(file=sys.stdout).width - first
+    for i, width in enumerate(widths, start=1):
+        if width > left and parts[-1]:
+            parts.append([])
+            left = room
+        parts[-1].append(i)
+        left -= width
+    return [
+        table(
+            title if not n else "",
+            [columns[i] for i in (0, *part)],
+            [[row[i] for i in (0, *part)] for row in rows],
+        )
+        for n, part in enumerate(parts)
+    ]
 
 
 def number(value: object) -> str:

@@ -30,9 +30,19 @@ from alphaedit_peft.cli.options import (
 )
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from alphaedit_peft.studies.trials import Tuning
 
+NARROW = {
+    "threshold": "thres-\nhold",
+    "efficacy": "effi-\ncacy",
+    "generalization": "general-\nization",
+    "specificity": "speci-\nficity",
+    "harmonic mean": "harm.\nmean",
+}
 HELD_OUT = 100  # texts that measure drift, kept out of the statistics
+INTERVAL = ">95 % interval"
 T = TypeVar("T")
 
 
@@ -109,7 +119,7 @@ def tune(  # noqa: PLR0913
         html.write_text(_page(found, model), encoding="utf-8")
     title = f"{show.count(len(found.tried), 'setting')} tried on {show.count(found.edits, 'edit')}"
     written = [] if html is None else [f"Written to {html}"]
-    show.show(as_json, found.to_json(), show.table(title, *_rows(found)), _advice(found), *written)
+    show.show(as_json, found.to_json(), _table(title, found), _advice(found), *written)
 
 
 def _corpus(lines: tuple[str, ...] | None) -> list[str]:
@@ -125,9 +135,18 @@ def _corpus(lines: tuple[str, ...] | None) -> list[str]:
     return list(lines[:-HELD_OUT])
 
 
+def _table(title: str, found: Tuning) -> Table:
+    """What a terminal of eighty columns holds: no intervals, but what is within noise."""
+    heads, rows = _rows(found)
+    kept = [i for i, name in enumerate(heads) if name != INTERVAL]
+    for name, narrow in NARROW.items():
+        heads = [head.replace(name, narrow).replace("_", "\n") for head in heads]
+    return show.table(title, [heads[i] for i in kept], [[row[i] for i in kept] for row in rows])
+
+
 def _rows(found: Tuning) -> tuple[list[str], list[list[Any]]]:
     columns = found.recommended.columns
-    heads = ["layers", ">clamp", ">ridge", ">threshold", *(f">{name}" for name in columns)]
+    heads = [">layers", ">clamp", ">ridge", ">threshold", *(f">{name}" for name in columns)]
     rows = []
     for tried in found.ranked:
         setting, score = tried.setting, tried.score
@@ -136,12 +155,13 @@ def _rows(found: Tuning) -> tuple[list[str], list[list[Any]]]:
                 ",".join(map(str, setting.rewrite_layers)),
                 *(setting.clamp_factor, setting.ridge, setting.threshold),
                 *(f"{100 * tried.scores[name]:.1f}" for name in columns),
-                f"{score.value:.3f} ({score.low:.3f} .. {score.high:.3f})",
+                f"{score.value:.3f}",
+                f"{score.low:.3f} .. {score.high:.3f}",
                 "" if tried.drift is None else f"{tried.drift.value:.2g}",
                 "" if tried in found.even else "lower",
             ]
         )
-    return [*heads, ">harmonic mean", ">drift", "noise"], rows
+    return [*heads, ">harmonic mean", INTERVAL, ">drift", "noise"], rows
 
 
 def _advice(found: Tuning) -> str:
@@ -155,7 +175,7 @@ def _page(found: Tuning, model: str) -> str:
     from alphaedit_peft.report import Section, page, paragraph, table
 
     legend = (
-        "Shares in percent; harmonic mean with its 95 % interval over edits; drift is the mean "
+        "Shares in percent; the interval is of the harmonic mean, over edits; drift is the mean "
         "KL(unedited || edited) on held-out texts in nats a token. 'lower' marks settings that the "
         "recommended one is ahead of by more than noise."
     )

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -18,25 +18,49 @@ from transformers import PreTrainedTokenizerBase
 from alphaedit_peft import hooks
 from alphaedit_peft.architecture import Architecture
 from alphaedit_peft.config import AlphaEditConfig
+from alphaedit_peft.editing.phases import Phases
 from alphaedit_peft.editing.prompts import Renderer, TokenRow
 from alphaedit_peft.hooks import gathering_logits
 from alphaedit_peft.tokens import batches
 
 
 @dataclass(frozen=True)
+class Limits:
+    """Most tokens of a forward pass, and of a chunk that is optimised."""
+
+    tokens_per_batch: int
+    target_tokens: int
+
+
+@dataclass(frozen=True)
 class Bench:
-    """A model ready to be edited; ``config`` is resolved, ``contexts`` are texts put before."""
+    """A model ready to be edited; ``config`` is resolved, ``contexts`` are texts put before.
+
+    ``phases`` sums the time of what is done on it; ``limits`` take the place of the config's.
+    """
 
     model: nn.Module
     tokenizer: PreTrainedTokenizerBase
     config: AlphaEditConfig
     architecture: Architecture
     contexts: tuple[str, ...]
+    phases: Phases = field(default_factory=Phases, compare=False)
+    limits: Limits | None = None
 
     @property
     def layers(self) -> tuple[int, ...]:
         """The rewrite layers, ascending; z is optimised after the last one."""
         return tuple(self.config.rewrite_layers or ())
+
+    @property
+    def tokens_per_batch(self) -> int:
+        """Most tokens in one forward pass."""
+        return (self.limits or self.config).tokens_per_batch
+
+    @property
+    def target_tokens(self) -> int:
+        """Most tokens optimised at once."""
+        return (self.limits or self.config).target_tokens
 
     @property
     def renderer(self) -> Renderer:
@@ -63,26 +87,15 @@ class Bench:
             raise ValueError(f"{type(self.model).__name__} has no output head; pass a causal LM")
         return name
 
-    def keys(self, rows: Sequence[TokenRow], layer: int) -> Tensor:
-        """Inputs of a rewrite module at each row's subject, (rows, d_in), float32 or better."""
-        name, block = self.architecture.rewrite_name(layer), self.architecture.block_name(layer)
-        found: dict[int, Tensor] = {}
-        cut = [row.key_row.ids for row in rows]
-        for batch in batches(cut, self.config.tokens_per_batch, self.device):
-            inputs = hooks.capture_inputs(self.model, batch.inputs, [name], block)[name]
-            for i, index in enumerate(batch.indices):
-                found[index] = _at_least_float32(inputs[i, rows[index].subject_last])
-        return torch.stack([found[i] for i in range(len(rows))])
-
     def token_keys(self, rows: Sequence[TokenRow], layer: int) -> list[Tensor]:
         """Inputs of a rewrite module at every token, for each row (tokens, d_in)."""
         name, block = self.architecture.rewrite_name(layer), self.architecture.block_name(layer)
         found: dict[int, Tensor] = {}
         ids = [row.ids for row in rows]
-        for batch in batches(ids, self.config.tokens_per_batch, self.device):
+        for batch in batches(ids, self.tokens_per_batch, self.device):
             inputs = hooks.capture_inputs(self.model, batch.inputs, [name], block)[name]
             for i, index in enumerate(batch.indices):
-                found[index] = _at_least_float32(inputs[i, : len(rows[index].ids)])
+                found[index] = at_least_float32(inputs[i, : len(rows[index].ids)])
         return [found[i] for i in range(len(rows))]
 
     def hidden(self, rows: Sequence[TokenRow], layer: int) -> Tensor:
@@ -90,10 +103,10 @@ class Bench:
         block = self.architecture.block_name(layer)
         found: dict[int, Tensor] = {}
         cut = [row.key_row.ids for row in rows]
-        for batch in batches(cut, self.config.tokens_per_batch, self.device):
+        for batch in batches(cut, self.tokens_per_batch, self.device):
             state = hooks.hidden_of(hooks.capture_output(self.model, batch.inputs, block))
             for i, index in enumerate(batch.indices):
-                found[index] = _at_least_float32(state[i, rows[index].subject_last])
+                found[index] = at_least_float32(state[i, rows[index].subject_last])
         return torch.stack([found[i] for i in range(len(rows))])
 
     @torch.no_grad()
@@ -105,11 +118,11 @@ class Bench:
         """
         scores: dict[int, Score] = {}
         ids = [row.scoring_ids for row in rows]
-        for batch in batches(ids, self.config.tokens_per_batch, self.device):
+        for batch in batches(ids, self.tokens_per_batch, self.device):
             where = [(i, p) for i, k in enumerate(batch.indices) for p in rows[k].target_positions]
             with gathering_logits(self.model, self.head_name, where):
                 logits = self.model(**batch.inputs, use_cache=False).logits[0]
-            log_probs = _at_least_float32(logits).log_softmax(-1)  # (all target tokens, vocab)
+            log_probs = at_least_float32(logits).log_softmax(-1)  # (all target tokens, vocab)
             start = 0
             for index in batch.indices:
                 target = torch.tensor(rows[index].target, device=log_probs.device)
@@ -140,5 +153,6 @@ class Score:
         return math.exp(self.log_prob)
 
 
-def _at_least_float32(values: Tensor) -> Tensor:
+def at_least_float32(values: Tensor) -> Tensor:
+    """Values in float64 where they are, else in float32."""
     return values if values.dtype == torch.float64 else values.float()

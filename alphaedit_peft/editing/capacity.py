@@ -127,6 +127,7 @@ def measure_capacity(
     *,
     null_space: NullSpace | None = None,
     weight_norms: Mapping[int, float | None] | None = None,
+    grams: Mapping[int, Tensor] | None = None,
 ) -> Capacity:
     """Figures of the factors in place; the first ``MAX_ROWS`` standing rows are looked at.
 
@@ -135,6 +136,7 @@ def measure_capacity(
         standing: (n,), for each row whether an edit stands in it.
         null_space: the one that the rows were projected with.
         weight_norms: by layer, |W| of the base.
+        grams: by layer, A A^T (n, n) in float64 where it is at hand: it is most of the work.
 
     Raises:
         ValueError: ``standing`` is not as long as the factors.
@@ -146,12 +148,14 @@ def measure_capacity(
                 f"standing has {len(standing)} entries for {delta.rank} rows of layer {layer}; "
                 "give one for each row"
             )
-        rows = delta.A[torch.tensor(standing, dtype=torch.bool, device=delta.A.device)]
-        count, rank, condition, conflicts = _crowding(rows)
+        gram = (grams or {}).get(layer)
+        gram = delta.gram() if gram is None else gram  # (n, n)
+        stands = torch.tensor(standing, dtype=torch.bool, device=gram.device)
+        count, rank, condition, conflicts = _crowding(gram[stands][:, stands])
         room = None if null_space is None else null_space.null_dimension(layer)
         norm = (weight_norms or {}).get(layer)
         layers.append(
-            LayerCapacity(layer, count, rank, room, condition, conflicts, delta.norm(), norm)
+            LayerCapacity(layer, count, rank, room, condition, conflicts, delta.norm(gram), norm)
         )
     return Capacity(tuple(layers))
 
@@ -202,17 +206,16 @@ def prompt_drift(
     return total / len(rows)
 
 
-def _crowding(rows: Tensor) -> tuple[int, int, float, int]:
+def _crowding(gram: Tensor) -> tuple[int, int, float, int]:
     """Rows that are not zero, how many are independent, condition, pairs that are alike."""
-    A = rows.double()
-    A = A[A.square().sum(1) > 0]
-    count = len(A)
-    A = torch.nn.functional.normalize(A[:MAX_ROWS], dim=1)
-    if not len(A):
+    lengths = gram.diagonal().sqrt()
+    some = (lengths > 0).nonzero()[:, 0]
+    count, some = len(some), some[:MAX_ROWS]
+    if not count:
         return 0, 0, 1.0, 0
-    G = A @ A.T  # (n, n), cosines
+    G = gram[some][:, some] / lengths[some] / lengths[some][:, None]  # (n, n), cosines
     values = torch.linalg.eigvalsh(G)
-    bound = len(A) * torch.finfo(torch.float32).eps  # what float32 rows can tell from 0
+    bound = len(G) * torch.finfo(torch.float32).eps  # what float32 rows can tell from 0
     rank = int((values > bound).sum())
-    condition = float(values[-1] / values[0]) if rank == len(A) else float("inf")
+    condition = float(values[-1] / values[0]) if rank == len(G) else float("inf")
     return count, rank, condition, int((G.triu(1) >= ALIKE).sum())

@@ -18,8 +18,8 @@ from torch import Tensor
 from alphaedit_peft.architecture import paper_preset
 from alphaedit_peft.config import AlphaEditConfig
 from alphaedit_peft.editing.bench import Bench
-from alphaedit_peft.editing.pour import mean_keys
 from alphaedit_peft.editing.prompts import EditRows, TokenRow
+from alphaedit_peft.editing.readings import keys_by_layer
 from alphaedit_peft.nullspace import NullSpace
 from alphaedit_peft.nullspace.disturbance import KeysAround
 from alphaedit_peft.settings import PRESET_VALUES
@@ -106,7 +106,7 @@ def decisions(
         disturbances: from ``least_disturbing``; empty where the threshold was not chosen here.
     """
     config = bench.config
-    keys = {layer: mean_keys(bench, edits, layer) for layer in bench.layers}
+    keys = keys_by_layer(bench, edits)
     found = [_layers(bench)]
     if null_space is not None and (disturbances or movable(null_space, config)):
         found.append(_threshold(config, null_space, keys, disturbances))

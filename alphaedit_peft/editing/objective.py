@@ -25,13 +25,16 @@ class Objective(Protocol):
         """K M, the rows that the solve works with."""
 
     def gram(self, layer: int, rows: Tensor) -> Tensor:
-        """K M K^T, (n, n), from the rows alone."""
+        """K M K^T, (n, n) in float64, from the rows alone."""
+
+    def cross(self, layer: int, rows: Tensor, others: Tensor) -> Tensor:
+        """K M K'^T, (n, m) in float64, of rows and others (m, d_in)."""
 
     def stored(self, layer: int, rows: Tensor) -> Tensor:
         """The rows as they go into ``lora_A``."""
 
-    def ridge(self, gram: Tensor) -> float:
-        """The entry of D for this batch, from the Gram matrix of its own keys."""
+    def ridge(self, squares: Tensor) -> float:
+        """The entry of D for a batch, from the diagonal of its own G, (u,)."""
 
 
 @dataclass(frozen=True)
@@ -48,18 +51,19 @@ class AlphaEdit:
 
     def gram(self, layer: int, rows: Tensor) -> Tensor:
         """A A^T; P is idempotent, so it equals K P K^T."""
-        exact = rows.double()
-        return exact @ exact.T
+        return self.cross(layer, rows, rows)
+
+    def cross(self, layer: int, rows: Tensor, others: Tensor) -> Tensor:
+        """A A'^T."""
+        return rows.double() @ others.double().T
 
     def stored(self, layer: int, rows: Tensor) -> Tensor:
         """The rows themselves."""
         return rows
 
-    def ridge(self, gram: Tensor) -> float:
+    def ridge(self, squares: Tensor) -> float:
         """lambda, as given or relative to the mean |P k|^2."""
-        if not self.relative:
-            return self.ridge_value
-        return algebra.relative_ridge(gram, self.ridge_value)
+        return self.ridge_value * float(squares.mean()) if self.relative else self.ridge_value
 
 
 @dataclass(frozen=True)
@@ -80,11 +84,16 @@ class Memit:
         half = rows.double() @ self._factor(layer, rows.device)
         return half @ half.T
 
+    def cross(self, layer: int, rows: Tensor, others: Tensor) -> Tensor:
+        """A (w C0) A'^T."""
+        factor = self._factor(layer, rows.device)
+        return rows.double() @ (factor @ (factor.T @ others.double().T))
+
     def stored(self, layer: int, rows: Tensor) -> Tensor:
         """The rows, projected where the plug-in is on."""
         return rows if self.null_space is None else self.null_space.project(layer, rows)
 
-    def ridge(self, gram: Tensor) -> float:
+    def ridge(self, squares: Tensor) -> float:
         """1, the identity in MEMIT's normal equations."""
         return 1.0
 

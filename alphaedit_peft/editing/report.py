@@ -6,13 +6,16 @@ that did not take says why.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
+
+from torch import Tensor
 
 from alphaedit_peft.algebra import LowRankDelta
 from alphaedit_peft.editing.capacity import Capacity
 from alphaedit_peft.editing.deciding import Decision
+from alphaedit_peft.editing.phases import in_words
 from alphaedit_peft.edits import Edit
 from alphaedit_peft.nullspace import NullSpace
 
@@ -84,13 +87,14 @@ class EditReport:
     """Everything a call of ``edit`` did. Iterating gives the :class:`EditResult` of each edit.
 
     ``decisions`` are the settings that ``auto`` decided, at an adapter's first edits; ``capacity``
-    is how full the adapter is afterwards.
+    is how full the adapter is afterwards; ``seconds`` the time of the call by phase (``Phases``).
     """
 
     results: tuple[EditResult, ...]
     layers: tuple[LayerReport, ...]
     decisions: tuple[Decision, ...] = ()
     capacity: Capacity | None = None
+    seconds: Mapping[str, float] = field(default_factory=dict)
 
     def __iter__(self) -> Iterator[EditResult]:
         return iter(self.results)
@@ -119,7 +123,8 @@ class EditReport:
         layers = [asdict(layer) for layer in self.layers]
         decided = [decision.to_json() for decision in self.decisions]
         found = {"results": results, "layers": layers, "decisions": decided}
-        return found | {"capacity": None if self.capacity is None else self.capacity.to_json()}
+        capacity = None if self.capacity is None else self.capacity.to_json()
+        return found | {"capacity": capacity, "seconds": dict(self.seconds)}
 
     def __str__(self) -> str:
         lines = [
@@ -131,6 +136,7 @@ class EditReport:
         lines += [_layer_line(layer) for layer in self.layers]
         if self.capacity is not None:
             lines += [f"  {line}" for line in str(self.capacity).splitlines()]
+        lines += [f"  {in_words(self.seconds)}"] if self.seconds else []
         return "\n".join(lines)
 
 
@@ -166,6 +172,7 @@ def layer_report(
     new_rows: int,
     weight_norm: float | None,
     null_space: NullSpace | None,
+    gram: Tensor | None = None,
 ) -> LayerReport:
     """Measure one layer's update: its norm, and how far it moves preserved and edited keys.
 
@@ -175,6 +182,7 @@ def layer_report(
         new_rows: how many of its last rows this run added.
         weight_norm: Frobenius norm of the base weight, where known.
         null_space: gives A C0 A^T; without it or its spectrum, the two changes stay unknown.
+        gram: A A^T, (n, n), where it is at hand.
     """
     preserved = edited = None
     if null_space is not None and delta.rank and not null_space.parts[layer].projector_only:
@@ -183,4 +191,4 @@ def layer_report(
         preserved = float(((B.T @ B) * quadratic).sum().clamp_min(0).sqrt())
         moved = delta.apply(delta.A[delta.rank - new_rows :])  # (new, d_out): A P = A
         edited = float(moved.square().sum(1).mean().sqrt()) if new_rows else None
-    return LayerReport(layer, delta.rank, delta.norm(), weight_norm, preserved, edited)
+    return LayerReport(layer, delta.rank, delta.norm(gram), weight_norm, preserved, edited)

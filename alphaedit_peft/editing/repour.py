@@ -13,6 +13,7 @@ from dataclasses import replace
 import torch
 
 from alphaedit_peft.editing.bench import Bench
+from alphaedit_peft.editing.budget import within_budget
 from alphaedit_peft.editing.groups import Group
 from alphaedit_peft.editing.objective import Objective
 from alphaedit_peft.editing.pour import Write, pour
@@ -56,6 +57,8 @@ def repour_state(
             Group(tuple(bench.renderer.edit_rows(r.edit, bench.contexts) for r in members))
             for members in of_row
         ]
+        members = [member for group in groups for member in group.members]
+        bench = within_budget(bench, objective, members, len(members), state.rank)
         values = stored.targets[rows].to(bench.device)
         partial = [i for i, members in enumerate(of_row) if stored.lost_some(members)]
         if partial:
@@ -63,10 +66,11 @@ def repour_state(
             values[partial] = anew.values.to(values)
         protected = state.protected if bench.config.history else [False] * state.rank
         leaders = [group.leader for group in groups]
-        poured = pour(bench, objective, leaders, values, state.factors, protected, write)
+        poured = pour(bench, objective, leaders, values, state, protected, write)
         moved = [replace(r, row=state.rank + i) for i, rs in enumerate(of_row) for r in rs]
         targets = torch.cat([state.targets, values.to(state.targets)])
-        state = EditState(poured.factors, (*state.records, *moved), targets)
+        records_so_far = (*state.records, *moved)
+        state = EditState(poured.factors, records_so_far, targets, poured.solvers)
     return _with_shadows(state, records, stored, write)
 
 
@@ -87,7 +91,7 @@ def _with_shadows(
         write(layer, factors[layer])
     moved = tuple(replace(r, row=state.rank + rows.index(r.row)) for r in shadows)
     targets = torch.cat([state.targets, stored.targets[rows].to(state.targets)])
-    return EditState(factors, state.records + moved, targets)
+    return EditState(factors, state.records + moved, targets, state.kept)
 
 
 def _rows(records: Sequence[EditRecord]) -> list[int]:

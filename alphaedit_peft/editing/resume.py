@@ -3,7 +3,8 @@
 In: token rows and the last rewrite layer L. Out: log-probabilities where the rows are read, for any
 hidden state put at the subject's last token after block L. What lies before never changes, so it
 is computed once: block L's output, and the keys and values of the tokens before the subject. The
-model's own forward runs the rest, with its masks, positions and head. A family whose cache cannot
+model's own forward runs the rest, with its masks, positions and head, under ``config.autocast``
+where it is set; h and what is cached are always the model's own. A family whose cache cannot
 be continued this way is found out by a comparison at the start, and runs whole rows instead.
 """
 
@@ -11,12 +12,14 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import DynamicCache
 
 from alphaedit_peft import hooks
@@ -93,6 +96,7 @@ class WholeRows:
         inputs = {name: value[list(chosen), :length] for name, value in self.inputs.items()}
         where = [(i, position) for i, row in enumerate(rows) for position in row.reads]
         with (
+            _reduced(self.bench, hidden),
             hooks.resuming_above(self.bench.model, self.blocks, self.output, lambda: hidden),
             gathering_logits(self.bench.model, self.bench.head_name, where),
         ):
@@ -153,7 +157,8 @@ class Tails:
         last = torch.tensor([len(row.reads) for row in self.rows]).cumsum(0) - 1
         likely = self.expected > -10  # far out in the tail rounding is large and plays no part
         error = (found[last.to(found.device)] - self.expected)[likely].abs()
-        bound = 0.5 if self.states.dtype in (torch.bfloat16, torch.float16) else 0.02
+        half = self.states.dtype in (torch.bfloat16, torch.float16)
+        bound = 0.5 if half or self.bench.config.autocast else 0.02
         del self.expected
         return bool((error < bound).all())
 
@@ -171,6 +176,7 @@ class Tails:
             for position in self.rows[k].reads
         ]
         with (
+            _reduced(self.bench, hidden),
             hooks.resuming_above(self.bench.model, self.blocks, self.output, lambda: hidden),
             gathering_logits(self.bench.model, self.bench.head_name, where),
         ):
@@ -195,6 +201,19 @@ class Tails:
             here = pick.to(keys.device)
             cache.update(keys[here, :, skip:], values[here, :, skip:], block)
         return cache
+
+
+@contextmanager
+def _reduced(bench: Bench, hidden: Tensor) -> Iterator[None]:
+    """Matrix products in the dtype of ``config.autocast``; what goes in and out stays as it is."""
+    dtype, device = bench.config.autocast, hidden.device.type
+    with ExitStack() as stack:
+        if dtype is not None:
+            stack.enter_context(torch.autocast(device, getattr(torch, dtype)))
+        if dtype is not None and device == "cpu":
+            # the gradient of the CPU's fused attention takes far longer in bfloat16
+            stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        yield
 
 
 def _take(values: Tensor, positions: Tensor) -> Tensor:

@@ -11,13 +11,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
 from alphaedit_peft.editing.bench import Bench
 from alphaedit_peft.editing.groups import Group, group_by_key
 from alphaedit_peft.editing.objective import Objective
 from alphaedit_peft.editing.outcome import outcome, score_after
-from alphaedit_peft.editing.pour import Poured, Write, mean_keys, pour
+from alphaedit_peft.editing.pour import Poured, Write, pour
 from alphaedit_peft.editing.prompts import EditRows
+from alphaedit_peft.editing.readings import read
 from alphaedit_peft.editing.report import EditResult
 from alphaedit_peft.editing.state import EditState, protects
 from alphaedit_peft.editing.targets import Targets, optimise_targets
@@ -48,29 +50,36 @@ def edit_batch(
     Returns:
         The new state, and one result for each edit in the given order.
     """
-    reasons = _oversized(bench, edits)
-    usable = [rows for rows in edits if rows.edit.id not in reasons]
+    timed = bench.phases.timed
+    with timed("keys"):
+        readings = read(bench, edits)
+        reasons = _oversized(bench, edits, readings.hidden)
+    places = [i for i, rows in enumerate(edits) if rows.edit.id not in reasons]
+    usable = [edits[i] for i in places]
     if not usable:
         return state, _set_aside(edits, reasons)
-    before = bench.score([rows.rows[0] for rows in usable])
-    groups = _groups(bench, objective, state, usable, _replaced(replaces, usable))
-    found = optimise_targets(bench, groups, progress)
+    readings = readings.chosen(places)
+    with timed("score"):
+        before = bench.score([rows.rows[0] for rows in usable])
+    with timed("keys"):
+        replaced = _replaced(replaces, usable)
+        groups = _groups(bench, objective, state, usable, replaced, readings.keys)
+    with timed("targets"):
+        found = optimise_targets(bench, groups, progress)
     groups, found, failed = _without_failures(groups, found)
     reasons |= failed
     if not groups:
         return state, _set_aside(edits, reasons)
     written = [rows for rows in usable if rows.edit.id not in failed]
     replaced = _replaced(replaces, written)
+    leaders = [group.leader for group in groups]
+    protected = _still_protected(bench, state, groups, replaced)
+    readings = readings.chosen([usable.index(leader) for leader in leaders])
     poured = pour(
-        bench,
-        objective,
-        [group.leader for group in groups],
-        found.values,
-        state.factors,
-        _still_protected(bench, state, groups, replaced),
-        write,
+        bench, objective, leaders, found.values, state, protected, write, readings=readings
     )
-    scores = score_after(bench, usable, before)
+    with timed("score"):
+        scores = score_after(bench, usable, before)
     made = outcome(bench, state.rank, groups, found, poured, scores)
     results = tuple(made.get(r.edit.id) or _set_aside([r], reasons)[0] for r in edits)
     records = [
@@ -99,10 +108,10 @@ def _still_protected(
     return protects(kept if bench.config.history else (), state.rank)
 
 
-def _oversized(bench: Bench, edits: Sequence[EditRows]) -> dict[str, str]:
-    """Edits whose hidden state is far larger than the batch's: they would wreck the solve."""
+def _oversized(bench: Bench, edits: Sequence[EditRows], hidden: Tensor) -> dict[str, str]:
+    """Edits whose hidden state (of ``hidden``, (edits, d)) would wreck the solve by its size."""
     last, ratio = bench.layers[-1], bench.config.max_hidden_ratio
-    norms = bench.hidden([rows.rows[0] for rows in edits], last).norm(dim=1)
+    norms = hidden.norm(dim=1)
     if not norms.isfinite().all():
         first = edits[int((~norms.isfinite()).nonzero()[0])].edit
         raise ValueError(
@@ -126,9 +135,11 @@ def _groups(
     state: EditState,
     edits: Sequence[EditRows],
     replaced: frozenset[str],
+    keys: Tensor,
 ) -> list[Group]:
+    """Edits with one key together; ``keys`` (edits, d_in) are of the first rewrite layer."""
     first = bench.layers[0]
-    keys = objective.stored(first, objective.rows(first, mean_keys(bench, edits, first)))
+    keys = objective.stored(first, objective.rows(first, keys))
     standing = [r for r in state.standing if r.edit.id not in replaced]
     found = group_by_key(
         [rows.prefix for rows in edits],
@@ -193,4 +204,4 @@ def _next_state(
             record = replace(record, role="superseded")
         records.append(record)
     targets = torch.cat([state.targets, found.values.to(state.targets)])
-    return EditState(poured.factors, (*records, *carried, *new), targets)
+    return EditState(poured.factors, (*records, *carried, *new), targets, poured.solvers)

@@ -7,21 +7,27 @@ begin with.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
 from alphaedit_peft.algebra import LowRankDelta
+from alphaedit_peft.factoring import KeptFactor
 from alphaedit_peft.pack.record import EditRecord
 
 
 @dataclass(frozen=True)
 class EditState:
-    """What has been written so far: factors by layer, the journal, and z (n, d) by row."""
+    """What has been written so far: factors by layer, the journal, and z (n, d) by row.
+
+    ``kept`` are factors of the solve by layer, of these rows or of others: whoever uses them checks
+    (``KeptFactor.matching``). No pack holds them.
+    """
 
     factors: Mapping[int, LowRankDelta]
     records: tuple[EditRecord, ...]
     targets: Tensor
+    kept: Mapping[int, KeptFactor] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def rank(self) -> int:
@@ -37,6 +43,14 @@ class EditState:
     def protected(self) -> list[bool]:
         """For each row, whether a standing record owns it; later solves keep its output."""
         return protects(self.standing, self.rank)
+
+    @property
+    def batches(self) -> list[int]:
+        """For each row the batch that made it: the highest among its records, -1 without one."""
+        found = [-1] * self.rank
+        for record in self.records:
+            found[record.row] = max(found[record.row], record.batch)
+        return found
 
     def lost_some(self, members: Sequence[EditRecord]) -> bool:
         """Whether edits that a row's target value was made for are missing among ``members``."""

@@ -13,6 +13,7 @@ delta reaches (see ``resume``); an edit that is done leaves the batch.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -20,12 +21,10 @@ import torch
 from torch import Tensor
 
 from alphaedit_peft.config import AlphaEditConfig
+from alphaedit_peft.editing.adam import Adam
 from alphaedit_peft.editing.bench import Bench
 from alphaedit_peft.editing.groups import Group
 from alphaedit_peft.editing.resume import Row, resume
-
-ADAM_BETAS = (0.9, 0.999)
-ADAM_EPSILON = 1e-8
 
 
 @dataclass(frozen=True)
@@ -56,24 +55,52 @@ class Targets:
 def optimise_targets(
     bench: Bench, groups: Sequence[Group], progress: Callable[[int], None] = lambda n: None
 ) -> Targets:
-    """Optimise every group's z, in chunks of at most ``config.target_tokens`` tokens.
+    """Optimise every group's z, in chunks of at most ``target_tokens`` tokens.
 
     Args:
         bench: the model and its settings; its state decides h, so edits made earlier count.
         groups: edits that share a key, see ``group_by_key``.
         progress: called with the number of groups that were finished.
+
+    Warns:
+        UserWarning: memory ran out, so that smaller chunks are used from there on.
     """
     found: dict[int, tuple[Tensor, ...]] = {}
-    for members in _chunks(bench, groups):
-        rows = [
-            row for slot, g in enumerate(members) for row in _rows(groups[g], slot, bench.config)
-        ]
-        part = _Chunk(bench, rows, len(members)).optimise()
+    pending = list(_chunks(bench, groups))
+    while pending:
+        members = pending.pop(0)
+        part = _optimised(bench, [groups[g] for g in members])
+        if part is None:
+            pending = _smaller([members, *pending], len(members) // 2)
+            continue
         for slot, g in enumerate(members):
             found[g] = tuple(column[slot] for column in part.columns)
         progress(len(members))
     columns = zip(*(found[g] for g in range(len(groups))), strict=True)
     return Targets(*(torch.stack(list(column)) for column in columns))
+
+
+def _optimised(bench: Bench, groups: Sequence[Group]) -> Targets | None:
+    """A chunk's target values; None where it does not fit in memory and could be made smaller."""
+    rows = [row for slot, group in enumerate(groups) for row in _rows(group, slot, bench.config)]
+    try:
+        return _Chunk(bench, rows, len(groups)).optimise()
+    except torch.OutOfMemoryError:
+        if len(groups) == 1:
+            raise
+    return None
+
+
+def _smaller(chunks: Sequence[list[int]], most: int) -> list[list[int]]:
+    """Chunks of at most ``most`` groups each, after memory ran out."""
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    warnings.warn(
+        f"{len(chunks[0])} target values do not fit in memory at once; going on with {most}. Set "
+        "memory_budget or a lower target_tokens to begin with less",
+        stacklevel=3,
+    )
+    return [chunk[i : i + most] for chunk in chunks for i in range(0, len(chunk), most)]
 
 
 class _Chunk:
@@ -92,7 +119,7 @@ class _Chunk:
         """Run Adam on all groups; each leaves when its loss is small or its steps are spent."""
         config = self.bench.config
         assert config.steps is not None, "resolve the config first"
-        adam = _Adam(self.hidden, config)
+        adam = Adam(self.hidden, config)
         losses = self.hidden.new_full((self.num_groups,), float("inf"))
         steps = torch.zeros(self.num_groups, dtype=torch.long)
         said = torch.zeros(self.num_groups)
@@ -126,56 +153,71 @@ class _Chunk:
         chosen = [i for i, row in enumerate(self.rows) if row.group in slot]
         where = torch.tensor([slot[self.rows[i].group] for i in chosen], device=delta.device)
         log_probs = self.resumed.log_probs(chosen, self.subjects[chosen] + delta[where])
+        reads = _Reads.of([self.rows[i] for i in chosen], log_probs.device)
+        each = -log_probs.gather(1, reads.targets[:, None])[:, 0]  # (reads,): -log P(target)
+        if len(reads.free):
+            each = each.index_copy(0, reads.free, self._divergence(chosen, log_probs[reads.free]))
         loss = config.weight_decay * delta.norm(dim=1) / self.hidden[list(active)].norm(dim=1) ** 2
-        parts: list[Tensor] = []
-        said: list[list[bool]] = [[] for _ in active]
+        owners = where[reads.rows.to(where.device)]
+        loss = loss.index_add(0, owners, (reads.weights.to(each) * each).to(loss))
+        hits = (log_probs.detach().argmax(1) == reads.targets).tolist()
+        return loss, self._said(chosen, slot, hits)
+
+    def _divergence(self, chosen: Sequence[int], log_probs: Tensor) -> Tensor:
+        """KL(P || P_0) at the reads without a target of the chosen rows, (reads,).
+
+        P_0 is what the first evaluation gives, where nothing has moved yet.
+        """
+        free = [i for i in chosen if not self.rows[i].target]
+        if not self.initial:
+            found = log_probs.detach().split([len(self.rows[i].reads) for i in free])
+            self.initial = dict(zip(free, found, strict=True))
+        initial = torch.cat([self.initial[i] for i in free])
+        return (log_probs.exp() * (log_probs - initial)).sum(1)
+
+    def _said(self, chosen: Sequence[int], slot: dict[int, int], hits: list[bool]) -> Tensor:
+        """The share of each group's prompts whose target is likeliest at every read, (active,)."""
+        said: list[list[bool]] = [[] for _ in slot]
         start = 0
-        for i in chosen:
-            row = self.rows[i]
-            part = log_probs[start : start + len(row.reads)]
-            start += len(row.reads)
-            parts.append(row.weight * self._row_loss(i, part))
+        for row in (self.rows[i] for i in chosen):
             if row.target:
-                said[slot[row.group]].append(part.argmax(1).tolist() == list(row.target))
-        shares = torch.tensor([sum(hits) / len(hits) for hits in said])
-        return loss.index_add(0, where, torch.stack(parts).to(loss)), shares
-
-    def _row_loss(self, index: int, log_probs: Tensor) -> Tensor:
-        """A row's loss from its log-probabilities (reads, vocab): -log P(target), or the KL."""
-        row = self.rows[index]
-        if row.target:
-            target = torch.tensor(row.target, device=log_probs.device)
-            return -log_probs.gather(1, target[:, None]).mean()
-        initial = self.initial.setdefault(index, log_probs.detach())
-        return (log_probs.exp() * (log_probs - initial)).sum(1).mean()
+                said[slot[row.group]].append(all(hits[start : start + len(row.reads)]))
+            start += len(row.reads)
+        return torch.tensor([sum(found) / len(found) for found in said])
 
 
-class _Adam:
-    """Adam on each group's delta, with the paper's bound on its norm."""
+@dataclass(frozen=True)
+class _Reads:
+    """Everything that is read of some rows, in turn; all (reads,) but ``free``.
 
-    def __init__(self, hidden: Tensor, config: AlphaEditConfig) -> None:
-        assert config.learning_rate is not None, "resolve the config first"
-        assert config.clamp_factor is not None, "resolve the config first"
-        self.delta = torch.zeros_like(hidden)  # (groups, d)
-        self.mean, self.square = torch.zeros_like(hidden), torch.zeros_like(hidden)
-        self.bound = config.clamp_factor * hidden.norm(dim=1, keepdim=True)
-        scale = hidden.norm(dim=1, keepdim=True) / hidden.shape[1] ** 0.5  # (groups, 1)
-        relative = config.learning_rate_mode == "relative"
-        self.rate = config.learning_rate * (scale if relative else torch.ones_like(scale))
-        self.count = 0
+    ``rows``: whose read it is, as an index; ``targets``: the token to follow, 0 where none is;
+    ``weights``: in the loss; ``free``: which reads have no target.
+    """
 
-    def update(self, active: Sequence[int], gradient: Tensor) -> None:
-        """One step for the active groups; all of them have made equally many."""
-        self.count += 1
-        (b1, b2), which = ADAM_BETAS, list(active)
-        self.mean[which] = b1 * self.mean[which] + (1 - b1) * gradient
-        self.square[which] = b2 * self.square[which] + (1 - b2) * gradient.square()
-        mean = self.mean[which] / (1 - b1**self.count)
-        root = (self.square[which] / (1 - b2**self.count)).sqrt()
-        moved = self.delta[which] - self.rate[which] * mean / (root + ADAM_EPSILON)
-        norm = moved.norm(dim=1, keepdim=True)
-        bound = self.bound[which]
-        self.delta[which] = torch.where(norm > bound, moved * bound / norm, moved)
+    rows: Tensor
+    targets: Tensor
+    weights: Tensor
+    free: Tensor
+
+    @classmethod
+    def of(cls, rows: Sequence[Row], device: torch.device) -> _Reads:
+        """Lay the rows' reads one behind the other."""
+        owners: list[int] = []
+        targets: list[int] = []
+        weights: list[float] = []
+        free: list[int] = []
+        for i, row in enumerate(rows):
+            for k in range(len(row.reads)):
+                if not row.target:
+                    free.append(len(owners))
+                owners.append(i)
+                targets.append(row.target[k] if row.target else 0)
+                weights.append(row.weight / len(row.reads))
+        numbers = (owners, targets, free)
+        which, wanted, without = (torch.tensor(n, device=device).long() for n in numbers)
+        return cls(
+            which, wanted, torch.tensor(weights, device=device, dtype=torch.float64), without
+        )
 
 
 def _rows(group: Group, slot: int, config: AlphaEditConfig) -> list[Row]:
@@ -207,7 +249,7 @@ def _chunks(bench: Bench, groups: Sequence[Group]) -> Iterator[list[int]]:
     chunk: list[int] = []
     for g in order:
         count = sum(len(tails[i]) for i in [*chunk, g])
-        if chunk and count * max(tails[g]) > bench.config.target_tokens:
+        if chunk and count * max(tails[g]) > bench.target_tokens:
             yield chunk
             chunk = []
         chunk.append(g)

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+SHORT = 60  # characters of a value in an error
+
 
 @dataclass(frozen=True)
 class JsonLines:
@@ -61,7 +63,20 @@ class JsonLines:
             file.writelines(json.dumps(e, ensure_ascii=False) + "\n" for e in entries)
 
 
-def _difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """The fields that differ, each as it was and as it is now."""
-    names = [n for n in (*before, *now) if before.get(n) != now.get(n)]
-    return ", ".join(f"{n}={before.get(n)}, not {now.get(n)}" for n in dict.fromkeys(names))
+def _difference(before: Mapping[str, Any], now: Mapping[str, Any], place: str = "") -> str:
+    """The fields that differ, those of objects one by one, each as it was and as it is now."""
+    told = []
+    for name in dict.fromkeys((*before, *now)):
+        old, new = (found.get(name, "nothing") for found in (before, now))
+        if old == new:
+            continue
+        if isinstance(old, dict) and isinstance(new, dict):
+            told.append(_difference(old, new, f"{place}{name}."))
+        else:
+            told.append(f"{place}{name}={_short(old)}, not {_short(new)}")
+    return ", ".join(told)
+
+
+def _short(value: object) -> str:
+    text = str(value)
+    return text if len(text) <= SHORT else f"{text[:SHORT]}..."

@@ -9,13 +9,14 @@ that a call names.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
 import torch
 from peft import PeftModelForCausalLM
+from torch import Tensor
 
 from alphaedit_peft.algebra import LowRankDelta
 from alphaedit_peft.architecture import Architecture
@@ -25,6 +26,7 @@ from alphaedit_peft.editing.journal import Journal, Snapshot
 from alphaedit_peft.editing.resources import Resources
 from alphaedit_peft.editing.state import EditState
 from alphaedit_peft.edits import Edit
+from alphaedit_peft.factoring import KeptFactor
 from alphaedit_peft.fingerprint import BaseFingerprint
 from alphaedit_peft.model import live
 from alphaedit_peft.pack import EditRecord
@@ -42,6 +44,7 @@ class AdapterModel(PeftModelForCausalLM):
     _snapshots: dict[str, deque[Snapshot]]
     _stamps: dict[str, tuple[int, ...]]  # of the factors that a journal belongs to
     _sources: dict[str, str]  # where adapters were loaded from
+    _solvers: dict[str, Mapping[int, KeptFactor]]  # what the next batch's solve begins with
     _compressions: dict[str, Compression]
     _undecided: frozenset[str]  # settings that the user left open
     _chosen: str | None = None  # the adapter that the call under way names
@@ -153,7 +156,15 @@ class AdapterModel(PeftModelForCausalLM):
         targets = journal.targets
         if targets is None:  # a pack saved without them: editing goes on, repour cannot
             targets = torch.full((journal.rank, self.config.hidden_size), torch.nan)
-        return EditState(factors, journal.records, targets)
+        return EditState(factors, journal.records, targets, self._solvers.get(self._active, {}))
+
+    def _grams(self, factors: Mapping[int, LowRankDelta]) -> dict[int, Tensor]:
+        """A A^T (n, n) by layer, as far as the last solves have it for these factors."""
+        if self.alphaedit_config.objective != "alphaedit":
+            return {}  # MEMIT's G is another one
+        kept = self._solvers.get(self._active, {})
+        found = {layer: kept[layer].gram_of(factors[layer].A) for layer in kept.keys() & factors}
+        return {layer: gram for layer, gram in found.items() if gram is not None}
 
     def _write(self, layer: int, delta: LowRankDelta) -> None:
         live.write_factors(self._lora_layer(layer), self._active, delta)
@@ -176,6 +187,7 @@ class AdapterModel(PeftModelForCausalLM):
     ) -> None:
         journal = self._journal()
         self._compressions.pop(self._active, None)
+        self._solvers[self._active] = state.kept
         self._keep(
             replace(
                 journal,
@@ -201,6 +213,7 @@ class AdapterModel(PeftModelForCausalLM):
         for known in (self._journals, self._snapshots, self._stamps, self._sources):
             known.pop(adapter_name, None)
         self._compressions.pop(adapter_name, None)
+        self._solvers.pop(adapter_name, None)
 
     def _remember(self, snapshot: Snapshot) -> None:
         depth = self.alphaedit_config.rollback_depth

@@ -24,6 +24,14 @@ from alphaedit_peft.pack import EditRecord
 BESIDE = "beside"  # the operation that a pack records of a parent it stands on
 
 
+class MissingParentError(ValueError):
+    """A pack that stands on one which is not active before it: which on which, and what to do."""
+
+    def __init__(self, missing: str, remedy: str) -> None:
+        super().__init__(f"{missing}, {remedy}")
+        self.missing = missing
+
+
 @dataclass(frozen=True)
 class Loaded:
     """A pack in the model.
@@ -208,7 +216,8 @@ def require_parents(
         rule: ``error`` or ``warn``, for a parent that is missing.
 
     Raises:
-        ValueError: a missing parent under ``error``; says which, and what to do. Another rule.
+        MissingParentError: a missing parent under ``error``; says which, and what to do.
+        ValueError: another rule.
 
     Warns:
         UserWarning: a missing parent under ``warn``.
@@ -219,10 +228,14 @@ def require_parents(
     for parent in needed(recorded):
         if parent.get("digest") in there:
             continue
-        sentence = f"{what} stands on {describe(parent)}, {_whereabouts(parent, before, others)}"
+        missing = f"{what} stands on {describe(parent)}"
+        where = _whereabouts(parent, before, others)
         if rule == "error":
-            raise ValueError(f"{sentence}, or use it without, by missing_parents='warn'")
-        warnings.warn(f"{sentence}; until then it acts otherwise than it was made", stacklevel=4)
+            remedy = f"{where}, or use it without, by missing_parents='warn'"
+            raise MissingParentError(missing, remedy)
+        warnings.warn(
+            f"{missing}, {where}; until then it acts otherwise than it was made", stacklevel=4
+        )
 
 
 def _whereabouts(

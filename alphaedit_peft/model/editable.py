@@ -17,6 +17,7 @@ import torch
 from tqdm.auto import tqdm
 
 from alphaedit_peft.editing.bench import Bench
+from alphaedit_peft.editing.budget import within_budget
 from alphaedit_peft.editing.deciding import Decision
 from alphaedit_peft.editing.groups import sort_out
 from alphaedit_peft.editing.journal import Snapshot
@@ -87,7 +88,9 @@ class EditableModel(WorkbenchModel):
             adopted = adopt(self._state(), new)
             standing = [record.edit for record in adopted.standing]
             plan = sort_out(given, standing, bench.config.on_conflict)
-            rows = [bench.renderer.edit_rows(edit, bench.contexts) for edit in plan.to_make]
+            with bench.phases.timed("contexts"):
+                rows = [bench.renderer.edit_rows(edit, bench.contexts) for edit in plan.to_make]
+            bench = within_budget(bench, objective, rows, batch_size, adopted.rank)
             found = [EditResult(edit, reason) for edit, reason in plan.set_aside]
             with (
                 self._settled(bench, objective, rows[:batch_size]) as (objective, decided),
@@ -98,9 +101,9 @@ class EditableModel(WorkbenchModel):
                     found += self._make(bench, objective, batch, plan.replaced, others, bar.update)
                     self._note(decided)
             found.sort(key=lambda result: given.index(result.edit))
-            report = EditReport(
-                tuple(found), self._layer_reports(adopted.rank), decided, self.capacity()
-            )
+            with bench.phases.timed("score"):
+                layers, capacity = self._layer_reports(adopted.rank), self.capacity()
+            report = EditReport(tuple(found), layers, decided, capacity, bench.phases.seconds)
         if report.made and report.capacity is not None and report.capacity.warning:
             warnings.warn(report.capacity.warning, stacklevel=3)  # through no_grad
         return report

@@ -17,6 +17,7 @@ from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
 from alphaedit_peft.algebra import LowRankDelta
+from alphaedit_peft.placement import computes_on, held, in_place
 
 ROUNDED = (torch.bfloat16, torch.float16)
 _NUMBERS = ("r", "lora_alpha", "scaling")
@@ -42,21 +43,24 @@ class ExactLinear(lora.Linear):
             return
         require_plain(self, names)
         base: Any = self.get_base_layer()
-        weight: Tensor = base.weight
-        if not self.merged:
-            self.original: Tensor = weight.detach().clone()
         together = [*self.merged_adapters, *names]
-        exact = self._sum(self.original, together)
-        if safe_merge and not torch.isfinite(exact).all():
-            raise ValueError(f"merging adapters {together} gives NaN or infinity; look at the pack")
-        weight.data.copy_(exact)
+        with in_place(base):
+            if not self.merged:
+                self.original: Tensor = base.weight.detach().clone()
+            exact = self._sum(self.original, together)
+            if safe_merge and not torch.isfinite(exact).all():
+                raise ValueError(
+                    f"merging adapters {together} gives NaN or infinity; look at the pack"
+                )
+            base.weight.data.copy_(exact)
         self.merged_adapters.extend(names)
 
     def unmerge(self) -> None:
         """Put the original weight back, bit for bit; nothing to do where nothing is merged."""
         if self.merged:
             base: Any = self.get_base_layer()
-            base.weight.data.copy_(self.original)
+            with in_place(base):
+                base.weight.data.copy_(self.original)
             self.merged_adapters.clear()
             del self.original
 
@@ -72,7 +76,7 @@ class ExactLinear(lora.Linear):
         """
         names = [name for name in adapters if name in self.lora_A]
         base: Any = self.get_base_layer()
-        weight: Tensor = self.original if self.merged else base.weight.detach()
+        weight = self.original if self.merged else held(base, "weight")
         rounded = self._sum(weight, names).to(weight.dtype)
         wide = torch.float32 if weight.element_size() < 4 else torch.float64
         update = sum(self.get_delta_weight(name).to(wide) for name in names)
@@ -95,6 +99,14 @@ class ExactLinear(lora.Linear):
                 linear.weight = nn.Parameter(exact.to(weight.device), weight.requires_grad)
         return self
 
+    def _move_adapter_to_device_of_base_layer(
+        self, adapter_name: str, device: torch.device | None = None
+    ) -> None:
+        """As in PEFT, but to where the base computes if its weight is kept elsewhere."""
+        base: Any = self.get_base_layer()
+        where = computes_on(base) if device is None and base.weight.is_meta else device
+        super()._move_adapter_to_device_of_base_layer(adapter_name, where)
+
     def _sum(self, weight: Tensor, adapters: Iterable[str]) -> Tensor:
         """W + D in float32 or better."""
         exact = weight.to(torch.promote_types(weight.dtype, torch.float32))
@@ -114,6 +126,21 @@ def make_exact(model: nn.Module) -> None:
         elif isinstance(module, lora.LoraLayer) and not isinstance(module, ExactLinear):
             layer: Any = module
             layer.merge = partial(refuse_merge, layer)  # PEFT's own calls end here too
+
+
+def require_factors(model: nn.Module, adapter: str) -> None:
+    """Refuse an adapter whose factors PEFT left empty, as it does beside weights kept elsewhere.
+
+    Raises:
+        ValueError: names the first module.
+    """
+    for name, layer in lora_layers(model).items():
+        if adapter in layer.lora_A and layer.lora_A[adapter].weight.is_meta:
+            raise ValueError(
+                f"adapter {adapter!r} changes {name}, whose weight is kept in CPU memory or on "
+                "disk until it is needed, so PEFT cannot load factors beside it; load the base "
+                "onto devices alone, or merge this adapter into it first"
+            )
 
 
 def refuse_merge(layer: Any, *_: Any, **__: Any) -> NoReturn:
@@ -219,6 +246,16 @@ def stamp(layer: Any, adapter: str) -> tuple[int, ...]:
     They are sums over the factors' bits in float32, the same on every device.
     """
     return tuple(_bit_sum(side[adapter].weight) for side in (layer.lora_A, layer.lora_B))
+
+
+def place_factors(model: nn.Module) -> None:
+    """Put zeros where a new adapter's factors are empty, on the devices they compute on."""
+    for layer in lora_layers(model).values():
+        for adapter, linear in layer.lora_A.items():
+            if linear.weight.is_meta:
+                B, where = layer.lora_B[adapter].weight, computes_on(layer.get_base_layer())
+                layer.lora_A[adapter] = _linear(torch.zeros_like(linear.weight, device=where))
+                layer.lora_B[adapter] = _linear(torch.zeros_like(B, device=where))
 
 
 def _bit_sum(weight: Tensor) -> int:

@@ -22,6 +22,7 @@ from alphaedit_peft.model.chaining import Loaded, needed, require_parents
 from alphaedit_peft.model.fitting import check_beside
 from alphaedit_peft.model.merging import MergeableModel
 from alphaedit_peft.pack import EditPack
+from alphaedit_peft.placement import keeps_elsewhere
 
 
 class SeveralModel(MergeableModel):
@@ -100,10 +101,13 @@ class SeveralModel(MergeableModel):
         with self._whole_or_not(adapter_name):
             if pack is not None and adapter_name in self.peft_config:
                 self._make_room(pack, adapter_name)
+            if keeps_elsewhere(self.get_base_model()):
+                self.hf_device_map: dict[str, Any] = {}  # or PEFT would place the base anew
             found = super().load_adapter(
                 model_id, adapter_name, is_trainable, torch_device, **kwargs
             )
             live.make_exact(self)
+            live.require_factors(self, adapter_name)
             self._forget(adapter_name)
             if pack is not None and not is_trainable and self._edits_same_modules(pack):
                 self._take_in(pack, adapter_name, model_id)

@@ -19,6 +19,7 @@ from alphaedit_peft.editing.capacity import Capacity, measure_capacity, prompt_d
 from alphaedit_peft.editing.contexts import sample_contexts
 from alphaedit_peft.editing.deciding import Decision, decisions, keys_around, movable
 from alphaedit_peft.editing.objective import Objective
+from alphaedit_peft.editing.phases import Phases
 from alphaedit_peft.editing.prompts import EditRows
 from alphaedit_peft.editing.report import LayerReport, layer_report
 from alphaedit_peft.editing.state import protects
@@ -28,6 +29,7 @@ from alphaedit_peft.model.saving import SavingModel
 from alphaedit_peft.nullspace import NullSpace
 from alphaedit_peft.nullspace.disturbance import least_disturbing
 from alphaedit_peft.pack.compressing import require_rows
+from alphaedit_peft.placement import held
 
 
 @dataclass(frozen=True)
@@ -59,12 +61,13 @@ class WorkbenchModel(SavingModel):
         objective = self.resources.find_objective(config, self.base_fingerprint)
         if not anew:
             self._require_same_null_space()
+        phases = Phases.of(base)
         with hooks.evaluating(base), quantised.differentiable(base):
             contexts = self._contexts(contexts)
             if contexts is None:
-                with self.disable_adapter():
+                with self.disable_adapter(), phases.timed("contexts"):
                     contexts = sample_contexts(base, tokenizer, config)
-            yield Bench(base, tokenizer, config, self.architecture, contexts), objective
+            yield Bench(base, tokenizer, config, self.architecture, contexts, phases), objective
 
     @contextmanager
     def _settled(
@@ -86,17 +89,18 @@ class WorkbenchModel(SavingModel):
         given = resources.null_space
         tried: dict[float, float] = {}
         decides = "threshold" in self._undecided and movable(given, config)
-        around = keys_around(bench, edits) if decides else {}
+        with bench.phases.timed("keys"):
+            around = keys_around(bench, edits) if decides else {}
         before = (config.threshold, config.threshold_mode)
         try:
             if given is not None and around:
-                config.threshold, tried = least_disturbing(given, around)
+                with bench.phases.timed("keys"):
+                    config.threshold, tried = least_disturbing(given, around)
                 objective = resources.find_objective(config, self.base_fingerprint)
                 self._moved = Moved(given, before, resources.null_space)
-            yield (
-                objective,
-                decisions(bench, resources.null_space, edits, self._undecided, tried),
-            )
+            with bench.phases.timed("keys"):
+                found = decisions(bench, resources.null_space, edits, self._undecided, tried)
+            yield objective, found
         finally:
             if not self._journal().rank:
                 self._reopen(Moved(given, before, resources.null_space))
@@ -194,6 +198,7 @@ class WorkbenchModel(SavingModel):
                 [True] * journal.rank if mixed else protects(standing, journal.rank),
                 null_space=self._null_space_of_rows(),
                 weight_norms={layer: self._weight_norm(layer) for layer in factors},
+                grams=self._grams(factors),
             )
             found = replace(found, bound=self.alphaedit_config.capacity_bound)
             if not prompts:
@@ -205,10 +210,12 @@ class WorkbenchModel(SavingModel):
     def _layer_reports(self, rank_before: int) -> tuple[LayerReport, ...]:
         null_space = self._null_space_of_rows()
         reports = []
-        for layer, delta in self.factors.items():
+        factors = self.factors
+        grams = self._grams(factors)
+        for layer, delta in factors.items():
             norm = self._weight_norm(layer)
             new = max(0, delta.rank - rank_before)  # no batch, no parents' rows either
-            reports.append(layer_report(layer, delta, new, norm, null_space))
+            reports.append(layer_report(layer, delta, new, norm, null_space, grams.get(layer)))
         return tuple(reports)
 
     def _null_space_of_rows(self) -> NullSpace | None:
@@ -218,5 +225,5 @@ class WorkbenchModel(SavingModel):
     def _weight_norm(self, layer: int) -> float | None:
         """|W| of a layer's base weight, Frobenius; None where it is quantised."""
         module = self._lora_layer(layer)
-        weight = module.original if module.merged else module.get_base_layer().weight
+        weight = module.original if module.merged else held(module.get_base_layer(), "weight")
         return float(weight.float().norm()) if weight.is_floating_point() else None

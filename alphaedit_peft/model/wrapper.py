@@ -29,6 +29,7 @@ from alphaedit_peft.pack import EditPack
 from alphaedit_peft.pack.format import ADAPTER_CONFIG, PackError
 from alphaedit_peft.pack.locate import locate, read_steadily
 from alphaedit_peft.pack.lora import read_lora
+from alphaedit_peft.placement import require_whole
 
 
 def get_alphaedit_model(
@@ -84,6 +85,7 @@ class AlphaEditModel(JoinableModel):
                 f"config is a {type(config).__name__}, not an AlphaEditConfig; pass "
                 "AlphaEditConfig(), with the settings to change"
             )
+        require_whole(model)
         if live.lora_layers(model):
             raise ValueError(
                 f"this {type(model).__name__} carries PEFT adapters already; pass the bare model, "
@@ -96,11 +98,12 @@ class AlphaEditModel(JoinableModel):
         own_fingerprint = fingerprint(model, max(full.rewrite_layers or [0]), architecture)
         super().__init__(model, plain_lora or full.lora_config(architecture, 1), adapter_name)
         live.make_exact(self)
+        live.place_factors(self)
         self.alphaedit_config, self.architecture = full, architecture
         self.base_fingerprint = own_fingerprint
         self.resources = resources or Resources()
         self._journals, self._stamps, self._snapshots = {}, {}, {}
-        self._sources, self._compressions = {}, {}
+        self._sources, self._compressions, self._solvers = {}, {}, {}
         if plain_lora is None:
             self._start(adapter_name, Journal.empty(self.config.hidden_size))
 

@@ -1,8 +1,8 @@
 """Read and write the two files of a null-space artefact: tensors as safetensors, the rest as JSON.
 
 In: named float32 tensors and plain values. Out: ``<stem>.safetensors`` and ``<stem>.json`` in a
-folder. Nothing is pickled, and nothing that was read is trusted: names,
-shapes and values are checked here or by the caller.
+folder. Nothing is pickled, and nothing that was read is trusted: sizes, names, shapes and values
+are checked here or by the caller.
 """
 
 from __future__ import annotations
@@ -22,6 +22,9 @@ from torch import Tensor
 from alphaedit_peft.storing import Content, left_aside, read_steadily, replace_folder
 
 FORMAT_VERSION = 1
+MAX_JSON_BYTES = 64 * 2**20
+MAX_NAMES_BYTES = 2**20  # of the list of tensors; a few hundred bytes for each layer
+MAX_TENSOR_BYTES = 64 * 2**30  # moments of 19 layers of d_in 28,672, as in 70B models
 Types = type | tuple[type, ...]
 ORIGIN: dict[str, Types] = {"tokens": int, "fingerprint": (dict, type(None)), "provenance": dict}
 
@@ -55,8 +58,8 @@ def read_artefact(
 
     Raises:
         FileNotFoundError: one of the two files is missing.
-        ValueError: a file that is damaged, of another format or version, or with other fields or
-            types of them, or tensors that are not finite float32.
+        ValueError: a file that is damaged, over its limit, of another format or version, or with
+            other fields or types of them, or tensors that are not finite float32.
     """
     place = left_aside(folder) or Path(folder)
     if not place.is_dir():
@@ -79,9 +82,10 @@ def _read(
         if not path.is_file():
             raise FileNotFoundError(f"{path} does not exist; {folder} holds no {stem} artefact")
     try:
+        _check_sizes(json_path, tensor_path)
         values = json.loads(json_path.read_text(encoding="utf-8"))
         tensors = load_file(tensor_path)
-    except (ValueError, SafetensorError) as error:
+    except (ValueError, RecursionError, SafetensorError) as error:
         raise ValueError(f"{folder} holds a damaged {stem} artefact: {error}") from error
     _check_header(json_path, stem, values, fields)
     for name, tensor in tensors.items():
@@ -90,6 +94,23 @@ def _read(
                 f"{tensor_path}: {name} ({tensor.dtype}) is not finite float32; the file is damaged"
             )
     return tensors, {name: values[name] for name in fields}
+
+
+def _check_sizes(json_path: Path, tensor_path: Path) -> None:
+    """Refuse files over their limits, before anything of them is parsed."""
+    with tensor_path.open("rb") as file:
+        names = int.from_bytes(file.read(8), "little")  # how safetensors begins
+    found = (
+        (json_path, "the file", json_path.stat().st_size, MAX_JSON_BYTES),
+        (tensor_path, "the file", tensor_path.stat().st_size, MAX_TENSOR_BYTES),
+        (tensor_path, "its list of tensors", names, MAX_NAMES_BYTES),
+    )
+    for path, what, size, limit in found:
+        if size > limit:
+            raise ValueError(
+                f"{path.name}: {what} takes {size} bytes, over the limit of {limit}; make or "
+                "download it again"
+            )
 
 
 def versions() -> dict[str, str]:

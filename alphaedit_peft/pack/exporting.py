@@ -120,8 +120,8 @@ def _rank(pack: EditPack, max_rank: int | str | None) -> int:
         raise ValueError(f"max_rank={max_rank!r} must be a whole number from 1 on, or 'vllm'")
     if rank > most:
         raise ValueError(
-            f"this pack's rank {rank} is over {most}, the most for max_rank={max_rank!r}; make it "
-            f"smaller first, with compress(rank={most})"
+            f"this pack's rank {rank} is over {most}, the most for max_rank={max_rank!r}; compress "
+            f"it to rank {most} first"
         )
     return found
 

@@ -12,6 +12,8 @@ from statistics import median
 from alphaedit_peft.nullspace import NullSpace
 from alphaedit_peft.pack import EditPack, EditRecord
 from alphaedit_peft.pack.card import PLACE, base_name, loading_code
+from alphaedit_peft.pack.parents import stands_on
+from alphaedit_peft.pack.usage import loading
 from alphaedit_peft.pack.wording import compressed, parent_in_words
 from alphaedit_peft.report.figures import RowFigures, row_figures
 from alphaedit_peft.report.html import (
@@ -32,14 +34,10 @@ _USE = """\
 {loading}
 
 # as any LoRA, with PEFT alone
-from peft import PeftModel
+{code.peft}
 
-model = PeftModel.from_pretrained(base, "{place}")
-
-# or with alphaedit_peft: to go on editing, take edits back, merge
-from alphaedit_peft import AlphaEditModel
-
-model = AlphaEditModel.from_pretrained(base, "{place}", tokenizer=tokenizer)"""
+# or with alphaedit_peft, {purpose}
+{code.own}"""
 
 
 def pack_page(
@@ -245,12 +243,23 @@ def _origin(pack: EditPack) -> Markup:
 
 
 def _use(pack: EditPack) -> Markup:
-    code = _USE.format(loading=loading_code(pack.config.base_model_name_or_path), place=PLACE)
-    stands_on = [p for p in pack.parents if p.get("operation") == "beside"]
+    below = stands_on(pack)
+    mixed = pack.compression is not None and pack.compression.mixed
+    code = _USE.format(
+        loading=loading_code(pack.config.base_model_name_or_path),
+        code=loading(PLACE, "", below),
+        purpose="to look at the edits" if mixed else "to go on editing, take edits back, merge",
+    )
     more = ""
-    if stands_on:
-        names = ", ".join(str(parent.get("name")) for parent in stands_on)
-        more = paragraph(f"It stands on other packs ({names}): load and activate those first.")
+    if below:
+        listed = "; ".join(
+            f"parent {i} is {parent_in_words({**parent, 'operation': 'the pack'})}"
+            for i, parent in enumerate(below, start=1)
+        )
+        more = paragraph(
+            "It was made on top of other packs and acts as it was made only beside them, so these "
+            f"are loaded first: {listed}."
+        )
     return Markup(more + source(code))
 
 

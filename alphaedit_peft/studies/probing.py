@@ -90,7 +90,8 @@ def tune(
     """
     if base.null_space is None:
         raise ValueError("null_space=None: settings are tried with one; make it of texts first")
-    common = replace(config or AlphaEditConfig(), on_conflict="replace")
+    # probes are taken back, so that they fill the model is no reason to warn
+    common = replace(config or AlphaEditConfig(), on_conflict="replace", capacity_bound=0.0)
     asked = replace(suite, texts=())
     before = evaluate(base.model, base.tokenizer, asked, how=how)
     tried: list[Tried] = []

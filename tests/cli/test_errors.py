@@ -1,6 +1,7 @@
 """What cannot be done is said in one line on stderr, with exit code 1 and no traceback."""
 
 import json
+import logging
 import shutil
 import warnings
 
@@ -187,6 +188,17 @@ def test_warnings_for_users_are_one_line_and_others_are_silent(capsys):
         warnings.warn("two\nlines", stacklevel=1)
         warnings.warn("old", FutureWarning, stacklevel=1)
     assert capsys.readouterr().err == "alphaedit: warning: two lines\n"
+
+
+def test_only_the_line_about_an_optional_kernel_is_dropped_from_the_log(caplog):
+    name, begins = errors.OPTIONAL_KERNEL
+    logger = logging.getLogger(name)
+    with errors.optional_kernel_unmentioned():
+        logger.warning(f"{begins} from somewhere: %s", ImportError("no kernels"))
+        logger.warning("the processor is on fire")
+    logger.warning(f"{begins} again")
+    shown = [record.getMessage() for record in caplog.records]
+    assert shown == ["the processor is on fire", f"{begins} again"]
 
 
 @pytest.mark.parametrize("what", ["pack", "null space"])

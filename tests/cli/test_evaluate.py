@@ -91,7 +91,7 @@ def test_compare_prints_one_table_and_goes_on_in_its_folder(
     words = [
         *("compare", embedded_model, "--edits", "2", "--batch-size", "1"),
         *("--methods", "alphaedit,finetuning", "--seeds", "0,1", "--out", tmp_path / "run"),
-        *("--set", "finetuning.learning_rate=0.01", "--set", "steps=10"),
+        *("--set", "finetuning.learning_rate=0.01", "--set", "num_contexts=0", "--set", "steps=10"),
     ]
     values = run_json(*words)
     assert set(values["methods"]) == {"alphaedit", "finetuning"}

@@ -15,7 +15,7 @@ def test_the_commands_are_those_of_the_readers_guides():
     pairs = {f"nullspace {word}" for word in ("import", "push", "pull")}
     assert {
         *("demo", "nullspace", "edit", "inspect", "merge", "rollback"),
-        *("remove", "join", "compress", "export", "push", "pull"),
+        *("remove", "join", "compress", "export", "push", "pull", "benchmark"),
     } | pairs <= set(COMMANDS)
 
 

@@ -12,10 +12,13 @@ def test_locate_shows_blocks_and_writes_a_page(embedded_model, run, tmp_path):
     page = tmp_path / "located.html"
     text = run("locate", embedded_model, *QUICK, "--html", page).stdout
     assert "1 fact traced" in text
-    assert "last subject" in text
+    assert text.split().count("subject") == 1 + 6  # once before two tables of three classes
     assert "Rewrite layers up to there: " in text
+    assert "…" not in text  # eighty columns hold the tables
+    assert "-0.00" not in text
     html = page.read_text(encoding="utf-8")
     assert "Average indirect effect: blocks 0 to 5" in html
+    assert "last subject" in html
 
 
 @pytest.mark.slow
@@ -37,6 +40,7 @@ def test_tune_recommends_one_of_what_it_tried(shown, embedded_model, run, run_js
     text = run(*words, "--html", page).stdout
     assert "2 settings tried on 2 edits" in text
     assert "Recommended: layers 0,1" in text
+    assert "…" not in text  # eighty columns hold the table
     assert "All that was tried" in page.read_text(encoding="utf-8")
 
 

@@ -6,6 +6,8 @@ import warnings
 import pytest
 import torch
 
+from alphaedit_peft.cli.loading import finding
+from alphaedit_peft.model.chaining import MissingParentError
 from alphaedit_peft.pack import EditPack, read_plain_lora
 from tests.pack.conftest import make_pack
 
@@ -112,3 +114,49 @@ def test_nothing_warns_where_nothing_is_wrong(packs, run):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         run("compress", packs / "a", "--dtype", "float16", "--out", packs / "out")
+
+
+@pytest.fixture
+def above(packs):
+    """A pack that says it was edited on top of pack a."""
+    pack, below = (EditPack.from_pretrained(packs / name) for name in "ba")
+    parent = {"operation": "beside", "name": "a", "digest": below.digest(), "edits": 4}
+    dataclasses.replace(pack, parents=(parent,)).save_pretrained(packs / "above")
+    return packs / "above"
+
+
+@pytest.mark.parametrize(
+    ("command", "what"),
+    [
+        ("export", "it cannot be exported alone"),
+        ("merge embedded", "it cannot be merged alone"),
+        ("rollback embedded", "its batches cannot be taken back alone"),
+    ],
+)
+def test_a_pack_on_top_of_another_is_joined_before_it_stands_alone(above, run, command, what):
+    out = above.parent / "out"
+    told = run(*command.split(), above, "--out", out, code=1).stderr
+    digest = EditPack.from_pretrained(above.parent / "a").digest()
+    assert f"on top of a, 4 edits, digest {digest[:12]}" in told
+    assert what in told
+    assert f"alphaedit join PARENT {above} --out both" in told
+    assert not out.exists()
+    run("join", above.parent / "a", above, "--out", above.parent / "both", "--norm-guard", "0")
+    if command == "export":
+        run(command, above.parent / "both", "--out", out)
+
+
+def test_what_cannot_be_loaded_alone_says_what_to_do_on_the_command_line():
+    missing = MissingParentError("this pack stands on pack 'a'", "which is not loaded; load it")
+    told = r"^me/b: this pack stands on pack 'a'.*join PARENT me/b"
+    with pytest.raises(ValueError, match=told), finding("me/b"):
+        raise missing
+
+
+def test_more_rows_than_vllm_takes_are_not_exported_for_it(packs, run):
+    make_pack(rows=513).save_pretrained(packs / "large")
+    told = run("export", packs / "large", "--max-rank", "vllm", "--out", packs / "out", code=1)
+    assert "513" in told.stderr
+    assert "512" in told.stderr
+    assert "compress it to rank 512 first" in told.stderr
+    assert not (packs / "out").exists()

@@ -41,7 +41,8 @@ def test_a_record_is_shown_without_any_model(run, run_json, records_file, tmp_pa
     page = tmp_path / "record.html"
     said = run("show", "counterfact", records_file, "--case", 2, "--html", page).stdout
     rewrite = embedded.records()[2]["requested_rewrite"]
-    assert rewrite["subject"] in said
+    assert f"Subject: {rewrite['subject']}; new target: {rewrite['target_new']['str']}" in said
+    assert f"true target: {rewrite['target_true']['str']}" in said
     assert rewrite["target_new"]["str"] in page.read_text(encoding="utf-8")
     told = run_json("show", "counterfact", records_file, "--case", 2)
     assert told["case"]["edit"]["subject"] == rewrite["subject"]

@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 
 import pytest
-from rich.console import Console
 
 from alphaedit_peft.cli import show
 from alphaedit_peft.cli.options import check_folder, parse_layers
@@ -17,6 +16,19 @@ def test_cells_are_not_markup(capsys):
     assert "[red]x[/red] {}" in text
 
 
+def test_a_table_too_wide_goes_on_below_with_its_first_column(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    columns = ["metric", *(f">a long name {i}" for i in range(8))]
+    rows = [("efficacy", *(f"{i}{i}.0 ± 0.5" for i in range(8)))]
+    found = show.tables("Scores", columns, rows)
+    show.show(False, None, *found)
+    text = capsys.readouterr().out
+    assert len(found) == text.count("efficacy") == 2
+    assert all(f"{i}{i}.0 ± 0.5" in text and f"a long name {i}" in text for i in range(8))
+    assert text.count("Scores") == 1
+    assert len(show.tables("Scores", columns[:3], [rows[0][:3]])) == 1
+
+
 def test_sentences_are_not_broken(capsys):
     show.show(False, None, "word " * 60)
     assert len(capsys.readouterr().out.splitlines()) == 1
@@ -27,14 +39,35 @@ def test_json_has_no_nan(capsys):
     assert json.loads(capsys.readouterr().out) == {"a": None, "1": [None, [2.0, None]]}
 
 
-def test_eighty_columns_are_enough_for_the_report():
+def printed(capsys, monkeypatch, table) -> str:
+    """A table as a terminal of eighty columns shows it, nothing of it cut."""
+    monkeypatch.setenv("COLUMNS", "80")
+    show.show(False, None, table)
+    text = capsys.readouterr().out
+    assert "…" not in text
+    assert max(map(len, text.splitlines())) <= 80
+    return text
+
+
+def test_eighty_columns_are_enough_for_the_report(capsys, monkeypatch):
     columns = ["prompt", "target", ">before", ">after", ">said", ">loss", ">steps", ">share"]
     row = ("The first language of Zoren was", "French", "0.000", "1.000", True, "0.050", 25, "1.00")
-    console = Console(width=80)
-    with console.capture() as captured:
-        console.print(show.table("Edits", columns, [row]))
-    assert "1.00" in captured.get()
-    assert "…" not in captured.get()
+    text = printed(capsys, monkeypatch, show.table("Edits", columns, [row]))
+    assert "1.00" in text
+
+
+def test_long_prompts_leave_room_for_every_other_column(capsys, monkeypatch):
+    columns = ["prompt", "follow", "before", ">P", "after", ">P"]
+    row = (
+        "a word or two " * 5,
+        "guitar",
+        "instrument trumpet.",
+        "0.1",
+        "instrument trumpet.",
+        "0.2",
+    )
+    text = printed(capsys, monkeypatch, show.table("Neighbours " * 10, columns, [row]))
+    assert "0.2" in text
 
 
 @pytest.mark.parametrize(

@@ -110,7 +110,8 @@ def test_a_model_tells_what_its_pack_tells_and_more(tokenizer):
     alone = pack_capacity(model.to_pack(), model.resources.null_space)
     assert alone is not None
     for ours, packs in zip(found.layers, alone.layers, strict=True):
-        assert (ours.rank, ours.room, ours.condition) == (packs.rank, packs.room, packs.condition)
+        assert (ours.rank, ours.room) == (packs.rank, packs.room)
+        assert ours.condition == pytest.approx(packs.condition, rel=1e-9)
         assert packs.growth is None
 
 

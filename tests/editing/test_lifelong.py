@@ -149,3 +149,54 @@ def test_a_replaced_edit_is_not_held(tokenizer):
 def test_prior_ridges_that_cannot_be(value):
     with pytest.raises(ValueError, match=f"prior_ridge={value!r}"):
         AlphaEditConfig(prior_ridge=value)
+
+
+def relative_model(tokenizer, **changes):
+    values = {"ridge": 0.3, "ridge_mode": "relative"} | changes
+    return wrapped(tokenizer, **values)
+
+
+def test_every_row_keeps_the_ridge_of_its_own_batch(tokenizer):
+    """The last batch's columns of B are (G + D)^-1 E^T R with each batch's mean |P k|^2 in D."""
+    model = relative_model(tokenizer)
+    for batch in BATCHES[:-1]:
+        model.edit(batch, progress=False)
+    before = model.factors
+    report = model.edit(BATCHES[-1], progress=False)
+    for layer, delta in model.factors.items():
+        G = delta.A.double() @ delta.A.double().T
+        parts = [G.diagonal()[rows].mean() for rows in (slice(0, 2), slice(2, 4), slice(4, 5))]
+        assert max(parts) > 1.05 * min(parts)
+        ridges = 0.3 * torch.stack(parts)[torch.tensor([0, 0, 1, 1, 2])]
+        added = delta.B.clone()  # (d_out, n)
+        added[:, :4] -= before[layer].B
+        S = torch.linalg.inv(G + ridges.diag())[:, 4:]
+        R = added[:, 4:] / S[4:]  # one new row: its column is R^T times the last entry of S
+        assert (added - R @ S.T).norm() <= 1e-9 * added.norm()
+        share = float(G[4] @ S)
+        assert report.results[0].shares[layer] == pytest.approx(share, rel=1e-9)
+
+
+@pytest.mark.parametrize("prior_ridge", [None, 0.1, 0.0])
+def test_what_is_kept_of_the_solve_changes_no_bit(prior_ridge, tokenizer):
+    kept, anew = (relative_model(tokenizer, prior_ridge=prior_ridge) for _ in range(2))
+    for batch in BATCHES:
+        kept.edit(batch, progress=False)
+        anew.edit(batch, progress=False)
+        anew._solvers.clear()
+    assert kept._solvers
+    for layer, delta in kept.factors.items():
+        assert torch.equal(delta.A, anew.factors[layer].A)
+        assert torch.equal(delta.B, anew.factors[layer].B)
+
+
+def test_after_a_rollback_the_solve_goes_on_from_what_is_left(tokenizer):
+    there, back = (relative_model(tokenizer) for _ in range(2))
+    there.edit(BATCHES[0], progress=False)
+    back.edit(BATCHES[0], progress=False)
+    back.edit(BATCHES[1], progress=False)
+    back.rollback()
+    for model in (there, back):
+        model.edit(BATCHES[2], progress=False)
+    for layer, delta in there.factors.items():
+        assert torch.equal(delta.B, back.factors[layer].B)

@@ -181,8 +181,12 @@ def test_paraphrases_change_no_factor(tokenizer):
 
 
 def test_the_norm_guard_says_in_which_layer_it_acts(tokenizer):
+    space = NullSpace.identity({0: 96, 1: 96})
+    config = settings(steps=3, clamp_factor=50.0, ridge=1e-3, contexts=[])
+    model = get_alphaedit_model(tiny_model("gpt2"), config, tokenizer=tokenizer, null_space=space)
+    model.alphaedit_config.norm_guard = 0.3  # below what may be asked for: keys need not be alike
     with pytest.warns(UserWarning, match="norm_guard") as warned:
-        report = edited(tokenizer, norm_guard=0.3, steps=3)[1]
+        report = model.edit(EDITS, progress=False)
     told = [str(warning.message) for warning in warned]
     for layer in (0, 1):
         assert any(f"norm_guard=0.3 raised the ridge of layer {layer} " in text for text in told)

@@ -212,6 +212,7 @@ def test_a_limit_reads_the_first_records():
         ("own", ("locality", 0, "answr"), "x", r"locality\[0\].answr is unknown"),
         ("own", ("same_subject", 0, "answer"), "", r"same_subject\[0\].answer='' is empty"),
         ("own", ("target_new",), 5, "target_new=5 is a int"),
+        ("own", ("paraphrases", 0), "", r"paraphrases\[0\]='' is empty"),
         ("own", ("target_true",), None, "target_true=None"),
     ],
 )  # fmt: skip

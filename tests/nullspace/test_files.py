@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from alphaedit_peft.nullspace import NullSpace
+from alphaedit_peft.nullspace import NullSpace, files
 from alphaedit_peft.nullspace.files import read_artefact, write_artefact
 
 
@@ -29,6 +29,36 @@ def test_a_missing_or_damaged_file(saved, end):
         read_artefact(saved, "thing", {"size": int})
     path.unlink()
     with pytest.raises(FileNotFoundError, match=f"thing{end} does not exist"):
+        read_artefact(saved, "thing", {"size": int})
+
+
+@pytest.mark.parametrize(
+    ("limit", "message"),
+    [
+        ("MAX_JSON_BYTES", r"thing\.json: the file takes \d+ bytes, over the limit of 7; make or"),
+        ("MAX_TENSOR_BYTES", r"thing\.safetensors: the file takes \d+ bytes, over the limit of 7"),
+        ("MAX_NAMES_BYTES", r"its list of tensors takes \d+ bytes, over the limit of 7"),
+    ],
+)
+def test_a_file_over_its_limit_is_refused(saved, monkeypatch, limit, message):
+    monkeypatch.setattr(files, limit, 7)
+    with pytest.raises(ValueError, match=message):
+        read_artefact(saved, "thing", {"size": int})
+
+
+def test_a_list_of_tensors_that_claims_to_be_huge_is_not_parsed(saved):
+    path = saved / "thing.safetensors"
+    path.write_bytes((2**40).to_bytes(8, "little") + path.read_bytes()[8:])
+    with pytest.raises(
+        ValueError,
+        match=f"damaged thing artefact: .*list of tensors takes {2**40} bytes, over the limit",
+    ):
+        read_artefact(saved, "thing", {"size": int})
+
+
+def test_json_nested_too_deep_is_damaged(saved):
+    (saved / "thing.json").write_text("[" * 100_000)
+    with pytest.raises(ValueError, match="holds a damaged thing artefact"):
         read_artefact(saved, "thing", {"size": int})
 
 

@@ -1,6 +1,7 @@
 """The page of a pack: everything that the pack holds, and nothing that it does not know."""
 
 import dataclasses
+import html
 
 import pytest
 import torch
@@ -9,6 +10,8 @@ from alphaedit_peft.edits import Edit
 from alphaedit_peft.nullspace import NullSpace
 from alphaedit_peft.nullspace.layer import LayerSpace
 from alphaedit_peft.pack import EditRecord
+from alphaedit_peft.pack.card import PLACE
+from alphaedit_peft.pack.usage import PARENT
 from alphaedit_peft.report import pack_page
 from tests.pack.conftest import D_IN, make_pack
 from tests.report.test_html import HOSTILE, Tags
@@ -45,9 +48,24 @@ def test_it_shows_the_edits_the_base_and_the_parents():
         assert " ".join(edit.question.split()) in text
         assert edit.id in text
     assert "on top of languages, 7 edits, digest abababababab" in text
-    assert "load and activate those first" in text
+    assert "parent 1 is the pack languages, 7 edits, digest abababababab" in text
     assert 'AutoModelForCausalLM.from_pretrained("a/base")' in text
     assert "The median probability of the new targets was 0.100 before" in text
+
+
+def test_the_code_of_a_pack_on_top_of_others_loads_them_first():
+    parents = [{"operation": "beside", "name": n, "digest": n * 64, "edits": 1} for n in "ab"]
+    code = html.unescape(pack_page(make_pack(parents=tuple(parents))).rpartition("<pre")[2])
+    with_peft, own = code.split("# or with alphaedit_peft")
+    for part, call in ((with_peft, "model.base_model.set_adapter"), (own, "model.set_adapter")):
+        steps = [
+            f'from_pretrained(base, "{PARENT}1", adapter_name="parent1")',
+            f'model.load_adapter("{PARENT}2", "parent2")',
+            f'{call}(["parent1", "parent2"])',
+            f'model.load_adapter("{PLACE}", "edits")',
+            f'{call}(["parent1", "parent2", "edits"])',
+        ]
+        assert sorted(steps, key=part.index) == steps
 
 
 def test_hostile_texts_stay_text():

@@ -54,6 +54,29 @@ def test_the_comparison_and_its_picture(weights, tmp_path):
 
 
 @pytest.mark.slow
+def test_editing_on_and_on_is_judged_after_each_batch(weights, tmp_path):
+    out = tmp_path / "lifelong.json"
+    words = ["--edits", "4", "--batch-size", "2", "--ridges", "none", "--texts", "400"]
+    words += ["--results", out]
+    text = run("lifelong.py", *words)
+    assert "embedded, none | not by 4 | not by 4" in text
+    (rows,) = json.loads(out.read_text(encoding="utf-8")).values()
+    assert [row["edits"] for row in rows] == [2, 4]
+    assert all(row["all"] == 1.0 and not row["warned"] for row in rows)
+    assert rows[0]["used"] < rows[1]["used"] < 0.33
+
+
+@pytest.mark.slow
+def test_every_block_is_traced_and_edited(weights, tmp_path):
+    pytest.importorskip("matplotlib")
+    text = run("plot_locating.py", tmp_path / "locate.png", "--facts", "1", "--texts", "400")
+    rows = [line.split(" | ") for line in text.splitlines() if line.startswith("| ")]
+    assert [row[0] for row in rows] == ["| block", *(f"| {block}" for block in range(5))]
+    assert {len(row) for row in rows} == {8}
+    assert (tmp_path / "locate.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
 @pytest.mark.shared_data
 @pytest.mark.parametrize(
     ("model", "data"),

@@ -45,7 +45,7 @@ def own_case(record: Record) -> Case:
         raise record.error("prompt", f": {error}") from error
     return Case(
         edit=replace(edit, paraphrases=(), neighborhood=()),
-        paraphrases=edit.paraphrases,
+        paraphrases=record.texts("paraphrases"),
         neighborhood=neighborhood,
         generation=record.texts("generation"),
         references=record.texts("references"),

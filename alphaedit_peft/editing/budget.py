@@ -1,0 +1,170 @@
+"""How much memory a batch of edits takes, and the chunk sizes that keep it within a budget.
+
+In: a bench, an objective, tokenised edits, what is in place. Out: bytes, or a bench whose chunk
+sizes are set from ``config.memory_budget``. All of it counts above the base's weights. With n rows
+after the batch, u edits of c rows each for keys, rows of up to p tokens before the subject and q
+from it on, t tokens of a target, b rewrite layers, N blocks, N' of them above the last rewrite
+layer, width d, MLP f, keys and values k, vocabulary V, and e bytes a number of the model:
+
+    held   = statistics + b (8 n (f + d) + 16 n^2) + e u c (p + 1) d + 24 u d
+    solve  = 24 n f + 24 n^2 + 4 f^2              (AlphaEdit: the basis in float64, for the report)
+    token  = e (6 d + 3 f) + (e + 8) V t / (p + q)                      of a forward pass
+    row    = 2 e k (N (3 p + 2 q) + N' (p + q)) + e (p + q) (7 d + 3 f) + (2 e + 16) V (t + 1)
+    tail   = e N' (10 d + 4 f) + row / q                     of a backward pass, a padded token
+    peak   = held + max(solve, token x tokens_per_batch, tail x target_tokens)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor
+
+from alphaedit_peft.editing.bench import Bench, Limits
+from alphaedit_peft.editing.objective import AlphaEdit, Memit, Objective
+from alphaedit_peft.editing.prompts import EditRows
+from alphaedit_peft.settings import byte_count, bytes_in_words
+
+
+@dataclass(frozen=True)
+class Need:
+    """Bytes that a batch of edits takes above the base's weights; see the module's formula.
+
+    ``held`` all the time, ``solve`` for a layer's solve and figures, ``token`` for each token of a
+    forward pass, ``tail`` for each padded token that is optimised. ``longest`` is the longest row,
+    ``tail_tokens`` are those of the largest edit.
+    """
+
+    held: int
+    solve: int
+    token: int
+    tail: int
+    longest: int
+    tail_tokens: int
+
+    @property
+    def least(self) -> int:
+        """What one edit at a time takes."""
+        return self.peak(self.longest, self.tail_tokens)
+
+    def peak(self, tokens_per_batch: int, target_tokens: int) -> int:
+        """What the batch takes with these chunk sizes."""
+        passes = self.token * max(tokens_per_batch, self.longest)
+        return self.held + max(self.solve, passes, self.tail * max(target_tokens, self.tail_tokens))
+
+    def limits(self, budget: int) -> Limits:
+        """The largest chunk sizes within a budget.
+
+        Raises:
+            ValueError: a budget below ``least``.
+        """
+        if budget < self.least:
+            raise ValueError(
+                f"memory_budget={bytes_in_words(budget)} is too small for one edit of this batch, "
+                f"which takes {bytes_in_words(self.least)}; raise it, or lower batch_size, "
+                "num_contexts or context_length"
+            )
+        left = budget - self.held
+        return Limits(left // self.token, left // self.tail)
+
+
+def within_budget(
+    bench: Bench, objective: Objective, edits: Sequence[EditRows], batch_size: int, rank: int
+) -> Bench:
+    """The bench with chunk sizes from ``config.memory_budget``; as it is where there is none.
+
+    Args:
+        bench: its config may hold a budget.
+        objective: whose statistics count.
+        edits: all that are to be made.
+        batch_size: at most so many at once.
+        rank: rows in place.
+
+    Raises:
+        ValueError: a budget that is too small for one edit; says how much it takes.
+    """
+    budget = byte_count("memory_budget", bench.config.memory_budget)
+    if budget is None or not edits:
+        return bench
+    need = estimate(bench, objective, edits, min(batch_size, len(edits)), rank + len(edits))
+    return replace(bench, limits=need.limits(budget))
+
+
+def estimate(
+    bench: Bench, objective: Objective, edits: Sequence[EditRows], together: int, rank: int
+) -> Need:
+    """What edits take by the formula above.
+
+    Args:
+        bench: model and settings.
+        objective: whose statistics count.
+        edits: give the lengths of rows.
+        together: edits of a batch.
+        rank: rows once all are made.
+    """
+    shape = _Shape.of(bench)
+    d, f, e, vocabulary = shape.hidden, shape.width, shape.bytes, shape.vocabulary
+    every = [row for edit in edits for row in (*edit.rows, edit.kl_row, *edit.anchors)]
+    p = max(row.subject_last for row in every)
+    q = max(len(row.scoring_ids) - row.subject_last for row in every)
+    t = max(max(1, len(row.target)) for row in every)
+    above = shape.blocks - bench.layers[-1] - 1
+    held = _statistics(objective) + len(bench.layers) * (8 * rank * (f + d) + 16 * rank**2)
+    held += together * (e * len(edits[0].rows) * (p + 1) * d + 24 * d)
+    basis = 4 * f**2 if isinstance(objective, AlphaEdit) else 8 * f**2
+    reads = (e + 8) * vocabulary * t
+    row = 2 * e * shape.cached * (shape.blocks * (3 * p + 2 * q) + above * (p + q))
+    row += e * (p + q) * (7 * d + 3 * f) + (2 * e + 16) * vocabulary * (t + 1)
+    rows_each = max(len(edit.rows) + 1 + len(edit.anchors) for edit in edits)
+    return Need(
+        held=held,
+        solve=24 * rank * f + 24 * rank**2 + basis,
+        token=e * (6 * d + 3 * f) + reads // (p + q),
+        tail=e * above * (10 * d + 4 * f) + row // q,
+        longest=p + q,
+        tail_tokens=rows_each * q,
+    )
+
+
+@dataclass(frozen=True)
+class _Shape:
+    """Sizes of a model: ``cached`` is the width of keys (and of values) in its cache."""
+
+    hidden: int
+    width: int
+    cached: int
+    vocabulary: int
+    blocks: int
+    bytes: int
+
+    @classmethod
+    def of(cls, bench: Bench) -> _Shape:
+        config: Any = bench.model.config
+        embedding: Any = bench.model.get_input_embeddings()  # type: ignore[operator]
+        module: Any = bench.model.get_submodule(bench.architecture.rewrite_name(bench.layers[0]))
+        weight = getattr(module, "base_layer", module).weight
+        hidden, heads = config.hidden_size, config.num_attention_heads
+        pairs = getattr(config, "num_key_value_heads", None) or heads
+        head = getattr(config, "head_dim", None) or hidden // heads
+        width = weight.numel() // hidden if weight.is_floating_point() else module.in_features
+        return cls(
+            hidden=hidden,
+            width=width,
+            cached=pairs * head,
+            vocabulary=len(embedding.weight),
+            blocks=bench.architecture.num_blocks,
+            bytes=embedding.weight.element_size(),
+        )
+
+
+def _statistics(objective: Objective) -> int:
+    """Bytes of what an objective projects or inverts with."""
+    tensors: list[Tensor] = []
+    if isinstance(objective, (AlphaEdit, Memit)) and objective.null_space is not None:
+        tensors += [part.basis for part in objective.null_space.parts.values()]
+    if isinstance(objective, Memit):
+        moments = list(objective.moments.moments.values())
+        tensors += [*moments, *moments, *moments]  # and their Cholesky factors in float64
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

@@ -1,0 +1,228 @@
+"""Keys and hidden states of edits, read on the way up, so that no block runs twice for nothing.
+
+In: a bench and tokenised edits. Out: :class:`Readings`: each edit's key at one rewrite layer, its
+hidden state after the last one, and where its rows stand: the states in front of the layer's block.
+Once the layer is written, ``onward`` runs only what the write can reach, from those states on: bare
+prompts up to the last rewrite layer, prompts behind a context up to the next one's rewrite module.
+Rows are cut after the subject, since keys are causal. The states of all rows are kept, on the
+model's device and in its dtype: rows x tokens x d numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from alphaedit_peft import hooks
+from alphaedit_peft.editing.bench import Bench, at_least_float32
+from alphaedit_peft.editing.prompts import EditRows, TokenRow
+from alphaedit_peft.tokens import batches
+
+
+@dataclass(frozen=True)
+class Readings:
+    """What edits' rows give at a rewrite layer, and where they can be run on from.
+
+    Args:
+        layer: the rewrite layer that ``keys`` are of; None above the last one.
+        keys: (edits, d_in), float32 or better: the bare prompt's and the mean over contexts', half
+            each. The paper averages over contexts (Eq. 2 of MEMIT); its code averages over kinds of
+            context first, and the bare prompt is a kind of its own. Without contexts it is the bare
+            prompt's.
+        hidden: (edits, d), the bare prompt's hidden state after the last rewrite layer.
+        bare: batches of the bare prompts.
+        others: batches of the prompts behind contexts.
+    """
+
+    layer: int | None
+    keys: Tensor
+    hidden: Tensor
+    bare: tuple[_Part, ...]
+    others: tuple[_Part, ...]
+
+    def chosen(self, edits: Sequence[int]) -> Readings:
+        """The same of some of the edits, in the given order."""
+        place, some = {edit: k for k, edit in enumerate(edits)}, list(edits)
+        bare, others = (
+            tuple(part.chosen(place) for part in parts if any(e in place for e, _ in part.rows))
+            for parts in (self.bare, self.others)
+        )
+        return Readings(self.layer, self.keys[some], self.hidden[some], bare, others)
+
+    def onward(self, bench: Bench) -> Readings:
+        """What the edits give once ``layer`` is written: keys at the next one, and h.
+
+        Above the last rewrite layer there is no next one: only h is read.
+        """
+        assert self.layer is not None, "above the last rewrite layer nothing is left to read"
+        above = [layer for layer in bench.layers if layer > self.layer]
+        return _read(bench, self.bare, self.others, above[0] if above else None)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A padded batch of rows and how far it has run: up to the front of ``block``.
+
+    ``rows`` are pairs of an edit and which of its prompts it is, ``subjects`` (rows,) the positions
+    that are read. ``states`` (rows, tokens, d) is None in front of block 0; ``form`` is what the
+    block below puts out, in its family's own form.
+    """
+
+    rows: tuple[tuple[int, int], ...]
+    subjects: Tensor
+    inputs: Mapping[str, Tensor]
+    block: int = 0
+    states: Tensor | None = None
+    form: Any = None
+
+    def chosen(self, place: Mapping[int, int]) -> _Part:
+        """The rows of some edits, under their new numbers."""
+        some = [k for k, (edit, _) in enumerate(self.rows) if edit in place]
+        return replace(
+            self,
+            rows=tuple((place[self.rows[k][0]], self.rows[k][1]) for k in some),
+            subjects=self.subjects[some],
+            inputs={name: value[some] for name, value in self.inputs.items()},
+            states=None if self.states is None else self.states[some],
+        )
+
+    def at_subject(self, values: Tensor) -> Tensor:
+        """Values (rows, tokens, k) or (rows x tokens, k) at each row's subject, (rows, k)."""
+        if values.ndim == 2:  # OPT's blocks flatten batch and tokens before their MLP
+            values = values.unflatten(0, self.inputs["input_ids"].shape)
+        rows = torch.arange(len(self.rows), device=values.device)
+        return at_least_float32(values[rows, self.subjects.to(values.device)])
+
+
+def read(bench: Bench, edits: Sequence[EditRows]) -> Readings:
+    """Keys at the first rewrite layer and hidden states after the last, from one pass.
+
+    Args:
+        bench: the model as it is.
+        edits: one or more, with equally many rows each.
+    """
+    bare, others = _parts(bench, edits)
+    return _read(bench, bare, others, bench.layers[0])
+
+
+def keys_by_layer(bench: Bench, edits: Sequence[EditRows]) -> dict[int, Tensor]:
+    """Keys (edits, d_in) at every rewrite layer of the model as it is, from one pass."""
+    bare, others = _parts(bench, edits)
+    found = [
+        [_run(bench, part, bench.layers, bench.layers[-1], whole=False) for part in parts]
+        for parts in (bare, others)
+    ]
+    return {layer: _mean_keys(layer, *found) for layer in bench.layers}
+
+
+@dataclass(frozen=True)
+class _Ran:
+    """What a run of a part gave: by layer its keys (rows, d_in), and h (rows, d).
+
+    ``part`` stands where the run can be gone on from.
+    """
+
+    part: _Part
+    keys: Mapping[int, Tensor]
+    hidden: Tensor | None = None
+
+
+def _parts(bench: Bench, edits: Sequence[EditRows]) -> tuple[tuple[_Part, ...], tuple[_Part, ...]]:
+    """Batches of the bare prompts and of those behind contexts, in front of the first block."""
+    bare = {(e, 0): edit.rows[0].key_row for e, edit in enumerate(edits)}
+    others = {
+        (e, j): row.key_row for e, edit in enumerate(edits) for j, row in enumerate(edit.rows[1:])
+    }
+    return _batched(bench, bare), _batched(bench, others)
+
+
+def _batched(bench: Bench, rows: Mapping[tuple[int, int], TokenRow]) -> tuple[_Part, ...]:
+    names, ids = list(rows), [row.ids for row in rows.values()]
+    return tuple(
+        _Part(
+            tuple(names[i] for i in batch.indices),
+            torch.tensor([rows[names[i]].subject_last for i in batch.indices]),
+            batch.inputs,
+        )
+        for batch in batches(ids, bench.tokens_per_batch, bench.device)
+    )
+
+
+def _read(
+    bench: Bench, bare: Sequence[_Part], others: Sequence[_Part], layer: int | None
+) -> Readings:
+    """Run the bare prompts to the last rewrite layer, the others to the module of ``layer``."""
+    wanted = () if layer is None else (layer,)
+    first = [_run(bench, part, wanted, bench.layers[-1], whole=True) for part in bare]
+    if layer is None:
+        hidden = _hidden(first)
+        return Readings(None, hidden.new_zeros(len(hidden), 0), hidden, (), ())
+    second = [_run(bench, part, wanted, layer, whole=False) for part in others]
+    stand, behind = (tuple(ran.part for ran in runs) for runs in (first, second))
+    return Readings(layer, _mean_keys(layer, first, second), _hidden(first), stand, behind)
+
+
+def _run(bench: Bench, part: _Part, layers: Sequence[int], last: int, *, whole: bool) -> _Ran:
+    """Run a part on, through block ``last`` if ``whole``, else up to its rewrite module.
+
+    The keys of ``layers`` are taken on the way, and the states in front of the first of them.
+    """
+    model, layout = bench.model, bench.architecture
+    names = {layout.rewrite_name(layer): layer for layer in layers}
+    keys: dict[int, Tensor] = {}
+    below: list[Any] = []
+    top: list[Tensor] = []
+    stop = layout.block_name(last) if whole else layout.rewrite_name(last)
+    with ExitStack() as stack:
+        stack.enter_context(torch.no_grad())
+        if part.states is not None:
+            here, passed = part.states, [layout.block_name(i) for i in range(part.block)]
+            stack.enter_context(hooks.resuming_above(model, passed, part.form, lambda: here))
+
+        def take_key(name: str, values: Tensor) -> None:
+            keys[names[name]] = part.at_subject(values)
+
+        def take_hidden(output: Any) -> None:
+            top.append(part.at_subject(hooks.hidden_of(output)))
+
+        stack.enter_context(hooks.watching_inputs(model, list(names), take_key))
+        if layers and layers[0] > part.block:
+            under = layout.block_name(layers[0] - 1)
+            stack.enter_context(hooks.watching_output(model, under, below.append))
+        if whole:
+            stack.enter_context(hooks.watching_output(model, stop, take_hidden))
+        hooks.run_until(model, part.inputs, stop, entering=not whole)
+    if below:
+        states = hooks.hidden_of(below[0])
+        form = hooks.with_hidden(below[0], states[:0])
+        part = replace(part, block=layers[0], states=states, form=form)
+    return _Ran(part, keys, top[0] if top else None)
+
+
+def _mean_keys(layer: int, bare: Sequence[_Ran], others: Sequence[_Ran]) -> Tensor:
+    """(edits, d_in): see ``Readings.keys``."""
+    alone = _table(layer, bare)[:, 0]
+    return alone if not others else (alone + _table(layer, others).mean(1)) / 2
+
+
+def _table(layer: int, runs: Sequence[_Ran]) -> Tensor:
+    """Keys of all rows, (edits, rows of each, d_in)."""
+    names = [name for ran in runs for name in ran.part.rows]
+    keys = torch.cat([ran.keys[layer] for ran in runs])
+    edits, each = (1 + max(name[k] for name in names) for k in (0, 1))
+    order = sorted(range(len(names)), key=names.__getitem__)
+    return keys[order].unflatten(0, (edits, each))
+
+
+def _hidden(runs: Sequence[_Ran]) -> Tensor:
+    """h of all edits, (edits, d)."""
+    found: dict[int, Tensor] = {}
+    for ran in runs:
+        assert ran.hidden is not None, "bare prompts run through the last rewrite layer"
+        found |= {edit: ran.hidden[k] for k, (edit, _) in enumerate(ran.part.rows)}
+    return torch.stack([found[edit] for edit in range(len(found))])

@@ -1,0 +1,165 @@
+"""Several processes that do the same work, each a share of it; with one process, nothing.
+
+In: the processes of ``accelerate launch`` or ``torchrun``, which all make the same calls in the same
+order, each with the whole model. Out: items and sums shared between them, so that all end with the
+same numbers. Where one of them fails the others say so instead of waiting for it: every exchange
+begins with a word from each on whether it is well.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from accelerate import PartialState
+from torch import Tensor
+
+T = TypeVar("T")
+
+LAUNCHED = ("WORLD_SIZE", "RANK", "LOCAL_RANK")  # what launchers put into the environment
+
+
+def count() -> int:
+    """How many processes there are; those that a launcher started are joined at the first call."""
+    if not dist.is_available():
+        return 1
+    if not dist.is_initialized():
+        if not all(name in os.environ for name in LAUNCHED) or os.environ["WORLD_SIZE"] == "1":
+            return 1
+        PartialState()  # chooses the backend and this process's device
+    return dist.get_world_size()
+
+
+def rank() -> int:
+    """Which of them this is, from 0."""
+    return dist.get_rank() if count() > 1 else 0
+
+
+def is_main() -> bool:
+    """Whether this is the process that writes and prints."""
+    return rank() == 0
+
+
+def gathered(value: T) -> list[T]:
+    """Every process's value, in the order of ranks; values go through pickle, tensors on the CPU.
+
+    Raises:
+        RuntimeError: another process has failed; says which, and how.
+    """
+    return [value] if count() == 1 else _exchanged(None, value)
+
+
+def from_main(make: Callable[[], T]) -> T:
+    """What the main process makes, in all of them; the others make nothing.
+
+    Raises:
+        RuntimeError: another process has failed.
+    """
+    if count() == 1:
+        return make()
+    with in_step():
+        made = make() if is_main() else None
+    found: Any = gathered(made)[0]
+    return found  # type: ignore[no-any-return]
+
+
+def summed(matrix: Tensor) -> Tensor:
+    """The sum of every process's matrix, the same bits in all; the one given stays as it is.
+
+    Args:
+        matrix: any shape and dtype, the same in all processes.
+    """
+    if count() == 1:
+        return matrix
+    total = matrix.to(_device(), copy=True)
+    dist.all_reduce(total)
+    return total.to(matrix.device)
+
+
+def share(
+    items: Sequence[Any], work: Callable[[Sequence[Any]], Sequence[Tensor]]
+) -> tuple[Tensor, ...]:
+    """Do some work on a share of the items in each process, and give all of it to all.
+
+    Args:
+        items: the same ones in all processes. Where there are fewer than processes, each does all.
+        work: takes items and gives tensors with one entry for each along the first axis.
+
+    Returns:
+        What ``work`` gives for all items, in their order.
+
+    Raises:
+        RuntimeError: another process has failed.
+    """
+    n = count()
+    if n == 1 or len(items) < n:
+        return tuple(work(items))
+    with in_step():
+        own = tuple(work(items[rank() :: n]))
+    parts = gathered([column.detach().cpu() for column in own])
+    columns = []
+    for k, column in enumerate(own):
+        whole = column.new_empty(len(items), *column.shape[1:])
+        for r in range(n):
+            whole[r::n] = parts[r][k].to(whole)
+        columns.append(whole)
+    return tuple(columns)
+
+
+@contextmanager
+def in_step() -> Iterator[None]:
+    """Go on after the block only if it ended well in all processes.
+
+    Raises:
+        RuntimeError: it failed in another one; says which, and how.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if count() > 1:
+            _exchanged(f"{type(error).__name__}: {error}", None, quiet=True)
+        raise
+    gathered(None)
+
+
+def require_same(value: Any, what: str) -> None:
+    """Check that all processes have come to one value.
+
+    Args:
+        value: compared by ``==``; not a tensor.
+        what: names it in the error.
+
+    Raises:
+        RuntimeError: they differ, as they can on unlike devices.
+    """
+    found = gathered(value)
+    other = next((r for r, one in enumerate(found) if one != found[0]), None)
+    if other is not None:
+        raise RuntimeError(
+            f"{what} differs between process 0 and process {other}, so their packs would; run them "
+            "on devices of one kind, with the same versions and the same inputs"
+        )
+
+
+def _exchanged(failure: str | None, value: T, *, quiet: bool = False) -> list[T]:
+    """Every process's value, unless one of them brings a failure."""
+    slots: list[Any] = [None] * count()
+    dist.all_gather_object(slots, (failure, value))
+    failed = next((r for r, (reason, _) in enumerate(slots) if reason is not None), None)
+    if failed is not None and not quiet:
+        raise RuntimeError(
+            f"process {failed} of {len(slots)} failed ({slots[failed][0]}), so this one stopped "
+            "too; see that process's own error"
+        )
+    return [found for _, found in slots]
+
+
+def _device() -> torch.device:
+    """Where tensors are exchanged: this process's GPU, where the group talks between GPUs."""
+    if dist.get_backend() == "nccl":
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")

@@ -1,0 +1,208 @@
+"""What a benchmark found, as values: times by phase, their floors, memory, ratios.
+
+In: measurements. Out: :class:`Findings`, which gives all of it as plain JSON values. Times are in
+seconds, memory in bytes, operations count two for a multiply-add.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from statistics import median
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One batch of edits, over all repeats.
+
+    Attributes:
+        edits: asked for.
+        rows_before: rows of ``lora_A`` in place when it began.
+        made: edits that were written.
+        rows: new rows; fewer than edits where some share a key.
+        steps: loss evaluations of a target value, the mean over edits.
+        seconds: by phase, medians.
+        totals: wall seconds of the whole call, one for each repeat; the phases and what is between.
+        memory: peak above what was there before, the largest of the repeats.
+    """
+
+    edits: int
+    rows_before: int
+    made: int
+    rows: int
+    steps: float
+    seconds: Mapping[str, float]
+    totals: tuple[float, ...]
+    memory: int
+
+    @property
+    def total(self) -> float:
+        """Seconds of the batch, the median over repeats."""
+        return median(self.totals)
+
+    @property
+    def without_contexts(self) -> float:
+        """Seconds without sampling and tokenising contexts, which only the first batch does."""
+        return self.total - self.seconds.get("contexts", 0.0)
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain JSON values, with the total."""
+        return {**asdict(self), "total": self.total}
+
+
+@dataclass(frozen=True)
+class Floor:
+    """The arithmetic of the first batch: what was counted, and the least time it can take.
+
+    Attributes:
+        operations: phase -> dtype -> operations.
+        seconds: phase -> seconds at the matrix rates of that machine.
+        tokens: padding too, as passes of one token through all blocks.
+    """
+
+    operations: Mapping[str, Mapping[str, int]]
+    seconds: Mapping[str, float]
+    tokens: float
+
+    @property
+    def total(self) -> float:
+        """Seconds of all phases."""
+        return sum(self.seconds.values())
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain JSON values, with the total."""
+        return {**asdict(self), "total": self.total}
+
+
+@dataclass(frozen=True)
+class Session:
+    """Batches one after another with one objective."""
+
+    objective: str
+    batches: tuple[Batch, ...]
+    floor: Floor | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain JSON values."""
+        return {
+            "objective": self.objective,
+            "batches": [batch.to_json() for batch in self.batches],
+            "floor": None if self.floor is None else self.floor.to_json(),
+        }
+
+
+@dataclass(frozen=True)
+class PlainSession:
+    """One batch the plain way, of some of the edits.
+
+    Attributes:
+        edits: how many were made.
+        of: how many edits a batch has.
+        seconds: by phase, as measured.
+        memory: peak above what was there before.
+        floor: of these edits.
+    """
+
+    edits: int
+    of: int
+    seconds: Mapping[str, float]
+    memory: int
+    floor: Floor | None = None
+
+    @property
+    def scaled(self) -> dict[str, float]:
+        """Seconds by phase for a whole batch: targets and keys in proportion to the edits.
+
+        The systems of d_in equations and the writes are per layer, and stay as they were measured.
+        """
+        return self._scaled(self.seconds)
+
+    @property
+    def scaled_floor(self) -> dict[str, float]:
+        """The floor by phase for a whole batch, likewise; empty where nothing was counted."""
+        return {} if self.floor is None else self._scaled(self.floor.seconds)
+
+    def _scaled(self, seconds: Mapping[str, float]) -> dict[str, float]:
+        factor = self.of / self.edits
+        return {k: v * (factor if k in ("targets", "keys") else 1) for k, v in seconds.items()}
+
+    @property
+    def total(self) -> float:
+        """Seconds of a whole batch, scaled."""
+        return sum(self.scaled.values())
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain JSON values, with what is derived."""
+        floor = None if self.floor is None else self.floor.to_json()
+        derived = {"scaled": self.scaled, "scaled_floor": self.scaled_floor, "total": self.total}
+        return {**asdict(self), **derived, "floor": floor}
+
+
+@dataclass(frozen=True)
+class Forward:
+    """A forward pass of some tokens: which model, and milliseconds."""
+
+    model: str
+    rank: int
+    tokens: int
+    milliseconds: float
+
+    @property
+    def tokens_per_second(self) -> float:
+        """How many tokens go through in a second."""
+        return 1000 * self.tokens / self.milliseconds
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain JSON values, with the rate."""
+        return {**asdict(self), "tokens_per_second": self.tokens_per_second}
+
+
+@dataclass(frozen=True)
+class Findings:
+    """Everything a benchmark found.
+
+    Attributes:
+        head: the machine, the model, the settings, the edits: all that the figures depend on.
+        rates: matrix rates by dtype, operations a second.
+        statistics: seconds of making statistics, and of their first use by an objective.
+        sessions: one for each objective.
+        plain: the same edits the plain way.
+        inference: what unmerged and merged packs cost in use.
+    """
+
+    head: Mapping[str, Any]
+    rates: Mapping[str, float]
+    statistics: Mapping[str, float]
+    sessions: tuple[Session, ...]
+    plain: PlainSession | None = None
+    inference: tuple[Forward, ...] = field(default=())
+
+    @property
+    def alphaedit_to_memit(self) -> float | None:
+        """Seconds of AlphaEdit's batches to MEMIT's, where both were measured."""
+        total = {s.objective: sum(batch.total for batch in s.batches) for s in self.sessions}
+        return total["alphaedit"] / total["memit"] if {"alphaedit", "memit"} <= {*total} else None
+
+    @property
+    def plain_to_ours(self) -> float | None:
+        """Seconds of a batch the plain way to those here, both without contexts."""
+        first = next((s.batches[0] for s in self.sessions if s.objective == "alphaedit"), None)
+        return (
+            None
+            if first is None or self.plain is None
+            else (self.plain.total / first.without_contexts)
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain JSON values, with the ratios."""
+        return {
+            "head": dict(self.head),
+            "rates": dict(self.rates),
+            "statistics": dict(self.statistics),
+            "sessions": [session.to_json() for session in self.sessions],
+            "plain": None if self.plain is None else self.plain.to_json(),
+            "inference": [forward.to_json() for forward in self.inference],
+            "alphaedit_to_memit": self.alphaedit_to_memit,
+            "plain_to_ours": self.plain_to_ours,
+        }

@@ -1,0 +1,60 @@
+"""Draw what 'alphaedit benchmark' wrote, and put its tables into a page.
+
+python examples/plot_benchmark.py benchmark*.json --images docs/images --docs docs/benchmarks.md"""
+
+import argparse
+import json
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+
+from alphaedit_peft.editing.phases import PHASES
+from alphaedit_peft.studies.benchmark.markdown import lines, page_with
+
+CURVES = {"edits": "rows in place", "widths": "d_in", "depths": "blocks", "hidden": "hidden size"}
+SECONDS = ("seconds", 1, "seconds")
+
+
+def draw_profile(models: list[dict], path: Path) -> None:
+    """A bar for each batch and floor, stacked by phase."""
+    figure = plt.figure(figsize=(5 * len(models), 4), layout="constrained")
+    for number, found in enumerate(models, start=1):
+        panel = figure.add_subplot(1, len(models), number)
+        rows = lines(found)[::-1]
+        for place, phase in enumerate(PHASES):
+            widths = [row.seconds.get(phase, 0.0) for row in rows]
+            left = [sum(row.seconds.get(p, 0.0) for p in PHASES[:place]) for row in rows]
+            panel.barh(range(len(rows)), widths, left=left, label=phase)
+        panel.set(title=found["head"]["model"]["name"], xlabel="seconds a batch")
+        panel.set_yticks(range(len(rows)), [row.name for row in rows])
+    figure.legend(*panel.get_legend_handles_labels(), loc="outside lower center", ncols=6)
+    figure.savefig(path, dpi=150)
+
+
+def draw_growth(points: list[dict], path: Path) -> None:
+    """Seconds and memory of each curve."""
+    figure, panels = plt.subplots(2, 4, figsize=(13, 5), layout="constrained")
+    for column, (curve, title) in enumerate(CURVES.items()):
+        memory = ("state", 2**20, "MiB kept") if column < 2 else ("memory", 2**20, "MiB, peak")
+        for panel, (value, scale, label) in zip(panels[:, column], (SECONDS, memory), strict=True):
+            for method in ("ours", "anew", "plain", "batch"):
+                own = [p for p in points if (p["curve"], p["method"]) == (curve, method)]
+                panel.plot([p["at"] for p in own], [p[value] / scale for p in own], label=method)
+            panel.set(xlabel=title, ylabel=label, ylim=(0, None))
+    panels[0][0].legend(frameon=False)
+    figure.savefig(path, dpi=150)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("data", type=Path, nargs="+", help="what --out wrote")
+    parser.add_argument("--images", type=Path, default=".", help="folder for the pictures")
+    parser.add_argument("--docs", type=Path, help="page to put the tables into")
+    given = parser.parse_args()
+    found = [json.loads(path.read_text()) for path in given.data]
+    if models := [one for one in found if "sessions" in one]:
+        draw_profile(models, given.images / "benchmark_profile.png")
+    if points := [point for one in found for point in one.get("curves", {}).get("points", [])]:
+        draw_growth(points, given.images / "benchmark_growth.png")
+    if page := given.docs:
+        page.write_text(page_with(page.read_text(), models))

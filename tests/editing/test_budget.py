@@ -1,0 +1,168 @@
+"""Memory: sizes in words, chunks from a budget, the formula against a process, and running out."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+
+from alphaedit_peft import AlphaEditConfig, NullSpace, get_alphaedit_model
+from alphaedit_peft.editing import targets
+from alphaedit_peft.editing.budget import estimate, within_budget
+from alphaedit_peft.editing.groups import Group
+from alphaedit_peft.editing.objective import AlphaEdit
+from alphaedit_peft.editing.targets import optimise_targets
+from alphaedit_peft.settings import byte_count, bytes_in_words
+from tests.conftest import tiny_model
+from tests.editing.test_river import EDITS, bench_for, settings
+
+OBJECTIVE = AlphaEdit(NullSpace.identity({0: 96, 1: 96}), 0.1, True)
+
+
+@pytest.mark.parametrize(
+    ("given", "wanted"),
+    [
+        *((None, None), (7, 7), ("7", 7), ("7B", 7), ("2 kB", 2000), ("2KiB", 2048)),
+        *(("500MB", 500 * 10**6), ("8GiB", 8 * 2**30), ("1.5 GiB", 3 * 2**29), ("1TiB", 2**40)),
+    ],
+)
+def test_sizes_in_words(given, wanted):
+    assert byte_count("x", given) == wanted
+    assert wanted is None or byte_count("x", bytes_in_words(wanted)) >= wanted
+
+
+@pytest.mark.parametrize(
+    "value", ["", "8GiBs", "GiB", "-1", -1, 0, True, "8 gigabytes", 1.5, "9" * 40]
+)
+def test_sizes_that_cannot_be(value):
+    with pytest.raises(ValueError, match=f"memory_budget={value!r} is no size; use a number"):
+        AlphaEditConfig(memory_budget=value)
+
+
+def bench_and_edits(tokenizer, **changes):
+    bench = bench_for(tiny_model("gpt2"), tokenizer, settings(**changes))
+    return bench, [bench.renderer.edit_rows(edit, bench.contexts) for edit in EDITS]
+
+
+def test_without_a_budget_the_config_decides(tokenizer):
+    bench, edits = bench_and_edits(tokenizer, tokens_per_batch=77, target_tokens=33)
+    found = within_budget(bench, OBJECTIVE, edits, 100, 0)
+    assert (found.tokens_per_batch, found.target_tokens) == (77, 33)
+
+
+def test_chunks_grow_with_the_budget_and_keep_to_it(tokenizer):
+    sizes = []
+    for budget in ("3MiB", "6MiB", "1GiB"):
+        bench, edits = bench_and_edits(tokenizer, memory_budget=budget)
+        found = within_budget(bench, OBJECTIVE, edits, 100, 0)
+        need = estimate(bench, OBJECTIVE, edits, len(edits), len(edits))
+        limits = (found.tokens_per_batch, found.target_tokens)
+        assert need.peak(*limits) <= byte_count("x", budget) < need.peak(*(2 * n for n in limits))
+        sizes.append(limits)
+    assert sizes == sorted(sizes)
+    assert sizes[0] < sizes[2]
+
+
+def test_too_small_a_budget_names_what_one_edit_takes(tokenizer):
+    bench, edits = bench_and_edits(tokenizer, memory_budget="10kiB")
+    need = bytes_in_words(estimate(bench, OBJECTIVE, edits, len(edits), len(edits)).least)
+    with pytest.raises(ValueError, match=f"memory_budget=10kiB is too small .* takes {need}; "):
+        within_budget(bench, OBJECTIVE, edits, 100, 0)
+    bench.config.memory_budget = need
+    assert within_budget(bench, OBJECTIVE, edits, 100, 0).target_tokens > 0
+
+
+def test_edits_are_the_same_under_a_budget(tokenizer):
+    found = []
+    for budget in (None, "3MiB"):
+        config = settings(memory_budget=budget)
+        space = NullSpace.identity({0: 96, 1: 96})
+        base = tiny_model("gpt2", torch.float64)
+        model = get_alphaedit_model(base, config, tokenizer=tokenizer, null_space=space)
+        model.edit(EDITS, progress=False)
+        model.repour()
+        found.append(model.factors[1].dense())
+    assert (found[0] - found[1]).norm() <= 1e-9 * found[0].norm()
+
+
+class Full:
+    """Stands for a chunk on a device with room for so many groups."""
+
+    def __init__(self, monkeypatch, room: int) -> None:
+        self.sizes: list[int] = []
+        whole = targets._Chunk
+
+        def chunk(bench, rows, num_groups):
+            self.sizes.append(num_groups)
+            if num_groups > room:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return whole(bench, rows, num_groups)
+
+        monkeypatch.setattr(targets, "_Chunk", chunk)
+
+
+def test_where_memory_runs_out_the_chunk_is_halved(tokenizer, monkeypatch):
+    bench, edits = bench_and_edits(tokenizer)
+    bench = replace(bench, model=bench.model.double())
+    groups = [Group((rows,)) for rows in edits]
+    expected = optimise_targets(bench, groups)
+    full = Full(monkeypatch, room=1)
+    with pytest.warns(UserWarning, match="do not fit in memory at once; going on with") as warned:
+        found = optimise_targets(bench, groups)
+    assert full.sizes == [4, 2, 1, 1, 1, 1]
+    assert len(warned) == 2
+    assert torch.allclose(found.values, expected.values, rtol=1e-9)
+    assert torch.equal(found.steps, expected.steps)
+
+
+def test_where_not_even_one_fits_the_error_is_the_devices(tokenizer, monkeypatch):
+    bench, edits = bench_and_edits(tokenizer)
+    Full(monkeypatch, room=0)
+    with pytest.raises(torch.OutOfMemoryError, match="CUDA out of memory"):
+        optimise_targets(bench, [Group((edits[0],))])
+
+
+MEASURE = """
+import resource, sys, warnings
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig
+from alphaedit_peft import Edit, NullSpace, get_alphaedit_model
+from alphaedit_peft.editing.budget import estimate
+from alphaedit_peft.settings import byte_count
+from tests.conftest import tokenizer
+from tests.editing.test_river import settings
+
+warnings.simplefilter("ignore")
+tok = tokenizer._get_wrapped_function()()
+shape = LlamaConfig(
+    vocab_size=20000, hidden_size=256, intermediate_size=1024, num_hidden_layers=8,
+    num_attention_heads=8, num_key_value_heads=4, max_position_embeddings=256,
+)
+config = settings(rewrite_layers=[1, 2], steps=2, memory_budget=sys.argv[1])
+space = NullSpace.identity({1: 1024, 2: 1024})
+base = AutoModelForCausalLM.from_config(shape).eval()
+model = get_alphaedit_model(base, config, tokenizer=tok, null_space=space)
+edits = [Edit(f"Anna {i}", "The river of {} is the", "Rome") for i in range(121)]
+model.edit(edits[:1], progress=False)  # what libraries take at their first use
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+model.edit(edits[1:], batch_size=120, progress=False)
+print(1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before))
+"""
+
+
+@pytest.mark.slow
+def test_the_formula_is_within_a_factor_of_two_of_what_a_process_takes():
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURE, "400MiB"],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"},
+    )
+    taken = int(done.stdout.split()[-1])
+    assert 0.5 < taken / byte_count("x", "400MiB") < 2

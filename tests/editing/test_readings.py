@@ -1,0 +1,160 @@
+"""Readings against the plain path, family by family: one whole forward for every row and layer."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from alphaedit_peft import AlphaEditConfig, hooks
+from alphaedit_peft.editing.bench import Bench
+from alphaedit_peft.editing.readings import keys_by_layer, read
+from tests import oracle
+from tests.editing.test_river import CONTEXTS, EDITS
+from tests.test_architecture import OVERRIDDEN, VARIANTS, build
+
+# Bloom keeps its position biases in float32
+TOLERANCE = {"bloom": 1e-6}
+LAYERS = ([1, 2], [0, 2])
+
+
+def bench_for(name: str, tokenizer, layers, contexts=CONTEXTS, **changes) -> Bench:
+    model = build(name).double()
+    names = OVERRIDDEN[name][1] if name in OVERRIDDEN else (None, None)
+    config = AlphaEditConfig(
+        rewrite_layers=list(layers), block_module=names[0], rewrite_module=names[1], **changes
+    )
+    full, architecture = config.resolve(model)
+    return Bench(model, tokenizer, full, architecture, tuple(contexts))
+
+
+def tokenised(bench: Bench):
+    return [bench.renderer.edit_rows(edit, bench.contexts) for edit in EDITS]
+
+
+def plain(bench: Bench, edits, layer: int | None):
+    """Keys and hidden states as the oracle reads them, a forward for each."""
+    module = bench.architecture.rewrite_name(bench.layers[-1] if layer is None else layer)
+    block = bench.architecture.block_name(bench.layers[-1])
+    keys = [mean_key(bench.model, module, rows) for rows in edits]
+    hidden = [
+        oracle.block_output(bench.model, block, rows.rows[0].ids)[rows.rows[0].subject_last]
+        for rows in edits
+    ]
+    return torch.stack(keys), torch.stack(hidden)
+
+
+def mean_key(model, module: str, rows) -> torch.Tensor:
+    """Half the bare prompt's key and half the mean of the others', (d_in,)."""
+    keys = []
+    for row in rows.rows:
+        values = []
+        hook = model.get_submodule(module).register_forward_pre_hook(
+            lambda _m, args, values=values: values.append(args[0])
+        )
+        with torch.no_grad():
+            model(torch.tensor([row.ids]))
+        hook.remove()
+        keys.append(values[0].reshape(len(row.ids), -1)[row.subject_last])
+    return keys[0] if len(keys) == 1 else (keys[0] + torch.stack(keys[1:]).mean(0)) / 2
+
+
+def change(bench: Bench, layer: int) -> None:
+    """Write something into a rewrite module."""
+    weight = bench.model.get_submodule(bench.architecture.rewrite_name(layer)).weight
+    with torch.no_grad():
+        weight.add_(0.1 * torch.randn_like(weight, generator=None))
+
+
+def agree(found, expected, tolerance: float = 1e-12) -> bool:
+    return float((found - expected).norm()) <= tolerance * float(expected.norm())
+
+
+@pytest.mark.parametrize("layers", LAYERS, ids=str)
+@pytest.mark.parametrize("name", [*VARIANTS, *OVERRIDDEN])
+def test_every_familys_readings_are_the_plain_paths(name, layers, tokenizer):
+    bench = bench_for(name, tokenizer, layers, tokens_per_batch=40)
+    edits, tolerance = tokenised(bench), TOLERANCE.get(name, 1e-12)
+    readings = read(bench, edits)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        for layer in [*layers, None]:
+            assert readings.layer == layer
+            keys, hidden = plain(bench, edits, layer)
+            assert layer is None or agree(readings.keys, keys, tolerance)
+            assert agree(readings.hidden, hidden, tolerance)
+            if layer is not None:
+                change(bench, layer)
+                readings = readings.onward(bench)
+
+
+@pytest.mark.parametrize("layers", LAYERS, ids=str)
+def test_in_pure_float64_they_agree_to_rounding(layers, tokenizer):
+    bench = bench_for("gpt2", tokenizer, layers)
+    edits = tokenised(bench)
+    readings = read(bench, edits)
+    for layer in layers:
+        keys, hidden = plain(bench, edits, layer)
+        assert agree(readings.keys, keys)
+        assert agree(readings.hidden, hidden)
+        change(bench, layer)
+        readings = readings.onward(bench)
+
+
+def test_some_edits_go_on_without_the_others(tokenizer):
+    bench = bench_for("llama", tokenizer, [1, 2])
+    edits = tokenised(bench)
+    some = read(bench, edits).chosen([3, 0])
+    change(bench, 1)
+    keys, hidden = plain(bench, [edits[3], edits[0]], 2)
+    onward = some.onward(bench)
+    assert agree(onward.keys, keys)
+    assert agree(onward.hidden, hidden)
+
+
+def test_keys_of_all_layers_come_from_one_pass(tokenizer):
+    bench = bench_for("gpt2", tokenizer, [0, 1, 2])
+    edits = tokenised(bench)
+    runs = Counting(bench.model.get_submodule("transformer.h.0"))
+    found = keys_by_layer(bench, edits)
+    assert runs.count == 2  # bare prompts, and those behind contexts
+    for layer, keys in found.items():
+        assert agree(keys, plain(bench, edits, layer)[0])
+
+
+def test_without_contexts_a_key_is_the_bare_prompts(tokenizer):
+    bench = bench_for("gpt2", tokenizer, [1], contexts=())
+    edits = tokenised(bench)
+    assert agree(read(bench, edits).keys, plain(bench, edits, 1)[0])
+
+
+class Counting:
+    """How often a module runs."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.count = 0
+        module.register_forward_hook(self.add)
+
+    def add(self, *_) -> None:
+        self.count += 1
+
+
+def test_no_block_below_the_write_runs_again(tokenizer):
+    bench = bench_for("gpt2", tokenizer, [1, 2])
+    counts = [Counting(bench.model.get_submodule(f"transformer.h.{i}.attn")) for i in range(4)]
+    readings = read(bench, tokenised(bench))
+    assert [c.count for c in counts] == [2, 2, 1, 0]  # contexts stop within block 1
+    readings = readings.onward(bench)
+    assert [c.count for c in counts] == [2, 4, 3, 0]
+    readings.onward(bench)
+    assert [c.count for c in counts] == [2, 4, 4, 0]  # bare prompts alone
+
+
+def test_entering_stops_before_the_module_runs(tokenizer):
+    bench = bench_for("gpt2", tokenizer, [1])
+    count = Counting(bench.model.get_submodule("transformer.h.1.mlp.c_proj"))
+    inputs = {"input_ids": torch.tensor([[1, 2]])}
+    hooks.run_until(bench.model, inputs, "transformer.h.1.mlp.c_proj", entering=True)
+    assert count.count == 0
+    hooks.run_until(bench.model, inputs, "transformer.h.1.mlp.c_proj")
+    assert count.count == 1

@@ -1,0 +1,147 @@
+"""The kept factor: extended equals made anew, also where rows are replaced and ridges change."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from alphaedit_peft import algebra
+from alphaedit_peft.factoring import KeptFactor
+
+D_IN, D_OUT = 40, 7
+SIZES = (4, 3, 5, 2, 6)
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+
+def rows_of(sizes=SIZES) -> list[Tensor]:
+    return [random(size, D_IN, seed=i) for i, size in enumerate(sizes)]
+
+
+def grown(factor: KeptFactor, rows: Tensor) -> KeptFactor:
+    together = torch.cat([factor.rows, rows])
+    return factor.extended(together, factor.rows @ rows.T, rows @ rows.T)
+
+
+def fresh(rows: list[Tensor], ridges: Tensor) -> KeptFactor:
+    factor = KeptFactor.empty(rows[0])
+    for part in rows:
+        factor = grown(factor, part)
+    return factor.factored(ridges)
+
+
+def plain(rows: list[Tensor], ridges: Tensor) -> Tensor:
+    """(G + D)^-1 E^T for the last batch, rows of infinite ridge left out."""
+    A, u = torch.cat(rows), len(rows[-1])
+    identity = torch.eye(u, dtype=torch.float64)
+    return algebra.solve(A @ A.T, identity, ridges, torch.arange(len(A) - u, len(A)))
+
+
+def same_bits(one: KeptFactor, other: KeptFactor) -> bool:
+    pairs = [(getattr(one, name), getattr(other, name)) for name in ("gram", "ridges", "lower")]
+    return one.blocks == other.blocks and all(torch.equal(a, b) for a, b in pairs)
+
+
+def agree(one: Tensor, other: Tensor, tolerance: float = 1e-12) -> bool:
+    return float((one - other).norm()) <= tolerance * float(other.norm())
+
+
+def ridges_for(batch: int, replaced=(), prior: float = 1.0, guard: float = 1.0) -> Tensor:
+    """Each batch's own ridge; those in place times ``prior``; some rows replaced."""
+    values = [0.1 * (i + 1) * (1.0 if i == batch else prior) for i in range(batch + 1)]
+    ridges = torch.cat([torch.full((SIZES[i],), v) for i, v in enumerate(values)]).double()
+    ridges[list(replaced)] = torch.inf
+    return ridges * guard
+
+
+REPLACED = {0: (), 1: (), 2: (1,), 3: (1, 8), 4: (1, 8, 9)}  # by batch
+
+
+@pytest.mark.parametrize("prior", [1.0, 0.01, 0.0])
+@pytest.mark.parametrize("replaces", [False, True])
+def test_extended_over_five_batches_it_is_what_is_made_anew(replaces, prior):
+    rows, kept = rows_of(), KeptFactor.empty(random(0, D_IN))
+    for batch in range(len(rows)):
+        ridges = ridges_for(batch, REPLACED[batch] if replaces else (), prior)
+        kept = grown(kept, rows[batch]).factored(ridges)
+        assert same_bits(kept, fresh(rows[: batch + 1], ridges))
+        assert agree(kept.columns(SIZES[batch]), plain(rows[: batch + 1], ridges))
+
+
+def test_under_a_guard_it_is_what_is_made_anew_and_what_is_kept_stays():
+    rows, kept = rows_of(), KeptFactor.empty(random(0, D_IN))
+    for batch in range(len(rows)):
+        ridges = ridges_for(batch)
+        kept = grown(kept, rows[batch]).factored(ridges)
+        for guard in (2.0, 1024.0):
+            found = kept.at_once(guard * ridges).columns(SIZES[batch])
+            assert agree(found, plain(rows[: batch + 1], guard * ridges))
+    assert same_bits(kept, fresh(rows, ridges_for(4)))
+
+
+def test_blocks_before_the_first_change_are_not_made_again():
+    rows = rows_of()
+    kept = fresh(rows, ridges_for(4))
+    spoilt = KeptFactor(
+        kept.rows, kept.blocks, kept.gram, kept.ridges, kept.lower + torch.ones(20, 20).tril()
+    )
+    other = kept.ridges.clone()
+    other[12] = torch.inf  # the first row of batch 3
+    found = spoilt.factored(other)
+    assert torch.equal(found.lower[:12, :12], spoilt.lower[:12, :12])
+    assert not torch.equal(found.lower[12:, 12:], spoilt.lower[12:, 12:])
+
+
+def test_rows_that_are_not_those_in_place_are_forgotten():
+    rows = rows_of()
+    kept, A = fresh(rows, ridges_for(4)), torch.cat(rows)
+    assert same_bits(kept.matching(A, SIZES), kept)
+    assert kept.matching(A[:12], SIZES[:3]).blocks == SIZES[:3]  # rolled back
+    assert kept.matching(A, (4, 3, 5, 1, 7)).blocks == SIZES[:3]
+    assert kept.matching(A.float(), SIZES).blocks == ()
+    for row, left in ((0, ()), (11, SIZES[:2]), (12, SIZES[:3]), (19, SIZES[:4])):
+        other = A.clone()
+        other[row, -1] += 1e-12
+        assert kept.matching(other, SIZES).blocks == left
+    shortened = kept.matching(A[:12], SIZES[:3])
+    assert same_bits(shortened.factored(ridges_for(2)), fresh(rows[:3], ridges_for(2)))
+
+
+def test_rows_that_repeat_without_a_ridge_are_solved_as_by_least_norm():
+    rows = rows_of()
+    rows[3] = rows[0][:2]
+    ridges = ridges_for(4, prior=0.0)
+    kept = fresh(rows, ridges)
+    assert len(kept.lower) < len(ridges)
+    assert agree(kept.columns(SIZES[4]), plain(rows, ridges), 1e-9)
+    good = fresh(rows, ridges_for(4))
+    assert same_bits(kept.factored(ridges_for(4)), good)
+
+
+def test_all_rows_in_place_can_be_out():
+    rows = rows_of()
+    ridges = ridges_for(4, range(14))
+    found = fresh(rows, ridges).columns(6)
+    assert not found[:14].any()
+    alone = rows[4] @ rows[4].T + 0.5 * torch.eye(6, dtype=torch.float64)
+    assert agree(found[14:], torch.linalg.inv(alone))
+
+
+def test_keys_of_zeros_give_zeros():
+    rows = [torch.zeros(2, D_IN, dtype=torch.float64)]
+    found = fresh(rows, torch.zeros(2, dtype=torch.float64)).columns(2)
+    assert torch.equal(found, torch.zeros(2, 2, dtype=torch.float64))
+
+
+def test_amplification_is_the_size_of_the_update_to_that_on_orthogonal_keys():
+    rows, ridges = rows_of(), ridges_for(4)
+    factor, R = fresh(rows, ridges), random(6, D_OUT, seed=9)
+    columns = factor.columns(6)
+    delta = R.T @ columns.T @ factor.rows
+    orthogonal = (R.square().sum(1) / rows[4].square().sum(1)).sum().sqrt()
+    found = algebra.amplification(factor.gram, columns, R)
+    assert found == pytest.approx(float(delta.norm() / orthogonal))
