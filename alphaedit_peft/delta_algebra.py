@@ -63,7 +63,8 @@ class Joint:
         delta: the update, all rows one below the other.
         ridge: the ridge that it was solved with in the end.
         growth: |Delta|_F over the root of the sum of the parts' |Delta_i|_F^2.
-        drift: (n,), how far each row's output is from its part's, relative to that.
+        drift: (n,), how far each row's output is from its part's, relative to that; of ``delta``
+            as it is, rounded to its dtype.
     """
 
     delta: LowRankDelta
@@ -97,10 +98,11 @@ def join(parts: Sequence[tuple[Tensor, Tensor]], ridge: float, guard: float) -> 
         ridge = max(GUARD_FACTOR * ridge, first)
         X = algebra.solve(G, T, ridge, every)
         growth = _growth(G, X, alone)
-    off, size = (G @ X - T).norm(dim=1), T.norm(dim=1)
-    drift = torch.where(size > 0, off / size.clamp_min(torch.finfo(size.dtype).tiny), off)
     dtype = parts[0][0].dtype
-    return Joint(LowRankDelta(A.to(dtype), X.T.to(dtype)), ridge, growth, drift)
+    delta = LowRankDelta(A.to(dtype), X.T.to(dtype))
+    off, size = (outputs(delta, A) - T).norm(dim=1), T.norm(dim=1)
+    drift = torch.where(size > 0, off / size.clamp_min(torch.finfo(size.dtype).tiny), off)
+    return Joint(delta, ridge, growth, drift)
 
 
 def singular_values(delta: LowRankDelta) -> Tensor:

@@ -1,9 +1,8 @@
 """Several processes that do the same work, each a share of it; with one process, nothing.
 
-In: the processes of ``accelerate launch`` or ``torchrun``, which all make the same calls in the same
-order, each with the whole model. Out: items and sums shared between them, so that all end with the
-same numbers. Where one of them fails the others say so instead of waiting for it: every exchange
-begins with a word from each on whether it is well.
+In: the processes of ``accelerate launch`` or ``torchrun``, which all make the same calls in order,
+each with the whole model. Out: items and sums shared between them, so that all end with the same
+numbers. Where one of them fails the others stop with a sentence instead of waiting for it.
 """
 
 from __future__ import annotations
@@ -19,6 +18,11 @@ from accelerate import PartialState
 from torch import Tensor
 
 T = TypeVar("T")
+
+
+class OtherProcessError(RuntimeError):
+    """Another process failed, so that this one cannot go on."""
+
 
 LAUNCHED = ("WORLD_SIZE", "RANK", "LOCAL_RANK")  # what launchers put into the environment
 
@@ -48,7 +52,7 @@ def gathered(value: T) -> list[T]:
     """Every process's value, in the order of ranks; values go through pickle, tensors on the CPU.
 
     Raises:
-        RuntimeError: another process has failed; says which, and how.
+        OtherProcessError: another process has failed; says which, and how.
     """
     return [value] if count() == 1 else _exchanged(None, value)
 
@@ -57,14 +61,14 @@ def from_main(make: Callable[[], T]) -> T:
     """What the main process makes, in all of them; the others make nothing.
 
     Raises:
-        RuntimeError: another process has failed.
+        OtherProcessError: another process has failed.
     """
     if count() == 1:
         return make()
     with in_step():
         made = make() if is_main() else None
     found: Any = gathered(made)[0]
-    return found  # type: ignore[no-any-return]
+    return found
 
 
 def summed(matrix: Tensor) -> Tensor:
@@ -93,7 +97,7 @@ def share(
         What ``work`` gives for all items, in their order.
 
     Raises:
-        RuntimeError: another process has failed.
+        OtherProcessError: another process has failed.
     """
     n = count()
     if n == 1 or len(items) < n:
@@ -115,10 +119,12 @@ def in_step() -> Iterator[None]:
     """Go on after the block only if it ended well in all processes.
 
     Raises:
-        RuntimeError: it failed in another one; says which, and how.
+        OtherProcessError: it failed in another one; says which, and how.
     """
     try:
         yield
+    except OtherProcessError:
+        raise
     except BaseException as error:
         if count() > 1:
             _exchanged(f"{type(error).__name__}: {error}", None, quiet=True)
@@ -151,7 +157,7 @@ def _exchanged(failure: str | None, value: T, *, quiet: bool = False) -> list[T]
     dist.all_gather_object(slots, (failure, value))
     failed = next((r for r, (reason, _) in enumerate(slots) if reason is not None), None)
     if failed is not None and not quiet:
-        raise RuntimeError(
+        raise OtherProcessError(
             f"process {failed} of {len(slots)} failed ({slots[failed][0]}), so this one stopped "
             "too; see that process's own error"
         )

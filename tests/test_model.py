@@ -254,7 +254,8 @@ def test_repour_gives_the_same_model_and_removes(model, tokenizer):
         model.remove_edits(["curie"])
     model.remove_edits(["france", "einstein"])
     assert model.edits == []
-    assert torch.equal(logits(model, tokenizer), logits(model.get_base_model(), tokenizer))
+    emptied = logits(model, tokenizer)
+    assert torch.equal(emptied, logits(model.unload(), tokenizer))
 
 
 def test_failed_batch_leaves_no_trace(model, tokenizer, monkeypatch):

@@ -192,7 +192,7 @@ def test_arguments_that_do_not_fit_are_refused(packs, tokenizer):
         model.join([])
     with pytest.raises(TypeError, match="packs='folder' is one pack; pass a list"):
         model.join("folder")
-    with pytest.raises(TypeError, match="model_id=5 is a int"):
+    with pytest.raises(TypeError, match="packs holds 5, a int; pass EditPacks, folders or Hub ids"):
         model.join([5])
     with pytest.raises(ValueError, match="on_conflict='keep' is unknown; use one of"):
         model.join(packs, on_conflict="keep")

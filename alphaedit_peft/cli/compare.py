@@ -17,6 +17,10 @@ from alphaedit_peft.cli import errors, show
 from alphaedit_peft.cli.evaluate import (
     DataOption,
     GenerateOption,
+    SnippetsOption,
+    SplitOption,
+    Target,
+    TargetOption,
     TextsOption,
     read_lines,
     read_suite,
@@ -35,10 +39,15 @@ from alphaedit_peft.cli.options import (
 )
 
 if TYPE_CHECKING:
-    from alphaedit_peft.studies import Base, Method
+    from alphaedit_peft.studies import Base, Comparison, Method
 
 STATISTICS_TEXTS = 2500  # of the embedded world
 REST = 200  # records behind the edited ones, whose facts should stay
+# settings that were made for models of billions of parameters, and weaker demands
+STRENGTHS = {
+    "memit": "--set {}.moment_weight=100",
+    "finetuning": "--set {0}.learning_rate=0.01 --set {0}.bound=0.02",
+}
 
 
 def compare(  # noqa: PLR0913
@@ -61,6 +70,9 @@ def compare(  # noqa: PLR0913
             "--set", metavar="NAME=VALUE", help="For all, or METHOD.NAME=VALUE; can be repeated."
         ),
     ] = None,
+    split: SplitOption = None,
+    target: TargetOption = Target.ANSWERS,
+    snippets: SnippetsOption = None,
     texts: TextsOption = None,
     generate: GenerateOption = False,
     null_space: NullSpaceOption = None,
@@ -91,11 +103,17 @@ def compare(  # noqa: PLR0913
     common, own = _assignments(settings or [])
     chosen = _methods(methods, own)
     config = AlphaEditConfig.from_json({"on_conflict": "replace", **common})
-    suite = read_suite(data, edits, REST)
+    suite = read_suite(data, edits, REST, split=split, target=target, snippets=snippets)
     suite = replace(suite, texts=(*suite.texts, *read_lines(texts)))
     origin = {"name": Path(data).name}
-    if data != EMBEDDED:
+    if split is not None:
+        origin = {"name": data, "split": split}
+    elif data != EMBEDDED:
         origin["sha256"] = studies.file_digest(data)
+    if target is not Target.ANSWERS:
+        origin["target"] = target.value
+    if snippets is not None:
+        origin["snippets_sha256"] = studies.file_digest(snippets)
     moments = load_moments(key_moments)
     base, tokenizer, space = load_model_and_space(model, dtype, device, null_space)
     ground = studies.Base(base, tokenizer, space, moments)
@@ -108,7 +126,21 @@ def compare(  # noqa: PLR0913
     (out / "comparison.json").write_text(text + "\n", encoding="utf-8")
     over = "over seeds" if len(orders) > 1 else "over cases"
     title = f"{edits} edits in batches of {batch_size}: means, 95 % intervals {over}"
-    show.show(as_json, facts, title, str(found), f"Written to {out}")
+    show.show(as_json, facts, title, str(found), *_undone(found), f"Written to {out}")
+
+
+def _undone(found: Comparison) -> list[str]:
+    """A sentence on each method that did nothing: its settings may be for other models."""
+    told = []
+    for name in found.runs:
+        now, before = found.final(name).get("efficacy_recall"), found.before.metrics
+        if now is None or now.value > before["efficacy_recall"].value:
+            continue
+        told.append(f"{name} left its edits undone, which says little of the method")
+        advice = STRENGTHS.get(name.partition("-")[0])
+        if advice is not None:
+            told[-1] += f": its defaults fit other models; try such as {advice.format(name)}"
+    return told
 
 
 def _with_statistics(ground: Base, model: str, out: Path, config: Any) -> Base:

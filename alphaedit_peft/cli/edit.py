@@ -79,8 +79,8 @@ def edit(  # noqa: PLR0913
 ) -> None:
     """Make edits and write them as a pack.
 
-    A line of EDITS.jsonl has the place of the subject as {}, and may have target_true,
-    paraphrases, neighborhood and an id:
+    A line of EDITS.jsonl has the place of the subject as {}, and may have target_true, anchors
+    (prompts whose answers are kept), paraphrases, neighborhood and an id:
 
     {"subject": "Ada Lovelace", "prompt": "{} was born in", "target_new": "Vienna"}
 
@@ -88,7 +88,7 @@ def edit(  # noqa: PLR0913
 
     `alphaedit edit MODEL more.jsonl --null-space ns --pack pack --out pack` (goes on)
 
-    Edits that did not take are listed and do not change the exit code.
+    Edits that did not take are listed with the reason, and do not change the exit code.
     """
     from alphaedit_peft import read_edits
 
@@ -183,9 +183,15 @@ def _parts(report: EditReport, total: int, out: Path) -> list[Table | str]:
     """The report as tables and sentences."""
     took = len(report.made) - len(report.not_taken)
     parts: list[Table | str] = []
+    if report.decisions:
+        decided = [(d.name, d.value, d.reason) for d in report.decisions]
+        parts.append(show.table(show.DECIDED, ["setting", "value", "reason"], decided))
     if report.made:
         parts.append(_edit_table(report))
         parts.append(_layer_table(report))
+    remarks = [(r.edit.question, r.edit.target_new.strip(), r.remark) for r in report if r.remark]
+    if remarks:
+        parts.append(show.table("Not as asked for", ["prompt", "new target", "why"], remarks))
     if report.set_aside:
         rows = [(r.edit.question, r.edit.target_new.strip(), r.reason) for r in report.set_aside]
         parts.append(show.table("Set aside", ["prompt", "new target", "why"], rows))
@@ -193,14 +199,13 @@ def _parts(report: EditReport, total: int, out: Path) -> list[Table | str]:
         f"{show.count(len(report.made), 'edit')} made, {len(report.set_aside)} set aside; "
         f"{took} of {len(report.made)} new targets are now what the model says by itself."
     )
-    if report.not_taken:
-        parts.append("Those that did not take are not 'said'.")
     parts.append(f"Written to {out}: {show.count(total, 'edit')}")
     return parts
 
 
 def _edit_table(report: EditReport) -> Table:
-    columns = ["prompt", "target", ">before", ">after", ">said", ">loss", ">steps"]
+    columns = ["prompt", "target", ">before", ">after", ">said", ">loss", ">steps", ">share"]
+    asked = any(r.paraphrases for r in report.made)
     rows = [
         (
             r.edit.question,
@@ -211,10 +216,12 @@ def _edit_table(report: EditReport) -> Table:
             show.probability(r.loss),
             r.steps,
             show.probability(r.total_share),
+            *[f"{sum(r.paraphrases)} of {len(r.paraphrases)}" if r.paraphrases else ""] * asked,
         )
         for r in report.made
     ]
-    return show.table("Edits: P(target) before and after", [*columns, ">share"], rows)
+    columns += [">paraphrases"] * asked
+    return show.table("Edits: P(target) before and after", columns, rows)
 
 
 def _layer_table(report: EditReport) -> Table:

@@ -55,12 +55,13 @@ def say(text: str) -> None:
 
 
 def one_line(error: BaseException) -> str:
-    """An error's message without line breaks; its type where it has no message."""
+    """An error's message without line breaks or escapes for the terminal; else its type."""
     text = str(error)
     if isinstance(error, OSError) and error.strerror:
         name = "" if error.filename is None else f"{error.filename}: "
         text = f"{name}{error.strerror}"
-    return " ".join(text.split()) or type(error).__name__
+    shown = "".join(c if c.isprintable() else " " for c in text)  # it may quote a stranger's pack
+    return " ".join(shown.split()) or type(error).__name__
 
 
 @contextmanager

@@ -7,6 +7,7 @@ a results file that a later call takes up. It does what ``alphaedit_peft.evaluat
 from __future__ import annotations
 
 from dataclasses import replace
+from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -21,12 +22,33 @@ if TYPE_CHECKING:
 
 EMBEDDED_CASES = 50
 
+
+class Target(str, Enum):
+    """zsRE's field that is taught."""
+
+    ANSWERS = "answers"
+    ALT = "alt"
+
+
 DataOption = Annotated[
     str | None,
     typer.Option(
         "--data",
         metavar="FILE",
         help="Cases: CounterFact, zsRE, KnowEdit or edits.jsonl; or the word 'embedded'.",
+    ),
+]
+SplitOption = Annotated[
+    str | None,
+    typer.Option("--split", help="Read --data as a dataset (Hub id or folder), and this of it."),
+]
+TargetOption = Annotated[Target, typer.Option("--target", help="For zsRE: which answer is taught.")]
+SnippetsOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--snippets",
+        metavar="FILE",
+        help="CounterFact's attribute_snippets.json, which consistency needs.",
     ),
 ]
 TextsOption = Annotated[
@@ -47,6 +69,9 @@ def evaluate(  # noqa: PLR0913
         typer.Option("--pack", metavar="PACK", help="Edits to judge, before and after."),
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Judge so many cases at most.")] = None,
+    split: SplitOption = None,
+    target: TargetOption = Target.ANSWERS,
+    snippets: SnippetsOption = None,
     texts: TextsOption = None,
     generate: GenerateOption = False,
     out: Annotated[
@@ -73,7 +98,11 @@ def evaluate(  # noqa: PLR0913
 
     if data is None and pack is None:
         raise typer.BadParameter("give --data FILE, or --pack PACK for a pack's own edits")
-    suite = _suite_of_pack(str(pack), limit) if data is None else read_suite(data, limit)
+    if data is None:
+        check_ways(data, split, target, snippets)
+        suite = _suite_of_pack(str(pack), limit)
+    else:
+        suite = read_suite(data, limit, split=split, target=target, snippets=snippets)
     suite = replace(suite, texts=(*suite.texts, *read_lines(texts)))
     base, tokenizer = load_model(model, dtype, device)
     before, now = None, base
@@ -94,17 +123,50 @@ def evaluate(  # noqa: PLR0913
     show.show(as_json, facts, *parts)
 
 
-def read_suite(data: str, limit: int | None, rest: int = 0) -> Suite:
-    """Cases and what stands around them; ``rest`` more records give facts that should stay."""
+def read_suite(
+    data: str,
+    limit: int | None,
+    rest: int = 0,
+    *,
+    split: str | None = None,
+    target: Target = Target.ANSWERS,
+    snippets: Path | None = None,
+) -> Suite:
+    """Cases and what stands around them; ``rest`` more records give facts that should stay.
+
+    Raises:
+        typer.BadParameter: options that ``data`` has no use for.
+        ValueError: as ``read_cases``, or fewer cases than asked for.
+    """
     from alphaedit_peft.evaluation import Suite, embedded_suite, facts_of, read_cases
 
+    check_ways(data, split, target, snippets)
     if data == EMBEDDED:
         return embedded_suite(limit or EMBEDDED_CASES)
-    cases, report = read_cases(data, limit=None if limit is None else limit + rest)
+    cases, report = read_cases(
+        data,
+        split=split,
+        limit=None if limit is None else limit + rest,
+        target=target.value,
+        snippets=snippets,
+    )
     if rest and limit is not None and len(cases) < limit:
         raise ValueError(f"{data} holds {len(cases)} distinct cases, fewer than --edits {limit}")
     errors.say(" ".join(str(report).split()))
     return Suite(cases[:limit], facts_of(cases[limit:] if limit else ()))
+
+
+def check_ways(data: str | None, split: str | None, target: Target, snippets: Path | None) -> None:
+    """Refuse ways of reading records where no records are read.
+
+    Raises:
+        typer.BadParameter: one that was given for nothing.
+    """
+    ways = {"--split": split, "--snippets": snippets}
+    ways["--target"] = None if target is Target.ANSWERS else target.value
+    given = [f"{name} {value}" for name, value in ways.items() if value is not None]
+    if given and data in (None, EMBEDDED):
+        raise typer.BadParameter(f"{given[0]} is for records; give them with --data")
 
 
 def _suite_of_pack(pack: str, limit: int | None) -> Suite:

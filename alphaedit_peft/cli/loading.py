@@ -29,7 +29,10 @@ def load_model(model: str, dtype: Dtype, device: str | None) -> tuple[Any, Any]:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    from alphaedit_peft import parallel
+
     hush()
+    parallel.count()  # of several processes, each gets a GPU of its own
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if model == EMBEDDED:
         from alphaedit_peft import embedded

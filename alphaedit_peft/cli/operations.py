@@ -218,7 +218,7 @@ def export(
 
     check_folder(out)
     if max_rank is not None and max_rank != "vllm" and not max_rank.isdecimal():
-        raise typer.BadParameter(f"--max-rank {max_rank!r} is neither a whole number nor 'vllm'")
+        raise typer.BadParameter(f"--max-rank {max_rank!r} is not 1, 2, 3 ... or 'vllm'")
     read = _read(pack)
     require_alone(
         read,

@@ -94,7 +94,11 @@ def inspect_pack(
     filled = pack_capacity(read)
     facts["capacity"] = None if filled is None else filled.to_json()
     room = [] if filled is None or not read.rank else [str(filled)]
-    show.show(as_json, facts, read.summary(), *room, table, *rest)
+    decided = [(d.get("name"), d.get("value"), d.get("reason")) for d in read.decisions]
+    settings = (
+        [show.table(show.DECIDED, ["setting", "value", "reason"], decided)] if decided else []
+    )
+    show.show(as_json, facts, read.summary(), *room, *settings, table, *rest)
 
 
 def merge(
@@ -234,6 +238,7 @@ def _describe(pack: EditPack) -> dict[str, Any]:
         "compression": None if pack.compression is None else pack.compression.to_json(),
         "contexts": list(pack.contexts),
         "config": pack.config.to_json(),
+        "decisions": list(pack.decisions),
         "delta_norms": {name: delta.norm() for name, delta in pack.factors.items()},
         "records": [record.to_json() for record in pack.records],
     }

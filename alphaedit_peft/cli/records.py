@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from alphaedit_peft.cli import show
+from alphaedit_peft.cli.evaluate import Target, TargetOption
 from alphaedit_peft.cli.loading import finding, load_model
 from alphaedit_peft.cli.options import DeviceOption, Dtype, DtypeOption, JsonOption
 from alphaedit_peft.cli.report import PAGES, HtmlOption, ModelOption, PackOption, check_file
@@ -32,13 +33,6 @@ class Layout(str, Enum):
     OWN = "own"
 
 
-class Target(str, Enum):
-    """zsRE's field that is taught."""
-
-    ANSWERS = "answers"
-    ALT = "alt"
-
-
 def show_record(  # noqa: PLR0913
     layout: Annotated[Layout, typer.Argument(help="What the file holds.")],
     file: Annotated[Path, typer.Argument(metavar="FILE", help="Of records, JSON or JSON Lines.")],
@@ -49,9 +43,7 @@ def show_record(  # noqa: PLR0913
     model: ModelOption = None,
     pack: PackOption = None,
     html: HtmlOption = None,
-    target: Annotated[
-        Target, typer.Option("--target", help="For zsRE: which answer is taught.")
-    ] = Target.ANSWERS,
+    target: TargetOption = Target.ANSWERS,
     text_tokens: Annotated[
         int, typer.Option("--tokens", min=1, help="Written after generation prompts.")
     ] = 24,
@@ -93,11 +85,14 @@ def _read(layout: Layout, file: Path, number: int, target: Target) -> Case:
     """One record as a case.
 
     Raises:
+        FileNotFoundError: no such file.
         ValueError: no such record, or one that is not of the layout.
     """
     from alphaedit_peft.evaluation import DataError, read_cases
     from alphaedit_peft.evaluation.data.source import raw_records
 
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} is no file; give one of records, .json or .jsonl")
     name, records = raw_records(file)
     ids = [r.get("case_id") if isinstance(r, dict) else None for r in records]
     where = ids if any(value is not None for value in ids) else list(range(len(records)))

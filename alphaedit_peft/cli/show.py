@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -19,10 +20,16 @@ from rich.table import Table
 from rich.text import Text
 
 WIDE = 24  # characters that a prompt gets, however narrow the terminal
+DECIDED = "Settings that auto decided"
 
 
 def show(as_json: bool, values: Any, *parts: Table | str) -> None:
-    """Print ``values`` as JSON, or the parts, tables and plain sentences, for people."""
+    """Print ``values`` as JSON, or the parts, tables and plain sentences, for people.
+
+    Of several processes (``accelerate launch``) the main one prints.
+    """
+    if os.environ.get("RANK", "0") != "0":
+        return
     if as_json:
         sys.stdout.write(json.dumps(finite(values), indent=2, allow_nan=False) + "\n")
         return

@@ -95,6 +95,12 @@ def why_not(config: AlphaEditConfig, found: Targets, poured: Poured, group: int)
     loss, steps = float(found.losses[group]), int(found.steps[group])
     said, size = float(found.said[group]), float(found.clamped[group])
     assert config.clamp_factor is not None, "resolve the config first"
+    assert config.stop_loss is not None, "resolve the config first"
+    if said < SAID and loss < config.stop_loss:
+        return (
+            f"its target value was taken at loss {loss:.2f}, before it says the target; lower "
+            f"stop_loss (now {config.stop_loss:g})"
+        )
     if said < SAID and size >= 0.99 * config.clamp_factor:
         return (
             f"its target value stopped at the clamp with loss {loss:.2f}; raise clamp_factor (now "

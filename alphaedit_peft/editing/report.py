@@ -59,6 +59,15 @@ class EditResult:
         """Whether the edit was written into the model."""
         return not self.reason
 
+    @property
+    def remark(self) -> str:
+        """What did not come out as asked, with what to turn; empty where nothing is known of it."""
+        if self.why_not:
+            return f"not the likeliest: {self.why_not}"
+        if 2 * sum(self.paraphrases) < len(self.paraphrases):
+            return "it holds only as phrased: more or longer contexts help"
+        return ""
+
 
 @dataclass(frozen=True)
 class LayerReport:
@@ -146,12 +155,12 @@ def _result_line(result: EditResult) -> str:
         return f"{head}: set aside, {result.reason}"
     share = "" if result.total_share is None else f", share {result.total_share:.2f}"
     told, asked = sum(result.paraphrases), len(result.paraphrases)
-    gap = "; it holds only as phrased: more or longer contexts help" * (2 * told < asked)
+    remark = result.remark
     return (
         f"{head}: P {result.probability_before:.3g} -> {result.probability_after:.3g}"
         f", loss {result.loss:.3f} after {result.steps} steps{share}"
         f"{f', {told} of {asked} paraphrases' if asked else ''}"
-        f"{gap if result.likeliest else f'; not the likeliest: {result.why_not}'}"
+        f"{f'; {remark}' if remark else ''}"
     )
 
 

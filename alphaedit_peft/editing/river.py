@@ -13,6 +13,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from alphaedit_peft import parallel
 from alphaedit_peft.editing.bench import Bench
 from alphaedit_peft.editing.groups import Group, group_by_key
 from alphaedit_peft.editing.objective import Objective
@@ -65,7 +66,7 @@ def edit_batch(
         replaced = _replaced(replaces, usable)
         groups = _groups(bench, objective, state, usable, replaced, readings.keys)
     with timed("targets"):
-        found = optimise_targets(bench, groups, progress)
+        found = _shared_targets(bench, groups, progress)
     groups, found, failed = _without_failures(groups, found)
     reasons |= failed
     if not groups:
@@ -80,6 +81,7 @@ def edit_batch(
     )
     with timed("score"):
         scores = score_after(bench, usable, before)
+    parallel.require_same(repr(poured.total.tolist()), "what the batch's edits reach")
     made = outcome(bench, state.rank, groups, found, poured, scores)
     results = tuple(made.get(r.edit.id) or _set_aside([r], reasons)[0] for r in edits)
     records = [
@@ -88,6 +90,19 @@ def edit_batch(
         if rows.edit.id in made
     ]
     return _next_state(state, groups, found, poured, records, replaced), results
+
+
+def _shared_targets(
+    bench: Bench, groups: Sequence[Group], progress: Callable[[int], None]
+) -> Targets:
+    """Every group's target value; several processes optimise a share each."""
+
+    def optimise(own: Sequence[Group]) -> Sequence[Tensor]:
+        found = optimise_targets(bench, own, progress).columns
+        progress(len(groups) - len(own))
+        return found
+
+    return Targets(*parallel.share(groups, optimise))
 
 
 def _set_aside(edits: Sequence[EditRows], reasons: Mapping[str, str]) -> tuple[EditResult, ...]:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
+from alphaedit_peft import parallel
 from alphaedit_peft.editing.bench import Bench
 from alphaedit_peft.editing.budget import within_budget
 from alphaedit_peft.editing.deciding import Decision
@@ -40,6 +41,7 @@ from alphaedit_peft.model.chaining import (
 )
 from alphaedit_peft.model.workbench import WorkbenchModel
 from alphaedit_peft.pack import EditRecord
+from alphaedit_peft.pack.wording import few
 
 
 class EditableModel(WorkbenchModel):
@@ -92,9 +94,10 @@ class EditableModel(WorkbenchModel):
                 rows = [bench.renderer.edit_rows(edit, bench.contexts) for edit in plan.to_make]
             bench = within_budget(bench, objective, rows, batch_size, adopted.rank)
             found = [EditResult(edit, reason) for edit, reason in plan.set_aside]
+            hidden = not (progress and parallel.is_main())
             with (
                 self._settled(bench, objective, rows[:batch_size]) as (objective, decided),
-                tqdm(total=len(rows), desc="edits", unit="edit", disable=not progress) as bar,
+                tqdm(total=len(rows), desc="edits", unit="edit", disable=hidden) as bar,
             ):
                 for start in range(0, len(rows), batch_size):
                     batch = rows[start : start + batch_size]
@@ -224,7 +227,7 @@ class EditableModel(WorkbenchModel):
         known = {edit.id for edit in self.edits}
         unknown = sorted(set(edit_ids) - known)
         if unknown:
-            raise ValueError(f"edit ids {unknown} are not in this model; it has {sorted(known)}")
+            raise ValueError(f"edit ids {unknown} are not in this model; it has {few(known)}")
         return set(edit_ids)
 
     def _repour(

@@ -24,7 +24,7 @@ from alphaedit_peft.model.chaining import (
     refuse_common,
 )
 from alphaedit_peft.model.fitting import check_beside
-from alphaedit_peft.model.several import SeveralModel, require_path
+from alphaedit_peft.model.several import SeveralModel
 from alphaedit_peft.model.union import Union, with_pack
 from alphaedit_peft.pack import EditPack
 from alphaedit_peft.pack.compressing import require_rows
@@ -167,7 +167,10 @@ class JoinableModel(SeveralModel):
 def _named(pack: EditPack | str | Path, number: int) -> tuple[str, EditPack]:
     if isinstance(pack, EditPack):
         return f"pack {number}", pack
-    require_path(pack)
+    if not isinstance(pack, str | Path):
+        raise TypeError(
+            f"packs holds {pack!r}, a {type(pack).__name__}; pass EditPacks, folders or Hub ids"
+        )
     folder = Path(pack)
     name = folder.resolve().name if folder.is_dir() else str(pack)
     return f"pack {name!r}", EditPack.from_pretrained(pack)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from alphaedit_peft import parallel
 from alphaedit_peft.model.adapter import AdapterModel
 from alphaedit_peft.pack import EditPack
 
@@ -56,6 +57,9 @@ class SavingModel(AdapterModel):
     ) -> None:
         """Write an adapter as a pack: a standard LoRA folder with its sidecar.
 
+        Of several processes (``accelerate launch``), which all have the same pack, the main one
+        writes it.
+
         Args:
             save_directory: where to; the folder is replaced in one step.
             dtype: of the factors on disk; None: float32, which lets editing go on with the same
@@ -80,7 +84,9 @@ class SavingModel(AdapterModel):
                 f"loaded adapter, of {[*self.peft_config]}; name one, or choose it with "
                 "set_adapter(name)"
             )
-        self.to_pack(chosen[0]).save_pretrained(save_directory, dtype=dtype)
+        pack = self.to_pack(chosen[0])
+        if parallel.is_main():
+            pack.save_pretrained(save_directory, dtype=dtype)
 
     def push_to_hub(  # type: ignore[override]  # noqa: PLR0913
         self,

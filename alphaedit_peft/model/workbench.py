@@ -10,10 +10,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 
-from alphaedit_peft import hooks, quantised
+from alphaedit_peft import hooks, parallel, quantised
 from alphaedit_peft.editing.bench import Bench
 from alphaedit_peft.editing.capacity import Capacity, measure_capacity, prompt_drift
 from alphaedit_peft.editing.contexts import sample_contexts
@@ -66,7 +67,8 @@ class WorkbenchModel(SavingModel):
             contexts = self._contexts(contexts)
             if contexts is None:
                 with self.disable_adapter(), phases.timed("contexts"):
-                    contexts = sample_contexts(base, tokenizer, config)
+                    sample = partial(sample_contexts, base, tokenizer, config)
+                    contexts = parallel.from_main(sample)
             yield Bench(base, tokenizer, config, self.architecture, contexts, phases), objective
 
     @contextmanager

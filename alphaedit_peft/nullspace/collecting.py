@@ -2,8 +2,9 @@
 
 In: a model, the names of its rewrite modules and token batches. Out: :class:`Sums`, the sums of
 k k^T (d_in, d_in) for each module and how many tokens went in; C0 = sum / tokens (paper section
-3.2). The model runs in its own dtype on its own devices and stops above the last rewrite module;
-a pass that is interrupted can go on from a checkpoint file and gives the same sums.
+3.2). The model runs in its own dtype on its own devices and stops in front of the last rewrite
+module; a pass that is interrupted can go on from a checkpoint file and gives the same sums. Several
+processes take the batches in turn and end with the same sums.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import signal
 import threading
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -26,10 +27,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from alphaedit_peft import hooks
+from alphaedit_peft import hooks, parallel
 from alphaedit_peft.nullspace.corpus import TokenBatch
 
 BATCHES_PER_CHECKPOINT = 200
+BLOCK, MAX_BLOCKS = 256, 8  # of a sum: smallest width, and most to a side
 
 
 @dataclass
@@ -108,25 +110,54 @@ def collect_sums(
 
     Raises:
         ValueError: activations that are not finite, or a checkpoint of other texts.
+        OtherProcessError: another of several processes failed.
     """
-    sums = checkpoint.read() if checkpoint else Sums()
-    bar.update(sums.tokens)
-    device = model.get_input_embeddings().weight.device
-    try:
-        for batch in _remaining(batches, sums):
-            # a batch half summed cannot be saved, so Ctrl-C waits for its end
-            with _interrupts_held() if checkpoint else nullcontext():
-                _add(model, names, batch, sums, device)
-            bar.update(batch.tokens)
-            if checkpoint and sums.batches % BATCHES_PER_CHECKPOINT == 0:
+    with parallel.in_step():
+        sums = _begin(checkpoint)
+        bar.update(sums.tokens)
+        device = model.get_input_embeddings().weight.device
+        try:
+            for batch in _remaining(batches, sums):
+                # a batch half summed cannot be saved, so Ctrl-C waits for its end
+                with _interrupts_held() if checkpoint else nullcontext():
+                    if sums.batches % parallel.count() == parallel.rank():
+                        _add(model, names, batch, sums, device)
+                    _count(batch, sums)
+                bar.update(batch.tokens)
+                if checkpoint and sums.batches % BATCHES_PER_CHECKPOINT == 0:
+                    _write(checkpoint, _combined(sums, names))
+        except KeyboardInterrupt:
+            if checkpoint and parallel.count() == 1:  # several stop at different batches
                 checkpoint.write(sums)
-    except KeyboardInterrupt:
-        if checkpoint:
-            checkpoint.write(sums)
-        raise
+            raise
+        whole = _combined(sums, names)
     if checkpoint:
+        _write(checkpoint, whole)
+    return whole
+
+
+def _begin(checkpoint: Checkpoint | None) -> Sums:
+    """What the checkpoint holds: its counts in every process, its sums in the main one."""
+    if checkpoint is None:
+        return Sums()
+    sums = checkpoint.read() if parallel.is_main() else Sums()
+    counts = parallel.gathered({**vars(sums), "matrices": {}})[0]
+    return replace(sums, **{**counts, "matrices": sums.matrices})
+
+
+def _write(checkpoint: Checkpoint, sums: Sums) -> None:
+    if parallel.is_main():
         checkpoint.write(sums)
-    return sums
+
+
+def _combined(sums: Sums, names: list[str]) -> Sums:
+    """The sums of all processes together; some may have had no batch."""
+    if parallel.count() == 1:
+        return sums
+    shapes = parallel.gathered({name: matrix.shape for name, matrix in sums.matrices.items()})
+    known = {name: shape for found in shapes for name, shape in found.items()}
+    own = {name: sums.matrices.get(name, torch.zeros(known[name])) for name in names if known}
+    return replace(sums, matrices={name: parallel.summed(own[name]) for name in own})
 
 
 def _remaining(batches: Iterable[TokenBatch], sums: Sums) -> Iterator[TokenBatch]:
@@ -146,23 +177,57 @@ def _remaining(batches: Iterable[TokenBatch], sums: Sums) -> Iterator[TokenBatch
 def _add(
     model: nn.Module, names: list[str], batch: TokenBatch, sums: Sums, device: torch.device
 ) -> None:
+    padded = not bool(batch.mask.all())
+
     def see(name: str, inputs: Tensor) -> None:
         keys = inputs.reshape(-1, inputs.shape[-1])  # (rows * tokens, d_in)
-        keys = keys[batch.mask.reshape(-1).to(keys.device)].float()  # (real tokens, d_in)
-        if not torch.isfinite(keys).all():
+        if padded:
+            keys = keys[batch.mask.reshape(-1).to(keys.device)]  # (real tokens, d_in)
+        if name not in sums.matrices:
+            width = keys.shape[1]
+            sums.matrices[name] = torch.zeros(width, width, device=keys.device)
+        sums.matrices[name] = sums.matrices[name].to(keys.device)
+        add_products(sums.matrices[name], keys)
+        # squares of what is not finite are not finite
+        if not torch.isfinite(sums.matrices[name].diagonal()).all():
             raise ValueError(
                 f"the keys of {name} hold NaN or infinity in {inputs.dtype}; load the model in "
                 "bfloat16 or float32, or check its weights"
             )
-        if name not in sums.matrices:
-            sums.matrices[name] = keys.new_zeros(keys.shape[1], keys.shape[1])
-        sums.matrices[name] = sums.matrices[name].to(keys.device).addmm_(keys.T, keys)
 
     # an offloaded embedding has no device of its own; accelerate moves the inputs then
     to = torch.device("cpu") if device.type == "meta" else device
     inputs = {"input_ids": batch.ids.to(to), "attention_mask": batch.mask.long().to(to)}
     with torch.no_grad(), hooks.watching_inputs(model, names, see):
-        hooks.run_until(model, inputs, names[-1])
+        hooks.run_until(model, inputs, names[-1], entering=True)
+
+
+def add_products(total: Tensor, keys: Tensor) -> None:
+    """Add K^T K to a symmetric sum, in place, in float32.
+
+    Only blocks on and above the diagonal are multiplied, and mirrored: with b blocks a side this
+    is (b + 1) / 2b of the arithmetic. Products of bfloat16 and float16 keys are exact in float32;
+    a GPU multiplies them as they are.
+
+    Args:
+        total: (d_in, d_in), float32, symmetric.
+        keys: (tokens, d_in), any floating dtype, on the same device.
+    """
+    width = len(total)
+    narrow = keys.dtype in (torch.bfloat16, torch.float16) and keys.is_cuda
+    keys = keys if narrow else keys.float()
+    step = max(BLOCK, -(-width // MAX_BLOCKS))
+    for first in range(0, width, step):
+        left = keys[:, first : first + step].T
+        rows = slice(first, first + step)
+        if narrow:
+            total[rows, first:] += torch.mm(left, keys[:, first:], out_dtype=torch.float32)
+        else:
+            total[rows, first:].addmm_(left, keys[:, first:])
+        total[first + step :, rows] = total[rows, first + step :].T
+
+
+def _count(batch: TokenBatch, sums: Sums) -> None:
     sums.seen = _chained(sums.seen, batch)
     sums.tokens += batch.tokens
     sums.batches += 1

@@ -7,7 +7,6 @@ A C0 A^T.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,11 +15,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from alphaedit_peft import algebra
+from alphaedit_peft import algebra, parallel
 from alphaedit_peft.nullspace.files import Types, read_artefact, write_artefact
 
 STEM = "null_space"
 REACH = 10.0  # the threshold can be moved by this factor, either way
+WORKSPACE = 6  # float64 matrices of a moment's size that an eigen-decomposition takes on a GPU
 PROJECTOR_ERROR = 1e-2  # largest deviation of a projector's entries and eigenvalues
 PROJECTOR = (0.5, "absolute")  # threshold and mode where only P is known: values are 0 or 1
 
@@ -76,7 +76,7 @@ class LayerSpace:
             raise ValueError(
                 f"reach={reach} is no factor to move the threshold by; use 1 (not at all) or more"
             )
-        found = algebra.spectrum(moment.double())
+        found = _spectrum(moment)
         values = found.values.float().cpu()
         width = len(values)
         top = {"absolute": float("inf"), "rank": float(width)}.get(mode, 1.0)
@@ -205,30 +205,12 @@ class LayerSpace:
             )
 
 
-def check_tokens(tokens: int, layer: int, width: int) -> None:
-    """Refuse a moment over fewer tokens than it is wide; warn below ten tokens a direction.
-
-    Raises:
-        ValueError: fewer tokens than ``width``.
-    """
-    if tokens < width:
-        raise ValueError(
-            f"{tokens} tokens are fewer than layer {layer}'s width {width}, so directions would "
-            f"count as unused for want of data; collect at least {width - tokens} more, better "
-            f"{10 * width - tokens}"
-        )
-    if tokens < 10 * width:
-        warnings.warn(
-            f"{tokens} tokens are few for layer {layer}'s width {width}; ten for each direction "
-            f"are advised, {10 * width}",
-            stacklevel=4,
-        )
-
-
 def write_parts(
     folder: str | Path, parts: Mapping[int, LayerSpace], values: Mapping[str, Any]
 ) -> None:
-    """Write the layers of a null space and its plain values into a folder."""
+    """Write the layers of a null space and its plain values; of several processes the main does."""
+    if not parallel.is_main():
+        return
     tensors = {
         f"layers.{layer}.{name}": getattr(part, name)
         for layer, part in parts.items()
@@ -262,6 +244,16 @@ def read_parts(
     for layer, part in parts.items():
         part.check(layer)
     return parts, values
+
+
+def _spectrum(moment: Tensor) -> algebra.Spectrum:
+    """Eigenvalues and eigenvectors in float64, on a GPU where there is one with the room."""
+    device = moment.device
+    if device.type == "cpu" and torch.cuda.is_available():
+        free, _ = torch.cuda.mem_get_info()
+        if free > WORKSPACE * 8 * moment.numel():
+            device = torch.device("cuda", torch.cuda.current_device())
+    return algebra.spectrum(moment.to(device, torch.float64))
 
 
 def _signed(vectors: Tensor) -> Tensor:

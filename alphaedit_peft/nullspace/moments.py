@@ -18,12 +18,13 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 from tqdm import tqdm
 
-from alphaedit_peft import hooks
+from alphaedit_peft import hooks, parallel
 from alphaedit_peft.config import AlphaEditConfig
 from alphaedit_peft.fingerprint import BaseFingerprint, bare_model, fingerprint
 from alphaedit_peft.nullspace.collecting import Checkpoint, Sums, collect_sums
 from alphaedit_peft.nullspace.corpus import TokenBatch, corpus_label, read_texts, token_batches
 from alphaedit_peft.nullspace.files import ORIGIN, Types, read_artefact, versions, write_artefact
+from alphaedit_peft.placement import require_whole
 
 if TYPE_CHECKING:
     from alphaedit_peft.nullspace.space import NullSpace
@@ -68,7 +69,9 @@ class KeyMoments:
         resume: str | Path | None = None,
         text_column: str = "text",
     ) -> KeyMoments:
-        """Collect the moments of all rewrite layers in one pass that stops above the last one.
+        """Collect the moments of all rewrite layers in one pass that stops at the last one.
+
+        Several processes (``accelerate launch``) share the work, and end with the same moments.
 
         Args:
             model: the base model; of a PEFT model, its base with adapters off.
@@ -83,8 +86,9 @@ class KeyMoments:
             text_column: which column of a dataset holds the text.
 
         Raises:
-            ValueError: a model that cannot be edited, no tokens, keys that are not finite, or a
-                resume file of another run.
+            ValueError: a model that cannot be edited or is split among processes, no tokens, keys
+                that are not finite, or a resume file of another run.
+            OtherProcessError: another of several processes failed.
         """
         if max_tokens is not None and max_tokens < 1:
             raise ValueError(
@@ -92,13 +96,15 @@ class KeyMoments:
                 "times d_in, or None for the whole corpus"
             )
         base = bare_model(model)
+        require_whole(base)
         full, architecture = config.resolve(base)
         modules = {layer: architecture.rewrite_name(layer) for layer in full.rewrite_layers or ()}
         made_for = fingerprint(base, max(modules), architecture)
         subject = {"fingerprint": made_for.to_json(), "modules": list(modules.values())}
         corpus = read_texts(texts, text_column)
+        hidden = not (progress and parallel.is_main())
         adapters_off = getattr(model, "disable_adapter", nullcontext)
-        bar = tqdm(total=max_tokens, unit="tok", desc="key moments", disable=not progress)
+        bar = tqdm(total=max_tokens, unit="tok", desc="key moments", disable=hidden)
         with adapters_off(), hooks.evaluating(base), bar:
             sums = collect_sums(
                 base,
@@ -122,6 +128,7 @@ class KeyMoments:
         config: AlphaEditConfig | None = None,
         *,
         reach: float = 10.0,
+        progress: bool = True,
     ) -> NullSpace:
         """The null space for a threshold, given here or in a resolved config.
 
@@ -132,6 +139,7 @@ class KeyMoments:
             reach: how far ``with_threshold`` can go from there, as a factor, either way. The
                 artefact holds eigenvectors for all of it: 1.0 makes the thinnest one, whose
                 threshold stays.
+            progress: whether to show a bar on stderr where it takes long.
 
         Raises:
             ValueError: no threshold or mode in either place, and as ``NullSpace.from_moments``.
@@ -146,7 +154,7 @@ class KeyMoments:
                 f"threshold={threshold} and mode={mode!r} leave one open; give both, or a config "
                 "that was resolved for the model"
             )
-        return NullSpace.from_moments(self, threshold, mode, reach)
+        return NullSpace.from_moments(self, threshold, mode, reach, progress=progress)
 
     def digest(self) -> str:
         """Sixteen hex digits that identify these moments, for provenance."""
@@ -158,7 +166,9 @@ class KeyMoments:
         return found.hexdigest()[:16]
 
     def save_pretrained(self, save_directory: str | Path) -> None:
-        """Write ``key_moments.safetensors`` and ``key_moments.json``."""
+        """Write ``key_moments.safetensors`` and ``key_moments.json``; the main process does."""
+        if not parallel.is_main():
+            return
         tensors = {f"layers.{layer}.moment": self.moments[layer] for layer in self.layers}
         values = {
             "tokens": self.tokens,

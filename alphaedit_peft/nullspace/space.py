@@ -21,15 +21,9 @@ from alphaedit_peft import algebra
 from alphaedit_peft.config import AlphaEditConfig
 from alphaedit_peft.fingerprint import BaseFingerprint, bare_model, require_same_base
 from alphaedit_peft.hub import Destination
+from alphaedit_peft.nullspace.decomposing import decompose
 from alphaedit_peft.nullspace.files import ORIGIN, Types
-from alphaedit_peft.nullspace.layer import (
-    REACH,
-    LayerSpace,
-    LayerSummary,
-    check_tokens,
-    read_parts,
-    write_parts,
-)
+from alphaedit_peft.nullspace.layer import REACH, LayerSpace, LayerSummary, read_parts, write_parts
 from alphaedit_peft.nullspace.moments import KeyMoments
 from alphaedit_peft.nullspace.sharing import find_folder, push_null_space
 
@@ -92,13 +86,20 @@ class NullSpace:
             resume=resume,
             text_column=text_column,
         )
-        return moments.null_space(config=config.resolve(bare_model(model))[0])
+        full = config.resolve(bare_model(model))[0]
+        return moments.null_space(config=full, progress=progress)
 
     @classmethod
     def from_moments(
-        cls, moments: KeyMoments, threshold: float, mode: str, reach: float = REACH
+        cls,
+        moments: KeyMoments,
+        threshold: float,
+        mode: str,
+        reach: float = REACH,
+        *,
+        progress: bool = False,
     ) -> NullSpace:
-        """The null space of key moments, its threshold within ``reach``; in float64 on the CPU.
+        """The null space of key moments, its threshold within ``reach``; on a GPU if there is one.
 
         Raises:
             ValueError: fewer tokens than a layer is wide, a threshold that keeps nothing, or a
@@ -107,12 +108,7 @@ class NullSpace:
         Warns:
             UserWarning: fewer than ten tokens for each direction.
         """
-        for layer, moment in moments.moments.items():
-            check_tokens(moments.tokens, layer, moment.shape[0])
-        parts = {
-            layer: LayerSpace.from_moment(moments.moments[layer], threshold, mode, reach)
-            for layer in moments.layers
-        }
+        parts = decompose(moments.moments, moments.tokens, (threshold, mode, reach), progress)
         return cls(parts, threshold, mode, moments.tokens, moments.fingerprint, moments.provenance)
 
     @classmethod

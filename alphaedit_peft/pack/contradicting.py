@@ -71,7 +71,8 @@ def settle(
         raise ValueError(f"on_conflict={on_conflict!r} is unknown; use one of {RULES}")
     rows = [row for p, pack in enumerate(packs) for row in _rows(p, pack)]
     gone: dict[int, str] = {}
-    for u, v in _meetings(packs, rows, key_cosine):
+    pairs = _meetings(packs, rows, key_cosine)
+    for u, v in reversed(pairs) if on_conflict == "last" else pairs:  # winners are settled first
         if u in gone or v in gone:
             continue
         loser, reason = _loser(rows[u], rows[v], names, on_conflict)

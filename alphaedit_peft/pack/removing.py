@@ -17,6 +17,7 @@ from alphaedit_peft import delta_algebra
 from alphaedit_peft.pack.compressing import require_rows
 from alphaedit_peft.pack.parents import parent_entry
 from alphaedit_peft.pack.record import EditRecord
+from alphaedit_peft.pack.wording import few
 
 if TYPE_CHECKING:
     from alphaedit_peft.pack.pack import EditPack
@@ -94,7 +95,7 @@ def _records_of(pack: EditPack, ids: Iterable[str]) -> list[EditRecord]:
     own = {record.edit.id: record for record in pack.records if record.role == "own"}
     unknown = [name for name in wanted if name not in own]
     if unknown:
-        raise ValueError(f"edit ids {unknown} are not in this pack; it has {sorted(own)}")
+        raise ValueError(f"edit ids {unknown} are not in this pack; it has {few(own)}")
     return [own[name] for name in wanted]
 
 

@@ -1,11 +1,12 @@
 """What a pack records of its making, in words: its parents, and what compression cost.
 
-In: an entry of ``EditPack.parents``, or ``EditPack.compression``. Out: a line of plain text.
+In: an entry of ``EditPack.parents``, ``EditPack.compression``, or ids of edits. Out: a line of
+plain text.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -36,3 +37,10 @@ def compressed(made: Compression) -> str:
     how = f"from {made.rows} rows, " if made.mixed else ""
     delta, outputs = (max(e.values(), default=0.0) for e in (made.delta_errors, made.output_errors))
     return f"{how}{made.dtype}; Delta off by {delta:.2g}, the edits' outputs by {outputs:.2g}"
+
+
+def few(ids: Collection[str], most: int = 10) -> str:
+    """Ids of edits in their order, the first of them and a count where there are many."""
+    shown = sorted(ids)
+    more = len(shown) - most
+    return f"{shown[:most]} and {more} more" if more > 0 else str(shown)

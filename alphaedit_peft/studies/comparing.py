@@ -203,8 +203,8 @@ def _require_statistics(study: Study, method: Method) -> None:
     config = method.config(study.base.model, study.config)
     if config.objective == "memit" and study.base.key_moments is None:
         raise ValueError(
-            f"method {method.name!r} needs key moments; give them (KeyMoments.collect), or leave "
-            "the method out"
+            f"method {method.name!r} needs key moments; give them (KeyMoments.collect, alphaedit "
+            "nullspace --moments-out), or leave the method out"
         )
     if config.projects and study.base.null_space is None:
         raise ValueError(

@@ -84,6 +84,36 @@ def test_edit_says_why_an_edit_was_set_aside(null_space, pack, run, shown, tmp_p
     assert "already says" in text
 
 
+def test_edit_says_what_it_decided_and_why_an_edit_did_not_take(
+    null_space, run, edits_file, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("COLUMNS", "600")
+    out = tmp_path / "pack"
+    words = ["edit", "embedded", edits_file, "--null-space", null_space, "--out", out, *FAST]
+    text = run(*words, "--set", "clamp_factor=0.01").stdout
+    assert text.count("not the likeliest: its target value stopped at the clamp") == 2
+    assert "raise clamp_factor (now 0.01)" in text
+    decided = EditPack.from_pretrained(out).decisions
+    assert {"rewrite_layers", "threshold", "ridge"} <= {d["name"] for d in decided}
+    for told in (text, run("inspect", out).stdout):
+        for decision in decided:
+            assert decision["reason"] in told
+
+
+def test_edit_says_how_many_paraphrases_an_edit_holds_in(
+    null_space, run, edits_file, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("COLUMNS", "600")
+    first, second = map(json.loads, edits_file.read_text().splitlines())
+    first["paraphrases"] = [first["prompt"].replace("{}", first["subject"]), "The dog ran to the"]
+    first["paraphrases"].append("The train from London to")
+    edits_file.write_text(f"{json.dumps(first)}\n{json.dumps(second)}\n")
+    words = ["edit", "embedded", edits_file, "--null-space", null_space, "--set", "num_contexts=0"]
+    text = run(*words, "--out", tmp_path / "pack").stdout
+    assert "1 of 3" in text
+    assert text.count("it holds only as phrased") == 1
+
+
 def test_edit_takes_settings_from_a_file_and_options_win(
     null_space, run, edits_file, tmp_path, capsys
 ):
@@ -132,6 +162,7 @@ def test_inspect_shows_a_pack_without_a_model(pack, run, run_json):
     assert written.edits[0].id in text
     values = run_json("inspect", pack)
     assert values["rank"] == written.rank
+    assert values["decisions"] == list(written.decisions) != []
     assert [r["edit"]["id"] for r in values["records"]] == [e.id for e in written.edits]
 
 

@@ -38,8 +38,9 @@ def test_the_base_knows_the_facts_and_the_edits_change_some(findings):
         right, total = findings.right(kind, "base")
         assert right >= 0.9 * total
     assert findings.right("edit", "edited")[0] >= 9
-    right, total = findings.right("bystander", "edited")
-    assert right >= 0.9 * total
+    for kind, least in (("paraphrase", 0.85), ("bystander", 0.9), ("same subject", 0.8)):
+        right, total = findings.right(kind, "edited")
+        assert right >= least * total
 
 
 def test_the_exam_asks_about_ten_people_and_all_relations():

@@ -101,6 +101,8 @@ def test_compare_prints_one_table_and_goes_on_in_its_folder(
     result = run(*words)
     assert "alphaedit" in result.stdout
     assert "means, 95 % intervals over seeds" in result.stdout
+    assert "finetuning left its edits undone" in result.stdout  # at ROME's bound
+    assert "alphaedit left its edits undone" not in result.stdout
     assert "batch" not in result.stderr  # nothing was made again
     result = run(*words[:-1], "steps=11", code=1)
     assert "another" in result.stderr
@@ -131,3 +133,56 @@ def test_compare_refuses_what_it_does_not_know(run, tmp_path, words, code, named
 def test_compare_needs_data_for_another_model(run, tmp_path):
     result = run("compare", "some/model", "--out", tmp_path / "run", code=2)
     assert "--data" in result.output
+
+
+@pytest.mark.slow
+def test_records_are_read_with_their_reference_texts(embedded_model, run_json, tmp_path):
+    pytest.importorskip("sklearn")
+    record = embedded.records()[120]
+    wanted = record["requested_rewrite"]
+    wanted |= {"relation_id": "P1"}
+    wanted["target_new"] |= {"id": "Q1"}
+    record["generation_prompts"] = record["generation_prompts"][:1]
+    data, snippets = tmp_path / "records.json", tmp_path / "snippets.json"
+    data.write_text(json.dumps([record]), encoding="utf-8")
+    text = f"It is {wanted['target_new']['str']}."
+    entry = {"relation_id": "P1", "target_id": "Q1", "samples": [{"text": text}]}
+    snippets.write_text(json.dumps([entry]), encoding="utf-8")
+    words = ["evaluate", embedded_model, "--data", data, "--generate"]
+    assert "consistency" in run_json(*words, "--snippets", snippets)["metrics"]
+
+
+def test_a_dataset_is_judged_by_name_and_split(embedded_model, run_json, tmp_path, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    folder = tmp_path / "facts"
+    folder.mkdir()
+    (folder / "train.json").write_text(json.dumps(embedded.records()[120]), encoding="utf-8")
+    words = ["evaluate", embedded_model, "--data", folder, "--split", "train"]
+    assert run_json(*words)["metrics"]["efficacy"]["value"] == 0.0
+
+
+def test_evaluate_teaches_either_answer_of_zsre(embedded_model, run_json, tmp_path):
+    record = {
+        **{"subject": "Zoren", "src": "Where does Zoren live?", "rephrase": "Zoren lives where?"},
+        **{"answers": ["Lisbon"], "alt": "Vienna", "loc": "nq question: who", "loc_ans": "harp"},
+    }
+    data = tmp_path / "zsre.json"
+    data.write_text(json.dumps([record]), encoding="utf-8")
+    words = ["evaluate", embedded_model, "--data", data]
+    assert "efficacy" not in run_json(*words)["metrics"]  # nothing to compare the answer with
+    assert "efficacy" in run_json(*words, "--target", "alt")["metrics"]
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "named"),
+    [
+        (["--data", "embedded", "--split", "train"], 2, "--split train is for records"),
+        (["--pack", "pack", "--target", "alt"], 2, "--target alt is for records"),
+        (["--data", "embedded", "--snippets", "a.json"], 2, "--snippets a.json is for records"),
+        (["--data", __file__, "--split", "train"], 1, "split='train' is for datasets"),
+    ],
+)
+def test_ways_to_read_records_need_records(run, words, code, named):
+    result = run("evaluate", "embedded", *words, code=code)
+    assert named in " ".join(result.output.replace("│", " ").split())

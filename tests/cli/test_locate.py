@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import pytest
 
+from tests.report.test_browser import BROWSER, browse  # noqa: F401
+
 QUICK = ("--limit", "1", "--samples", "1")
 
 
 @pytest.mark.slow
-def test_locate_shows_blocks_and_writes_a_page(embedded_model, run, tmp_path):
+def test_locate_shows_blocks_and_writes_a_page(embedded_model, run, browse, tmp_path):  # noqa: F811
     page = tmp_path / "located.html"
     text = run("locate", embedded_model, *QUICK, "--html", page).stdout
     assert "1 fact traced" in text
@@ -19,6 +21,10 @@ def test_locate_shows_blocks_and_writes_a_page(embedded_model, run, tmp_path):
     html = page.read_text(encoding="utf-8")
     assert "Average indirect effect: blocks 0 to 5" in html
     assert "last subject" in html
+    if BROWSER is not None:
+        dom, said = browse(html)
+        assert said == ""
+        assert "<output>1 in all</output>" in dom  # its script ran
 
 
 @pytest.mark.slow
@@ -30,7 +36,14 @@ def test_locate_gives_all_numbers_as_json(embedded_model, run_json):
 
 
 @pytest.mark.slow
-def test_tune_recommends_one_of_what_it_tried(shown, embedded_model, run, run_json, tmp_path):
+def test_tune_recommends_one_of_what_it_tried(
+    shown,
+    embedded_model,
+    run,
+    run_json,
+    browse,  # noqa: F811
+    tmp_path,
+):
     folder, page = shown[0], tmp_path / "tuned.html"
     words = ["tune", embedded_model, "--edits", "2", "--null-space", folder / "null_space"]
     words += ["--layers", "0-1", "--clamps", "1", "--ridges", "0.05,0.5", "--thresholds", "0.02"]
@@ -41,7 +54,12 @@ def test_tune_recommends_one_of_what_it_tried(shown, embedded_model, run, run_js
     assert "2 settings tried on 2 edits" in text
     assert "Recommended: layers 0,1" in text
     assert "…" not in text  # eighty columns hold the table
-    assert "All that was tried" in page.read_text(encoding="utf-8")
+    html = page.read_text(encoding="utf-8")
+    assert "All that was tried" in html
+    if BROWSER is not None:
+        dom, said = browse(html)
+        assert said == ""
+        assert "<output>2 in all</output>" in dom
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from alphaedit_peft import AlphaEditConfig, Edit, NullSpace, get_alphaedit_model
 from alphaedit_peft.editing.objective import AlphaEdit, Memit
 from alphaedit_peft.editing.outcome import score_after, why_not
 from alphaedit_peft.editing.pour import Poured, _parts
+from alphaedit_peft.editing.report import EditReport, EditResult
 from alphaedit_peft.editing.targets import Targets
 from alphaedit_peft.nullspace import KeyMoments
 from tests import oracle
@@ -27,7 +28,13 @@ def reason(clamped=0.3, said=1.0, total=1.0, kept=0.5, **changes) -> str:
     poured = Poured(
         {}, torch.ones(2, 2), torch.tensor([[0.5, 0.5], [0.5, kept]]), torch.tensor([1.0, total])
     )
-    known = {"clamp_factor": 0.75, "ridge": 7.0, "ridge_mode": "absolute", "moment_weight": 100.0}
+    known = {
+        "stop_loss": 0.05,
+        "clamp_factor": 0.75,
+        "ridge": 7.0,
+        "ridge_mode": "absolute",
+        "moment_weight": 100.0,
+    }
     config = AlphaEditConfig(**(known | changes))
     return why_not(config, found, poured, 1)
 
@@ -42,6 +49,12 @@ def test_a_search_that_was_too_short_names_the_steps():
     wanted = "its target value still had loss 1.50 after 25 steps; raise steps or learning_rate"
     assert reason(clamped=0.5, said=0.4) == wanted
     assert reason(clamped=0.75, said=0.4, clamp_factor=1.0) == wanted
+
+
+def test_a_search_that_stopped_too_early_names_the_loss_at_which_it_stops():
+    wanted = "its target value was taken at loss 1.50, before it says the target; lower stop_loss"
+    assert reason(clamped=0.75, said=0.4, stop_loss=2.0).startswith(wanted)
+    assert "stop_loss" not in reason(said=0.4, stop_loss=1.5)
 
 
 def test_keys_that_projection_leaves_little_of_name_the_threshold():
@@ -63,6 +76,27 @@ def test_a_target_value_that_was_reached_names_the_other_tokens():
     found = reason(total=0.97)
     assert found.startswith("its target value was reached (97%), but the batch also moves")
     assert reason(total=0.97, kept=0.001) == found
+
+
+@pytest.mark.parametrize(
+    ("why_not", "paraphrases", "wanted"),
+    [
+        ("", (), ""),
+        ("", (True, False), ""),
+        ("", (True, False, False), "it holds only as phrased: more or longer contexts help"),
+        ("the clamp", (False,), "not the likeliest: the clamp"),
+    ],
+)
+def test_an_edit_that_holds_in_less_than_half_of_its_paraphrases_says_so(
+    why_not, paraphrases, wanted
+):
+    said = not why_not
+    figures = {"probability_before": 0.1, "probability_after": 0.9, "loss": 0.1, "steps": 3}
+    values = {"likeliest": said, "paraphrases": paraphrases, "why_not": why_not, **figures}
+    found = EditResult(EDITS[0], **values)
+    assert found.remark == wanted
+    line = str(EditReport((found,), ())).splitlines()[1]
+    assert line.endswith(f"; {wanted}" if wanted else "steps" if not paraphrases else "paraphrases")
 
 
 def test_paraphrases_are_scored_with_their_own_edit(tokenizer):

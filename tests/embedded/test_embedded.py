@@ -5,7 +5,8 @@ import json
 import pytest
 import torch
 
-from alphaedit_peft import embedded
+from alphaedit_peft import embedded, hooks
+from alphaedit_peft.architecture import default_rewrite_layers
 from alphaedit_peft.embedded.world import fill, relation_of
 
 MEGABYTE = 1_000_000
@@ -42,12 +43,31 @@ def test_loads_in_float32_and_evaluation_mode_by_default(loaded) -> None:
     assert model.dtype is torch.float32
     assert not model.training
     assert model.config.model_type == "llama"
+    assert model.config.num_hidden_layers >= 6
     assert len(tokenizer) == model.config.vocab_size
 
 
 def test_loads_in_the_dtype_asked_for() -> None:
     model, _ = embedded.load(torch.bfloat16)
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+
+
+@torch.no_grad()
+def test_keys_of_different_people_are_nearly_orthogonal(loaded) -> None:
+    model, tokenizer = loaded
+    prompt = embedded.world().relations[0].prompts[0].partition("{}")[0]
+    layers = default_rewrite_layers(model.config.num_hidden_layers)
+    modules = [f"model.layers.{layer}.mlp.down_proj" for layer in layers]
+    found = []
+    for subject in embedded.world().subjects[:40]:
+        inputs = tokenizer(prompt + subject, return_tensors="pt")
+        found.append(hooks.capture_inputs(model, inputs, modules, f"model.layers.{layers[-1]}"))
+    for module in modules:
+        keys = torch.stack([inputs[module][0, -1] for inputs in found])  # (40, d_in)
+        unit = torch.nn.functional.normalize(keys, dim=1)
+        cosines = (unit @ unit.T).abs()[torch.triu(torch.ones(40, 40), 1) > 0]
+        assert cosines.mean() < 0.2
+        assert cosines.quantile(0.95) < 0.45
 
 
 def test_model_and_tokenizer_carry_the_neutral_name(loaded) -> None:

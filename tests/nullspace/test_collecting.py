@@ -123,3 +123,32 @@ def subject_of(moments: KeyMoments) -> dict:
     assert moments.fingerprint is not None
     modules = list(moments.modules.values())
     return {"fingerprint": moments.fingerprint.to_json(), "modules": modules}
+
+
+@pytest.mark.parametrize("width", [5, 256, 300, 2060])
+def test_products_of_blocks_add_up_to_the_whole_symmetric_product(width):
+    generator = torch.Generator().manual_seed(0)
+    keys = torch.randn(40, width, generator=generator)
+    total = torch.eye(width)
+    collecting.add_products(total, keys)
+    collecting.add_products(total, keys[:3].bfloat16())
+    some = keys[:3].bfloat16().double()
+    wanted = torch.eye(width).double() + keys.double().T @ keys.double() + some.T @ some
+    torch.testing.assert_close(total.double(), wanted, rtol=1e-5, atol=1e-4)
+    assert torch.equal(total, total.T)
+
+
+def test_the_pass_stops_in_front_of_the_last_rewrite_module(model, tokenizer, texts, small):
+    ran = []
+    last = model.transformer.h[2].mlp.c_proj
+    hook = last.register_forward_hook(lambda *_: ran.append(1))
+    KeyMoments.collect(model, tokenizer, texts, small, progress=False)
+    hook.remove()
+    assert not ran
+
+
+def test_keys_that_are_not_finite_are_refused_with_their_module(model, tokenizer, texts, small):
+    with torch.no_grad():
+        model.transformer.h[2].mlp.c_fc.weight[0, 0] = float("nan")
+    with pytest.raises(ValueError, match=r"keys of transformer\.h\.2\.mlp\.c_proj hold NaN"):
+        KeyMoments.collect(model, tokenizer, texts, small, progress=False)

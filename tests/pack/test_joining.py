@@ -149,6 +149,30 @@ def test_contradictions_by_text_are_settled_by_the_rule(make):
     assert other.edit.id in left.reason
 
 
+def test_a_row_that_lost_itself_takes_no_other_with_it(make):
+    """a and b share a key, b and c a prompt: c beats b, which then cannot beat a."""
+    a, c = make("a"), make("c")
+    b = with_key_of(make("b"), a)
+    other = EditRecord(dataclasses.replace(c.edits[1], target_new="Elsewhere", id="other"), 0)
+    b = dataclasses.replace(b, records=[other, *b.records[1:]])
+    found = join([a, b, c], on_conflict="last", norm_guard=0)
+    assert [left.id for left in found.left_out] == ["other"]
+    found = join([a, b, c], on_conflict="first", norm_guard=0)
+    assert [left.id for left in found.left_out] == ["other"]
+
+
+def test_what_is_said_of_the_outputs_is_true_of_the_factors_that_are_kept(make):
+    packs = [make("a"), make("b", 4)]
+    for name, joint in join(packs, norm_guard=0).solved.items():
+        wanted = torch.cat(
+            [delta_algebra.outputs(p.factors[name], p.factors[name].A) for p in packs]
+        )
+        found = delta_algebra.outputs(joint.delta, joint.delta.A)
+        drift = (found - wanted).norm(dim=1) / wanted.norm(dim=1)
+        torch.testing.assert_close(joint.drift, drift)
+        assert float(drift.max()) > 1e-10  # they were rounded to float32
+
+
 def test_one_prefix_is_one_key(make):
     a, b = make("a"), make("b")
     packs = [

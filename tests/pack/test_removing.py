@@ -13,6 +13,7 @@ from alphaedit_peft.algebra import LowRankDelta
 from alphaedit_peft.config import AlphaEditConfig
 from alphaedit_peft.edits import Edit
 from alphaedit_peft.pack import EditPack, EditRecord
+from alphaedit_peft.pack.wording import few
 from tests.conftest import tiny_model
 
 KEPT = [0, 1, 3]
@@ -188,6 +189,7 @@ def test_unusable_ids(five):
         five.without([five.edits[0].id, "nobody"])
     with pytest.raises(TypeError, match=r"ids='abc' is one text; pass a list of ids"):
         five.without("abc")
+    assert few([f"e{i:02}" for i in range(2000)], 2) == "['e00', 'e01'] and 1998 more"
     with pytest.raises(ValueError, match=r"ids=\[\] names no edit"):
         five.without([])
     with pytest.raises(ValueError, match=r"max_share=2 is a share"):

@@ -7,8 +7,10 @@ from dataclasses import replace
 
 import pytest
 
+from alphaedit_peft import AlphaEditConfig, NullSpace, embedded
+from alphaedit_peft.evaluation import embedded_suite
 from alphaedit_peft.evaluation.intervals import Estimate
-from alphaedit_peft.studies import METHODS, Schedule, compare, find_methods
+from alphaedit_peft.studies import METHODS, Base, Schedule, Study, compare, find_methods
 from alphaedit_peft.studies.comparing import over_seeds, shown
 
 THREES = Schedule(batch_size=3, every=1)
@@ -107,3 +109,22 @@ def test_a_folder_of_another_comparison_is_refused(compared, study):
     other = replace(study, suite=replace(study.suite, cases=study.suite.cases[:4]))
     with pytest.raises(ValueError, match=r"another study: data, cases differ"):
         compare(other, methods, folder, THREES, seeds=[0, 1])
+
+
+def test_the_embedded_model_is_edited_in_a_row_by_two_editors(tmp_path):
+    if not (embedded.folder() / "model.safetensors").is_file():
+        pytest.skip("the embedded model's weights are not here")
+    base, tokenizer = embedded.load()
+    space = NullSpace.identity({0: 1024, 1: 1024})  # all is free: no statistics to collect
+    suite = embedded_suite(2, unedited=10, texts=2)
+    config = AlphaEditConfig(contexts=[], num_contexts=0, on_conflict="replace")
+    study = Study(Base(base, tokenizer, space), suite, config)
+    methods = [METHODS["alphaedit"], METHODS["finetuning"].with_settings(steps=2)]
+    found = compare(study, methods, tmp_path, Schedule(batch_size=1, every=1), seeds=[0])
+    ours, theirs = (found.final(method.name) for method in methods)
+    assert [edits for edits, _ in found.course("alphaedit", "efficacy")] == [0, 1, 2]
+    assert found.before["efficacy"] == 0
+    assert ours["efficacy"].value == 1
+    assert theirs["efficacy"].value == 0  # two steps at GPT2-XL's rate change nothing
+    assert ours["unedited_recall"].value > 0.9
+    assert found.retention("alphaedit") == [1, 1]

@@ -42,7 +42,7 @@ def raw_records(
         return path.name, _lines(path) if path.suffix == ".jsonl" else _whole(path)
     if split is None:
         raise FileNotFoundError(
-            f"{path} is no file; to read a dataset of that name, give its split (split='train')"
+            f"{path} is no file; to read a dataset of that name, give its split too, such as train"
         )
     return f"{source}:{split}", _dataset(str(source), split)
 
