@@ -21,7 +21,7 @@ EXAMPLES = ROOT / "examples"
 SHORT = (
     *("quickstart", "continue_editing", "join_packs", "remove_edits", "compress_pack"),
     *("plot_packs", "plot_rows", "picture_page", "plot_null_space", "draw_pack"),
-    "plot_benchmark",
+    *("plot_benchmark", "measure_statistics", "tabulate_settings"),
 )
 
 

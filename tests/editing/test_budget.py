@@ -127,12 +127,13 @@ def test_where_not_even_one_fits_the_error_is_the_devices(tokenizer, monkeypatch
 
 
 MEASURE = """
-import resource, sys, warnings
+import sys, warnings
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 from alphaedit_peft import Edit, NullSpace, get_alphaedit_model
 from alphaedit_peft.editing.budget import estimate
 from alphaedit_peft.settings import byte_count
+from alphaedit_peft.studies.benchmark.machine import PeakMemory
 from tests.conftest import tokenizer
 from tests.editing.test_river import settings
 
@@ -148,9 +149,9 @@ base = AutoModelForCausalLM.from_config(shape).eval()
 model = get_alphaedit_model(base, config, tokenizer=tok, null_space=space)
 edits = [Edit(f"Anna {i}", "The river of {} is the", "Rome") for i in range(121)]
 model.edit(edits[:1], progress=False)  # what libraries take at their first use
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-model.edit(edits[1:], batch_size=120, progress=False)
-print(1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before))
+with PeakMemory(torch.device("cpu")) as memory:
+    model.edit(edits[1:], batch_size=120, progress=False)
+print(memory.above, memory.exact)
 """
 
 
@@ -164,5 +165,8 @@ def test_the_formula_is_within_a_factor_of_two_of_what_a_process_takes():
         check=True,
         env={**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"},
     )
-    taken = int(done.stdout.split()[-1])
+    taken, exact = done.stdout.split()[-2:]
+    if exact == "False":
+        pytest.skip("this system does not say how much memory a process takes")
+    taken = int(taken)
     assert 0.5 < taken / byte_count("x", "400MiB") < 2
