@@ -117,6 +117,15 @@ def evaluate(  # noqa: PLR0913
     if before is not None:
         facts["before"] = _metrics(before)
     parts = [scores.table(before)]
+    if pack is not None and suite.texts:
+        drift = evaluation.text_divergence(
+            evaluation.Reader(now, tokenizer), now.disable_adapter, suite.texts
+        )
+        facts["drift"] = drift.to_json()
+        parts.append(
+            f"Drift over {drift.n} texts: KL(before || after) {drift.value:.3g} nats a token "
+            f"({drift.low:.3g} to {drift.high:.3g})"
+        )
     if out is not None:
         facts["out"] = str(out)
         parts.append(f"Judged cases are in {out}")

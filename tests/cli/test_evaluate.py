@@ -64,6 +64,20 @@ def test_evaluate_shows_a_pack_before_and_after(shown, embedded_model, run, run_
     assert "before" in run(*words).stdout
 
 
+def test_evaluate_says_how_far_a_pack_moves_held_out_texts(
+    shown, embedded_model, run, run_json, tmp_path
+):
+    folder, _ = shown
+    texts = tmp_path / "texts.txt"
+    texts.write_text("\n".join(embedded.world().plain_sentences[:4]), encoding="utf-8")
+    words = ["evaluate", embedded_model, "--pack", folder / "pack", "--limit", "1"]
+    drift = run_json(*words, "--texts", texts)["drift"]
+    assert drift["n"] == 4
+    assert 0 < drift["low"] <= drift["value"] <= drift["high"] < 1
+    assert "Drift over 4 texts: KL(before || after)" in run(*words, "--texts", texts).stdout
+    assert "drift" not in run_json(*words)
+
+
 def test_evaluate_needs_something_to_ask(run):
     result = run("evaluate", "embedded", code=2)
     assert "--data" in result.output

@@ -179,8 +179,8 @@ def test_the_report_counts_duplicates_shared_subjects_and_contradictions():
     assert report.shared_subjects == (("France", 3),)
     assert report.contradictions == ((0, 3),)
     assert str(report) == (
-        "list (own): 4 records, 3 cases; 1 duplicates dropped (2); 3 cases share 1 subjects; "
-        "1 contradictions (records 0 and 3)"
+        "list (own): 4 records, 3 cases; 1 duplicate dropped (2); 3 cases share 1 subject; "
+        "1 contradiction (records 0 and 3)"
     )
     assert json.loads(json.dumps(report.to_json()))["kept"] == 3
 

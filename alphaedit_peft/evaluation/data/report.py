@@ -46,13 +46,15 @@ class DataReport:
     def __str__(self) -> str:
         parts = [f"{self.source} ({self.layout}): {self.records} records, {self.kept} cases"]
         if self.duplicates:
-            parts.append(f"{len(self.duplicates)} duplicates dropped ({_some(self.duplicates)})")
+            parts.append(
+                f"{_many(self.duplicates, 'duplicate')} dropped ({_some(self.duplicates)})"
+            )
         if self.shared_subjects:
             sharing = sum(count for _, count in self.shared_subjects)
-            parts.append(f"{sharing} cases share {len(self.shared_subjects)} subjects")
+            parts.append(f"{sharing} cases share {_many(self.shared_subjects, 'subject')}")
         if self.contradictions:
             pairs = [f"{a} and {b}" for a, b in self.contradictions]
-            parts.append(f"{len(pairs)} contradictions (records {_some(pairs)})")
+            parts.append(f"{_many(pairs, 'contradiction')} (records {_some(pairs)})")
         return "; ".join(parts)
 
 
@@ -87,3 +89,7 @@ def sift(source: str, layout: str, cases: Sequence[Case]) -> tuple[tuple[Case, .
 def _some(values: Sequence[object]) -> str:
     more = "" if len(values) <= SHOWN else ", ..."
     return ", ".join(str(value) for value in values[:SHOWN]) + more
+
+
+def _many(values: Sequence[object], noun: str) -> str:
+    return f"{len(values)} {noun}{'s' * (len(values) != 1)}"
