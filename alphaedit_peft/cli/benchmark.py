@@ -25,6 +25,7 @@ from alphaedit_peft.cli.options import (
     LayersOption,
     MomentsOption,
     NullSpaceOption,
+    check_file,
     parse_layers,
 )
 
@@ -138,7 +139,7 @@ def benchmark(  # noqa: PLR0913
         raise typer.BadParameter("give either MODEL or --shape NAME, or --curves alone")
     objectives = _objectives(objective)
     rewrite_layers = parse_layers(layers)
-    check_file(out)
+    check_file("--out", out)
 
     from alphaedit_peft.edits import read_edits
     from alphaedit_peft.studies import benchmark as bench
@@ -181,21 +182,6 @@ def benchmark(  # noqa: PLR0913
         out.write_text(text + "\n", encoding="utf-8")
         parts.append(f"Written to {out}")
     show.show(as_json, facts, *parts)
-
-
-def check_file(out: Path | None) -> None:
-    """Refuse a file that cannot be written, before any work.
-
-    Raises:
-        typer.BadParameter: it is a folder.
-        FileNotFoundError: a folder that is not there.
-    """
-    if out is None:
-        return
-    if out.is_dir():
-        raise typer.BadParameter(f"--out {str(out)!r} is a folder; name a file")
-    if not out.parent.is_dir():
-        raise FileNotFoundError(f"--out {out}: there is no folder {out.parent}; make it first")
 
 
 def _objectives(text: str) -> tuple[str, ...]:

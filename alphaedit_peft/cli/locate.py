@@ -7,7 +7,6 @@ class of token as tables, JSON or a page, and the rewrite layers they suggest. I
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -15,7 +14,16 @@ import typer
 from alphaedit_peft.cli import errors, show
 from alphaedit_peft.cli.evaluate import DataOption, read_suite
 from alphaedit_peft.cli.loading import EMBEDDED, load_model
-from alphaedit_peft.cli.options import DeviceOption, Dtype, DtypeOption, JsonOption, ModelArgument
+from alphaedit_peft.cli.options import (
+    PAGES,
+    DeviceOption,
+    Dtype,
+    DtypeOption,
+    JsonOption,
+    ModelArgument,
+    PageOption,
+    check_file,
+)
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -27,9 +35,6 @@ TITLES = {
     "hidden": "The hidden state after a block restored",
     "mlp": "The outputs of {} restored, which the block stands for",
 }
-PageOption = Annotated[
-    Path | None, typer.Option("--html", metavar="PAGE.html", help="Write a page to look at.")
-]
 
 
 def locate(  # noqa: PLR0913
@@ -60,7 +65,7 @@ def locate(  # noqa: PLR0913
     Tracing shows where facts are read, which need not be where edits work best: compare with
     `alphaedit tune`.
     """
-    check_page(html)
+    check_file("--html", html, PAGES)
     data = data or (EMBEDDED if model == EMBEDDED else None)
     if data is None:
         raise typer.BadParameter("give --data FILE")
@@ -85,21 +90,6 @@ def locate(  # noqa: PLR0913
     written = [] if html is None else [f"Written to {html}"]
     parts = [_table(found, state) for state in TITLES]
     show.show(as_json, found.to_json(), _summary(found), *parts, _advice(found), *written)
-
-
-def check_page(html: Path | None) -> None:
-    """Refuse a page that cannot be written, before any work.
-
-    Raises:
-        typer.BadParameter: a name that is no page's.
-        FileNotFoundError: a folder that is not there.
-    """
-    if html is None:
-        return
-    if html.suffix.lower() not in (".html", ".htm") or html.is_dir():
-        raise typer.BadParameter(f"--html {str(html)!r} is not the name of a page; write PAGE.html")
-    if not html.parent.is_dir():
-        raise FileNotFoundError(f"--html {html}: there is no folder {html.parent}; make it first")
 
 
 def _summary(found: Located) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from enum import Enum
 from pathlib import Path
 from typing import Annotated
@@ -9,6 +10,11 @@ from typing import Annotated
 import typer
 
 from alphaedit_peft import storing
+
+PAGES = (".html", ".htm")
+PageOption = Annotated[
+    Path | None, typer.Option("--html", metavar="PAGE.html", help="Write a page to look at.")
+]
 
 
 class Dtype(str, Enum):
@@ -81,3 +87,25 @@ def check_folder(path: Path) -> None:
         if place.exists() and not place.is_dir():
             raise FileExistsError(f"{place} is a file; --out {path} needs a folder")
     storing.check_folder(path)
+
+
+def check_file(option: str, path: Path | None, suffixes: Sequence[str] = ()) -> None:
+    """Refuse a file that cannot be written, before any work.
+
+    Args:
+        option: its name, for the sentence.
+        path: None where it was not asked for.
+        suffixes: that its name may have; none: any.
+
+    Raises:
+        typer.BadParameter: a folder, or a name without one of the suffixes.
+        FileNotFoundError: a folder that is not there.
+    """
+    if path is None:
+        return
+    if path.is_dir():
+        raise typer.BadParameter(f"{option} {str(path)!r} is a folder; name a file")
+    if suffixes and path.suffix.lower() not in suffixes:
+        raise typer.BadParameter(f"{option} {str(path)!r} must be a file's name in {suffixes[0]}")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"{option} {path}: there is no folder {path.parent}; make it first")

@@ -21,6 +21,7 @@ from alphaedit_peft.cli.loading import (
     load_null_space,
 )
 from alphaedit_peft.cli.options import (
+    PAGES,
     DeviceOption,
     Dtype,
     DtypeOption,
@@ -30,6 +31,7 @@ from alphaedit_peft.cli.options import (
     NullSpaceOption,
     OutOption,
     PackArgument,
+    check_file,
     check_folder,
 )
 
@@ -205,14 +207,9 @@ def _check_page(html: Path | None, null_space: str | None) -> None:
         typer.BadParameter: a name that is no page's, or a null space without a page.
         FileNotFoundError: a folder that is not there.
     """
-    if html is None:
-        if null_space is not None:
-            raise typer.BadParameter(f"--null-space {null_space} is for the page; give --html too")
-        return
-    if html.suffix.lower() not in (".html", ".htm") or html.is_dir():
-        raise typer.BadParameter(f"--html {str(html)!r} is not the name of a page; write PAGE.html")
-    if not html.parent.is_dir():
-        raise FileNotFoundError(f"--html {html}: there is no folder {html.parent}; make it first")
+    if html is None and null_space is not None:
+        raise typer.BadParameter(f"--null-space {null_space} is for the page; give --html too")
+    check_file("--html", html, PAGES)
 
 
 def _write_page(pack: EditPack, name: str, html: Path, null_space: NullSpace | None) -> None:

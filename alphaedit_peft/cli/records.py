@@ -16,8 +16,16 @@ import typer
 from alphaedit_peft.cli import show
 from alphaedit_peft.cli.evaluate import Target, TargetOption
 from alphaedit_peft.cli.loading import finding, load_model
-from alphaedit_peft.cli.options import DeviceOption, Dtype, DtypeOption, JsonOption
-from alphaedit_peft.cli.report import PAGES, HtmlOption, ModelOption, PackOption, check_file
+from alphaedit_peft.cli.options import (
+    PAGES,
+    DeviceOption,
+    Dtype,
+    DtypeOption,
+    JsonOption,
+    PageOption,
+    check_file,
+)
+from alphaedit_peft.cli.report import ModelOption, PackOption
 
 if TYPE_CHECKING:
     from alphaedit_peft.evaluation import Case
@@ -42,7 +50,7 @@ def show_record(  # noqa: PLR0913
     ] = 0,
     model: ModelOption = None,
     pack: PackOption = None,
-    html: HtmlOption = None,
+    html: PageOption = None,
     target: TargetOption = Target.ANSWERS,
     text_tokens: Annotated[
         int, typer.Option("--tokens", min=1, help="Written after generation prompts.")

@@ -16,17 +16,22 @@ import typer
 from alphaedit_peft.cli import show
 from alphaedit_peft.cli.evaluate import read_lines
 from alphaedit_peft.cli.loading import finding, load_model
-from alphaedit_peft.cli.options import DeviceOption, Dtype, DtypeOption, JsonOption
+from alphaedit_peft.cli.options import (
+    PAGES,
+    DeviceOption,
+    Dtype,
+    DtypeOption,
+    JsonOption,
+    PageOption,
+    check_file,
+)
 
 if TYPE_CHECKING:
     from alphaedit_peft.report import Finding, Shift
 
-PAGES, TEXTS = (".html", ".htm"), (".md", ".markdown")
+TEXTS = (".md", ".markdown")
 KEPT, EDITED = "prompts to be kept", "edited prompts"
 
-HtmlOption = Annotated[
-    Path | None, typer.Option("--html", metavar="PAGE.html", help="Write a page for people.")
-]
 ModelOption = Annotated[
     str | None,
     typer.Option("--model", metavar="MODEL", help="A model's folder or Hub id, or 'embedded'."),
@@ -42,7 +47,7 @@ def report(  # noqa: PLR0913
         typer.Argument(metavar="[RESULTS]...", help="Files or folders of evaluate and compare."),
     ] = None,
     *,
-    html: HtmlOption = None,
+    html: PageOption = None,
     markdown: Annotated[
         Path | None, typer.Option("--markdown", metavar="FILE.md", help="Write the tables there.")
     ] = None,
@@ -99,21 +104,6 @@ def report(  # noqa: PLR0913
         parts.append(f"Written to {markdown}")
         facts["markdown"] = str(markdown)
     show.show(as_json, facts, *parts)
-
-
-def check_file(option: str, path: Path | None, suffixes: Sequence[str]) -> None:
-    """Refuse a file that cannot be written, before anything is read.
-
-    Raises:
-        typer.BadParameter: a name without one of the suffixes, or of a folder.
-        FileNotFoundError: a folder that is not there.
-    """
-    if path is None:
-        return
-    if path.suffix.lower() not in suffixes or path.is_dir():
-        raise typer.BadParameter(f"{option} {str(path)!r} must be a file's name in {suffixes[0]}")
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"{option} {path}: there is no folder {path.parent}; make it first")
 
 
 def _shifts(

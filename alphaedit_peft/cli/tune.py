@@ -18,14 +18,16 @@ from alphaedit_peft.cli import errors, show
 from alphaedit_peft.cli.compare import STATISTICS_TEXTS
 from alphaedit_peft.cli.evaluate import DataOption, read_lines, read_suite
 from alphaedit_peft.cli.loading import EMBEDDED, load_model_and_space
-from alphaedit_peft.cli.locate import PageOption, check_page
 from alphaedit_peft.cli.options import (
+    PAGES,
     DeviceOption,
     Dtype,
     DtypeOption,
     JsonOption,
     ModelArgument,
     NullSpaceOption,
+    PageOption,
+    check_file,
     parse_layers,
 )
 
@@ -84,7 +86,7 @@ def tune(  # noqa: PLR0913
     Choose by edits that you will not be judged by: the figures of the best of many settings
     flatter it.
     """
-    check_page(html)
+    check_file("--html", html, PAGES)
     data = data or (EMBEDDED if model == EMBEDDED else None)
     if data is None:
         raise typer.BadParameter("give --data FILE")

@@ -12,14 +12,25 @@ from collections.abc import Mapping, Sequence
 
 from alphaedit_peft.evaluation.intervals import Estimate
 from alphaedit_peft.report.axis import Axis
+from alphaedit_peft.report.frame import (
+    BOTTOM,
+    COLOURS,
+    HEIGHT,
+    LABEL,
+    LEFT,
+    RIGHT,
+    ROW,
+    TOP,
+    WIDTH,
+    dash,
+    figure,
+    frame,
+    legend,
+)
 from alphaedit_peft.report.html import Markup, escaped
-from alphaedit_peft.report.svg import COLOURS
 
-WIDTH, HEIGHT = 440, 240
-LEFT, RIGHT, TOP, BOTTOM = 52, 12, 10, 38
-ROW, LABEL, NUMBERS = 22, 130, 104  # of bars: height, widths of the label and of the numbers
+NUMBERS = 104  # of bars: width of the numbers
 NAME = 20  # characters of a bar's label
-DASHES = ("", "6 3", "2 3", "8 3 2 3")  # lines beyond the colours are told apart by these
 
 Course = Sequence[tuple[float, Estimate]]
 Moved = Sequence[tuple[tuple[float, float], tuple[float, float]]]
@@ -44,7 +55,7 @@ def interval_bars(
     """
     known = [bar for bar in bars if math.isfinite(bar[1].value)]
     if not known:
-        return _figure(title, "", 0, 0)
+        return figure(title, [])
     ends = [found.high if math.isfinite(found.high) else found.value for _, found, _ in known]
     axis = Axis(0.0, full or max(ends) or 1.0, LABEL, WIDTH - NUMBERS, False)
     parts = []
@@ -61,7 +72,7 @@ def interval_bars(
             f'<text class="strong" x="{WIDTH - NUMBERS + 8}" y="{y + 15}">{escaped(shown)}</text>'
             "</g>"
         )
-    return _figure(title, "".join(parts), WIDTH, len(known) * ROW + 4)
+    return figure(title, parts, WIDTH, len(known) * ROW + 4)
 
 
 def course_chart(
@@ -91,7 +102,7 @@ def course_chart(
     }
     every = [point for points in lines.values() for point in points]
     if not every:
-        return _figure(title, "", 0, 0)
+        return figure(title, [])
     low, high = y_range or (min(p[2] for p in every), max(p[3] for p in every))
     x_axis = Axis(min(p[0] for p in every), max(p[0] for p in every), LEFT, WIDTH - RIGHT, False)
     y_axis = Axis(low, high, HEIGHT - BOTTOM, TOP, False)
@@ -100,7 +111,7 @@ def course_chart(
         parts.append(_band(points, x_axis, y_axis, i))
     for i, points in enumerate(lines.values()):
         parts.append(_line(points, x_axis, y_axis, i))
-    return _figure(title, "".join(parts), WIDTH, HEIGHT, legend(list(lines)))
+    return figure(title, parts, WIDTH, HEIGHT, legend(list(lines)))
 
 
 def scatter_chart(
@@ -120,7 +131,7 @@ def scatter_chart(
     }
     every = [point for pairs in drawn.values() for pair in pairs for point in pair]
     if not every:
-        return _figure(title, "", 0, 0)
+        return figure(title, [])
     xs, ys = zip(*every, strict=True)
     x_axis = Axis(min(xs), max(xs), LEFT + 6, WIDTH - RIGHT - 6, False)
     y_axis = Axis(min(ys), max(ys), HEIGHT - BOTTOM - 6, TOP + 16, False)
@@ -136,43 +147,7 @@ def scatter_chart(
                 f'<circle class="stroke-{colour}" fill="none" cx="{before[0]}" cy="{before[1]}" '
                 f'r="3.5"/><circle class="fill-{colour}" cx="{after[0]}" cy="{after[1]}" r="2"/>'
             )
-    return _figure(title, "".join(parts), WIDTH, HEIGHT, legend(list(drawn), len(drawn) > 0))
-
-
-def frame(x_axis: Axis, y_axis: Axis, x_label: str, y_label: str = "") -> list[str]:
-    """Grid lines and the axes' numbers and names."""
-    parts = []
-    for value in y_axis.ticks():
-        y = y_axis.place(value)
-        parts.append(
-            f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
-            f'<text x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{value:.6g}</text>'
-        )
-    for value in x_axis.ticks():
-        x = x_axis.place(value)
-        parts.append(
-            f'<text x="{x:.1f}" y="{HEIGHT - BOTTOM + 16}" text-anchor="middle">{value:.6g}</text>'
-        )
-    middle = (LEFT + WIDTH - RIGHT) / 2
-    parts.append(
-        f'<text x="{middle}" y="{HEIGHT - 5}" text-anchor="middle">{escaped(x_label)}</text>'
-    )
-    if y_label:
-        parts.append(f'<text x="{LEFT + 6}" y="{TOP + 6}">{escaped(y_label)}</text>')
-    return parts
-
-
-def legend(names: Sequence[str], wanted: bool | None = None) -> str:
-    """Which line is whose; nothing where there is one line only."""
-    if not (len(names) > 1 if wanted is None else wanted):
-        return ""
-    keys = (
-        f'<span class="key"><svg width="26" height="10" aria-hidden="true">'
-        f'<line class="line stroke-{i % COLOURS}" stroke-width="2" x1="1" x2="25" y1="5" y2="5"'
-        f"{_dash(i)}/></svg> {escaped(name)}</span>"
-        for i, name in enumerate(names)
-    )
-    return f'<p class="legend">{" ".join(keys)}</p>'
+    return figure(title, parts, WIDTH, HEIGHT, legend(list(drawn), len(drawn) > 0))
 
 
 def with_half(found: Estimate, scale: float, digits: int) -> str:
@@ -211,19 +186,4 @@ def _line(
         f'<circle class="fill-{i % COLOURS}" cx="{x:.1f}" cy="{y:.1f}" r="2.5"/>' for x, y in places
     )
     through = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
-    return f'<polyline class="line stroke-{i % COLOURS}"{_dash(i)} points="{through}"/>{dots}'
-
-
-def _dash(i: int) -> str:
-    dash = DASHES[i // COLOURS % len(DASHES)]
-    return f' stroke-dasharray="{dash}"' if dash else ""
-
-
-def _figure(title: str, parts: str, width: float, height: float, keys: str = "") -> Markup:
-    drawn = (
-        f'<svg class="chart" viewBox="0 0 {width:g} {height:g}" role="img" '
-        f'aria-label="{escaped(title)}">{parts}</svg>'
-        if parts
-        else '<p class="quiet">Nothing to draw.</p>'
-    )
-    return Markup(f"<figure><figcaption>{escaped(title)}</figcaption>{keys}{drawn}</figure>")
+    return f'<polyline class="line stroke-{i % COLOURS}"{dash(i)} points="{through}"/>{dots}'

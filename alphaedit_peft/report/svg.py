@@ -11,15 +11,25 @@ import math
 from collections.abc import Mapping, Sequence
 
 from alphaedit_peft.report.axis import Axis
+from alphaedit_peft.report.frame import (
+    BOTTOM,
+    COLOURS,
+    HEIGHT,
+    LABEL,
+    LEFT,
+    RIGHT,
+    ROW,
+    TOP,
+    WIDTH,
+    figure,
+    frame,
+    legend,
+)
 from alphaedit_peft.report.html import Markup, escaped
 
-WIDTH, HEIGHT = 440, 240
-LEFT, RIGHT, TOP, BOTTOM = 52, 12, 10, 38
-COLOURS = 5  # classes stroke-0 ... of page.css
 POINTS = 400  # of a spectrum's line; more than a screen shows
 LEVELS = 10  # shades of a heat map
 NAMED = 12  # a heat map of more rows has no labels
-ROW, LABEL = 22, 130  # of a bar chart: height of a bar, width of its label
 
 Series = Mapping[str, Sequence[tuple[float, float]]]
 
@@ -46,12 +56,12 @@ def line_chart(
     lines = {name: _drawable(points, log_y) for name, points in series.items()}
     every = [point for points in lines.values() for point in points]
     if not every:
-        return _nothing(title)
+        return figure(title, [])
     x_axis, y_axis = _axes(every, y_range, log_y)
-    parts = _frame(x_axis, y_axis, x_label, y_label)
+    parts = frame(x_axis, y_axis, x_label, y_label)
     for i, points in enumerate(lines.values()):
         parts.append(_line(points, x_axis, y_axis, i))
-    return _figure(title, parts, WIDTH, HEIGHT, _legend(list(lines)))
+    return figure(title, parts, WIDTH, HEIGHT, legend(list(lines)))
 
 
 def bar_chart(title: str, bars: Sequence[tuple[str, float]], *, unit: str = "") -> Markup:
@@ -64,7 +74,7 @@ def bar_chart(title: str, bars: Sequence[tuple[str, float]], *, unit: str = "") 
     """
     known = [(name, value) for name, value in bars if math.isfinite(value)]
     if not known:
-        return _nothing(title)
+        return figure(title, [])
     longest = max(value for _, value in known)
     room = WIDTH - LABEL - 80
     parts = []
@@ -80,7 +90,7 @@ def bar_chart(title: str, bars: Sequence[tuple[str, float]], *, unit: str = "") 
             f' rx="2"/><text class="strong" x="{LABEL + length + 6:.1f}" y="{y + 15}">'
             f"{shown}</text></g>"
         )
-    return _figure(title, parts, WIDTH, len(known) * ROW + 4)
+    return figure(title, parts, WIDTH, len(known) * ROW + 4)
 
 
 def heat_map(title: str, values: Sequence[Sequence[float]], labels: Sequence[str] = ()) -> Markup:
@@ -93,7 +103,7 @@ def heat_map(title: str, values: Sequence[Sequence[float]], labels: Sequence[str
     """
     n = len(values)
     if not n:
-        return _nothing(title)
+        return figure(title, [])
     left = 120 if labels and n <= NAMED else 4
     wide = len(values[0])
     cell = min(28.0, (WIDTH - left - 4) / max(n, wide))
@@ -118,7 +128,7 @@ def heat_map(title: str, values: Sequence[Sequence[float]], labels: Sequence[str
             y = (i + 0.5) * cell + 4
             parts.append(f'<text x="{left - 6}" y="{y:.1f}" text-anchor="end">')
             parts.append(f"<title>{escaped(label)}</title>{escaped(shown)}</text>")
-    return _figure(title, parts, WIDTH, size + 2)
+    return figure(title, parts, WIDTH, size + 2)
 
 
 def spectrum_chart(title: str, values: Sequence[float], kept: int) -> Markup:
@@ -132,7 +142,7 @@ def spectrum_chart(title: str, values: Sequence[float], kept: int) -> Markup:
     falling = [float(value) for value in reversed(values)]
     positive = [value for value in falling if 0 < value < math.inf]
     if not positive:
-        return _nothing(title)
+        return figure(title, [])
     floor = max(min(positive), max(positive) * 1e-14)
     step = max(1, len(falling) // POINTS)
     points = [(i + 1.0, max(falling[i], floor)) for i in range(0, len(falling), step)]
@@ -144,7 +154,7 @@ def spectrum_chart(title: str, values: Sequence[float], kept: int) -> Markup:
     parts = [
         f'<rect class="area" x="{edge:.1f}" y="{TOP}" width="{max(x_axis.end - edge, 0):.1f}" '
         f'height="{HEIGHT - TOP - BOTTOM}"/>',
-        *_frame(x_axis, y_axis, "direction, largest eigenvalue first", ""),
+        *frame(x_axis, y_axis, "direction, largest eigenvalue first"),
         f'<line class="mark" x1="{edge:.1f}" x2="{edge:.1f}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>',
         _line(points, x_axis, y_axis, 0),
     ]
@@ -154,7 +164,7 @@ def spectrum_chart(title: str, values: Sequence[float], kept: int) -> Markup:
         f'<text class="strong" x="{x:.1f}" y="{TOP + 16}" text-anchor="{side}">'
         f"{kept:,} of {len(falling):,} kept</text>"
     )
-    return _figure(title, parts, WIDTH, HEIGHT)
+    return figure(title, parts, WIDTH, HEIGHT)
 
 
 def gauge(value: float | None) -> Markup:
@@ -184,66 +194,9 @@ def _axes(
     return Axis(min(xs), max(xs), LEFT, right, False), Axis(low, high, bottom, TOP, log_y)
 
 
-def _frame(x_axis: Axis, y_axis: Axis, x_label: str, y_label: str) -> list[str]:
-    parts = []
-    for value in y_axis.ticks():
-        y = y_axis.place(value)
-        parts.append(
-            f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
-            f'<text x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{_tick(value)}</text>'
-        )
-    below = HEIGHT - BOTTOM + 16
-    for value in x_axis.ticks():
-        x = x_axis.place(value)
-        parts.append(f'<text x="{x:.1f}" y="{below}" text-anchor="middle">{_tick(value)}</text>')
-    middle = (LEFT + WIDTH - RIGHT) / 2
-    if x_label:
-        parts.append(
-            f'<text x="{middle}" y="{HEIGHT - 5}" text-anchor="middle">{escaped(x_label)}</text>'
-        )
-    if y_label:
-        parts.append(f'<text x="{LEFT + 6}" y="{TOP + 12}">{escaped(y_label)}</text>')
-    return parts
-
-
 def _line(points: Sequence[tuple[float, float]], x_axis: Axis, y_axis: Axis, i: int) -> str:
     places = [f"{x_axis.place(x):.1f},{y_axis.place(y):.1f}" for x, y in points]
     if len(places) == 1:
         x, _, y = places[0].partition(",")
         return f'<circle class="fill-{i % COLOURS}" cx="{x}" cy="{y}" r="4"/>'
     return f'<polyline class="line stroke-{i % COLOURS}" points="{" ".join(places)}"/>'
-
-
-def _legend(names: Sequence[str]) -> str:
-    if len(names) < 2:
-        return ""
-    keys = (
-        f'<span class="key"><svg width="18" height="10" aria-hidden="true">'
-        f'<line class="line stroke-{i % COLOURS}" stroke-width="2" x1="1" x2="17" y1="5" y2="5"/>'
-        f"</svg> {escaped(name)}</span>"
-        for i, name in enumerate(names)
-    )
-    return f'<p class="legend">{" ".join(keys)}</p>'
-
-
-def _tick(value: float) -> str:
-    if value and not 1e-3 <= abs(value) < 1e5:
-        return f"{value:.0e}".replace("e-0", "e-").replace("e+0", "e")
-    return f"{value:.6g}"
-
-
-def _figure(
-    title: str, parts: Sequence[str], width: float, height: float, legend: str = ""
-) -> Markup:
-    return Markup(
-        f"<figure><figcaption>{escaped(title)}</figcaption>{legend}"
-        f'<svg class="chart" viewBox="0 0 {width:g} {height:g}" role="img" '
-        f'aria-label="{escaped(title)}">{"".join(parts)}</svg></figure>'
-    )
-
-
-def _nothing(title: str) -> Markup:
-    return Markup(
-        f'<figure><figcaption>{escaped(title)}</figcaption><p class="quiet">Nothing to draw.</p>'
-        "</figure>"
-    )

@@ -40,8 +40,8 @@ def test_a_page_with_the_null_space_of_the_pack(shown, run, tmp_path):
 @pytest.mark.parametrize(
     ("words", "code", "message"),
     [
-        (["--html", "page.txt"], 2, "'page.txt' is not the name of a page"),
-        (["--html", "."], 2, "is not the name of a page"),
+        (["--html", "page.txt"], 2, "'page.txt' must be a file's name in .html"),
+        (["--html", "."], 2, "is a folder; name a file"),
         (["--html", "nowhere/page.html"], 1, "there is no folder nowhere"),
         (["--null-space", "ns"], 2, "give --html too"),
         (["--html", "page.html", "--null-space", "nowhere/else"], 1, "nowhere/else"),
