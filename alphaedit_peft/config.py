@@ -59,7 +59,7 @@ class AlphaEditConfig(PeftConfig):
 
     ridge: float | None = _setting(None, "lambda of Eq. 11; text 1, code 10; auto 0.05 relative")
     ridge_mode: str | None = _setting(None, "absolute, or relative to the batch's mean |P k|^2")
-    prior_ridge: float | None = _setting(None, "earlier rows' ridge to new rows'; 0: held; None: 1")
+    prior_ridge: float | None = _setting(None, "of earlier rows, times their own; 0: held; None: 1")
     layer_shares: str = _setting("equal", "of the residual: equal, or by least disturbance")
     norm_guard: float | None = _setting(None, "most |Delta| relative to orthogonal keys; 0: none")
     threshold: float | None = _setting(None, "eigenvalues below it are null; text 1e-2, code 2e-2")

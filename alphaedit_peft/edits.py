@@ -128,6 +128,11 @@ def read_edits(path: str | Path) -> tuple[Edit, ...]:
             continue
         try:
             edits.append(_as_edit(json.loads(line)))
+        except json.JSONDecodeError as error:
+            raise ValueError(
+                f"{path}, line {number}: {line.strip()[:40]!r} is no JSON ({error}); write one "
+                'edit a line, {"subject": ..., "prompt": "... {} ...", "target_new": ...}'
+            ) from error
         except (ValueError, TypeError) as error:
             raise ValueError(f"{path}, line {number}: {error}") from error
     if not edits:

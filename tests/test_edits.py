@@ -184,7 +184,7 @@ GOOD = json.dumps(FULL.to_dict())
 @pytest.mark.parametrize(
     ("lines", "message"),
     [
-        ([GOOD, "", "{bad"], r"edits.jsonl, line 3: Expecting property name"),
+        ([GOOD, "", "{bad"], r"edits.jsonl, line 3: '{bad' is no JSON .*; write one edit a line"),
         ([GOOD, "[1]"], r"edits.jsonl, line 2: \[1\] is a list; an edit is an Edit or a dict"),
         (["{}"], r"line 1: edit \{\}: missing fields \['prompt', 'subject', 'target_new'\]"),
         ([GOOD, GOOD.replace("{}", "x")], r"line 2: prompt='x was born in' holds 0 times"),
