@@ -110,10 +110,12 @@ def _staying(pack: EditPack, gone: list[EditRecord]) -> list[EditRecord]:
     left = [r for r in left if r.role == "protected" or r.edit.id not in names]
     shared = sorted({r.edit.id for r in left if r.row in rows})
     if shared:
+        parents = sorted({r.edit.id for r in left if r.row in rows and r.role == "protected"})
+        theirs = f"{parents} are a parent's and stay, so use"
+        too = theirs if parents else "remove these too, or use"
         raise ValueError(
             f"edits {sorted(names)} share a row with {shared}, since their prompts agree up to the "
-            "subject; a row can only go as a whole: remove these too, or use "
-            f"{REPOUR} with the model"
+            f"subject; a row can only go as a whole: {too} {REPOUR} with the model"
         )
     asked = {question(record) for record in left}
     stay = []

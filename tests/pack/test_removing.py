@@ -131,6 +131,15 @@ def shared_row(new_pack):
     return new_pack(rows=2, records=records), edits
 
 
+def test_a_row_shared_with_a_parents_edit_cannot_go_from_the_file(new_pack):
+    pack, edits = shared_row(new_pack)
+    records = [dataclasses.replace(pack.records[0], role="protected"), *pack.records[1:]]
+    pack = dataclasses.replace(pack, records=tuple(records))
+    told = rf"\['{edits[0].id}'\] are a parent's and stay, so use AlphaEditModel.remove_edits"
+    with pytest.raises(ValueError, match=told):
+        pack.without([edits[1].id])
+
+
 def test_one_of_several_edits_in_a_row_is_refused(new_pack):
     pack, edits = shared_row(new_pack)
     with pytest.raises(ValueError, match=rf"share a row with \['{edits[1].id}'\].*remove_edits"):
