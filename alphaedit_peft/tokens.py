@@ -15,6 +15,9 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 SHOWN = 80  # characters of a prompt in an error
+# Padded tokens that take as long as one more pass of fewer: thin products and calls on a CPU, the
+# launches of hundreds of kernels on a GPU.
+PASS_COST = {"cpu": 32, "cuda": 512}
 
 Offsets = list[tuple[int, int]]
 
@@ -123,16 +126,48 @@ def padded(rows: Sequence[Sequence[int]], device: torch.device) -> dict[str, Ten
 def batches(
     rows: Sequence[Sequence[int]], tokens_per_batch: int, device: torch.device
 ) -> Iterator[PaddedBatch]:
-    """Padded batches of at most ``tokens_per_batch`` tokens, rows sorted by length.
+    """Padded batches of at most ``tokens_per_batch`` tokens, rows of like length together.
 
     A row longer than that makes a batch of its own.
     """
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
-    batch: list[int] = []
-    for index in order:
-        if batch and (len(batch) + 1) * len(rows[index]) > tokens_per_batch:
-            yield PaddedBatch(padded([rows[i] for i in batch], device), batch)
-            batch = []
-        batch.append(index)
-    if batch:
+    for batch in by_length([len(row) for row in rows], device, tokens_per_batch):
         yield PaddedBatch(padded([rows[i] for i in batch], device), batch)
+
+
+def by_length(
+    lengths: Sequence[int], device: torch.device, most: float = float("inf")
+) -> list[list[int]]:
+    """Indices in batches to be padded to their longest, from the shortest up.
+
+    The borders are those with the least work, where a further pass costs as much as some padding,
+    ``PASS_COST`` tokens of it; then batches of more than ``most`` padded tokens are cut.
+    """
+    order = sorted(range(len(lengths)), key=lambda i: lengths[i])
+    found = []
+    for some in _least_padding(order, lengths, PASS_COST.get(device.type, PASS_COST["cuda"])):
+        batch: list[int] = []
+        for index in some:
+            if batch and (len(batch) + 1) * lengths[index] > most:
+                found.append(batch)
+                batch = []
+            batch.append(index)
+        found.append(batch)
+    return found
+
+
+def _least_padding(order: Sequence[int], lengths: Sequence[int], cost: int) -> list[Sequence[int]]:
+    """Cut a sorted order where padded tokens plus ``cost`` a batch are fewest."""
+    ends = [k for k in range(1, len(order)) if lengths[order[k - 1]] < lengths[order[k]]]
+    ends.append(len(order))
+    best, cut = {0: 0}, {}  # the least work up to an end, and where its last batch starts
+    for end in ends if order else []:
+        longest = lengths[order[end - 1]]
+        work = {start: least + cost + (end - start) * longest for start, least in best.items()}
+        cut[end] = min(work, key=lambda start: work[start])
+        best[end] = work[cut[end]]
+    found: list[Sequence[int]] = []
+    end = len(order)
+    while end:
+        found.insert(0, order[cut[end] : end])
+        end = cut[end]
+    return found

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+import random
+
 import pytest
 import torch
 
@@ -52,3 +55,41 @@ def test_every_row_is_in_one_batch_and_batches_stay_small():
 def test_a_slow_tokenizer_is_refused():
     with pytest.raises(ValueError, match="tokenizer object gives no character offsets"):
         tokens.require_offsets(object())
+
+
+CPU = torch.device("cpu")
+
+
+def work(lengths: list[int], found: list[list[int]]) -> int:
+    cost = tokens.PASS_COST["cpu"]
+    return sum(cost + len(some) * max(lengths[i] for i in some) for some in found)
+
+
+def test_rows_of_like_length_run_together_and_others_apart():
+    lengths = [10] * 9 + [30] * 9 + [31]
+    found = tokens.by_length(lengths, CPU)
+    assert found == [list(range(9)), list(range(9, 19))]
+    assert tokens.by_length([], CPU) == []
+    assert tokens.by_length([4, 9], CPU) == [[0, 1]]  # padding five is cheaper than another pass
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_no_other_borders_cost_less(seed):
+    make = random.Random(seed)
+    lengths = [make.choice([1, 2, 5, 8, 20, 40]) for _ in range(make.randint(1, 9))]
+    found = tokens.by_length(lengths, CPU)
+    assert sorted(i for some in found for i in some) == list(range(len(lengths)))
+    order = sorted(range(len(lengths)), key=lambda i: lengths[i])
+    everyway = [
+        [order[a:b] for a, b in itertools.pairwise([0, *cut, len(order)])]
+        for k in range(len(order))
+        for cut in itertools.combinations(range(1, len(order)), k)
+    ]
+    assert work(lengths, found) == min(work(lengths, way) for way in everyway)
+
+
+def test_no_batch_has_more_than_the_most():
+    lengths = [7] * 10 + [8] * 10
+    found = tokens.by_length(lengths, CPU, 30)
+    assert all(len(some) * max(lengths[i] for i in some) <= 30 for some in found)
+    assert sorted(i for some in found for i in some) == list(range(20))

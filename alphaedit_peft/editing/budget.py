@@ -4,9 +4,10 @@ In: a bench, an objective, tokenised edits, what is in place. Out: bytes, or a b
 sizes are set from ``config.memory_budget``. All of it counts above the base's weights. With n rows
 after the batch, u edits of c rows each for keys, rows of up to p tokens before the subject and q
 from it on, t tokens of a target, b rewrite layers, N blocks, N' of them above the last rewrite
-layer, width d, MLP f, keys and values k, vocabulary V, and e bytes a number of the model:
+layer, width d, MLP f, keys and values k, vocabulary V, e bytes a number of the model, and w weights
+above the last rewrite layer, the head's among them, where ``autocast`` copies them (else 0):
 
-    held   = statistics + b (8 n (f + d) + 16 n^2) + e u c (p + 1) d + 24 u d
+    held   = statistics + b (8 n (f + d) + 16 n^2) + e u c (p + 1) d + 24 u d + 2 w
     solve  = 24 n f + 24 n^2 + 4 f^2              (AlphaEdit: the basis in float64, for the report)
     token  = e (6 d + 3 f) + (e + 8) V t / (p + q)                      of a forward pass
     row    = 2 e k (N (3 p + 2 q) + N' (p + q)) + e (p + q) (7 d + 3 f) + (2 e + 16) V (t + 1)
@@ -25,6 +26,7 @@ from torch import Tensor
 from alphaedit_peft.editing.bench import Bench, Limits
 from alphaedit_peft.editing.objective import AlphaEdit, Memit, Objective
 from alphaedit_peft.editing.prompts import EditRows
+from alphaedit_peft.editing.reduced import reduced_bytes
 from alphaedit_peft.settings import byte_count, bytes_in_words
 
 
@@ -112,7 +114,7 @@ def estimate(
     t = max(max(1, len(row.target)) for row in every)
     above = shape.blocks - bench.layers[-1] - 1
     held = _statistics(objective) + len(bench.layers) * (8 * rank * (f + d) + 16 * rank**2)
-    held += together * (e * len(edits[0].rows) * (p + 1) * d + 24 * d)
+    held += together * (e * len(edits[0].rows) * (p + 1) * d + 24 * d) + reduced_bytes(bench)
     basis = 4 * f**2 if isinstance(objective, AlphaEdit) else 8 * f**2
     reads = (e + 8) * vocabulary * t
     row = 2 * e * shape.cached * (shape.blocks * (3 * p + 2 * q) + above * (p + q))

@@ -14,17 +14,19 @@ delta reaches (see ``resume``); an edit that is done leaves the batch.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from alphaedit_peft.config import AlphaEditConfig
 from alphaedit_peft.editing.adam import Adam
 from alphaedit_peft.editing.bench import Bench
 from alphaedit_peft.editing.groups import Group
-from alphaedit_peft.editing.resume import Row, resume
+from alphaedit_peft.editing.reduced import Reduced
+from alphaedit_peft.editing.resume import CacheDiffers, Resumed, Row, WholeRows
+from alphaedit_peft.editing.tails import Tails
+from alphaedit_peft.editing.target_rows import Reads, chunked, rows_of
 
 
 @dataclass(frozen=True)
@@ -65,11 +67,12 @@ def optimise_targets(
     Warns:
         UserWarning: memory ran out, so that smaller chunks are used from there on.
     """
+    reduced = Reduced(bench)
     found: dict[int, tuple[Tensor, ...]] = {}
-    pending = list(_chunks(bench, groups))
+    pending = list(chunked(bench, groups))
     while pending:
         members = pending.pop(0)
-        part = _optimised(bench, [groups[g] for g in members])
+        part = _optimised(bench, reduced, [groups[g] for g in members])
         if part is None:
             pending = _smaller([members, *pending], len(members) // 2)
             continue
@@ -80,11 +83,11 @@ def optimise_targets(
     return Targets(*(torch.stack(list(column)) for column in columns))
 
 
-def _optimised(bench: Bench, groups: Sequence[Group]) -> Targets | None:
+def _optimised(bench: Bench, reduced: Reduced, groups: Sequence[Group]) -> Targets | None:
     """A chunk's target values; None where it does not fit in memory and could be made smaller."""
-    rows = [row for slot, group in enumerate(groups) for row in _rows(group, slot, bench.config)]
+    rows = [row for slot, group in enumerate(groups) for row in rows_of(group, slot, bench.config)]
     try:
-        return _Chunk(bench, rows, len(groups)).optimise()
+        return _Chunk(bench, reduced, rows, len(groups)).optimise()
     except torch.OutOfMemoryError:
         if len(groups) == 1:
             raise
@@ -104,11 +107,11 @@ def _smaller(chunks: Sequence[list[int]], most: int) -> list[list[int]]:
 
 
 class _Chunk:
-    """One padded batch of rows and the state of its optimisation."""
+    """Rows that are optimised together, and the state of their optimisation."""
 
-    def __init__(self, bench: Bench, rows: list[Row], num_groups: int) -> None:
-        self.bench, self.rows, self.num_groups = bench, rows, num_groups
-        self.resumed = resume(bench, rows)
+    def __init__(self, bench: Bench, reduced: Reduced, rows: list[Row], num_groups: int) -> None:
+        self.bench, self.reduced, self.rows, self.num_groups = bench, reduced, rows, num_groups
+        self.resumed = self._resumed()
         dtype = torch.promote_types(self.resumed.hidden.dtype, torch.float32)
         self.subjects = self.resumed.hidden.to(dtype)  # (rows, d)
         first = [next(i for i, r in enumerate(rows) if r.group == g) for g in range(num_groups)]
@@ -125,14 +128,12 @@ class _Chunk:
         said = torch.zeros(self.num_groups)
         active = list(range(self.num_groups))
         for step in range(config.steps):
-            delta = adam.delta[active].requires_grad_()
-            with torch.enable_grad():
-                loss, said[active] = self._losses(delta, active)  # (active,)
-                gradient = torch.autograd.grad(loss.sum(), delta)[0]
-            losses[active], steps[active] = loss.detach(), step + 1
+            last = step == config.steps - 1
+            losses[active], said[active], gradient = self._loss(adam.delta[active], active, last)
+            steps[active] = step + 1
             going = [k for k, g in enumerate(active) if not self._done(losses[g], said[g])]
             active = [active[k] for k in going]
-            if not active or step == config.steps - 1:
+            if not active or last:
                 break
             adam.update(active, gradient[going])
         return Targets(self.hidden + adam.delta, self.hidden, losses, steps, said)
@@ -143,25 +144,81 @@ class _Chunk:
         likeliest = config.stop_when == "likeliest" and bool(said == 1)
         return likeliest or bool(loss < config.stop_loss)
 
-    def _losses(self, delta: Tensor, active: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """For deltas (active, d): each group's loss, and the share of its prompts that say theirs.
+    def _resumed(self) -> Resumed:
+        if max(row.subject for row in self.rows) == 0:
+            return WholeRows(self.bench, self.rows, self.reduced)
+        try:
+            return Tails(self.bench, self.rows, self.reduced)
+        except CacheDiffers:
+            return self._whole_rows()
 
-        Both are (active,).
+    def _whole_rows(self) -> Resumed:
+        warnings.warn(
+            f"{type(self.bench.model).__name__}: its cache does not continue to the same numbers; "
+            "targets are optimised over whole rows, which takes several times as long",
+            stacklevel=2,
+        )
+        return WholeRows(self.bench, self.rows, self.reduced)
+
+    def _loss(
+        self, delta: Tensor, active: Sequence[int], last: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """For deltas (active, d): losses, shares of prompts that say theirs, and the gradient.
+
+        The first two are (active,), the gradient is (active, d), and zero where ``last``.
         """
+        try:
+            return self._summed(delta, active, last)
+        except CacheDiffers:
+            self.resumed = self._whole_rows()
+            self.initial.clear()
+            return self._summed(delta, active, last)
+
+    def _summed(
+        self, delta: Tensor, active: Sequence[int], last: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """See ``_loss``. Rows that run together are done with before the next ones begin."""
         config = self.bench.config
         slot = {g: k for k, g in enumerate(active)}
-        chosen = [i for i, row in enumerate(self.rows) if row.group in slot]
-        where = torch.tensor([slot[self.rows[i].group] for i in chosen], device=delta.device)
-        log_probs = self.resumed.log_probs(chosen, self.subjects[chosen] + delta[where])
-        reads = _Reads.of([self.rows[i] for i in chosen], log_probs.device)
+        moved = delta.detach().requires_grad_(not last)
+        said: list[list[bool]] = [[] for _ in active]
+        lengths = self.hidden[list(active)].norm(dim=1)
+        with torch.set_grad_enabled(not last):
+            loss = config.weight_decay * moved.norm(dim=1) / lengths**2
+            if not last:
+                loss.sum().backward(inputs=[moved])
+            for rows in self.resumed.together(
+                [i for i, r in enumerate(self.rows) if r.group in slot]
+            ):
+                part = self._part_loss(moved, rows, slot, said)
+                if not last:
+                    part.sum().backward(inputs=[moved])
+                loss = loss.detach() + part.detach()
+        gradient = torch.zeros_like(moved) if moved.grad is None else moved.grad
+        return loss, torch.tensor([sum(found) / len(found) for found in said]), gradient
+
+    def _part_loss(
+        self, delta: Tensor, chosen: Sequence[int], slot: dict[int, int], said: list[list[bool]]
+    ) -> Tensor:
+        """What rows that run together add to each group's loss, (active,).
+
+        ``said`` gains for each row with a target whether it is likeliest at every read.
+        """
+        rows = [self.rows[i] for i in chosen]
+        where = torch.tensor([slot[row.group] for row in rows], device=delta.device)
+        log_probs = self.resumed.log_probs(chosen, self.subjects[list(chosen)] + delta[where])
+        reads = Reads.of(rows, log_probs.device)
         each = -log_probs.gather(1, reads.targets[:, None])[:, 0]  # (reads,): -log P(target)
         if len(reads.free):
             each = each.index_copy(0, reads.free, self._divergence(chosen, log_probs[reads.free]))
-        loss = config.weight_decay * delta.norm(dim=1) / self.hidden[list(active)].norm(dim=1) ** 2
+        hits = iter((log_probs.detach().argmax(1) == reads.targets).tolist())
+        for row in rows:
+            here = [next(hits) for _ in row.reads]
+            if row.target:
+                said[slot[row.group]].append(all(here))
         owners = where[reads.rows.to(where.device)]
-        loss = loss.index_add(0, owners, (reads.weights.to(each) * each).to(loss))
-        hits = (log_probs.detach().argmax(1) == reads.targets).tolist()
-        return loss, self._said(chosen, slot, hits)
+        weighted = (reads.weights.to(each) * each).to(delta)
+        return delta.new_zeros(len(slot)).index_add(0, owners, weighted)
 
     def _divergence(self, chosen: Sequence[int], log_probs: Tensor) -> Tensor:
         """KL(P || P_0) at the reads without a target of the chosen rows, (reads,).
@@ -169,89 +226,8 @@ class _Chunk:
         P_0 is what the first evaluation gives, where nothing has moved yet.
         """
         free = [i for i in chosen if not self.rows[i].target]
-        if not self.initial:
-            found = log_probs.detach().split([len(self.rows[i].reads) for i in free])
-            self.initial = dict(zip(free, found, strict=True))
+        found = log_probs.detach().split([len(self.rows[i].reads) for i in free])
+        for i, values in zip(free, found, strict=True):
+            self.initial.setdefault(i, values)
         initial = torch.cat([self.initial[i] for i in free])
         return (log_probs.exp() * (log_probs - initial)).sum(1)
-
-    def _said(self, chosen: Sequence[int], slot: dict[int, int], hits: list[bool]) -> Tensor:
-        """The share of each group's prompts whose target is likeliest at every read, (active,)."""
-        said: list[list[bool]] = [[] for _ in slot]
-        start = 0
-        for row in (self.rows[i] for i in chosen):
-            if row.target:
-                said[slot[row.group]].append(all(hits[start : start + len(row.reads)]))
-            start += len(row.reads)
-        return torch.tensor([sum(found) / len(found) for found in said])
-
-
-@dataclass(frozen=True)
-class _Reads:
-    """Everything that is read of some rows, in turn; all (reads,) but ``free``.
-
-    ``rows``: whose read it is, as an index; ``targets``: the token to follow, 0 where none is;
-    ``weights``: in the loss; ``free``: which reads have no target.
-    """
-
-    rows: Tensor
-    targets: Tensor
-    weights: Tensor
-    free: Tensor
-
-    @classmethod
-    def of(cls, rows: Sequence[Row], device: torch.device) -> _Reads:
-        """Lay the rows' reads one behind the other."""
-        owners: list[int] = []
-        targets: list[int] = []
-        weights: list[float] = []
-        free: list[int] = []
-        for i, row in enumerate(rows):
-            for k in range(len(row.reads)):
-                if not row.target:
-                    free.append(len(owners))
-                owners.append(i)
-                targets.append(row.target[k] if row.target else 0)
-                weights.append(row.weight / len(row.reads))
-        numbers = (owners, targets, free)
-        which, wanted, without = (torch.tensor(n, device=device).long() for n in numbers)
-        return cls(
-            which, wanted, torch.tensor(weights, device=device, dtype=torch.float64), without
-        )
-
-
-def _rows(group: Group, slot: int, config: AlphaEditConfig) -> list[Row]:
-    """The rows of a group: prompts in every context, the leader's KL row, every anchor once."""
-    rows = []
-    for member in group.members:
-        weight = 1 / (len(group.members) * len(member.rows))
-        for row in member.rows:
-            reads = tuple(row.target_positions)
-            rows.append(Row(slot, row.scoring_ids, row.subject_last, reads, row.target, weight))
-    kl = group.leader.kl_row
-    rows.append(Row(slot, kl.ids, kl.subject_last, (kl.subject_last,), (), config.kl_factor))
-    asked = {member.rows[0].ids for member in group.members}  # an edit's prompt is no anchor
-    anchors = [a for member in group.members for a in member.anchors if a.ids not in asked]
-    anchors = list(dict.fromkeys(anchors))
-    for anchor in anchors:
-        reads = tuple(anchor.target_positions) or (len(anchor.ids) - 1,)
-        weight = config.anchor_factor / len(anchors)
-        rows.append(Row(slot, anchor.scoring_ids, anchor.subject_last, reads, (), weight))
-    return rows
-
-
-def _chunks(bench: Bench, groups: Sequence[Group]) -> Iterator[list[int]]:
-    """Groups with like tails together, at most ``target_tokens`` padded tail tokens a chunk."""
-    tails = [
-        [len(row.ids) - row.subject for row in _rows(group, 0, bench.config)] for group in groups
-    ]
-    order = sorted(range(len(groups)), key=lambda g: max(tails[g]))
-    chunk: list[int] = []
-    for g in order:
-        count = sum(len(tails[i]) for i in [*chunk, g])
-        if chunk and count * max(tails[g]) > bench.target_tokens:
-            yield chunk
-            chunk = []
-        chunk.append(g)
-    if chunk:
-        yield chunk

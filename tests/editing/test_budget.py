@@ -96,11 +96,11 @@ class Full:
         self.sizes: list[int] = []
         whole = targets._Chunk
 
-        def chunk(bench, rows, num_groups):
+        def chunk(bench, reduced, rows, num_groups):
             self.sizes.append(num_groups)
             if num_groups > room:
                 raise torch.OutOfMemoryError("CUDA out of memory")
-            return whole(bench, rows, num_groups)
+            return whole(bench, reduced, rows, num_groups)
 
         monkeypatch.setattr(targets, "_Chunk", chunk)
 

@@ -68,6 +68,23 @@ def test_no_rows_take_nothing():
     assert (found.rank, found.room, found.used, found.condition) == (0, 5, 0.0, 1.0)
 
 
+@pytest.mark.parametrize("width", [540, 700, 4000])
+def test_many_rows_have_nearly_the_condition_of_all_their_eigenvalues(width):
+    A = torch.randn(520, width, generator=torch.Generator().manual_seed(width))
+    part = measure_capacity({0: LowRankDelta(A, torch.zeros(3, 520))}, [True] * 520).layers[0]
+    unit = torch.nn.functional.normalize(A.double())
+    values = torch.linalg.eigvalsh(unit @ unit.T)
+    assert (part.rows, part.rank) == (520, 520)
+    assert part.condition == pytest.approx(float(values[-1] / values[0]), rel=0.03)
+
+
+def test_many_rows_that_depend_on_each_other_are_counted_exactly():
+    A = torch.randn(300, 400, generator=torch.Generator().manual_seed(0)).repeat(2, 1)
+    part = measure_capacity({0: LowRankDelta(A, torch.zeros(3, 600))}, [True] * 600).layers[0]
+    assert (part.rows, part.rank, part.conflicts) == (600, 300, 300)
+    assert part.condition == float("inf")
+
+
 def test_rows_and_what_stands_must_be_as_many():
     with pytest.raises(ValueError, match="standing has 1 entries for 2 rows of layer 4"):
         only([[1.0, 0.0], [0.0, 1.0]], [True])

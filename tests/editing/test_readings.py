@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from alphaedit_peft import AlphaEditConfig, hooks
+from alphaedit_peft import AlphaEditConfig, hooks, tokens
 from alphaedit_peft.editing.bench import Bench
 from alphaedit_peft.editing.readings import keys_by_layer, read
 from tests import oracle
@@ -112,6 +112,13 @@ def test_some_edits_go_on_without_the_others(tokenizer):
     assert agree(onward.hidden, hidden)
 
 
+@pytest.fixture
+def large_passes(monkeypatch):
+    """Rows of any length run together."""
+    monkeypatch.setitem(tokens.PASS_COST, "cpu", 10**6)
+
+
+@pytest.mark.usefixtures("large_passes")
 def test_keys_of_all_layers_come_from_one_pass(tokenizer):
     bench = bench_for("gpt2", tokenizer, [0, 1, 2])
     edits = tokenised(bench)
@@ -139,6 +146,7 @@ class Counting:
         self.count += 1
 
 
+@pytest.mark.usefixtures("large_passes")
 def test_no_block_below_the_write_runs_again(tokenizer):
     bench = bench_for("gpt2", tokenizer, [1, 2])
     counts = [Counting(bench.model.get_submodule(f"transformer.h.{i}.attn")) for i in range(4)]

@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from alphaedit_peft import Edit
+from alphaedit_peft import Edit, tokens
 from alphaedit_peft.evaluation import Case, Judging, Question, Scores, Suite, evaluate
 from alphaedit_peft.evaluation.scores import METRICS
 from tests.conftest import CORPUS, tiny_model
@@ -159,7 +159,8 @@ class TestResultsFile:
         assert len(path.read_text().splitlines()) == 4
         assert scores == evaluate(model, tokenizer, SUITE)
 
-    def test_finished_cases_are_not_judged_again(self, tokenizer, tmp_path):
+    def test_finished_cases_are_not_judged_again(self, tokenizer, tmp_path, monkeypatch):
+        monkeypatch.setitem(tokens.PASS_COST, "cpu", 1000)  # a case in one pass
         model, path = tiny_model("llama"), tmp_path / "results.jsonl"
         evaluate(model, tokenizer, CASES, results=path)
         runs = []

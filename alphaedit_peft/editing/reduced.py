@@ -1,0 +1,75 @@
+"""The search for z in a smaller dtype: what runs above the last rewrite layer, under autocast.
+
+In: a bench whose config may name a dtype. Out: :class:`Reduced`. torch's autocast casts a weight
+that needs no gradient at every product anew, so the weights above the last rewrite layer L are
+copied once, and the copies stand in for them while the upper blocks run. The model's own weights
+are never written; what the copies take is ``reduced_bytes``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers.pytorch_utils import Conv1D
+
+from alphaedit_peft.editing.bench import Bench
+
+
+class Reduced:
+    """Runs the upper blocks in the dtype of ``config.autocast``; as they are where it is None."""
+
+    def __init__(self, bench: Bench) -> None:
+        """Copy the weights of the products above L that are wider than the dtype."""
+        self.dtype = _dtype(bench)
+        self._copies = [
+            (module, name, nn.Parameter(weight.detach().to(self.dtype), requires_grad=False))
+            for module, name, weight in _upper_weights(bench)
+        ]
+
+    @contextmanager
+    def running(self, device: torch.device) -> Iterator[None]:
+        """Products within the block are in the dtype; what goes in and out stays as it is."""
+        if self.dtype is None:
+            yield
+            return
+        with ExitStack() as stack:
+            for module, name, copy in self._copies:
+                stack.callback(module._parameters.__setitem__, name, module._parameters[name])
+                module._parameters[name] = copy
+            stack.enter_context(torch.autocast(device.type, self.dtype))
+            if device.type == "cpu":
+                # the gradient of the CPU's fused attention takes far longer in bfloat16
+                stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+            yield
+
+
+def reduced_bytes(bench: Bench) -> int:
+    """What the copies take; 0 without autocast."""
+    return sum(2 * weight.numel() for _, _, weight in _upper_weights(bench))
+
+
+def _dtype(bench: Bench) -> torch.dtype | None:
+    name = bench.config.autocast
+    return None if name is None else getattr(torch, name)
+
+
+def _upper_weights(bench: Bench) -> Iterator[tuple[nn.Module, str, Tensor]]:
+    """Weights and biases of the products above L, the head's among them, that need a copy.
+
+    An offloaded weight is nowhere while its block does not run, and is cast when it does.
+    """
+    if bench.config.autocast is None:
+        return
+    above = range(bench.layers[-1] + 1, bench.architecture.num_blocks)
+    names = [bench.architecture.block_name(block) for block in above]
+    for name in [*names, bench.head_name]:
+        for module in bench.model.get_submodule(name).modules():
+            if type(module) not in (nn.Linear, Conv1D):
+                continue
+            for part, weight in module.named_parameters(recurse=False):
+                if weight.is_floating_point() and weight.element_size() > 2 and not weight.is_meta:
+                    yield module, part, weight

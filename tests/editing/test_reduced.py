@@ -1,0 +1,95 @@
+"""Copies of the upper weights in a smaller dtype: used while they run, gone after, counted."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from alphaedit_peft.editing.budget import estimate
+from alphaedit_peft.editing.reduced import Reduced, reduced_bytes
+from tests.conftest import tiny_model
+from tests.editing.test_budget import OBJECTIVE, bench_and_edits
+from tests.editing.test_river import bench_for, settings
+
+CPU = torch.device("cpu")
+
+
+def bench_of(family: str, tokenizer, dtype: torch.dtype = torch.float32, **changes):
+    changes = {"autocast": "bfloat16", **changes}
+    return bench_for(tiny_model(family, dtype), tokenizer, settings(**changes))
+
+
+def dtypes(model: nn.Module) -> dict[str, torch.dtype]:
+    return {name: weight.dtype for name, weight in model.named_parameters(remove_duplicate=False)}
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gptj", "llama"])
+def test_only_products_above_the_last_rewrite_layer_are_copied(family, tokenizer):
+    bench = bench_of(family, tokenizer)
+    architecture, last = bench.architecture, bench.layers[-1]
+    names = [architecture.block_name(i) for i in range(architecture.num_blocks)]
+    with Reduced(bench).running(CPU):
+        found = dtypes(bench.model)
+    assert found[f"{names[last + 1]}.{_mlp(architecture, last + 1)}"] == torch.bfloat16
+    assert found[f"{bench.head_name}.weight"] == torch.bfloat16
+    for name, dtype in found.items():
+        upper = any(name.startswith(f"{block}.") for block in names[last + 1 :])
+        upper = upper or name.startswith(f"{bench.head_name}.")
+        assert dtype == torch.float32 or (dtype == torch.bfloat16 and upper), name
+
+
+def _mlp(architecture, layer: int) -> str:
+    block = architecture.block_name(layer)
+    return architecture.rewrite_name(layer).removeprefix(f"{block}.") + ".weight"
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_models_own_weights_are_back_afterwards(family, fails, tokenizer):
+    bench = bench_of(family, tokenizer)
+    before = dict(bench.model.named_parameters(remove_duplicate=False))
+    bits = {name: weight.detach().clone() for name, weight in before.items()}
+    try:
+        with Reduced(bench).running(CPU):
+            assert torch.is_autocast_enabled("cpu")
+            assert not fails, "stop"
+    except AssertionError:
+        assert fails
+    after = dict(bench.model.named_parameters(remove_duplicate=False))
+    assert not torch.is_autocast_enabled("cpu")
+    assert list(after) == list(before)
+    for name, weight in after.items():
+        assert weight is before[name]
+        assert torch.equal(weight, bits[name])
+
+
+def test_a_tied_embedding_keeps_its_own_weight(tokenizer):
+    bench = bench_of("gpt2", tokenizer)
+    embedding = bench.model.get_input_embeddings()
+    assert bench.model.get_output_embeddings().weight is embedding.weight
+    with Reduced(bench).running(CPU):
+        assert embedding.weight.dtype == torch.float32
+        assert bench.model.get_output_embeddings().weight.dtype == torch.bfloat16
+
+
+def test_nothing_is_copied_without_autocast_or_of_a_bfloat16_model(tokenizer):
+    for bench in (
+        bench_of("llama", tokenizer, autocast=None),
+        bench_of("llama", tokenizer, torch.bfloat16),
+    ):
+        before = dtypes(bench.model)
+        assert reduced_bytes(bench) == 0
+        with Reduced(bench).running(CPU):
+            assert dtypes(bench.model) == before
+
+
+def test_the_memory_formula_counts_the_copies(tokenizer):
+    bench, edits = bench_and_edits(tokenizer)
+    copying, _ = bench_and_edits(tokenizer, autocast="bfloat16")
+    with Reduced(copying).running(CPU):
+        copies = [weight for weight in copying.model.parameters() if weight.dtype == torch.bfloat16]
+    taken = sum(weight.numel() * weight.element_size() for weight in copies)
+    assert taken == reduced_bytes(copying) > 0
+    plain = estimate(bench, OBJECTIVE, edits, 4, 4)
+    assert estimate(copying, OBJECTIVE, edits, 4, 4).held == plain.held + taken
