@@ -21,7 +21,7 @@ EXAMPLES = ROOT / "examples"
 SHORT = (
     *("quickstart", "continue_editing", "join_packs", "remove_edits", "compress_pack"),
     *("plot_packs", "plot_rows", "picture_page", "plot_null_space", "draw_pack"),
-    *("plot_benchmark", "measure_statistics", "tabulate_settings"),
+    *("plot_benchmark", "measure_statistics", "tabulate_settings", "measure_decomposition"),
 )
 
 
@@ -153,3 +153,11 @@ def test_a_picture_of_a_packs_page(tmp_path):
     make_pack().save_pretrained(tmp_path / "pack")
     run(EXAMPLES / "picture_page.py", tmp_path / "pack", tmp_path / "page.png", "--height", "300")
     assert (tmp_path / "page.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_time_of_eigenvectors_is_measured_beside_its_floor(tmp_path):
+    found = json.loads(run(EXAMPLES / "measure_decomposition.py", 96, tmp_path / "found.json"))
+    assert found == json.loads((tmp_path / "found.json").read_text())
+    assert (found["d_in"], found["stored"][0]) == (96, 96)
+    assert found["off_orthonormal"] < 1e-4
+    assert found["seconds"] >= 0 <= found["floor"]

@@ -1,0 +1,123 @@
+"""Tails of rows against whole rows, family by family, and what happens where they differ."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import DynamicCache
+
+from alphaedit_peft import tokens
+from alphaedit_peft.editing.groups import Group
+from alphaedit_peft.editing.reduced import Reduced
+from alphaedit_peft.editing.resume import CacheDiffers, WholeRows
+from alphaedit_peft.editing.tails import Tails
+from alphaedit_peft.editing.target_rows import rows_of
+from alphaedit_peft.editing.targets import optimise_targets
+from tests.conftest import tiny_model
+from tests.editing.test_readings import bench_for, tokenised
+from tests.editing.test_river import EDITS, settings
+from tests.editing.test_river import bench_for as bench_of
+from tests.test_architecture import OVERRIDDEN, VARIANTS
+
+LAYERS = [0, 1]
+
+
+def all_rows(bench):
+    groups = [Group((rows,)) for rows in tokenised(bench)]
+    return [row for slot, group in enumerate(groups) for row in rows_of(group, slot, bench.config)]
+
+
+def everything(resumed, rows, moved):
+    """Log-probabilities of all rows, in their order, and how many batches they took."""
+    found = {}
+    batches = resumed.together(range(len(rows)))
+    for chosen in batches:
+        values = resumed.log_probs(chosen, moved[chosen])
+        parts = values.split([len(rows[i].reads) for i in chosen])
+        found |= dict(zip(chosen, parts, strict=True))
+    return torch.cat([found[i] for i in range(len(rows))]), len(batches)
+
+
+@pytest.mark.parametrize("name", [*VARIANTS, *OVERRIDDEN])
+def test_tails_give_what_whole_rows_give_wherever_they_are_cut(name, tokenizer, monkeypatch):
+    bench = bench_for(name, tokenizer, LAYERS, tokens_per_batch=60)
+    rows, reduced = all_rows(bench), Reduced(bench)
+    whole = WholeRows(bench, rows, reduced)
+    random = torch.Generator().manual_seed(0)
+    step = torch.randn(whole.hidden.shape, generator=random, dtype=whole.hidden.dtype)
+    moved = whole.hidden + 0.3 * whole.hidden.norm(dim=1, keepdim=True) * step / len(step[0]) ** 0.5
+    with torch.no_grad():
+        expected, _ = everything(whole, rows, moved)
+        for cost, at_least in ((0, 3), (10**6, 1)):
+            monkeypatch.setitem(tokens.PASS_COST, "cpu", cost)
+            tails = Tails(bench, rows, reduced)
+            unmoved, batches = everything(tails, rows, tails.hidden)
+            assert batches >= at_least
+            found, _ = everything(tails, rows, moved)
+            assert torch.allclose(tails.hidden, whole.hidden, atol=1e-5)
+            assert (found - expected).abs().max() < 2e-4
+            assert (unmoved - expected).abs().max() > 1e-2
+
+
+def optimised(model, tokenizer, **changes):
+    bench = bench_of(model, tokenizer, settings(**changes))
+    return optimise_targets(bench, [Group((rows,)) for rows in tokenised(bench)])
+
+
+def without_what_was_before(cache):
+    """As a family that keeps its state elsewhere would leave it: nothing to go on from."""
+    for layer in cache.layers:
+        if layer.get_seq_length():
+            layer.values = torch.zeros_like(layer.values)
+    return cache
+
+
+def test_a_cache_that_does_not_continue_is_found_out_and_whole_rows_run(tokenizer):
+    expected = optimised(tiny_model("llama", torch.float64), tokenizer)
+    model = tiny_model("llama", torch.float64)
+    with_cache(model, without_what_was_before)
+    with pytest.warns(UserWarning, match="its cache does not continue to the same numbers"):
+        found = optimised(model, tokenizer)
+    assert (found.values - expected.values).norm() <= 1e-4 * expected.values.norm()
+    assert found.losses.tolist() == pytest.approx(expected.losses.tolist(), rel=1e-4)
+
+
+def test_a_model_that_fills_no_cache_runs_whole_rows(tokenizer):
+    expected = optimised(tiny_model("llama", torch.float64), tokenizer)
+    model = tiny_model("llama", torch.float64)
+    with_cache(model, lambda _cache: DynamicCache())
+    with pytest.warns(UserWarning, match="its cache does not continue to the same numbers"):
+        found = optimised(model, tokenizer)
+    assert (found.values - expected.values).norm() <= 1e-4 * expected.values.norm()
+    bench = bench_of(model, tokenizer, settings())
+    with pytest.raises(CacheDiffers):
+        Tails(bench, all_rows(bench), Reduced(bench))
+
+
+def with_cache(model, change) -> None:
+    """Let the model's forward make of its cache what ``change`` does."""
+    own = model.forward
+
+    def forward(self, *args, past_key_values=None, position_ids=None, **more):
+        if past_key_values is not None:
+            past_key_values = change(past_key_values)
+        return own(*args, past_key_values=past_key_values, position_ids=position_ids, **more)
+
+    model.forward = forward.__get__(model)
+
+
+def test_no_gradient_is_taken_after_the_last_evaluation(tokenizer, monkeypatch):
+    runs = []
+    own = torch.Tensor.backward
+    monkeypatch.setattr(torch.Tensor, "backward", lambda *a, **k: (runs.append(1), own(*a, **k))[1])
+    monkeypatch.setitem(tokens.PASS_COST, "cpu", 10**6)  # all rows in one batch
+    optimised(tiny_model("gpt2"), tokenizer, steps=1)
+    assert not runs
+    optimised(tiny_model("gpt2"), tokenizer, steps=3)
+    assert len(runs) == 4  # of the decay and of the rows, at two of three evaluations
+
+
+def test_base_weights_that_ask_for_gradients_get_none(tokenizer):
+    model = tiny_model("llama").requires_grad_()
+    assert optimised(model, tokenizer).steps.tolist() == [6] * len(EDITS)
+    assert all(weight.grad is None for weight in model.parameters())
