@@ -82,12 +82,15 @@ def _seconds(value: float) -> str:
 
 
 def _remarks(facts: Values) -> Iterator[str]:
+    from alphaedit_peft.studies.benchmark.markdown import ratio_in_words
+
     if facts["alphaedit_to_memit"]:
-        yield f"AlphaEdit takes {facts['alphaedit_to_memit']:.3f} times MEMIT's time."
+        yield f"AlphaEdit takes {ratio_in_words(facts['alphaedit_to_memit'])} times MEMIT's time."
     if facts["plain_to_ours"]:
         plain = facts["plain"]
         yield (
-            f"The plain way takes {facts['plain_to_ours']:.2f} times the time, without contexts; "
+            f"The plain way takes {ratio_in_words(facts['plain_to_ours'])} times the time, without "
+            "contexts; "
             f"its targets and keys are those of {show.count(plain['edits'], 'edit')}, scaled to "
             f"{plain['of']}."
         )

@@ -245,20 +245,26 @@ def test_forwards_are_timed_for_the_base_each_rank_and_merged():
 
 def test_only_targets_and_keys_of_the_plain_way_grow_with_the_edits():
     floor = Floor({}, {"targets": 1.0, "solve": 1.0}, 0.0)
-    plain = PlainSession(10, 100, {"targets": 2.0, "keys": 1.0, "solve": 5.0}, 0, floor)
+    run = {"targets": 2.0, "keys": 1.0, "solve": 5.0}
+    plain = PlainSession(10, 100, (run,), 0, floor)
     assert plain.scaled == {"targets": 20.0, "keys": 10.0, "solve": 5.0}
     assert plain.scaled_floor == {"targets": 10.0, "solve": 1.0}
     assert plain.total == 35.0
 
 
-def test_ratios_are_of_medians_and_leave_contexts_out_against_the_plain_way():
+def test_ratios_are_taken_run_by_run_and_leave_contexts_out_against_the_plain_way():
     seconds = {"contexts": 2.0, "targets": 3.0}
-    ours = Batch(10, 0, 10, 10, 25.0, seconds, (9.0, 7.0, 1.0), 0)
-    memit = Batch(10, 0, 10, 10, 25.0, seconds, (14.0,), 0)
-    plain = PlainSession(10, 10, {"targets": 10.0}, 0)
+    ours = Batch(10, 0, 10, 10, 25.0, seconds, (9.0, 7.0, 3.0), (2.0, 3.0, 2.0), 0)
+    memit = Batch(10, 0, 10, 10, 25.0, seconds, (18.0, 7.0, 12.0), (2.0, 3.0, 2.0), 0)
+    plain = PlainSession(10, 10, tuple({"targets": float(s)} for s in (14, 24, 3)), 0)
     sessions = (Session("alphaedit", (ours,)), Session("memit", (memit,)))
     found = Findings({}, {}, {}, sessions, plain)
-    assert found.alphaedit_to_memit == 0.5
-    assert found.plain_to_ours == 2.0
-    assert Findings({}, {}, {}, sessions[:1]).alphaedit_to_memit is None
-    assert Findings({}, {}, {}, sessions[:1]).plain_to_ours is None
+    assert found.alphaedit_to_memit == (0.5, 1.0, 0.25)
+    assert found.plain_to_ours == (2.0, 6.0, 3.0)
+    values = found.to_json()
+    assert values["alphaedit_to_memit"]["median"] == 0.5
+    assert values["plain_to_ours"] == {"median": 3.0, "runs": [2.0, 6.0, 3.0]}
+    assert ours.without_contexts == 4.0
+    alone = Findings({}, {}, {}, sessions[:1])
+    assert alone.alphaedit_to_memit == alone.plain_to_ours == ()
+    assert alone.to_json()["plain_to_ours"] is None

@@ -34,9 +34,9 @@ HEAD = {
 @pytest.fixture
 def found() -> dict:
     floor = Floor({"targets": {"float32": 10**12}}, {"targets": 3.0, "solve": 0.1}, 5000.0)
-    first = Batch(100, 0, 100, 100, 25.0, SECONDS, (8.0, 9.0, 7.0), 50 * 2**20)
-    second = Batch(100, 100, 100, 100, 25.0, SECONDS, (7.5,), 60 * 2**20)
-    plain = PlainSession(10, 100, {"targets": 4.0, "solve": 2.0}, 2**30, floor)
+    first = Batch(100, 0, 100, 100, 25.0, SECONDS, (8.0, 9.0, 7.0), (1.0,) * 3, 50 * 2**20)
+    second = Batch(100, 100, 100, 100, 25.0, SECONDS, (7.5,) * 3, (0.0,) * 3, 60 * 2**20)
+    plain = PlainSession(10, 100, ({"targets": 4.0, "solve": 2.0},) * 3, 2**30, floor)
     sessions = (Session("alphaedit", (first, second), floor), Session("memit", (first,)))
     forwards = (Forward("base", 0, 256, 50.0), Forward("unmerged", 1000, 256, 75.0))
     values = Findings(HEAD, {"float32": 1e11}, {"collected": 3.0}, sessions, plain, forwards)
@@ -56,7 +56,7 @@ def test_tables_hold_the_figures_and_how_far_they_are_from_the_floor(found):
     assert "### lab-llama, float32" in text
     assert "| alphaedit, batch 1 | 1.000 | 0.250 | 6.000 | 0.500 |  | 0.250 | 8.000 | 50 |" in text
     assert "75 %, 2.0 x" in text  # of the targets: 6 of 8 seconds, twice 3
-    assert "the plain way takes 6.00 times these" in text  # 42 to 8 without 1 of contexts
+    assert "the plain way takes 6 (5.25 to 7) times AlphaEdit's" in text  # 42 to 8, 9, 7 less 1
     assert "| unmerged, rank 1,000 | 75.0 | 3,413 | 1.50 |" in text
     rows = [line for line in text.splitlines() if line.startswith("|")]
     assert all(row.endswith("|") for row in rows)

@@ -6,7 +6,7 @@ seconds, memory in bytes, operations count two for a multiply-add.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from statistics import median
 from typing import Any
@@ -24,6 +24,7 @@ class Batch:
         steps: loss evaluations of a target value, the mean over edits.
         seconds: by phase, medians.
         totals: wall seconds of the whole call, one for each repeat; the phases and what is between.
+        contexts: seconds of sampling and tokenising contexts, likewise.
         memory: peak above what was there before, the largest of the repeats.
     """
 
@@ -34,6 +35,7 @@ class Batch:
     steps: float
     seconds: Mapping[str, float]
     totals: tuple[float, ...]
+    contexts: tuple[float, ...]
     memory: int
 
     @property
@@ -43,8 +45,13 @@ class Batch:
 
     @property
     def without_contexts(self) -> float:
-        """Seconds without sampling and tokenising contexts, which only the first batch does."""
-        return self.total - self.seconds.get("contexts", 0.0)
+        """Seconds without contexts, which only the first batch samples, the median over repeats."""
+        return median(self.bare)
+
+    @property
+    def bare(self) -> tuple[float, ...]:
+        """Seconds without contexts, one for each repeat."""
+        return tuple(a - b for a, b in zip(self.totals, self.contexts, strict=True))
 
     def to_json(self) -> dict[str, Any]:
         """As plain JSON values, with the total."""
@@ -99,16 +106,21 @@ class PlainSession:
     Attributes:
         edits: how many were made.
         of: how many edits a batch has.
-        seconds: by phase, as measured.
+        runs: seconds by phase, as measured, one for each repeat.
         memory: peak above what was there before.
         floor: of these edits.
     """
 
     edits: int
     of: int
-    seconds: Mapping[str, float]
+    runs: tuple[Mapping[str, float], ...]
     memory: int
     floor: Floor | None = None
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Seconds by phase, medians over repeats."""
+        return {name: median(run[name] for run in self.runs) for name in self.runs[0]}
 
     @property
     def scaled(self) -> dict[str, float]:
@@ -128,14 +140,24 @@ class PlainSession:
         return {k: v * (factor if k in ("targets", "keys") else 1) for k, v in seconds.items()}
 
     @property
+    def totals(self) -> tuple[float, ...]:
+        """Seconds of a whole batch, scaled, one for each repeat."""
+        return tuple(sum(self._scaled(run).values()) for run in self.runs)
+
+    @property
     def total(self) -> float:
-        """Seconds of a whole batch, scaled."""
-        return sum(self.scaled.values())
+        """Seconds of a whole batch, scaled, the median over repeats."""
+        return median(self.totals)
 
     def to_json(self) -> dict[str, Any]:
         """As plain JSON values, with what is derived."""
         floor = None if self.floor is None else self.floor.to_json()
-        derived = {"scaled": self.scaled, "scaled_floor": self.scaled_floor, "total": self.total}
+        derived = {
+            "seconds": self.seconds,
+            "scaled": self.scaled,
+            "scaled_floor": self.scaled_floor,
+            "total": self.total,
+        }
         return {**asdict(self), **derived, "floor": floor}
 
 
@@ -179,20 +201,24 @@ class Findings:
     inference: tuple[Forward, ...] = field(default=())
 
     @property
-    def alphaedit_to_memit(self) -> float | None:
-        """Seconds of AlphaEdit's batches to MEMIT's, where both were measured."""
-        total = {s.objective: sum(batch.total for batch in s.batches) for s in self.sessions}
-        return total["alphaedit"] / total["memit"] if {"alphaedit", "memit"} <= {*total} else None
+    def alphaedit_to_memit(self) -> tuple[float, ...]:
+        """Seconds of AlphaEdit's batches to MEMIT's, run by run; empty without one of them."""
+        batches = {session.objective: session.batches for session in self.sessions}
+        if not {"alphaedit", "memit"} <= {*batches}:
+            return ()
+        ours, theirs = (
+            [sum(run) for run in zip(*(batch.totals for batch in batches[name]), strict=True)]
+            for name in ("alphaedit", "memit")
+        )
+        return tuple(a / b for a, b in zip(ours, theirs, strict=True))
 
     @property
-    def plain_to_ours(self) -> float | None:
-        """Seconds of a batch the plain way to those here, both without contexts."""
+    def plain_to_ours(self) -> tuple[float, ...]:
+        """Seconds of a batch the plain way to those here, both without contexts, run by run."""
         first = next((s.batches[0] for s in self.sessions if s.objective == "alphaedit"), None)
-        return (
-            None
-            if first is None or self.plain is None
-            else (self.plain.total / first.without_contexts)
-        )
+        if first is None or self.plain is None:
+            return ()
+        return tuple(a / b for a, b in zip(self.plain.totals, first.bare, strict=True))
 
     def to_json(self) -> dict[str, Any]:
         """As plain JSON values, with the ratios."""
@@ -203,6 +229,11 @@ class Findings:
             "sessions": [session.to_json() for session in self.sessions],
             "plain": None if self.plain is None else self.plain.to_json(),
             "inference": [forward.to_json() for forward in self.inference],
-            "alphaedit_to_memit": self.alphaedit_to_memit,
-            "plain_to_ours": self.plain_to_ours,
+            "alphaedit_to_memit": _ratio(self.alphaedit_to_memit),
+            "plain_to_ours": _ratio(self.plain_to_ours),
         }
+
+
+def _ratio(runs: Sequence[float]) -> dict[str, Any] | None:
+    """The median of ratios taken run by run, and all of them: other programs come and go."""
+    return {"median": median(runs), "runs": list(runs)} if runs else None

@@ -126,17 +126,24 @@ def _profile(found: Values) -> str:
 def _remarks(found: Values) -> str:
     said = []
     if found["alphaedit_to_memit"]:
-        said.append(f"AlphaEdit takes {found['alphaedit_to_memit']:.3f} times MEMIT's seconds")
+        times = ratio_in_words(found["alphaedit_to_memit"])
+        said.append(f"AlphaEdit takes {times} times MEMIT's seconds")
     if found["plain_to_ours"]:
-        said.append(
-            f"the plain way takes {found['plain_to_ours']:.2f} times these, without contexts"
-        )
+        times = ratio_in_words(found["plain_to_ours"])
+        said.append(f"the plain way takes {times} times AlphaEdit's, without contexts")
     rates = ", ".join(f"{name} {rate / GIGA:,.0f}" for name, rate in found["rates"].items())
     said.append(f"matrix rates in 10^9 operations a second: {rates}")
     made = ", ".join(f"{what} {value:.2f}" for what, value in found["statistics"].items())
     said += [f"statistics ({found['head']['statistics']}), seconds: {made}"] if made else []
     text = "; ".join(said)
     return f"{text[0].upper()}{text[1:]}."
+
+
+def ratio_in_words(found: Values) -> str:
+    """A ratio's median, and the range of its runs where there are several: "6.1 (5.8 to 6.3)"."""
+    runs = found["runs"]
+    text = f"{found['median']:.3g}"
+    return f"{text} ({min(runs):.3g} to {max(runs):.3g})" if len(runs) > 1 else text
 
 
 def _table(head: list[str], rows: list[list[str]]) -> str:

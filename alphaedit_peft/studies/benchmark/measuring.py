@@ -59,21 +59,26 @@ def benchmark(
     runner = Runner(subject, statistics, plan, progress)
     runner.warm_up(chosen)
     found: dict[str, list[list[Timing]]] = {name: [] for name in plan.objectives}
+    plain = PlainWay(runner, chosen[: plan.plain_edits]) if plan.plain_edits else None
     for repeat in range(plan.repeats):
-        for objective in plan.objectives:
-            progress(f"{objective}, run {repeat + 1} of {plan.repeats}")
-            found[objective].append(runner.run(objective, chosen))
+        turns = [*plan.objectives, *(["plain"] if plain else [])]
+        for name in turns[:: -1 if repeat % 2 else 1]:  # there and back: machines change with time
+            progress(f"{name}, run {repeat + 1} of {plan.repeats}")
+            if plain and name == "plain":
+                plain.run()
+            else:
+                found[name].append(runner.run(name, chosen))
     rates = runner.rates()
     sessions = []
     for objective, runs in found.items():
         batches = tuple(_batch(plan.edits, parts) for parts in zip(*runs, strict=True))
         floor = _counted(runner, objective, chosen[: plan.edits], rates) if plan.floor else None
         sessions.append(Session(objective, batches, floor))
-    plain = _plain(runner, chosen[: plan.plain_edits], rates) if plan.plain_edits else None
+    beside = plain.session(rates) if plain else None
     inference = forward_times(subject, progress) if plan.inference else ()
     head = _head(subject, statistics, plan, runner)
     made = {**statistics.seconds, **runner.first_use}
-    return Findings(head, rates, made, tuple(sessions), plain, inference)
+    return Findings(head, rates, made, tuple(sessions), beside, inference)
 
 
 @torch.no_grad()
@@ -101,39 +106,47 @@ def _counted(
     return _floor(counter, seen.total() / architecture.num_blocks, rates)
 
 
-def _plain(runner: Runner, edits: Sequence[Edit], rates: Mapping[str, float]) -> PlainSession:
-    """Some of the edits the plain way, timed and then counted."""
-    runner.say(f"the plain way, {len(edits)} edits")
-    subject, space, plan = runner.subject, runner.statistics.null_space, runner.plan
-    model = runner.wrapped("alphaedit")
-    try:
-        config, architecture = model.alphaedit_config, model.architecture
-        contexts = runner.contexts(model)
-        renderer = runner.bench(model, contexts, Phases()).renderer
-    finally:
-        model.unload()
-    rows = [renderer.edit_rows(edit, contexts) for edit in edits]
-    times: list[Mapping[str, float]] = []
-    memory = 0
-    counter, floor = OperationCounter(), None
-    with hooks.evaluating(subject.model):
-        for _ in range(plan.repeats):
-            phases = Phases.of(subject.model)
-            with PeakMemory(subject.device) as peak:  # dense projectors and caches count
-                plain = PlainModel.of(subject.model, config, architecture, space)
-                with plain.weights_kept():
-                    plain.edit_batch(rows, phases)
-            times.append(phases.seconds)
-            memory = max(memory, peak.above)
+class PlainWay:
+    """Some of the edits the plain way: timed as often as asked, then counted."""
+
+    def __init__(self, runner: Runner, edits: Sequence[Edit]) -> None:
+        self._runner = runner
+        model = runner.wrapped("alphaedit")
+        try:
+            self._config, self._architecture = model.alphaedit_config, model.architecture
+            contexts = runner.contexts(model)
+            renderer = runner.bench(model, contexts, Phases()).renderer
+        finally:
+            model.unload()
+        self._rows = [renderer.edit_rows(edit, contexts) for edit in edits]
+        self._runs: list[Mapping[str, float]] = []
+        self._memory = 0
+
+    def run(self) -> None:
+        """Make the edits once, and take the time."""
+        phases = Phases.of(self._runner.subject.model)
+        with PeakMemory(self._runner.subject.device) as peak:  # dense matrices count
+            self._edit(phases)
+        self._runs.append(phases.seconds)
+        self._memory = max(self._memory, peak.above)
+
+    def session(self, rates: Mapping[str, float]) -> PlainSession:
+        """What was measured, with its floor where the plan asks for one."""
+        plan, floor = self._runner.plan, None
         if plan.floor:
-            runner.say("the plain way, counting operations")
-            plain = PlainModel.of(subject.model, config, architecture, space)
-            counted = counting_tokens(subject.model, architecture)
-            with plain.weights_kept(), counted as seen, counter:
-                plain.edit_batch(rows, CountedPhases(counter))
-            floor = _floor(counter, seen.total() / architecture.num_blocks, rates)
-    seconds = {name: median(found[name] for found in times) for name in PHASES}
-    return PlainSession(len(edits), plan.edits, seconds, memory, floor)
+            self._runner.say("the plain way, counting operations")
+            counter = OperationCounter()
+            counted = counting_tokens(self._runner.subject.model, self._architecture)
+            with counted as seen, counter:
+                self._edit(CountedPhases(counter))
+            floor = _floor(counter, seen.total() / self._architecture.num_blocks, rates)
+        return PlainSession(len(self._rows), plan.edits, tuple(self._runs), self._memory, floor)
+
+    def _edit(self, phases: Phases) -> None:
+        model, space = self._runner.subject.model, self._runner.statistics.null_space
+        plain = PlainModel.of(model, self._config, self._architecture, space)
+        with hooks.evaluating(model), plain.weights_kept():
+            plain.edit_batch(self._rows, phases)
 
 
 def _floor(counter: OperationCounter, tokens: float, rates: Mapping[str, float]) -> Floor:
@@ -153,6 +166,7 @@ def _batch(edits: int, parts: Sequence[Timing]) -> Batch:
         steps=mean(result.steps or 0 for result in first.made) if first.made else 0.0,
         seconds={name: median(part.report.seconds[name] for part in parts) for name in PHASES},
         totals=tuple(part.total for part in parts),
+        contexts=tuple(part.report.seconds["contexts"] for part in parts),
         memory=max(part.memory for part in parts),
     )
 
