@@ -124,27 +124,38 @@ def padded(rows: Sequence[Sequence[int]], device: torch.device) -> dict[str, Ten
 
 
 def batches(
-    rows: Sequence[Sequence[int]], tokens_per_batch: int, device: torch.device
+    rows: Sequence[Sequence[int]],
+    tokens_per_batch: int,
+    device: torch.device,
+    *,
+    few: bool = False,
 ) -> Iterator[PaddedBatch]:
     """Padded batches of at most ``tokens_per_batch`` tokens, rows of like length together.
 
-    A row longer than that makes a batch of its own.
+    A row longer than that makes a batch of its own. ``few``: see ``by_length``.
     """
-    for batch in by_length([len(row) for row in rows], device, tokens_per_batch):
+    for batch in by_length([len(row) for row in rows], device, tokens_per_batch, few=few):
         yield PaddedBatch(padded([rows[i] for i in batch], device), batch)
 
 
 def by_length(
-    lengths: Sequence[int], device: torch.device, most: float = float("inf")
+    lengths: Sequence[int],
+    device: torch.device,
+    most: float = float("inf"),
+    *,
+    few: bool = False,
 ) -> list[list[int]]:
     """Indices in batches to be padded to their longest, from the shortest up.
 
     The borders are those with the least work, where a further pass costs as much as some padding,
-    ``PASS_COST`` tokens of it; then batches of more than ``most`` padded tokens are cut.
+    ``PASS_COST`` tokens of it; then batches of more than ``most`` padded tokens are cut. ``few``
+    makes as few batches as it can: where each pass brings the weights in, it costs more than any
+    padding.
     """
     order = sorted(range(len(lengths)), key=lambda i: lengths[i])
+    cost = PASS_COST.get(device.type, PASS_COST["cuda"])
     found = []
-    for some in _least_padding(order, lengths, PASS_COST.get(device.type, PASS_COST["cuda"])):
+    for some in [order] * bool(order) if few else _least_padding(order, lengths, cost):
         batch: list[int] = []
         for index in some:
             if batch and (len(batch) + 1) * lengths[index] > most:

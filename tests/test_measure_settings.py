@@ -27,3 +27,20 @@ def test_it_measures_the_unedited_model_and_each_setting_asked_for(tmp_path):
         assert row["efficacy"] > unedited["efficacy"]
         assert row["not_taken"] == 0
         assert row["perplexity"] == pytest.approx(unedited["perplexity"], rel=0.1)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    not (embedded.folder() / "model.safetensors").is_file(),
+    reason="the embedded model's weights are not here",
+)
+def test_plain_fast_and_autocast_edits_are_equally_good(tmp_path):
+    out = tmp_path / "paths.json"
+    run(EXAMPLES / "compare_paths.py", "--edits", "4", "--out", out)
+    plain, *others = json.loads(out.read_text())
+    assert [row["way"] for row in (plain, *others)] == ["plain", "together", "autocast"]
+    assert plain["efficacy"] == 1
+    for row in others:
+        for name in ("efficacy", "generalization", "specificity", "unedited_recall"):
+            assert row[name] == pytest.approx(plain[name], abs=0.01)
+        assert row["perplexity"] == pytest.approx(plain["perplexity"], rel=0.01)

@@ -8,7 +8,7 @@ at the positions asked for.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -21,7 +21,8 @@ from alphaedit_peft.config import AlphaEditConfig
 from alphaedit_peft.editing.phases import Phases
 from alphaedit_peft.editing.prompts import Renderer, TokenRow
 from alphaedit_peft.hooks import gathering_logits
-from alphaedit_peft.tokens import batches
+from alphaedit_peft.placement import keeps_elsewhere
+from alphaedit_peft.tokens import PaddedBatch, batches
 
 
 @dataclass(frozen=True)
@@ -87,12 +88,20 @@ class Bench:
             raise ValueError(f"{type(self.model).__name__} has no output head; pass a causal LM")
         return name
 
+    @property
+    def few_passes(self) -> bool:
+        """Whether a pass is dearer than any padding, since it brings offloaded weights in."""
+        return keeps_elsewhere(self.model)
+
+    def batches(self, rows: Sequence[Sequence[int]]) -> Iterator[PaddedBatch]:
+        """Token rows in padded batches of at most ``tokens_per_batch`` tokens."""
+        return batches(rows, self.tokens_per_batch, self.device, few=self.few_passes)
+
     def token_keys(self, rows: Sequence[TokenRow], layer: int) -> list[Tensor]:
         """Inputs of a rewrite module at every token, for each row (tokens, d_in)."""
         name, block = self.architecture.rewrite_name(layer), self.architecture.block_name(layer)
         found: dict[int, Tensor] = {}
-        ids = [row.ids for row in rows]
-        for batch in batches(ids, self.tokens_per_batch, self.device):
+        for batch in self.batches([row.ids for row in rows]):
             inputs = hooks.capture_inputs(self.model, batch.inputs, [name], block)[name]
             for i, index in enumerate(batch.indices):
                 found[index] = at_least_float32(inputs[i, : len(rows[index].ids)])
@@ -102,8 +111,7 @@ class Bench:
         """Hidden states after a block at each row's subject, (rows, d), float32 or better."""
         block = self.architecture.block_name(layer)
         found: dict[int, Tensor] = {}
-        cut = [row.key_row.ids for row in rows]
-        for batch in batches(cut, self.tokens_per_batch, self.device):
+        for batch in self.batches([row.key_row.ids for row in rows]):
             state = hooks.hidden_of(hooks.capture_output(self.model, batch.inputs, block))
             for i, index in enumerate(batch.indices):
                 found[index] = at_least_float32(state[i, rows[index].subject_last])
@@ -117,8 +125,7 @@ class Bench:
             ValueError: the model gives NaN.
         """
         scores: dict[int, Score] = {}
-        ids = [row.scoring_ids for row in rows]
-        for batch in batches(ids, self.tokens_per_batch, self.device):
+        for batch in self.batches([row.scoring_ids for row in rows]):
             where = [(i, p) for i, k in enumerate(batch.indices) for p in rows[k].target_positions]
             with gathering_logits(self.model, self.head_name, where):
                 logits = self.model(**batch.inputs, use_cache=False).logits[0]

@@ -199,7 +199,7 @@ def prompt_drift(
     if not rows or not all(rows):
         raise ValueError(f"prompts={[*prompts]!r:.80} lack a text; give one or more, none empty")
     total = 0.0
-    for batch in tokens.batches(rows, reader.tokens_per_batch, reader.device):
+    for batch in reader.batches(rows):
         where = [(k, len(rows[i]) - 1) for k, i in enumerate(batch.indices)]
         now = reader.log_probs(batch.inputs, where)  # (prompts, vocab)
         with without():

@@ -21,7 +21,6 @@ from torch import Tensor
 from alphaedit_peft import hooks
 from alphaedit_peft.editing.bench import Bench, at_least_float32
 from alphaedit_peft.editing.prompts import EditRows, TokenRow
-from alphaedit_peft.tokens import batches
 
 
 @dataclass(frozen=True)
@@ -149,7 +148,7 @@ def _batched(bench: Bench, rows: Mapping[tuple[int, int], TokenRow]) -> tuple[_P
             torch.tensor([rows[names[i]].subject_last for i in batch.indices]),
             batch.inputs,
         )
-        for batch in batches(ids, bench.tokens_per_batch, bench.device)
+        for batch in bench.batches(ids)
     )
 
 

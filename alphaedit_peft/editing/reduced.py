@@ -1,9 +1,10 @@
 """The search for z in a smaller dtype: what runs above the last rewrite layer, under autocast.
 
-In: a bench whose config may name a dtype. Out: :class:`Reduced`. torch's autocast casts a weight
-that needs no gradient at every product anew, so the weights above the last rewrite layer L are
-copied once, and the copies stand in for them while the upper blocks run. The model's own weights
-are never written; what the copies take is ``reduced_bytes``.
+In: a bench whose config may name a dtype. Out: :class:`Reduced`. Only a float32 model is reduced:
+one in half precision gains nothing, and autocast leaves float64 as it is. torch's autocast casts a
+weight that needs no gradient at every product anew, so the weights above the last rewrite layer L
+are copied once, and the copies stand in for them while the upper blocks run. The model's own
+weights are never written; what the copies take is ``reduced_bytes``.
 """
 
 from __future__ import annotations
@@ -20,10 +21,13 @@ from alphaedit_peft.editing.bench import Bench
 
 
 class Reduced:
-    """Runs the upper blocks in the dtype of ``config.autocast``; as they are where it is None."""
+    """Runs the upper blocks in the dtype of ``config.autocast``; as they are where it is None.
+
+    ``dtype`` is what they run in, None where that is the model's own.
+    """
 
     def __init__(self, bench: Bench) -> None:
-        """Copy the weights of the products above L that are wider than the dtype."""
+        """Copy the float32 weights of the products above L."""
         self.dtype = _dtype(bench)
         self._copies = [
             (module, name, nn.Parameter(weight.detach().to(self.dtype), requires_grad=False))
@@ -40,8 +44,10 @@ class Reduced:
             for module, name, copy in self._copies:
                 stack.callback(module._parameters.__setitem__, name, module._parameters[name])
                 module._parameters[name] = copy
-            stack.enter_context(torch.autocast(device.type, self.dtype))
-            if device.type == "cpu":
+            kinds = {device.type, *(copy.device.type for _, _, copy in self._copies)}
+            for kind in sorted(kinds):  # a model may go on from the CPU to a GPU
+                stack.enter_context(torch.autocast(kind, self.dtype))
+            if "cpu" in kinds:
                 # the gradient of the CPU's fused attention takes far longer in bfloat16
                 stack.enter_context(sdpa_kernel(SDPBackend.MATH))
             yield
@@ -53,8 +59,10 @@ def reduced_bytes(bench: Bench) -> int:
 
 
 def _dtype(bench: Bench) -> torch.dtype | None:
+    """What ``config.autocast`` names, for a float32 model; None for any other."""
     name = bench.config.autocast
-    return None if name is None else getattr(torch, name)
+    weight: Tensor = bench.model.get_input_embeddings().weight  # type: ignore[operator]
+    return None if name is None or weight.dtype != torch.float32 else getattr(torch, name)
 
 
 def _upper_weights(bench: Bench) -> Iterator[tuple[nn.Module, str, Tensor]]:
@@ -62,7 +70,7 @@ def _upper_weights(bench: Bench) -> Iterator[tuple[nn.Module, str, Tensor]]:
 
     An offloaded weight is nowhere while its block does not run, and is cast when it does.
     """
-    if bench.config.autocast is None:
+    if _dtype(bench) is None:
         return
     above = range(bench.layers[-1] + 1, bench.architecture.num_blocks)
     names = [bench.architecture.block_name(block) for block in above]
@@ -71,5 +79,5 @@ def _upper_weights(bench: Bench) -> Iterator[tuple[nn.Module, str, Tensor]]:
             if type(module) not in (nn.Linear, Conv1D):
                 continue
             for part, weight in module.named_parameters(recurse=False):
-                if weight.is_floating_point() and weight.element_size() > 2 and not weight.is_meta:
+                if weight.dtype == torch.float32 and not weight.is_meta:
                     yield module, part, weight

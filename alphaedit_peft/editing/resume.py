@@ -20,7 +20,7 @@ from torch import Tensor
 from alphaedit_peft import hooks
 from alphaedit_peft.editing.bench import Bench, gathering_logits
 from alphaedit_peft.editing.reduced import Reduced
-from alphaedit_peft.tokens import padded
+from alphaedit_peft.tokens import by_length, padded
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Resumed(Protocol):
 
 
 class WholeRows:
-    """All tokens of each row, above block L."""
+    """All tokens of each row, above block L, at most ``target_tokens`` of them at once."""
 
     def __init__(self, bench: Bench, rows: Sequence[Row], reduced: Reduced) -> None:
         self.bench, self.rows, self.reduced = bench, rows, reduced
@@ -74,7 +74,11 @@ class WholeRows:
 
     def together(self, chosen: Sequence[int]) -> list[list[int]]:
         """See :class:`Resumed`."""
-        return [list(chosen)]
+        lengths = [len(self.rows[i].ids) for i in chosen]
+        batched = by_length(
+            lengths, self.bench.device, self.bench.target_tokens, few=self.bench.few_passes
+        )
+        return [[chosen[k] for k in batch] for batch in batched]
 
     def log_probs(self, chosen: Sequence[int], moved: Tensor) -> Tensor:
         """See :class:`Resumed`."""

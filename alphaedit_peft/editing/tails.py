@@ -22,7 +22,7 @@ from alphaedit_peft import hooks
 from alphaedit_peft.editing.bench import Bench, gathering_logits
 from alphaedit_peft.editing.reduced import Reduced
 from alphaedit_peft.editing.resume import CacheDiffers, Row, log_softmax
-from alphaedit_peft.tokens import batches, by_length
+from alphaedit_peft.tokens import by_length
 
 
 class Tails:
@@ -35,13 +35,12 @@ class Tails:
             CacheDiffers: a model that does not keep keys and values for each of its blocks.
         """
         self.rows = rows
-        ids = [row.ids for row in rows]
         passes = [
             _pass(bench, rows, reduced, batch.indices, batch.inputs)
-            for batch in batches(ids, bench.tokens_per_batch, bench.device)
+            for batch in bench.batches([row.ids for row in rows])
         ]
         lengths = [len(row.ids) - row.subject for row in rows]
-        batched = by_length(lengths, bench.device)
+        batched = by_length(lengths, bench.device, few=bench.few_passes)
         self._parts = [_Part(bench, rows, reduced, some, passes) for some in batched]
         self._places = {
             row: (part, slot) for part in self._parts for slot, row in enumerate(part.which)

@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from alphaedit_peft import hooks, tokens
 from alphaedit_peft.evaluation.metrics import Reading
+from alphaedit_peft.placement import keeps_elsewhere
 
 ADVICE = "shorten the prompt"
 
@@ -90,6 +91,11 @@ class Reader:
         """How many positions the model has; None where it does not say."""
         return getattr(getattr(self.model, "config", None), "max_position_embeddings", None)
 
+    def batches(self, rows: Sequence[Sequence[int]]) -> Iterator[tokens.PaddedBatch]:
+        """Token rows in padded batches; as few as go where each pass brings weights in."""
+        few = keeps_elsewhere(self.model)
+        return tokens.batches(rows, self.tokens_per_batch, self.device, few=few)
+
     def encode(self, prompt: str, target: str) -> Continuation:
         """Ids of a prompt and its continuation, tokenised once, together.
 
@@ -123,7 +129,7 @@ class Reader:
         distinct = list(dict.fromkeys(pairs))
         rows = [self.encode(*pair) for pair in distinct]
         found: dict[tuple[str, str], Reading] = {}
-        for batch in tokens.batches([row.ids for row in rows], self.tokens_per_batch, self.device):
+        for batch in self.batches([row.ids for row in rows]):
             where = [
                 (i, p)
                 for i, k in enumerate(batch.indices)
@@ -183,7 +189,7 @@ class Reader:
         for i, ids in rows:
             self._require_fit(ids, max(ids), texts[i])
         every = [ids for _, ids in rows]
-        for batch in tokens.batches(every, self.tokens_per_batch, self.device):
+        for batch in self.batches(every):
             places = [
                 (k, p) for k, row in enumerate(batch.indices) for p in range(len(every[row]) - 1)
             ]

@@ -40,38 +40,45 @@ def forward_times(
         progress: called with a line now and then.
         ranks: of the packs.
         tokens: in the row; fewer where the model has fewer positions.
-        passes: the median of so many counts; those of all models in turn.
+        passes: rounds through all of these models in turn, after one that does not count; medians
+            are given.
     """
     positions = getattr(subject.model.config, "max_position_embeddings", None) or tokens
     length = min(tokens, positions)
     row = torch.arange(length, device=subject.device)[None] % len(subject.weights)
-    progress("forward passes of the base")
-    times = {("base", 0): _forwards(subject.model, row, passes)}
-    model = get_alphaedit_model(subject.model, subject.config, tokenizer=subject.tokenizer)
-    try:
-        for rank in ranks:
-            progress(f"forward passes with a pack of rank {rank}")
-            _fill(model, rank)
-            times["unmerged", rank] = _forwards(model, row, passes)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # what rounding loses plays no part
-            model.merge()
-        times["merged", ranks[-1]] = _forwards(model, row, passes)
-        model.unmerge()
-    finally:
-        model.unload()
-    return tuple(Forward(name, rank, length, found) for (name, rank), found in times.items())
+    times: dict[tuple[str, int], list[float]] = {}
+    for number in range(passes + 1):
+        progress(f"forward passes, round {number} of {passes}")
+        for name, seconds in _round(subject, row, ranks).items():
+            times.setdefault(name, []).append(seconds)
+    return tuple(
+        Forward(name, rank, length, 1000 * median(found[1:]))
+        for (name, rank), found in times.items()
+    )
 
 
 @torch.no_grad()
-def _forwards(model: nn.Module, row: Tensor, passes: int) -> float:
-    """Milliseconds of a pass, the median of some after one that does not count."""
-    with hooks.evaluating(model):
-        seconds = [
-            timed(lambda: model(input_ids=row, use_cache=False), row.device)
-            for _ in range(passes + 1)
-        ]
-    return 1000 * median(seconds[1:])
+def _round(subject: Subject, row: Tensor, ranks: Sequence[int]) -> dict[tuple[str, int], float]:
+    """Seconds of a pass by each model."""
+
+    def seconds(model: nn.Module) -> float:
+        with hooks.evaluating(model):
+            return timed(lambda: model(input_ids=row, use_cache=False), row.device)
+
+    found = {("base", 0): seconds(subject.model)}
+    model = get_alphaedit_model(subject.model, subject.config, tokenizer=subject.tokenizer)
+    try:
+        for rank in ranks:
+            _fill(model, rank)
+            found["unmerged", rank] = seconds(model)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # what rounding loses plays no part
+            model.merge()
+        found["merged", ranks[-1]] = seconds(model)
+        model.unmerge()
+    finally:
+        model.unload()
+    return found
 
 
 def _fill(model: AlphaEditModel, rank: int) -> None:
