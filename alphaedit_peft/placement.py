@@ -60,6 +60,18 @@ def keeps_elsewhere(model: nn.Module) -> bool:
     return any(parameter.is_meta for parameter in model.parameters())
 
 
+def brings_to_gpu(model: nn.Module) -> bool:
+    """Whether each pass brings weights over to a GPU, which takes as long as thousands of tokens.
+
+    Weights that are brought in to be used on the CPU take a few hundred there at most.
+    """
+    return any(
+        computes_on(module).type != "cpu"
+        for module in model.modules()
+        if any(parameter.is_meta for parameter in module.parameters(recurse=False))
+    )
+
+
 @contextmanager
 def in_place(module: nn.Module) -> Iterator[None]:
     """Have a module's own weights on its device; what the block changes in them stays.

@@ -149,8 +149,8 @@ def by_length(
 
     The borders are those with the least work, where a further pass costs as much as some padding,
     ``PASS_COST`` tokens of it; then batches of more than ``most`` padded tokens are cut. ``few``
-    makes as few batches as it can: where each pass brings the weights in, it costs more than any
-    padding.
+    makes as few batches as it can: where each pass brings weights to a GPU, it costs more than
+    any padding.
     """
     order = sorted(range(len(lengths)), key=lambda i: lengths[i])
     cost = PASS_COST.get(device.type, PASS_COST["cuda"])

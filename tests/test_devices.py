@@ -8,15 +8,24 @@ import warnings
 import pytest
 import torch
 from accelerate import cpu_offload, disk_offload, dispatch_model
+from accelerate.hooks import attach_align_device_hook
 from torch import nn
 from transformers import AutoModelForCausalLM
 
 from alphaedit_peft import AlphaEditConfig, AlphaEditModel, Edit, KeyMoments, get_alphaedit_model
 from alphaedit_peft.architecture import describe
+from alphaedit_peft.editing.bench import Bench
 from alphaedit_peft.evaluation.reader import Reader
 from alphaedit_peft.fingerprint import fingerprint
 from alphaedit_peft.model import live
-from alphaedit_peft.placement import computes_on, held, in_place, keeps_elsewhere, require_whole
+from alphaedit_peft.placement import (
+    brings_to_gpu,
+    computes_on,
+    held,
+    in_place,
+    keeps_elsewhere,
+    require_whole,
+)
 from tests.conftest import CORPUS, tiny_model
 
 CPU = torch.device("cpu")
@@ -144,6 +153,19 @@ def test_a_plain_lora_is_loaded_onto_an_offloaded_base(how, plain, tmp_path):
             placed("llama", how, tmp_path / "off"), tmp_path / "lora"
         )
     assert torch.equal(model(IDS).logits, wanted(IDS).logits)
+
+
+@pytest.mark.parametrize(("where", "dear"), [("cpu", False), ("cuda:0", True)])
+def test_few_passes_are_made_where_each_brings_weights_to_a_gpu(where, dear, tokenizer):
+    model = tiny_model("llama")
+    full, architecture = AlphaEditConfig(**CONFIG).resolve(model)
+    bench, reader = Bench(model, tokenizer, full, architecture, ()), Reader(model, tokenizer)
+    rows = [[5]] * 90 + [[5] * 40]
+    assert [len(list(owner.batches(rows))) for owner in (bench, reader)] == [2, 2]
+    for block in model.model.layers:
+        attach_align_device_hook(block, where, offload=True)
+    assert bench.few_passes is brings_to_gpu(model) is dear
+    assert [len(list(owner.batches(rows))) for owner in (bench, reader)] == [2 - dear] * 2
 
 
 def test_an_adapter_that_peft_left_without_numbers_is_refused(plain, tmp_path):

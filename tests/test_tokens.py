@@ -88,6 +88,15 @@ def test_no_other_borders_cost_less(seed):
     assert work(lengths, found) == min(work(lengths, way) for way in everyway)
 
 
+def test_few_batches_are_made_where_a_pass_is_dearer_than_any_padding():
+    lengths = [1] * 90 + [200] * 9
+    assert tokens.by_length(lengths, CPU, few=True) == [list(range(99))]
+    assert tokens.by_length([], CPU, few=True) == []
+    rows = [[1] * n for n in lengths]
+    assert len(list(tokens.batches(rows, 10**6, CPU, few=True))) == 1
+    assert len(list(tokens.batches(rows, 10**6, CPU))) == 2
+
+
 def test_no_batch_has_more_than_the_most():
     lengths = [7] * 10 + [8] * 10
     found = tokens.by_length(lengths, CPU, 30)

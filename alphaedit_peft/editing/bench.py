@@ -21,7 +21,7 @@ from alphaedit_peft.config import AlphaEditConfig
 from alphaedit_peft.editing.phases import Phases
 from alphaedit_peft.editing.prompts import Renderer, TokenRow
 from alphaedit_peft.hooks import gathering_logits
-from alphaedit_peft.placement import keeps_elsewhere
+from alphaedit_peft.placement import brings_to_gpu
 from alphaedit_peft.tokens import PaddedBatch, batches
 
 
@@ -90,8 +90,8 @@ class Bench:
 
     @property
     def few_passes(self) -> bool:
-        """Whether a pass is dearer than any padding, since it brings offloaded weights in."""
-        return keeps_elsewhere(self.model)
+        """Whether a pass is dearer than any padding: it brings offloaded weights to a GPU."""
+        return brings_to_gpu(self.model)
 
     def batches(self, rows: Sequence[Sequence[int]]) -> Iterator[PaddedBatch]:
         """Token rows in padded batches of at most ``tokens_per_batch`` tokens."""

@@ -3,16 +3,20 @@
 In: a bench, an objective, tokenised edits, what is in place. Out: bytes, or a bench whose chunk
 sizes are set from ``config.memory_budget``. All of it counts above the base's weights. With n rows
 after the batch, u edits of c rows each for keys, rows of up to p tokens before the subject and q
-from it on, t tokens of a target, b rewrite layers, N blocks, N' of them above the last rewrite
-layer, width d, MLP f, keys and values k, vocabulary V, e bytes a number of the model, and w weights
-above the last rewrite layer, the head's among them, where ``autocast`` copies them (else 0):
+from it on (q' in the edit that has fewest), t tokens of a target, r of the row with most of its
+tokens read, b rewrite layers, N blocks, N' of them above the last rewrite layer, width d, MLP f,
+keys and values k, vocabulary V, e bytes a number of the model, and w weights above the last rewrite
+layer, the head's among them, where ``autocast`` copies them (else 0):
 
     held   = statistics + b (8 n (f + d) + 16 n^2) + e u c (p + 1) d + 24 u d + 2 w
     solve  = 24 n f + 24 n^2 + 4 f^2              (AlphaEdit: the basis in float64, for the report)
-    token  = e (6 d + 3 f) + (e + 8) V t / (p + q)                      of a forward pass
+    token  = e (6 d + 3 f) + (e + 8) V t / r                            of a forward pass
     row    = 2 e k (N (3 p + 2 q) + N' (p + q)) + e (p + q) (7 d + 3 f) + (2 e + 16) V (t + 1)
-    tail   = e N' (10 d + 4 f) + row / q                     of a backward pass, a padded token
+    tail   = e N' (10 d + 4 f) + row / q'                    of a backward pass, a padded token
     peak   = held + max(solve, token x tokens_per_batch, tail x target_tokens)
+
+A chunk's padded tokens are at least q' a row, since it is padded to its longest tail. An edit by
+itself may be larger than a chunk is to be; it takes row + q e N' (10 d + 4 f) for each of its rows.
 """
 
 from __future__ import annotations
@@ -35,8 +39,8 @@ class Need:
     """Bytes that a batch of edits takes above the base's weights; see the module's formula.
 
     ``held`` all the time, ``solve`` for a layer's solve and figures, ``token`` for each token of a
-    forward pass, ``tail`` for each padded token that is optimised. ``longest`` is the longest row,
-    ``tail_tokens`` are those of the largest edit.
+    forward pass, ``tail`` for each padded token that is optimised, ``largest`` for the largest edit
+    that is optimised by itself. ``longest`` is the longest row.
     """
 
     held: int
@@ -44,17 +48,17 @@ class Need:
     token: int
     tail: int
     longest: int
-    tail_tokens: int
+    largest: int
 
     @property
     def least(self) -> int:
         """What one edit at a time takes."""
-        return self.peak(self.longest, self.tail_tokens)
+        return self.peak(self.longest, 0)
 
     def peak(self, tokens_per_batch: int, target_tokens: int) -> int:
         """What the batch takes with these chunk sizes."""
         passes = self.token * max(tokens_per_batch, self.longest)
-        return self.held + max(self.solve, passes, self.tail * max(target_tokens, self.tail_tokens))
+        return self.held + max(self.solve, passes, self.largest, self.tail * target_tokens)
 
     def limits(self, budget: int) -> Limits:
         """The largest chunk sizes within a budget.
@@ -108,25 +112,27 @@ def estimate(
     """
     shape = _Shape.of(bench)
     d, f, e, vocabulary = shape.hidden, shape.width, shape.bytes, shape.vocabulary
-    every = [row for edit in edits for row in (*edit.rows, edit.kl_row, *edit.anchors)]
+    rows = [(*edit.rows, edit.kl_row, *edit.anchors) for edit in edits]
+    every = [row for some in rows for row in some]
     p = max(row.subject_last for row in every)
-    q = max(len(row.scoring_ids) - row.subject_last for row in every)
+    tails = [max(len(row.scoring_ids) - row.subject_last for row in some) for some in rows]
+    q, shortest = max(tails), min(tails)
     t = max(max(1, len(row.target)) for row in every)
+    reads = max(-(-max(1, len(row.target)) * vocabulary // len(row.scoring_ids)) for row in every)
     above = shape.blocks - bench.layers[-1] - 1
     held = _statistics(objective) + len(bench.layers) * (8 * rank * (f + d) + 16 * rank**2)
     held += together * (e * len(edits[0].rows) * (p + 1) * d + 24 * d) + reduced_bytes(bench)
     basis = 4 * f**2 if isinstance(objective, AlphaEdit) else 8 * f**2
-    reads = (e + 8) * vocabulary * t
     row = 2 * e * shape.cached * (shape.blocks * (3 * p + 2 * q) + above * (p + q))
     row += e * (p + q) * (7 * d + 3 * f) + (2 * e + 16) * vocabulary * (t + 1)
-    rows_each = max(len(edit.rows) + 1 + len(edit.anchors) for edit in edits)
+    tail = e * above * (10 * d + 4 * f)
     return Need(
         held=held,
         solve=24 * rank * f + 24 * rank**2 + basis,
-        token=e * (6 * d + 3 * f) + reads // (p + q),
-        tail=e * above * (10 * d + 4 * f) + row // q,
+        token=e * (6 * d + 3 * f) + (e + 8) * reads,
+        tail=tail + -(-row // shortest),
         longest=p + q,
-        tail_tokens=rows_each * q,
+        largest=max(map(len, rows)) * (q * tail + row),
     )
 
 

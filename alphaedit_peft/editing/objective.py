@@ -17,6 +17,8 @@ from alphaedit_peft import algebra
 from alphaedit_peft.config import AlphaEditConfig
 from alphaedit_peft.nullspace import KeyMoments, NullSpace
 
+ROWS_AT_ONCE = 512  # made float64 for a product
+
 
 class Objective(Protocol):
     """The metric of the solve, layer by layer; keys and rows are (n, d_in)."""
@@ -55,7 +57,7 @@ class AlphaEdit:
 
     def cross(self, layer: int, rows: Tensor, others: Tensor) -> Tensor:
         """A A'^T."""
-        return rows.double() @ others.double().T
+        return _product(rows, others.double().T)
 
     def stored(self, layer: int, rows: Tensor) -> Tensor:
         """The rows themselves."""
@@ -87,7 +89,7 @@ class Memit:
     def cross(self, layer: int, rows: Tensor, others: Tensor) -> Tensor:
         """A (w C0) A'^T."""
         factor = self._factor(layer, rows.device)
-        return rows.double() @ (factor @ (factor.T @ others.double().T))
+        return _product(rows, factor @ (factor.T @ others.double().T))
 
     def stored(self, layer: int, rows: Tensor) -> Tensor:
         """The rows, projected where the plug-in is on."""
@@ -102,6 +104,11 @@ class Memit:
             moment = self.moments.moments[layer].to(device)
             self._factors[layer] = algebra.moment_factor(moment, self.weight)
         return self._factors[layer].to(device)
+
+
+def _product(rows: Tensor, columns: Tensor) -> Tensor:
+    """Rows (n, d_in) times columns (d_in, m) in float64, without a float64 copy of all rows."""
+    return torch.cat([part.double() @ columns for part in rows.split(ROWS_AT_ONCE)])
 
 
 def make_objective(

@@ -73,7 +73,7 @@ def solve_layer(
         raise ValueError("keys or residuals hold NaN or infinity; check the base model's weights")
     in_place = _in_place(objective, layer, before.A, state)
     exact = rows.to(before.A).double()
-    cross = objective.cross(layer, before.A.double(), exact)
+    cross = objective.cross(layer, before.A, exact)
     A = torch.cat([before.A, objective.stored(layer, rows).to(before.A)])
     whole = in_place.extended(A, cross, objective.gram(layer, exact))
     ridges = _ridges(config, objective, whole, protected)
@@ -95,11 +95,10 @@ def _in_place(objective: Objective, layer: int, A: Tensor, state: EditState) -> 
     found = state.kept.get(layer, KeptFactor.empty(A)).matching(A, blocks)
     if len(found.blocks) == len(blocks):
         return found
-    exact = A.double()
     for size in blocks[len(found.blocks) :]:
         start = len(found.ridges)
-        new = exact[start : start + size]
-        cross = objective.cross(layer, exact[:start], new)
+        new = A[start : start + size].double()
+        cross = objective.cross(layer, A[:start], new)
         found = found.extended(A[: start + size], cross, objective.gram(layer, new))
     return found
 

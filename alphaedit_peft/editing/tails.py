@@ -9,8 +9,8 @@ one edit differ in what stands before the subject, and edits in what comes after
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,7 +32,7 @@ class Tails:
         """Run the whole rows once.
 
         Raises:
-            CacheDiffers: a model that does not keep keys and values for each of its blocks.
+            CacheDiffers: a model that does not keep all keys and values for each of its blocks.
         """
         self.rows = rows
         passes = [
@@ -94,13 +94,30 @@ def _pass(
         where = [(slot, rows[row].reads[-1]) for slot, row in enumerate(which)]
         above.enter_context(hooks.watching_output(model, last, go_on))
         above.enter_context(gathering_logits(model, bench.head_name, where))
+        above.enter_context(_differing())
         logits = model(**inputs, past_key_values=cache, use_cache=True).logits[0]
     layers: Sequence[Any] = cache.layers
     cached = [(layer.keys, layer.values) for layer in layers]
-    if len(cached) != bench.architecture.num_blocks:
+    length = inputs["input_ids"].shape[1]
+    whole = all(part is not None and part.shape[-2] == length for pair in cached for part in pair)
+    if len(cached) != bench.architecture.num_blocks or not whole:
         raise CacheDiffers
     slots = {row: slot for slot, row in enumerate(which)}
     return _Pass(slots, seen[0], cached, log_softmax(logits))
+
+
+@contextmanager
+def _differing() -> Iterator[None]:
+    """Say that the cache differs where a model fails on it; its blocks may need another kind.
+
+    What fails for another reason fails again with whole rows, and is told of then.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        raise CacheDiffers from error
 
 
 class _Part:
@@ -172,6 +189,7 @@ class _Part:
             for position in self.rows[slot].reads
         ]
         with (
+            nullcontext() if self.expected is None else _differing(),
             self.reduced.running(hidden.device),
             hooks.resuming_above(self.bench.model, self.blocks, self.output, lambda: hidden),
             gathering_logits(self.bench.model, self.bench.head_name, where),

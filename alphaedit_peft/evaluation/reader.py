@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from alphaedit_peft import hooks, tokens
 from alphaedit_peft.evaluation.metrics import Reading
-from alphaedit_peft.placement import keeps_elsewhere
+from alphaedit_peft.placement import brings_to_gpu
 
 ADVICE = "shorten the prompt"
 
@@ -92,8 +92,8 @@ class Reader:
         return getattr(getattr(self.model, "config", None), "max_position_embeddings", None)
 
     def batches(self, rows: Sequence[Sequence[int]]) -> Iterator[tokens.PaddedBatch]:
-        """Token rows in padded batches; as few as go where each pass brings weights in."""
-        few = keeps_elsewhere(self.model)
+        """Token rows in padded batches, as few as go where each pass brings weights to a GPU."""
+        few = brings_to_gpu(self.model)
         return tokens.batches(rows, self.tokens_per_batch, self.device, few=few)
 
     def encode(self, prompt: str, target: str) -> Continuation:

@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from alphaedit_peft import AlphaEditConfig, NullSpace, get_alphaedit_model
+from alphaedit_peft import AlphaEditConfig, Edit, NullSpace, get_alphaedit_model
 from alphaedit_peft.editing import targets
 from alphaedit_peft.editing.budget import estimate, within_budget
 from alphaedit_peft.editing.groups import Group
@@ -65,6 +65,17 @@ def test_chunks_grow_with_the_budget_and_keep_to_it(tokenizer):
         sizes.append(limits)
     assert sizes == sorted(sizes)
     assert sizes[0] < sizes[2]
+
+
+def test_a_long_edit_makes_no_room_for_more_rows_of_short_ones(tokenizer):
+    bench, edits = bench_and_edits(tokenizer)
+    text = "{} was born in a town by the river and works as a"
+    long = bench.renderer.edit_rows(Edit("Anna", text, "Rome"), bench.contexts)
+    short = estimate(bench, OBJECTIVE, edits[:1], 1, 1)
+    mixed = estimate(bench, OBJECTIVE, [edits[0], long], 2, 2)
+    assert mixed.tail >= short.tail
+    assert mixed.token >= short.token
+    assert mixed.largest > short.largest
 
 
 def test_too_small_a_budget_names_what_one_edit_takes(tokenizer):

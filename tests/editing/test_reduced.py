@@ -7,10 +7,12 @@ import torch
 from torch import nn
 
 from alphaedit_peft.editing.budget import estimate
+from alphaedit_peft.editing.groups import Group
 from alphaedit_peft.editing.reduced import Reduced, reduced_bytes
+from alphaedit_peft.editing.targets import optimise_targets
 from tests.conftest import tiny_model
 from tests.editing.test_budget import OBJECTIVE, bench_and_edits
-from tests.editing.test_river import bench_for, settings
+from tests.editing.test_river import EDITS, bench_for, settings
 
 CPU = torch.device("cpu")
 
@@ -82,6 +84,18 @@ def test_nothing_is_copied_without_autocast_or_of_a_bfloat16_model(tokenizer):
         assert reduced_bytes(bench) == 0
         with Reduced(bench).running(CPU):
             assert dtypes(bench.model) == before
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_a_model_of_another_dtype_than_float32_runs_in_its_own(family, dtype, tokenizer):
+    found = []
+    for autocast in (None, "bfloat16"):
+        bench = bench_of(family, tokenizer, dtype, autocast=autocast, steps=2)
+        assert Reduced(bench).dtype is None
+        rows = [bench.renderer.edit_rows(edit, bench.contexts) for edit in EDITS]
+        found.append(optimise_targets(bench, [Group((r,)) for r in rows]).values)
+    assert torch.equal(*found)
 
 
 def test_the_memory_formula_counts_the_copies(tokenizer):

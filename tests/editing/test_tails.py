@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import DynamicCache
+import transformers as hf
+from transformers import AutoModelForCausalLM, DynamicCache
 
 from alphaedit_peft import tokens
 from alphaedit_peft.editing.groups import Group
@@ -13,11 +14,12 @@ from alphaedit_peft.editing.resume import CacheDiffers, WholeRows
 from alphaedit_peft.editing.tails import Tails
 from alphaedit_peft.editing.target_rows import rows_of
 from alphaedit_peft.editing.targets import optimise_targets
+from tests import oracle
 from tests.conftest import tiny_model
 from tests.editing.test_readings import bench_for, tokenised
 from tests.editing.test_river import EDITS, settings
 from tests.editing.test_river import bench_for as bench_of
-from tests.test_architecture import OVERRIDDEN, VARIANTS
+from tests.test_architecture import GATED, OVERRIDDEN, VARIANTS
 
 LAYERS = [0, 1]
 
@@ -59,6 +61,31 @@ def test_tails_give_what_whole_rows_give_wherever_they_are_cut(name, tokenizer, 
             assert (unmoved - expected).abs().max() > 1e-2
 
 
+@pytest.mark.parametrize("name", [*VARIANTS, *OVERRIDDEN])
+def test_every_familys_float32_targets_are_the_plain_oracles(name, tokenizer):
+    adam = {"steps": 4, "learning_rate": 0.1, "learning_rate_mode": "absolute", "clamp_factor": 0.5}
+    bench = bench_for(name, tokenizer, LAYERS, **adam)
+    bench.model.float()
+    rows = tokenised(bench)[1]
+    found = optimise_targets(bench, [Group((rows,))])
+    block = bench.architecture.block_name(LAYERS[-1])
+    expected = oracle.target_value(bench.model, block, rows, bench.config)
+    assert found.values.dtype == torch.float32
+    moved = (found.values - found.hidden).norm()
+    assert moved > 0.01 * found.hidden.norm()
+    assert (found.values[0] - expected).norm() <= 1e-3 * moved
+
+
+def test_whole_rows_run_no_more_tokens_at_once_than_asked_for(tokenizer):
+    bench = bench_for("llama", tokenizer, LAYERS, target_tokens=60)
+    rows = all_rows(bench)
+    found = WholeRows(bench, rows, Reduced(bench)).together(range(len(rows)))
+    assert sorted(i for some in found for i in some) == list(range(len(rows)))
+    padded = [len(some) * max(len(rows[i].ids) for i in some) for some in found]
+    assert all(count <= 60 or len(some) == 1 for count, some in zip(padded, found, strict=True))
+    assert len(found) > 1
+
+
 def optimised(model, tokenizer, **changes):
     bench = bench_of(model, tokenizer, settings(**changes))
     return optimise_targets(bench, [Group((rows,)) for rows in tokenised(bench)])
@@ -92,6 +119,23 @@ def test_a_model_that_fills_no_cache_runs_whole_rows(tokenizer):
     bench = bench_of(model, tokenizer, settings())
     with pytest.raises(CacheDiffers):
         Tails(bench, all_rows(bench), Reduced(bench))
+
+
+def test_a_family_that_needs_another_kind_of_cache_runs_whole_rows(tokenizer):
+    shape = {"layer_types": ["conv", "full_attention"] * 2, "block_auto_adjust_ff_dim": False}
+    config = hf.Lfm2Config(**GATED, **shape, initializer_range=0.2)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config).double().eval()
+    names = {"block_module": "model.layers.{}"}
+    names["rewrite_module"] = "model.layers.{}.feed_forward.w2"
+    bench = bench_of(model, tokenizer, settings(**names))
+    edits = tokenised(bench)
+    with pytest.warns(UserWarning, match="its cache does not continue to the same numbers"):
+        found = optimise_targets(bench, [Group((rows,)) for rows in edits])
+    for value, rows in zip(found.values, edits, strict=True):
+        expected = oracle.target_value(model, "model.layers.1", rows, bench.config)
+        assert (value - expected).norm() <= 1e-4 * expected.norm()
 
 
 def with_cache(model, change) -> None:

@@ -189,7 +189,9 @@ def test_a_benchmark_runs_all_steps_of_all_edits_and_leaves_the_bits(family):
     assert found.plain.floor.operations["targets"]["float32"] > 0
     after = subject.model.state_dict()
     assert all(torch.equal(value, after[name]) for name, value in before.items())
-    assert json.loads(json.dumps(found.to_json(), allow_nan=False))["alphaedit_to_memit"] > 0
+    values = json.loads(json.dumps(found.to_json(), allow_nan=False))
+    assert values["alphaedit_to_memit"]["median"] > 0
+    assert len(values["plain_to_ours"]["runs"]) == 2
 
 
 def test_the_plain_way_computes_more_than_ours():
