@@ -119,6 +119,37 @@ def gathering_logits(
     return changing_input(model, head, gather)
 
 
+@contextmanager
+def running_at(model: nn.Module, name: str, where: Sequence[tuple[int, int]]) -> Iterator[None]:
+    """Let a module that treats each token by itself run for some (row, position) pairs only.
+
+    It puts out zeros for all others. Tensors (batch, tokens, ...) among its arguments are gathered;
+    a module that is not called with one runs as it is.
+    """
+    rows = torch.tensor([row for row, _ in where])
+    positions = torch.tensor([position for _, position in where])
+    module = model.get_submodule(name)
+    own = module.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        if not args or args[0].ndim != 3:
+            return own(*args, **kwargs)
+        shape = args[0].shape[:2]
+        pair = rows.to(args[0].device), positions.to(args[0].device)
+
+        def gathered(value: Any) -> Any:
+            per_token = isinstance(value, Tensor) and value.shape[:2] == shape
+            return value[pair][None] if per_token else value
+
+        found = own(*map(gathered, args), **{k: gathered(v) for k, v in kwargs.items()})
+        some = hidden_of(found)[0]  # (pairs, d)
+        return with_hidden(found, some.new_zeros(*shape, some.shape[-1]).index_put(pair, some))
+
+    with ExitStack() as stack:
+        _set_forward(stack, module, forward)
+        yield
+
+
 def run_until(
     model: nn.Module, inputs: Mapping[str, Tensor], last: str, *, entering: bool = False
 ) -> None:
@@ -196,9 +227,13 @@ def _replace_forward(stack: ExitStack, block: nn.Module, give: Callable[[Tensor]
     def passed(hidden_states: Tensor, *_args: Any, **_kwargs: Any) -> Any:
         return give(hidden_states)
 
-    own = vars(block).get("forward")  # accelerate's device hooks set one on the instance
-    block.forward = passed
+    _set_forward(stack, block, passed)
+
+
+def _set_forward(stack: ExitStack, module: nn.Module, forward: Callable[..., Any]) -> None:
+    own = vars(module).get("forward")  # accelerate's device hooks set one on the instance
+    module.forward = forward
     if own is None:
-        stack.callback(delattr, block, "forward")
+        stack.callback(delattr, module, "forward")
     else:
-        stack.callback(setattr, block, "forward", own)
+        stack.callback(setattr, module, "forward", own)

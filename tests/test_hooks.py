@@ -223,3 +223,44 @@ def test_keys_come_as_rows_of_tokens(name):
     alone = hooks.capture_inputs(model, first, [rewrite], architecture.block_name(1))[rewrite]
     assert keys.shape == (3, 9, 96)
     assert torch.allclose(keys[:1], alone, atol=1e-4)
+
+
+@pytest.mark.parametrize("by_name", [False, True])
+def test_a_module_runs_at_some_tokens_only_and_gives_zeros_elsewhere(by_name):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 3))
+    given, where = torch.randn(2, 5, 4, requires_grad=True), [(0, 4), (1, 0), (1, 2)]
+    whole = model(given)
+    seen = []
+    model[0].register_forward_pre_hook(lambda _m, args: seen.append(args))
+    with hooks.running_at(model, "0", where):
+        found = model[0](input=given) if by_name else model(given)
+    if by_name:
+        assert torch.equal(found, whole)
+        return
+    assert found.shape == whole.shape
+    for row in range(2):
+        for position in range(5):
+            wanted = whole[row, position] if (row, position) in where else torch.zeros(3)
+            assert torch.allclose(found[row, position], wanted, atol=1e-6)
+    gradient = torch.autograd.grad(found.sum(), given)[0]
+    assert sorted(map(tuple, gradient.abs().sum(-1).nonzero().tolist())) == where
+    assert "forward" not in vars(model[0])
+
+
+def test_other_arguments_of_each_token_are_gathered_too_and_flat_ones_run_whole():
+    class Residual(nn.Module):
+        def forward(self, hidden, residual, scale, *, more):
+            return hidden * scale + residual + more, "said"
+
+    model, where = nn.Sequential(Residual()), [(0, 1)]
+    one = torch.arange(12.0).view(2, 3, 2)
+    with hooks.running_at(model, "0", where):
+        (found, said), flat = (
+            model[0](one, one, 2.0, more=one),
+            model[0](one[0], one[0], 2.0, more=one[0]),
+        )
+    assert said == "said"
+    assert torch.equal(found[0, 1], 4 * one[0, 1])
+    assert float(found.abs().sum()) == float(4 * one[0, 1].sum())
+    assert torch.equal(flat[0], 4 * one[0])

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,8 +65,8 @@ class _Pass:
     """One pass over whole rows.
 
     ``slots``: row -> its place in the batch; ``output``: block L's, in its family's own form;
-    ``cached``: by block, keys and values (batch, heads, tokens, d_head); ``expected`` (batch,
-    vocab): log-probabilities at each row's last read.
+    ``cached``: by block, keys and values (batch, heads, tokens, d_head), of one number up to L;
+    ``expected`` (batch, vocab): log-probabilities at each row's last read.
     """
 
     slots: dict[int, int]
@@ -102,6 +102,9 @@ def _pass(
     whole = all(part is not None and part.shape[-2] == length for pair in cached for part in pair)
     if len(cached) != bench.architecture.num_blocks or not whole:
         raise CacheDiffers
+    for block in range(bench.layers[-1] + 1):  # never run again: only their length counts
+        keys, values = cached[block]
+        cached[block] = keys[..., :1].clone(), values[..., :1].clone()
     slots = {row: slot for slot, row in enumerate(which)}
     return _Pass(slots, seen[0], cached, log_softmax(logits))
 
@@ -192,6 +195,7 @@ class _Part:
             nullcontext() if self.expected is None else _differing(),
             self.reduced.running(hidden.device),
             hooks.resuming_above(self.bench.model, self.blocks, self.output, lambda: hidden),
+            self._last_mlp_at(where),
             gathering_logits(self.bench.model, self.bench.head_name, where),
         ):
             logits = self.bench.model(
@@ -204,6 +208,17 @@ class _Part:
         log_probs = log_softmax(logits)
         self._compare(log_probs)
         return log_probs
+
+    def _last_mlp_at(self, where: Sequence[tuple[int, int]]) -> AbstractContextManager[None]:
+        """Let the last block's MLP run only where the head reads; nothing else follows it.
+
+        A rewrite module that the user names may be part of something that mixes tokens.
+        """
+        architecture, last = self.bench.architecture, self.bench.architecture.num_blocks - 1
+        name = architecture.rewrite_name(last).rpartition(".")[0]
+        if self.bench.config.rewrite_module is not None or name == architecture.block_name(last):
+            return nullcontext()
+        return hooks.running_at(self.bench.model, name, where)
 
     def _compare(self, log_probs: Tensor) -> None:
         """At the first call: whether the tails give the whole rows' own log-probabilities."""
