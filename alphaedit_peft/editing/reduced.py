@@ -29,6 +29,7 @@ class Reduced:
     def __init__(self, bench: Bench) -> None:
         """Copy the float32 weights of the products above L."""
         self.dtype = _dtype(bench)
+        self._bfloat16 = torch.bfloat16 in (self.dtype, _own(bench))
         self._copies = [
             (module, name, nn.Parameter(weight.detach().to(self.dtype), requires_grad=False))
             for module, name, weight in _upper_weights(bench)
@@ -37,17 +38,15 @@ class Reduced:
     @contextmanager
     def running(self, device: torch.device) -> Iterator[None]:
         """Products within the block are in the dtype; what goes in and out stays as it is."""
-        if self.dtype is None:
-            yield
-            return
         with ExitStack() as stack:
             for module, name, copy in self._copies:
                 stack.callback(module._parameters.__setitem__, name, module._parameters[name])
                 module._parameters[name] = copy
             kinds = {device.type, *(copy.device.type for _, _, copy in self._copies)}
             for kind in sorted(kinds):  # a model may go on from the CPU to a GPU
-                stack.enter_context(torch.autocast(kind, self.dtype))
-            if "cpu" in kinds:
+                if self.dtype is not None:
+                    stack.enter_context(torch.autocast(kind, self.dtype))
+            if "cpu" in kinds and self._bfloat16:
                 # the gradient of the CPU's fused attention takes far longer in bfloat16
                 stack.enter_context(sdpa_kernel(SDPBackend.MATH))
             yield
@@ -61,8 +60,12 @@ def reduced_bytes(bench: Bench) -> int:
 def _dtype(bench: Bench) -> torch.dtype | None:
     """What ``config.autocast`` names, for a float32 model; None for any other."""
     name = bench.config.autocast
+    return None if name is None or _own(bench) != torch.float32 else getattr(torch, name)
+
+
+def _own(bench: Bench) -> torch.dtype:
     weight: Tensor = bench.model.get_input_embeddings().weight  # type: ignore[operator]
-    return None if name is None or weight.dtype != torch.float32 else getattr(torch, name)
+    return weight.dtype
 
 
 def _upper_weights(bench: Bench) -> Iterator[tuple[nn.Module, str, Tensor]]:

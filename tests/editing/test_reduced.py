@@ -107,3 +107,20 @@ def test_the_memory_formula_counts_the_copies(tokenizer):
     assert taken == reduced_bytes(copying) > 0
     plain = estimate(bench, OBJECTIVE, edits, 4, 4)
     assert estimate(copying, OBJECTIVE, edits, 4, 4).held == plain.held + taken
+
+
+@pytest.mark.parametrize(
+    ("dtype", "autocast", "fused"),
+    [
+        *((torch.float32, None, True), (torch.float32, "bfloat16", False)),
+        *((torch.bfloat16, None, False), (torch.bfloat16, "bfloat16", False)),
+    ],
+)
+def test_fused_attention_is_left_out_where_a_cpu_runs_in_bfloat16(
+    dtype, autocast, fused, tokenizer
+):
+    bench = bench_of("llama", tokenizer, dtype, autocast=autocast)
+    before = torch.backends.cuda.flash_sdp_enabled()
+    with Reduced(bench).running(CPU):
+        assert torch.backends.cuda.flash_sdp_enabled() is (before and fused)
+    assert torch.backends.cuda.flash_sdp_enabled() is before
