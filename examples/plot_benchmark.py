@@ -9,23 +9,22 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 
 from alphaedit_peft.editing.phases import PHASES
-from alphaedit_peft.studies.benchmark.markdown import lines, page_with
+from alphaedit_peft.studies.benchmark.markdown import lines, page_with, title
 
 CURVES = {"edits": "rows in place", "widths": "d_in", "depths": "blocks", "hidden": "hidden size"}
-SECONDS = ("seconds", 1, "seconds")
 
 
 def draw_profile(models: list[dict], path: Path) -> None:
     """A bar for each batch and floor, stacked by phase."""
-    figure = plt.figure(figsize=(5 * len(models), 4), layout="constrained")
+    figure = plt.figure(figsize=(12, 2 + 1.5 * len(models)), layout="constrained")
     for number, found in enumerate(models, start=1):
-        panel = figure.add_subplot(1, len(models), number)
+        panel = figure.add_subplot((len(models) + 1) // 2, 2, number)
         rows = lines(found)[::-1]
         for place, phase in enumerate(PHASES):
             widths = [row.seconds.get(phase, 0.0) for row in rows]
             left = [sum(row.seconds.get(p, 0.0) for p in PHASES[:place]) for row in rows]
             panel.barh(range(len(rows)), widths, left=left, label=phase)
-        panel.set(title=found["head"]["model"]["name"], xlabel="seconds a batch")
+        panel.set(title=title(found), xlabel="seconds a batch")
         panel.set_yticks(range(len(rows)), [row.name for row in rows])
     figure.legend(*panel.get_legend_handles_labels(), loc="outside lower center", ncols=6)
     figure.savefig(path, dpi=150)
@@ -34,14 +33,15 @@ def draw_profile(models: list[dict], path: Path) -> None:
 def draw_growth(points: list[dict], path: Path) -> None:
     """Seconds and memory of each curve."""
     figure, panels = plt.subplots(2, 4, figsize=(13, 5), layout="constrained")
-    for column, (curve, title) in enumerate(CURVES.items()):
+    for column, (curve, along) in enumerate(CURVES.items()):
         memory = ("state", 2**20, "MiB kept") if column < 2 else ("memory", 2**20, "MiB, peak")
-        for panel, (value, scale, label) in zip(panels[:, column], (SECONDS, memory), strict=True):
+        for row, (value, scale, label) in enumerate([("seconds", 1, "seconds"), memory]):
             for method in ("ours", "anew", "plain", "batch"):
                 own = [p for p in points if (p["curve"], p["method"]) == (curve, method)]
-                panel.plot([p["at"] for p in own], [p[value] / scale for p in own], label=method)
-            panel.set(xlabel=title, ylabel=label, ylim=(0, None))
-    panels[0][0].legend(frameon=False)
+                values = [p[value] / scale for p in own]
+                panels[row, column].plot([p["at"] for p in own], values, label=method)
+            panels[row, column].set(xlabel=along, ylabel=label, ylim=(0, None))
+    panels[0][0].legend()
     figure.savefig(path, dpi=150)
 
 

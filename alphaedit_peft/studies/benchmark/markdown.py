@@ -78,15 +78,21 @@ def page_with(page: str, models: Iterable[Values]) -> str:
     return f"{head}{BEGIN}\n\n{body}\n\n{END}{tail}"
 
 
+def title(found: Values) -> str:
+    """Which model, dtype and size of batch: "lab-llama, float32, 20 edits"."""
+    model = found["head"]["model"]
+    cast = f", autocast {model['autocast']}" if model["autocast"] else ""
+    return f"{model['name']}, {model['dtype']}{cast}, {found['head']['plan']['edits']} edits"
+
+
 def _about(found: Values) -> str:
     model, machine = found["head"]["model"], found["head"]["machine"]
     settings, plan = found["head"]["settings"], found["head"]["plan"]
     place = machine.get("gpu") or f"{machine['processor']}, threads: {machine['threads']}"
-    cast = f", autocast {model['autocast']}" if model["autocast"] else ""
     weights = "random weights" if model["random"] else "its own weights"
     stop = f"stop_loss {settings['stop_loss']:g}"
     return (
-        f"### {model['name']}, {model['dtype']}{cast}\n\n"
+        f"### {title(found)}\n\n"
         f"{model['parameters'] / 1e6:,.1f}M parameters, {weights}; {plan['edits']} edits a batch, "
         f"{found['requests']}; {settings['steps']} steps, {stop}; median of runs: "
         f"{plan['repeats']}. {place}, torch {machine['versions']['torch']}."
