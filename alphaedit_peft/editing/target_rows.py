@@ -73,7 +73,11 @@ def rows_of(group: Group, slot: int, config: AlphaEditConfig) -> list[Row]:
 
 
 def chunked(bench: Bench, groups: Sequence[Group]) -> Iterator[list[int]]:
-    """Groups with like tails together, at most ``target_tokens`` padded tail tokens a chunk."""
+    """Groups with like tails together, at most ``target_tokens`` tail tokens a chunk.
+
+    They are counted as if all rows were padded to the longest, which running them in batches of
+    like length keeps below.
+    """
     tails = [
         [len(row.ids) - row.subject for row in rows_of(group, 0, bench.config)] for group in groups
     ]

@@ -8,7 +8,7 @@ In: groups of edits that share a key. Out: z = h + delta for each group, (groups
 with |delta| clamped to a multiple of |h|. Anchors add ``anchor_factor`` times their mean
 KL(P || P_0), at the end of the prompt: the paper's term is read at the subject and so cannot tell
 what is asked about it. All edits of a chunk go through the model together, and only through what
-delta reaches (see ``resume``); an edit that is done leaves the batch.
+delta reaches (see ``tails``); an edit that is done leaves the batch.
 """
 
 from __future__ import annotations
