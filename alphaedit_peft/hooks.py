@@ -99,6 +99,21 @@ def changing_outputs(
         yield
 
 
+@contextmanager
+def short_position_tables(model: nn.Module, length: int) -> Iterator[None]:
+    """Leave GPT-J's and CodeGen's blocks the first ``length`` positions of their tables.
+
+    They copy the whole table, thousands of positions, for each row of a batch.
+    """
+    with ExitStack() as stack:
+        for module in model.modules():
+            table = module._buffers.get("embed_positions")
+            if table is not None and table.device.type != "meta":
+                stack.callback(module._buffers.__setitem__, "embed_positions", table)
+                module._buffers["embed_positions"] = table[:length]
+        yield
+
+
 def head_name(model: nn.Module) -> str | None:
     """Name of the module that turns hidden states into logits, None where the model has none."""
     find = getattr(model, "get_output_embeddings", None)
@@ -151,9 +166,12 @@ def running_at(model: nn.Module, name: str, where: Sequence[tuple[int, int]]) ->
 
 
 def run_until(
-    model: nn.Module, inputs: Mapping[str, Tensor], last: str, *, entering: bool = False
+    model: nn.Module, inputs: Mapping[str, Any], last: str, *, entering: bool = False
 ) -> None:
-    """Run a forward pass and stop it right after the module named ``last``, or ``entering`` it."""
+    """Run a forward pass and stop it right after the module named ``last``, or ``entering`` it.
+
+    ``inputs`` are the model's, a cache among them where one is to be read or filled.
+    """
 
     def stop(*_: Any) -> None:
         raise _Stop
@@ -162,7 +180,7 @@ def run_until(
     register = module.register_forward_pre_hook if entering else module.register_forward_hook
     hook = register(stop)
     try:
-        model(**inputs, use_cache=False)
+        model(**{"use_cache": False, **inputs})
     except _Stop:
         pass
     finally:
@@ -184,7 +202,7 @@ def capture_inputs(
     return {name: x.unflatten(0, shape) if x.ndim == 2 else x for name, x in seen.items()}
 
 
-def capture_output(model: nn.Module, inputs: Mapping[str, Tensor], block: str) -> Any:
+def capture_output(model: nn.Module, inputs: Mapping[str, Any], block: str) -> Any:
     """What a block puts out, in its family's own form, from one pass that stops there.
 
     ``hidden_of`` takes the hidden state (batch, tokens, d) from it.

@@ -138,6 +138,11 @@ def batches(
         yield PaddedBatch(padded([rows[i] for i in batch], device), batch)
 
 
+def pass_cost(device: torch.device) -> int:
+    """Tokens that take as long as one more pass of fewer; see ``PASS_COST``."""
+    return PASS_COST.get(device.type, PASS_COST["cuda"])
+
+
 def by_length(
     lengths: Sequence[int],
     device: torch.device,
@@ -153,9 +158,8 @@ def by_length(
     any padding.
     """
     order = sorted(range(len(lengths)), key=lambda i: lengths[i])
-    cost = PASS_COST.get(device.type, PASS_COST["cuda"])
     found = []
-    for some in [order] * bool(order) if few else _least_padding(order, lengths, cost):
+    for some in [order] * bool(order) if few else _least_padding(order, lengths, pass_cost(device)):
         batch: list[int] = []
         for index in some:
             if batch and (len(batch) + 1) * lengths[index] > most:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from transformers import AutoModelForCausalLM, CodeGenConfig
 
 from alphaedit_peft import hooks
 from alphaedit_peft.architecture import describe
@@ -264,3 +265,29 @@ def test_other_arguments_of_each_token_are_gathered_too_and_flat_ones_run_whole(
     assert torch.equal(found[0, 1], 4 * one[0, 1])
     assert float(found.abs().sum()) == float(4 * one[0, 1].sum())
     assert torch.equal(flat[0], 4 * one[0])
+
+
+def codegen():
+    sizes = {"vocab_size": 64, "n_embd": 32, "n_layer": 2, "n_head": 4, "rotary_dim": 4}
+    return AutoModelForCausalLM.from_config(CodeGenConfig(n_positions=64, n_ctx=64, **sizes)).eval()
+
+
+@pytest.mark.parametrize("make", [lambda: build("gptj"), codegen], ids=["gptj", "codegen"])
+def test_short_position_tables_change_no_logit_and_are_put_back(make):
+    model, ids = make().double(), torch.arange(12).view(2, 6)
+    tables = {k: v for k, v in model.named_buffers() if k.endswith("embed_positions")}
+    expected = model(ids).logits
+    with hooks.short_position_tables(model, 6):
+        inside = dict(model.named_buffers())
+        assert len(tables) == model.config.n_layer
+        assert all(len(inside[k]) == 6 < len(tables[k]) for k in tables)
+        assert torch.equal(model(ids).logits, expected)
+    after = dict(model.named_buffers())
+    assert all(after[k] is table for k, table in tables.items())
+
+
+def test_models_without_position_tables_stay_as_they_are():
+    model = build("llama")
+    before = dict(model.named_buffers())
+    with hooks.short_position_tables(model, 1):
+        assert all(before[k] is v for k, v in model.named_buffers())

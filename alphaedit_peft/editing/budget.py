@@ -11,12 +11,14 @@ layer, the head's among them, where ``autocast`` copies them (else 0):
     held   = statistics + b (8 n (f + d) + 16 n^2) + e u c (p + 1) d + 24 u d + 2 w
     solve  = 24 n f + 24 n^2 + 4 f^2              (AlphaEdit: the basis in float64, for the report)
     token  = e (6 d + 3 f) + (e + 8) V t / r                            of a forward pass
-    row    = 2 e k (N (3 p + 2 q) + N' (p + q)) + e (p + q) (7 d + 3 f) + (2 e + 16) V (t + 1)
-    tail   = e N' (10 d + 4 f) + row / q'                    of a backward pass, a padded token
+    before = 2 e k (N (2 p + q) + N' p) + e (p + q) (7 d + 3 f)      of a row, see ``before``
+    after  = 2 e k N' (3 p + q) + 2 e (p + q) d + (2 e + 16) V t     of a row, see ``tails``
+    back   = e N' (10 d + 4 f)                                        of a token's backward pass
+    tail   = max(before / q', after / q' + back)                      a padded token
     peak   = held + max(solve, token x tokens_per_batch, tail x target_tokens)
 
 A chunk's padded tokens are at least q' a row, since it is padded to its longest tail. An edit by
-itself may be larger than a chunk is to be; it takes row + q e N' (10 d + 4 f) for each of its rows.
+itself may be larger than a chunk is to be; it takes max(before, after + q back) for each row.
 """
 
 from __future__ import annotations
@@ -123,16 +125,17 @@ def estimate(
     held = _statistics(objective) + len(bench.layers) * (8 * rank * (f + d) + 16 * rank**2)
     held += together * (e * len(edits[0].rows) * (p + 1) * d + 24 * d) + reduced_bytes(bench)
     basis = 4 * f**2 if isinstance(objective, AlphaEdit) else 8 * f**2
-    row = 2 * e * shape.cached * (shape.blocks * (3 * p + 2 * q) + above * (p + q))
-    row += e * (p + q) * (7 * d + 3 * f) + (2 * e + 16) * vocabulary * (t + 1)
-    tail = e * above * (10 * d + 4 * f)
+    pair = 2 * e * shape.cached
+    before = pair * (shape.blocks * (2 * p + q) + above * p) + e * (p + q) * (7 * d + 3 * f)
+    after = pair * above * (3 * p + q) + 2 * e * (p + q) * d + (2 * e + 16) * vocabulary * t
+    back = e * above * (10 * d + 4 * f)
     return Need(
         held=held,
         solve=24 * rank * f + 24 * rank**2 + basis,
         token=e * (6 * d + 3 * f) + (e + 8) * reads,
-        tail=tail + -(-row // shortest),
+        tail=max(-(-before // shortest), -(-after // shortest) + back),
         longest=p + q,
-        largest=max(map(len, rows)) * (q * tail + row),
+        largest=max(map(len, rows)) * max(before, after + q * back),
     )
 
 

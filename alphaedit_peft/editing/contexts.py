@@ -3,18 +3,35 @@
 In: the base model and a seed. Out: short texts that the model itself writes (section 2.2 of the
 paper: contexts x_j sampled from the model), reproducible, recorded in the pack, and never kept in a
 global. The model's and torch's random state are left as they were.
+
+Starts of equally many tokens are gone on from together, without padding. A draw from probabilities
+p is argmax p / q with q exponential, as ``torch.multinomial`` does it; q comes from one stream in
+the order of contexts and tokens. So, but for rounding, a seed's contexts are the same however they
+are put into batches.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
 import torch
-from torch import nn
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from torch import Tensor, nn
+from transformers import (
+    Cache,
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedTokenizerBase,
+)
+from transformers.generation import GenerationMode
 
 from alphaedit_peft import hooks
 from alphaedit_peft.config import AlphaEditConfig
 
 STARTS = ("The", "Therefore", "Because", "I", "You")
+MOST_ROWS = 64  # written together: each has logits over the whole vocabulary, several times
 
 
 def sample_contexts(
@@ -23,21 +40,36 @@ def sample_contexts(
     """The configured contexts, or ``num_contexts`` texts that the model writes.
 
     Each begins with one of ``STARTS`` in turn and ends in a full stop. The random numbers come from
-    ``config.seed`` alone.
+    ``config.seed`` alone, and a context's own do not depend on which others are written with it;
+    ``config.tokens_per_batch`` bounds how many are.
 
     Returns:
         Distinct texts; fewer than asked for where the model repeats itself or writes nothing.
+
+    Raises:
+        ValueError: a model whose probabilities are not finite.
     """
     if config.contexts is not None:
         return tuple(config.contexts)
-    device = _device(model)
-    devices = [device] if device.type == "cuda" else []
-    texts: list[str] = []
-    with torch.random.fork_rng(devices=devices), hooks.evaluating(model):
+    device, length = _device(model), config.context_length
+    starts = [_opening(tokenizer, STARTS[i % len(STARTS)]) for i in range(config.num_contexts)]
+    settings = GenerationConfig(
+        do_sample=True,
+        top_k=5,
+        max_new_tokens=length,
+        min_new_tokens=length,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.eos_token_id or 0,
+    )
+    with (
+        torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
+        hooks.evaluating(model),
+    ):
         _seed(device, config.seed)
-        for number in range(config.num_contexts):
-            start = STARTS[number % len(STARTS)]
-            texts.append(_continue(model, tokenizer, start, config.context_length))
+        rows = _together(model, starts, settings, config)
+        if rows is None:
+            rows = [_continued(model, [start], settings)[0] for start in starts]
+    texts = [_sentence(tokenizer, row) for row in rows]
     return tuple(dict.fromkeys(text for text in texts if text))
 
 
@@ -45,6 +77,15 @@ def _device(model: nn.Module) -> torch.device:
     """Where token ids go and are drawn; an offloaded embedding has no device of its own."""
     device = model.get_input_embeddings().weight.device  # type: ignore[operator]
     return torch.device("cpu") if device.type == "meta" else device
+
+
+def _opening(tokenizer: PreTrainedTokenizerBase, start: str) -> list[int]:
+    """Ids of a text to go on from: without the EOS that some tokenizers close a text with."""
+    encoded = tokenizer(start, return_special_tokens_mask=True)
+    ids, added = list(encoded["input_ids"]), list(encoded["special_tokens_mask"])
+    while len(ids) > 1 and added[len(ids) - 1]:
+        ids.pop()
+    return ids
 
 
 def _seed(device: torch.device, seed: int) -> None:
@@ -57,29 +98,142 @@ def _seed(device: torch.device, seed: int) -> None:
         torch.manual_seed(seed)
 
 
-def _opening(tokenizer: PreTrainedTokenizerBase, start: str) -> list[int]:
-    """Ids of a text to go on from: without the EOS that some tokenizers close a text with."""
-    encoded = tokenizer(start, return_special_tokens_mask=True)
-    ids, added = list(encoded["input_ids"]), list(encoded["special_tokens_mask"])
-    while len(ids) > 1 and added[len(ids) - 1]:
-        ids.pop()
-    return ids
+class _Streams:
+    """The random numbers of each context, drawn as if contexts were written one after another.
+
+    Each context has a generator, at the place where one single generator comes to it. So numbers
+    are held for one token at a time, not for all.
+    """
+
+    def __init__(self, seed: int, count: int, length: int) -> None:
+        self.seed, self.count, self.length = seed, count, length
+        self.generators: list[torch.Generator] = []
+
+    def draw(self, numbers: Sequence[int], like: Tensor) -> Tensor:
+        """The next exponential numbers of some contexts, of the shape of ``like``, (rows, vocab).
+
+        Contexts are drawn for row by row, as a batch of rows would take other numbers.
+        """
+        drawn = torch.empty_like(like)
+        if not self.generators:
+            self._place(drawn[:1])
+        for row, number in enumerate(numbers):
+            drawn[row : row + 1].exponential_(generator=self.generators[number])
+        return drawn
+
+    def _place(self, scratch: Tensor) -> None:
+        """Draw what all contexts will, to know where each begins."""
+        source = torch.Generator(scratch.device).manual_seed(self.seed)
+        while True:
+            own = torch.Generator(scratch.device)
+            own.set_state(source.get_state())
+            self.generators.append(own)
+            if len(self.generators) == self.count:
+                return
+            for _ in range(self.length):
+                scratch.exponential_(generator=source)
 
 
-def _continue(model: nn.Module, tokenizer: PreTrainedTokenizerBase, start: str, length: int) -> str:
-    ids = torch.tensor([_opening(tokenizer, start)], device=_device(model))
-    settings = GenerationConfig(
-        do_sample=True,
-        top_k=5,
-        max_new_tokens=length,
-        min_new_tokens=length,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.eos_token_id or 0,
+class _Drawn(LogitsProcessor):
+    """Leaves one token possible in each row, drawn from the probabilities; runs as the last."""
+
+    def __init__(self, streams: _Streams, numbers: Sequence[int]) -> None:
+        self.streams, self.numbers = streams, numbers
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Scores (rows, vocab) to 0 for the token drawn and -inf for all others."""
+        probabilities = scores.softmax(-1)
+        good = probabilities.isfinite().all(-1)
+        if not good.all():
+            ids = input_ids[~good][0].tolist()
+            raise ValueError(
+                f"the model's logits for token ids {ids} are not finite; the base model's weights "
+                "hold NaN or infinity, or its dtype is too narrow"
+            )
+        drawn = (probabilities / self.streams.draw(self.numbers, scores)).argmax(-1, keepdim=True)
+        return torch.full_like(scores, -torch.inf).scatter(-1, drawn, 0.0)
+
+
+def _together(
+    model: nn.Module,
+    starts: Sequence[list[int]],
+    settings: GenerationConfig,
+    config: AlphaEditConfig,
+) -> list[Tensor] | None:
+    """Ids of all contexts; None, before anything is run, where ``_sample`` says so."""
+    streams = _Streams(config.seed, len(starts), config.context_length)
+    found: dict[int, Tensor] = {}
+    for numbers in _batches([len(start) for start in starts], config):
+        decode = partial(_sample, streams, numbers)
+        rows = _continued(model, [starts[i] for i in numbers], settings, decode)
+        if rows is None:
+            return None
+        found |= dict(zip(numbers, rows, strict=True))
+    return [found[i] for i in range(len(starts))]
+
+
+def _batches(lengths: Sequence[int], config: AlphaEditConfig) -> list[list[int]]:
+    """Indices of starts to go on from together: equally long, and few enough for memory."""
+    found = []
+    for length in dict.fromkeys(lengths):
+        alike = [i for i, other in enumerate(lengths) if other == length]
+        step = config.tokens_per_batch // (length + config.context_length)
+        step = min(max(1, step), MOST_ROWS)
+        found += [alike[i : i + step] for i in range(0, len(alike), step)]
+    return found
+
+
+def _continued(
+    model: Any,
+    starts: Sequence[list[int]],
+    settings: GenerationConfig,
+    decode: Callable[..., Tensor | None] | None = None,
+) -> Any:
+    """Starts (rows, tokens) with what follows; ``decode`` stands in for the model's own choice."""
+    ids = torch.tensor(starts, device=_device(model))
+    return model.generate(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        generation_config=settings,
+        custom_generate=decode,
     )
-    out = model.generate(  # type: ignore[operator]
-        input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=settings
+
+
+def _sample(
+    streams: _Streams,
+    numbers: Sequence[int],
+    model: Any,
+    input_ids: Tensor,
+    logits_processor: LogitsProcessorList,
+    generation_config: GenerationConfig,
+    **rest: Any,
+) -> Tensor | None:
+    """transformers' own decoding loop with the draws of ``streams``.
+
+    None where rows cannot go together: the model's own settings ask for beams or the like, it
+    runs without a cache of transformers', or has another decoding loop. What then remains is one
+    context after another.
+
+    ``generate`` calls this with what it has made of the settings and the model's own, such as a
+    temperature; processors that it is given itself would run before those.
+    """
+    samples = generation_config.get_generation_mode() == GenerationMode.SAMPLE
+    once = generation_config.num_return_sequences == 1
+    # without it a family carries its state in a way of its own; RWKV's mixes the rows of a batch
+    cached = isinstance(rest.get("past_key_values"), Cache)
+    if not (samples and once and cached and hasattr(model, "_sample")):
+        return None
+    generation_config.do_sample = False  # it is drawn already: take the one that is possible
+    return model._sample(
+        input_ids,
+        logits_processor=LogitsProcessorList([*logits_processor, _Drawn(streams, numbers)]),
+        generation_config=generation_config,
+        **rest,
     )
-    text = str(tokenizer.decode(out[0], skip_special_tokens=True))
+
+
+def _sentence(tokenizer: PreTrainedTokenizerBase, row: Tensor) -> str:
+    text = str(tokenizer.decode(row, skip_special_tokens=True))
     # braces would read as a slot for the subject; line breaks end a prompt in many chat formats
     text = " ".join(text.replace("{", " ").replace("}", " ").split())
     return text.rstrip(".") + "." if text else ""

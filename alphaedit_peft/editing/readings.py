@@ -4,8 +4,9 @@ In: a bench and tokenised edits. Out: :class:`Readings`: each edit's key at one 
 hidden state after the last one, and where its rows stand: the states in front of the layer's block.
 Once the layer is written, ``onward`` runs only what the write can reach, from those states on: bare
 prompts up to the last rewrite layer, prompts behind a context up to the next one's rewrite module.
-Rows are cut after the subject, since keys are causal. The states of all rows are kept, on the
-model's device and in its dtype: rows x tokens x d numbers.
+Rows are cut after the subject, since keys are causal, and what several of them have behind contexts
+in common runs once for all (see ``prefixes``). The states of all rows are kept, on the model's
+device and in its dtype: rows x tokens x d numbers.
 """
 
 from __future__ import annotations
@@ -19,8 +20,10 @@ import torch
 from torch import Tensor
 
 from alphaedit_peft import hooks
-from alphaedit_peft.editing.bench import Bench, at_least_float32
-from alphaedit_peft.editing.prompts import EditRows, TokenRow
+from alphaedit_peft.editing.batching import Part, Parts, parts_of
+from alphaedit_peft.editing.bench import Bench
+from alphaedit_peft.editing.past import Past, aligned, cached, recording
+from alphaedit_peft.editing.prompts import EditRows
 
 
 @dataclass(frozen=True)
@@ -34,24 +37,18 @@ class Readings:
             context first, and the bare prompt is a kind of its own. Without contexts it is the bare
             prompt's.
         hidden: (edits, d), the bare prompt's hidden state after the last rewrite layer.
-        bare: batches of the bare prompts.
-        others: batches of the prompts behind contexts.
+        parts: the batches of prompts and how far they have run.
     """
 
     layer: int | None
     keys: Tensor
     hidden: Tensor
-    bare: tuple[_Part, ...]
-    others: tuple[_Part, ...]
+    parts: Parts
 
     def chosen(self, edits: Sequence[int]) -> Readings:
         """The same of some of the edits, in the given order."""
-        place, some = {edit: k for k, edit in enumerate(edits)}, list(edits)
-        bare, others = (
-            tuple(part.chosen(place) for part in parts if any(e in place for e, _ in part.rows))
-            for parts in (self.bare, self.others)
-        )
-        return Readings(self.layer, self.keys[some], self.hidden[some], bare, others)
+        some = list(edits)
+        return Readings(self.layer, self.keys[some], self.hidden[some], self.parts.chosen(some))
 
     def onward(self, bench: Bench) -> Readings:
         """What the edits give once ``layer`` is written: keys at the next one, and h.
@@ -60,42 +57,7 @@ class Readings:
         """
         assert self.layer is not None, "above the last rewrite layer nothing is left to read"
         above = [layer for layer in bench.layers if layer > self.layer]
-        return _read(bench, self.bare, self.others, above[0] if above else None)
-
-
-@dataclass(frozen=True)
-class _Part:
-    """A padded batch of rows and how far it has run: up to the front of ``block``.
-
-    ``rows`` are pairs of an edit and which of its prompts it is, ``subjects`` (rows,) the positions
-    that are read. ``states`` (rows, tokens, d) is None in front of block 0; ``form`` is what the
-    block below puts out, in its family's own form.
-    """
-
-    rows: tuple[tuple[int, int], ...]
-    subjects: Tensor
-    inputs: Mapping[str, Tensor]
-    block: int = 0
-    states: Tensor | None = None
-    form: Any = None
-
-    def chosen(self, place: Mapping[int, int]) -> _Part:
-        """The rows of some edits, under their new numbers."""
-        some = [k for k, (edit, _) in enumerate(self.rows) if edit in place]
-        return replace(
-            self,
-            rows=tuple((place[self.rows[k][0]], self.rows[k][1]) for k in some),
-            subjects=self.subjects[some],
-            inputs={name: value[some] for name, value in self.inputs.items()},
-            states=None if self.states is None else self.states[some],
-        )
-
-    def at_subject(self, values: Tensor) -> Tensor:
-        """Values (rows, tokens, k) or (rows x tokens, k) at each row's subject, (rows, k)."""
-        if values.ndim == 2:  # OPT's blocks flatten batch and tokens before their MLP
-            values = values.unflatten(0, self.inputs["input_ids"].shape)
-        rows = torch.arange(len(self.rows), device=values.device)
-        return at_least_float32(values[rows, self.subjects.to(values.device)])
+        return _read(bench, self.parts, above[0] if above else None)
 
 
 def read(bench: Bench, edits: Sequence[EditRows]) -> Readings:
@@ -105,73 +67,71 @@ def read(bench: Bench, edits: Sequence[EditRows]) -> Readings:
         bench: the model as it is.
         edits: one or more, with equally many rows each.
     """
-    bare, others = _parts(bench, edits)
-    return _read(bench, bare, others, bench.layers[0])
+    return _read(bench, parts_of(bench, edits), bench.layers[0])
 
 
 def keys_by_layer(bench: Bench, edits: Sequence[EditRows]) -> dict[int, Tensor]:
     """Keys (edits, d_in) at every rewrite layer of the model as it is, from one pass."""
-    bare, others = _parts(bench, edits)
-    found = [
-        [_run(bench, part, bench.layers, bench.layers[-1], whole=False) for part in parts]
-        for parts in (bare, others)
-    ]
-    return {layer: _mean_keys(layer, *found) for layer in bench.layers}
+    parts, last = parts_of(bench, edits), bench.layers[-1]
+    bare = [_run(bench, part, bench.layers, last, whole=False) for part in parts.bare]
+    others = _run_behind(bench, parts, bench.layers, last)[1]
+    return {layer: _mean_keys(layer, bare, others) for layer in bench.layers}
 
 
 @dataclass(frozen=True)
 class _Ran:
     """What a run of a part gave: by layer its keys (rows, d_in), and h (rows, d).
 
-    ``part`` stands where the run can be gone on from.
+    ``part`` stands where the run can be gone on from; ``past`` is what it left in a cache.
     """
 
-    part: _Part
+    part: Part
     keys: Mapping[int, Tensor]
     hidden: Tensor | None = None
+    past: Past | None = None
 
 
-def _parts(bench: Bench, edits: Sequence[EditRows]) -> tuple[tuple[_Part, ...], tuple[_Part, ...]]:
-    """Batches of the bare prompts and of those behind contexts, in front of the first block."""
-    bare = {(e, 0): edit.rows[0].key_row for e, edit in enumerate(edits)}
-    others = {
-        (e, j): row.key_row for e, edit in enumerate(edits) for j, row in enumerate(edit.rows[1:])
-    }
-    return _batched(bench, bare), _batched(bench, others)
-
-
-def _batched(bench: Bench, rows: Mapping[tuple[int, int], TokenRow]) -> tuple[_Part, ...]:
-    names, ids = list(rows), [row.ids for row in rows.values()]
-    return tuple(
-        _Part(
-            tuple(names[i] for i in batch.indices),
-            torch.tensor([rows[names[i]].subject_last for i in batch.indices]),
-            batch.inputs,
-        )
-        for batch in bench.batches(ids)
-    )
-
-
-def _read(
-    bench: Bench, bare: Sequence[_Part], others: Sequence[_Part], layer: int | None
-) -> Readings:
+def _read(bench: Bench, parts: Parts, layer: int | None) -> Readings:
     """Run the bare prompts to the last rewrite layer, the others to the module of ``layer``."""
     wanted = () if layer is None else (layer,)
-    first = [_run(bench, part, wanted, bench.layers[-1], whole=True) for part in bare]
+    first = [_run(bench, part, wanted, bench.layers[-1], whole=True) for part in parts.bare]
     if layer is None:
         hidden = _hidden(first)
-        return Readings(None, hidden.new_zeros(len(hidden), 0), hidden, (), ())
-    second = [_run(bench, part, wanted, layer, whole=False) for part in others]
-    stand, behind = (tuple(ran.part for ran in runs) for runs in (first, second))
-    return Readings(layer, _mean_keys(layer, first, second), _hidden(first), stand, behind)
+        return Readings(None, hidden.new_zeros(len(hidden), 0), hidden, Parts(()))
+    shared, second = _run_behind(bench, parts, wanted, layer)
+    stand = Parts(*(tuple(ran.part for ran in runs) for runs in (first, second, shared)))
+    return Readings(layer, _mean_keys(layer, first, second), _hidden(first), stand)
 
 
-def _run(bench: Bench, part: _Part, layers: Sequence[int], last: int, *, whole: bool) -> _Ran:
+def _run_behind(
+    bench: Bench, parts: Parts, layers: Sequence[int], last: int
+) -> tuple[list[_Ran], list[_Ran]]:
+    """Run the shared prefixes and the prompts behind contexts to the module of ``last``."""
+    shared = [_run(bench, part, layers, last, whole=False, keeping=True) for part in parts.shared]
+    past = shared[0].past if shared else None
+    others = [_run(bench, part, layers, last, whole=False, past=past) for part in parts.others]
+    return shared, others
+
+
+def _run(
+    bench: Bench,
+    part: Part,
+    layers: Sequence[int],
+    last: int,
+    *,
+    whole: bool,
+    past: Past | None = None,
+    keeping: bool = False,
+) -> _Ran:
     """Run a part on, through block ``last`` if ``whole``, else up to its rewrite module.
 
     The keys of ``layers`` are taken on the way, and the states in front of the first of them.
+    ``past`` is that of the shared prefixes; ``keeping`` leaves the part's own.
     """
     model, layout = bench.model, bench.architecture
+    inputs, cache = recording(part.inputs) if keeping else (part.inputs, None)
+    if past is not None and part.behind:
+        inputs = past.chosen(part.behind).followed_by(model, part.inputs)
     names = {layout.rewrite_name(layer): layer for layer in layers}
     keys: dict[int, Tensor] = {}
     below: list[Any] = []
@@ -195,12 +155,13 @@ def _run(bench: Bench, part: _Part, layers: Sequence[int], last: int, *, whole: 
             stack.enter_context(hooks.watching_output(model, under, below.append))
         if whole:
             stack.enter_context(hooks.watching_output(model, stop, take_hidden))
-        hooks.run_until(model, part.inputs, stop, entering=not whole)
+        hooks.run_until(model, inputs, stop, entering=not whole)
     if below:
         states = hooks.hidden_of(below[0])
         form = hooks.with_hidden(below[0], states[:0])
         part = replace(part, block=layers[0], states=states, form=form)
-    return _Ran(part, keys, top[0] if top else None)
+    left = None if cache is None else aligned(cached(cache), part.subjects + 1)
+    return _Ran(part, keys, top[0] if top else None, left)
 
 
 def _mean_keys(layer: int, bare: Sequence[_Ran], others: Sequence[_Ran]) -> Tensor:

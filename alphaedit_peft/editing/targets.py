@@ -20,6 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from alphaedit_peft import hooks
 from alphaedit_peft.editing.adam import Adam
 from alphaedit_peft.editing.bench import Bench
 from alphaedit_peft.editing.groups import Group
@@ -86,8 +87,10 @@ def optimise_targets(
 def _optimised(bench: Bench, reduced: Reduced, groups: Sequence[Group]) -> Targets | None:
     """A chunk's target values; None where it does not fit in memory and could be made smaller."""
     rows = [row for slot, group in enumerate(groups) for row in rows_of(group, slot, bench.config)]
+    longest = max(len(row.ids) for row in rows)
     try:
-        return _Chunk(bench, reduced, rows, len(groups)).optimise()
+        with hooks.short_position_tables(bench.model, longest):
+            return _Chunk(bench, reduced, rows, len(groups)).optimise()
     except torch.OutOfMemoryError:
         if len(groups) == 1:
             raise

@@ -4,12 +4,70 @@ from __future__ import annotations
 
 import pytest
 import torch
+import transformers as hf
 from tokenizers import Tokenizer, processors
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerFast
 
 from alphaedit_peft import AlphaEditConfig
+from alphaedit_peft.editing import contexts
 from alphaedit_peft.editing.contexts import STARTS, sample_contexts
 from tests.conftest import tiny_model
+from tests.test_architecture import GATED, IDS, OVERRIDDEN, VARIANTS, build
+
+MAMBA = IDS | {"hidden_size": 32, "num_hidden_layers": 3, "state_size": 8}
+CONV = {"layer_types": ["conv", "full_attention"] * 2, "block_auto_adjust_ff_dim": False}
+SCAN = {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8}
+# beyond the table: hybrids, states in place of caches, mixtures of experts
+OTHERS = {
+    "lfm2": (hf.Lfm2Config, GATED | CONV),
+    "falcon_h1": (hf.FalconH1Config, GATED | SCAN | {"mamba_n_groups": 1, "head_dim": 8}),
+    "mamba": (hf.MambaConfig, MAMBA),
+    "rwkv": (hf.RwkvConfig, IDS | {"hidden_size": 32, "num_hidden_layers": 2}),
+    "mixtral": (hf.MixtralConfig, GATED | {"num_local_experts": 4}),
+    "gemma2": (hf.Gemma2Config, GATED | {"head_dim": 8}),
+}
+
+
+def built(name: str):
+    if name not in OTHERS:
+        return build(name)
+    kind, arguments = OTHERS[name]
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return AutoModelForCausalLM.from_config(kind(**arguments, initializer_range=0.2)).eval()
+
+
+def one_after_another(model, tokenizer, config) -> tuple[str, ...]:
+    """The oracle: torch's own generator, seeded once, and ``generate`` for one row at a time."""
+    texts = []
+    with torch.random.fork_rng():
+        torch.manual_seed(config.seed)
+        for number in range(config.num_contexts):
+            ids = torch.tensor([tokenizer(STARTS[number % len(STARTS)])["input_ids"]])
+            settings = GenerationConfig(
+                do_sample=True,
+                top_k=5,
+                max_new_tokens=config.context_length,
+                min_new_tokens=config.context_length,
+                eos_token_id=tokenizer.eos_token_id,
+                pad_token_id=tokenizer.eos_token_id,
+            )
+            out = model.generate(
+                input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=settings
+            )
+            text = tokenizer.decode(out[0], skip_special_tokens=True)
+            text = " ".join(text.replace("{", " ").replace("}", " ").split())
+            texts.append(text.rstrip(".") + ".")
+    return tuple(dict.fromkeys(texts))
+
+
+def rows_run(model) -> list[int]:
+    """How many rows each forward pass has, filled in as they run."""
+    found: list[int] = []
+    model.register_forward_pre_hook(
+        lambda _module, _args, given: found.append(len(given["input_ids"])), with_kwargs=True
+    )
+    return found
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
@@ -62,3 +120,96 @@ def test_on_the_cpu_no_other_generator_is_touched(tokenizer, monkeypatch):
     monkeypatch.setattr(torch.cuda, "manual_seed", refuse)
     monkeypatch.setattr(torch.cuda, "manual_seed_all", refuse)
     assert sample_contexts(model, tokenizer, AlphaEditConfig())
+
+
+@pytest.mark.parametrize("name", [*VARIANTS, *OVERRIDDEN, *OTHERS])
+def test_every_familys_contexts_are_those_sampled_one_after_another(name, tokenizer):
+    model = built(name)
+    config = AlphaEditConfig(num_contexts=7, context_length=6, seed=3)
+    expected = one_after_another(model, tokenizer, config)
+    assert sample_contexts(model, tokenizer, config) == expected
+    assert len(expected) == 7
+
+
+def test_starts_of_equally_many_tokens_run_together_and_unpadded(tokenizer):
+    model = tiny_model("llama")
+    run = rows_run(model)
+    sample_contexts(model, tokenizer, AlphaEditConfig(num_contexts=10, context_length=4))
+    lengths = [len(tokenizer(start)["input_ids"]) for start in STARTS]
+    sizes = [2 * lengths.count(length) for length in dict.fromkeys(lengths)]
+    assert run == [size for size in sizes for _ in range(4)]
+    assert max(sizes) > 2
+
+
+@pytest.mark.parametrize(("tokens_per_batch", "most_rows"), [(1, 64), (30, 64), (8192, 3)])
+def test_contexts_do_not_depend_on_what_they_are_batched_with(
+    tokens_per_batch, most_rows, tokenizer, monkeypatch
+):
+    model = tiny_model("gpt2")
+    whole = sample_contexts(model, tokenizer, AlphaEditConfig(num_contexts=20))
+    fewer = sample_contexts(model, tokenizer, AlphaEditConfig(num_contexts=3))
+    monkeypatch.setattr(contexts, "MOST_ROWS", most_rows)
+    run = rows_run(model)
+    config = AlphaEditConfig(num_contexts=20, tokens_per_batch=tokens_per_batch)
+    assert sample_contexts(model, tokenizer, config) == whole
+    assert max(run) == {1: 1, 30: 2, 8192: 3}[tokens_per_batch]
+    assert whole[:3] == fewer
+
+
+@pytest.mark.parametrize(
+    "own",
+    [
+        {"temperature": 0.4, "top_p": 0.7},
+        {"temperature": 3.0, "min_p": 0.1, "typical_p": 0.9},
+        {"repetition_penalty": 1.6, "no_repeat_ngram_size": 2, "renormalize_logits": True},
+        {"epsilon_cutoff": 0.05, "suppress_tokens": [300, 301]},
+    ],
+    ids=str,
+)
+def test_the_models_own_generation_settings_count_as_they_do_in_generate(own, tokenizer):
+    model, config = tiny_model("llama"), AlphaEditConfig(num_contexts=10)
+    without = sample_contexts(model, tokenizer, config)
+    model.generation_config.update(**own, do_sample=True)
+    run = rows_run(model)
+    found = sample_contexts(model, tokenizer, config)
+    assert max(run) > 1
+    assert found == one_after_another(model, tokenizer, config)
+    assert found != without
+
+
+@pytest.mark.parametrize("own", [{"num_beams": 2}, {"num_return_sequences": 2}], ids=str)
+def test_a_model_that_asks_for_more_than_sampling_is_sampled_as_generate_does(own, tokenizer):
+    model, config = tiny_model("gpt2"), AlphaEditConfig(num_contexts=6, context_length=5)
+    model.generation_config.update(**own, do_sample=True)
+    expected = one_after_another(model, tokenizer, config)
+    assert sample_contexts(model, tokenizer, config) == expected
+
+
+def test_contexts_never_end_early_where_eos_is_likeliest(tokenizer):
+    model = tiny_model("llama")
+    bias = torch.zeros(320)
+    bias[tokenizer.eos_token_id] = 50.0
+    model.lm_head.bias = torch.nn.Parameter(bias)
+    config = AlphaEditConfig(num_contexts=10)
+    run = rows_run(model)
+    found = sample_contexts(model, tokenizer, config)
+    assert len(run) % config.context_length == 0
+    assert found == one_after_another(model, tokenizer, config)
+    assert len(found) == 10
+
+
+def test_a_vocabulary_padded_beyond_the_tokenizers_is_drawn_from_as_it_is(tokenizer):
+    model = tiny_model("llama")
+    model.resize_token_embeddings(384, mean_resizing=False)
+    config = AlphaEditConfig(num_contexts=7, seed=5)
+    expected = one_after_another(model, tokenizer, config)
+    assert sample_contexts(model, tokenizer, config) == expected
+
+
+def test_logits_that_are_not_finite_are_refused_with_the_tokens_before_them(tokenizer):
+    model = tiny_model("llama")
+    with torch.no_grad():
+        model.model.embed_tokens.weight[tokenizer("I")["input_ids"][0]] = torch.nan
+    ids = tokenizer("I")["input_ids"]
+    with pytest.raises(ValueError, match=rf"logits for token ids \[{ids[0]}\] are not finite"):
+        sample_contexts(model, tokenizer, AlphaEditConfig())

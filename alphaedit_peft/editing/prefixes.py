@@ -1,0 +1,141 @@
+"""Leading tokens that several rows share, so that they are run once.
+
+In: token rows, and how many of its tokens each may share at most. Out: :class:`Cut`: where each row
+is cut, and behind which shared prefix it goes on. The prompts of all edits follow the same
+contexts, and prompts of one relation begin alike. Each row is cut at most once.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from alphaedit_peft import hooks
+from alphaedit_peft.editing.bench import Bench
+from alphaedit_peft.editing.past import aligned, cached, recording
+from alphaedit_peft.tokens import padded, pass_cost
+
+Ids = Sequence[int]
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Shared prefixes, and by row which of them it follows; None where it shares none."""
+
+    prefixes: tuple[tuple[int, ...], ...]
+    behind: tuple[int | None, ...]
+
+    @property
+    def starts(self) -> list[int]:
+        """By row, how many of its tokens are in its prefix."""
+        return [0 if which is None else len(self.prefixes[which]) for which in self.behind]
+
+    def sides(self) -> list[list[int]]:
+        """The rows that follow a prefix, and those that follow none; only what is not empty."""
+        shared = [row for row, which in enumerate(self.behind) if which is not None]
+        alone = [row for row, which in enumerate(self.behind) if which is None]
+        return [side for side in (shared, alone) if side]
+
+
+def cut_rows(bench: Bench, rows: Sequence[Ids], most: Sequence[int]) -> Cut:
+    """Cut rows where it saves more than the further pass costs, and the model goes on from a cache.
+
+    Args:
+        bench: the model; the cut is tried on two rows first.
+        rows: token ids.
+        most: by row, how many leading tokens it may share.
+    """
+    whole = Cut((), (None,) * len(rows))
+    cut = _within_a_pass(shared_prefixes(rows, most), rows, bench.tokens_per_batch)
+    saved = sum(cut.starts) - sum(map(len, cut.prefixes))
+    if bench.few_passes or saved <= pass_cost(bench.device):
+        return whole
+    return cut if _continues(bench, rows, cut) else whole
+
+
+def shared_prefixes(rows: Sequence[Ids], most: Sequence[int]) -> list[tuple[int, list[int]]]:
+    """Lengths of prefixes and the rows that share them, two or more, each row once.
+
+    Rows that begin alike are all cut there, or some of them further on, whichever saves more: a
+    prefix saves length x (rows - 1).
+    """
+
+    def split(some: list[int], length: int) -> tuple[int, list[tuple[int, list[int]]]]:
+        """What rows that share ``length`` tokens save at most, and how."""
+        while len(nexts := _by_next(rows, most, some, length)) == 1:
+            (going,) = nexts.values()
+            if len(going) < len(some):
+                break
+            length += 1
+        apart = [split(going, length + 1) for going in nexts.values() if len(going) > 1]
+        saved = sum(gain for gain, _ in apart)
+        together = length * (len(some) - 1)
+        if together >= saved:
+            return together, [(length, some)] * bool(length)
+        return saved, [found for _, parts in apart for found in parts]
+
+    return split(list(range(len(rows))), 0)[1] if len(rows) > 1 else []
+
+
+def _by_next(
+    rows: Sequence[Ids], most: Sequence[int], some: Sequence[int], length: int
+) -> dict[int, list[int]]:
+    """Rows that may share more than ``length`` tokens, by their next one."""
+    found: dict[int, list[int]] = defaultdict(list)
+    for row in some:
+        if most[row] > length:
+            found[rows[row][length]].append(row)
+    return found
+
+
+def _within_a_pass(found: Sequence[tuple[int, list[int]]], rows: Sequence[Ids], most: int) -> Cut:
+    """The prefixes that save most, as many as run in one padded pass of ``most`` tokens."""
+    prefixes: list[tuple[int, ...]] = []
+    behind: list[int | None] = [None] * len(rows)
+    longest = 0
+    for length, some in sorted(found, key=lambda part: -part[0] * (len(part[1]) - 1)):
+        if (len(prefixes) + 1) * max(longest, length) > most:
+            continue
+        longest = max(longest, length)
+        for row in some:
+            behind[row] = len(prefixes)
+        prefixes.append(tuple(rows[some[0]][:length]))
+    return Cut(tuple(prefixes), tuple(behind))
+
+
+@torch.no_grad()
+def _continues(bench: Bench, rows: Sequence[Ids], cut: Cut) -> bool:
+    """Whether rows in two parts give the last rewrite layer's output of the whole rows.
+
+    Of the rows with the shortest and with the longest prefix, which are aligned at its end.
+    """
+    shared = sorted(cut.sides()[0], key=lambda row: (cut.starts[row], len(rows[row])))
+    tried = sorted({shared[0], shared[-1]})
+    block = bench.architecture.block_name(bench.layers[-1])
+    whole = hooks.capture_output(bench.model, padded([rows[i] for i in tried], bench.device), block)
+    try:
+        inputs, cache = recording(padded([rows[i][: cut.starts[i]] for i in tried], bench.device))
+        hooks.run_until(bench.model, inputs, block)
+        past = aligned(cached(cache), torch.tensor([cut.starts[i] for i in tried]))
+        rests = padded([rows[i][cut.starts[i] :] for i in tried], bench.device)
+        parts = hooks.capture_output(bench.model, past.followed_by(bench.model, rests), block)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception:  # a family whose blocks need a cache of another kind
+        return False
+    expected = _at(whole, [len(rows[i]) - 1 for i in tried])
+    found = _at(parts, [len(rows[i]) - cut.starts[i] - 1 for i in tried])
+    bound = 0.1 if expected.dtype in (torch.bfloat16, torch.float16) else 0.01
+    error = (found - expected).float().norm(dim=1)
+    return bool((error <= bound * expected.float().norm(dim=1)).all())
+
+
+def _at(output: Any, positions: Sequence[int]) -> Tensor:
+    """Hidden states of a block's output, one position a row, (rows, d)."""
+    hidden = hooks.hidden_of(output)
+    return hidden[torch.arange(len(hidden)), torch.tensor(list(positions))]
