@@ -60,15 +60,17 @@ class Past:
             "attention_mask": torch.cat([before.to(mask), mask], dim=1),
             "past_key_values": self._cache(),
             "use_cache": True,
-            **self._positions(model, ids),
+            **self._positions(model, mask),
         }
 
-    def _positions(self, model: nn.Module, ids: Tensor) -> dict[str, Tensor]:
-        """Positions (rows, tokens), for models that do not take them from the mask."""
+    def _positions(self, model: nn.Module, mask: Tensor) -> dict[str, Tensor]:
+        """Positions (rows, tokens), for models that do not take them from the mask.
+
+        Padding behind a row has its last token's, which the model has room for.
+        """
         if "position_ids" not in inspect.signature(model.forward).parameters:
             return {}
-        steps = torch.arange(ids.shape[1], device=ids.device)
-        return {"position_ids": self.lengths[:, None].to(ids.device) + steps}
+        return {"position_ids": self.lengths[:, None].to(mask.device) + mask.cumsum(1) - 1}
 
     def _cache(self) -> DynamicCache:
         cache = DynamicCache()

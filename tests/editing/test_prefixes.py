@@ -11,10 +11,10 @@ from alphaedit_peft.editing.prefixes import cut_rows, shared_prefixes
 from alphaedit_peft.editing.readings import read
 from alphaedit_peft.editing.reduced import Reduced
 from alphaedit_peft.editing.tails import Tails
-from alphaedit_peft.editing.target_rows import rows_of
+from alphaedit_peft.editing.targets import optimise_targets
 from tests.conftest import tiny_model
 from tests.editing.test_readings import agree, bench_for, plain, tokenised
-from tests.editing.test_tails import with_cache, without_what_was_before
+from tests.editing.test_tails import all_rows, with_cache, without_what_was_before
 from tests.test_architecture import OVERRIDDEN, VARIANTS
 
 
@@ -157,8 +157,7 @@ def test_where_a_cache_does_not_continue_nothing_is_cut(tokenizer, monkeypatch):
 
 def test_tails_behind_shared_prefixes_keep_what_is_before_each_row(tokenizer, monkeypatch):
     bench = bench_for("llama", tokenizer, [0, 1])
-    groups = [Group((rows,)) for rows in tokenised(bench)]
-    rows = [row for k, group in enumerate(groups) for row in rows_of(group, k, bench.config)]
+    rows = all_rows(bench)
     found = []
     for cost in (0, 10**6):
         monkeypatch.setitem(tokens.PASS_COST, "cpu", cost)
@@ -172,3 +171,18 @@ def test_tails_behind_shared_prefixes_keep_what_is_before_each_row(tokenizer, mo
         for mine, theirs in zip(past.pairs, other.pairs, strict=True):
             assert torch.allclose(mine[0], theirs[0], atol=1e-12)
             assert torch.allclose(mine[1], theirs[1], atol=1e-12)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gptj"])
+def test_rows_as_long_as_the_models_positions_need_no_more(family, tokenizer, monkeypatch, recwarn):
+    monkeypatch.setitem(tokens.PASS_COST, "cpu", 10**6)
+    room = tiny_model(family).config.max_position_embeddings
+    bench = bench_for(family, tokenizer, [0, 1], contexts=["The "])
+    left = room - max(len(row.ids) for row in all_rows(bench))
+    bench = bench_for(family, tokenizer, [0, 1], contexts=["The " + "z" * left])
+    rows = all_rows(bench)
+    assert max(len(row.ids) for row in rows) == room
+    Tails(bench, rows, Reduced(bench))
+    found = optimise_targets(bench, [Group((rows,)) for rows in tokenised(bench)])
+    assert bool((found.losses < 100).all())
+    assert not recwarn.list
