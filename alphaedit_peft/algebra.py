@@ -215,22 +215,22 @@ def relative_ridge(gram: Tensor, fraction: float) -> float:
     return fraction * float(gram.diagonal().double().mean())
 
 
-def amplification(gram: Tensor, columns: Tensor, residuals: Tensor) -> float:
+def amplification(products: Tensor, squares: Tensor, columns: Tensor, residuals: Tensor) -> float:
     """How much larger an update is than the same residuals would need on orthogonal keys.
 
     |Delta|_F^2 = tr(R^T S^T G S R), against sum_i |r_i|^2 / G_ii; the root of their ratio. It is at
     most 1 where keys are orthogonal, and grows without bound as two of them become alike.
 
     Args:
-        gram: G, (n, n).
-        columns: S = (G + D)^-1 E^T, (n, u), for the last u rows.
+        products: G S, (n, u), in float64.
+        squares: (u,), the diagonal of G for the last u rows.
+        columns: S = (G + D)^-1 E^T, (n, u), for these.
         residuals: R, (u, d_out), of these.
     """
-    exact, wanted = gram.double(), residuals.double()
-    inner = columns.T @ (exact @ columns)  # (u, u)
+    wanted = residuals.double()
+    inner = columns.T @ products  # (u, u)
     size = (inner * (wanted @ wanted.T)).sum().clamp_min(0)
-    diagonal = exact.diagonal()[len(gram) - len(wanted) :]
-    diagonal = diagonal.clamp_min(torch.finfo(torch.float64).tiny)
+    diagonal = squares.clamp_min(torch.finfo(torch.float64).tiny)
     orthogonal = (wanted.square().sum(1) / diagonal).sum()
     return float((size / orthogonal).sqrt()) if orthogonal > 0 else 0.0
 

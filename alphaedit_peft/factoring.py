@@ -1,14 +1,15 @@
 """The Cholesky factor of G + D, kept from batch to batch and extended by each new one.
 
-In: rows of A batch by batch, their Gram matrix, one ridge a row. Out: :class:`KeptFactor`, a value
+In: rows of A batch by batch, their products, one ridge a row. Out: :class:`KeptFactor`, a value
 that solves (G + D) S = E^T for the last batch's rows. With n rows in place, u new ones cost
 n u d_in for their products with the others (the caller's) and n^2 u here, instead of n^2 d_in and
 n^3 anew. Equation: with M = G + D in blocks, one for each batch,
 
     L21 = M21 L11^-T,    L22 L22^T = M22 - L21 L21^T,
 
-so that the factor of the first batches never changes while their rows and ridges stay. It is always
-made block by block: what is kept and what is made anew from the same rows have the same bits.
+so that the factor of the first batches never changes while their rows and ridges stay. G and L are
+held as the rows of each batch up to its own diagonal: a batch adds its own and copies no other, and
+what is kept and what is made anew from the same rows take the same steps and have the same bits.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from torch import Tensor
 
 from alphaedit_peft import algebra
 
+PART = 64  # rows: smaller blocks of L are put together until they are as many
+
 
 @dataclass(frozen=True)
 class KeptFactor:
@@ -29,23 +32,45 @@ class KeptFactor:
 
     Args:
         rows: A, (n, d_in), that the rest belongs to.
-        blocks: how many rows each batch has, n in all.
-        gram: G, (n, n).
+        grams: the rows of G that each batch of u rows has, (u, end), up to its own last column.
         ridges: D, (n,); infinity takes a row out: its part of L is the identity's.
-        lower: L, (m, m): of the blocks before the first one where G + D is not positive definite.
+        lowers: L likewise, in parts of one or more whole batches, up to the first batch where
+            G + D is not positive definite.
     """
 
     rows: Tensor
-    blocks: tuple[int, ...]
-    gram: Tensor
+    grams: tuple[Tensor, ...]
     ridges: Tensor
-    lower: Tensor
+    lowers: tuple[Tensor, ...]
 
     @classmethod
     def empty(cls, rows: Tensor) -> KeptFactor:
         """Of no row yet; ``rows`` (n, d_in) tells device, dtype and width."""
-        none = torch.zeros(0, 0, dtype=torch.float64, device=rows.device)
-        return cls(rows[:0], (), none, none.new_zeros(0), none)
+        return cls(rows[:0], (), torch.zeros(0, dtype=torch.float64, device=rows.device), ())
+
+    @property
+    def blocks(self) -> tuple[int, ...]:
+        """How many rows each batch has, n in all."""
+        return tuple(len(part) for part in self.grams)
+
+    @property
+    def gram(self) -> Tensor:
+        """G, (n, n), written out."""
+        whole = _square(self.grams, self.ridges)
+        for part in self.grams:
+            end, start = part.shape[1], part.shape[1] - len(part)
+            whole[:start, start:end] = part[:, :start].T
+        return whole
+
+    @property
+    def lower(self) -> Tensor:
+        """L, (m, m), written out, for the m rows that have one."""
+        return _square(self.lowers, self.ridges)
+
+    @property
+    def squares(self) -> Tensor:
+        """The diagonal of G, (n,)."""
+        return _diagonal(self.grams, self.ridges)
 
     def gram_of(self, rows: Tensor) -> Tensor | None:
         """G where it is that of exactly these rows (n, d_in), else None."""
@@ -54,60 +79,44 @@ class KeptFactor:
 
     def matching(self, rows: Tensor, blocks: Sequence[int]) -> KeptFactor:
         """The leading blocks that are also those of ``rows`` (n, d_in), bit for bit."""
-        if (rows.device, rows.dtype) != (self.rows.device, self.rows.dtype):
-            return KeptFactor.empty(rows)
-        count = min(len(rows), len(self.rows))
-        same = (rows[:count] == self.rows[:count]).all(1)
-        equal = count if bool(same.all()) else int((~same).nonzero()[0])
-        kept = 0
+        equal, kept = equal_rows(self.rows, rows), 0
         for end, mine, theirs in zip(accumulate(blocks), self.blocks, blocks, strict=False):
             if mine != theirs or end > equal:
                 break
             kept += 1
         n = sum(blocks[:kept])
-        return KeptFactor(
-            rows[:n],
-            tuple(blocks[:kept]),
-            self.gram[:n, :n],
-            self.ridges[:n],
-            self.lower[:n, :n],
-        )
+        return KeptFactor(rows[:n], self.grams[:kept], self.ridges[:n], _until(self.lowers, n))
 
-    def extended(self, rows: Tensor, cross: Tensor, gram: Tensor) -> KeptFactor:
-        """One more block, whose ridges ``factored`` is to say.
+    def extended(self, rows: Tensor, grams: Sequence[Tensor]) -> KeptFactor:
+        """More blocks, whose ridges ``factored`` is to say.
 
         Args:
-            rows: (n + u, d_in), all rows with the new ones last.
-            cross: (n, u), the products of the rows so far with them.
-            gram: (u, u), their own.
+            rows: (n + ..., d_in), all rows with the new ones last.
+            grams: for each new block of u rows their products with all rows up to its own last,
+                (u, n + ... + u).
         """
-        n, u = cross.shape
-        whole = gram.new_empty(n + u, n + u)
-        whole[:n, :n], whole[:n, n:], whole[n:, :n], whole[n:, n:] = self.gram, cross, cross.T, gram
-        ridges = torch.cat([self.ridges, self.ridges.new_full((u,), torch.nan)])
-        return KeptFactor(rows, (*self.blocks, u), whole, ridges, self.lower)
+        ridges = self.ridges.new_full((len(rows),), torch.nan)
+        ridges[: len(self.ridges)] = self.ridges
+        return KeptFactor(rows, (*self.grams, *grams), ridges, self.lowers)
 
     def factored(self, ridges: Tensor) -> KeptFactor:
         """The same rows with these ridges, (n,); blocks are made anew from the first change on."""
         changed = (ridges != self.ridges).nonzero()
         first = int(changed[0]) if len(changed) else len(ridges)
-        ends = list(accumulate(self.blocks))
-        starts = [0, *ends[:-1]]
-        done = max((end for end in ends if end <= min(first, len(self.lower))), default=0)
-        lower = torch.zeros_like(self.gram)
-        lower[:done, :done] = self.lower[:done, :done]
-        for start, end in zip(starts, ends, strict=True):
-            if start < done:
+        lowers = _until(self.lowers, first)
+        done = lowers[-1].shape[1] if lowers else 0
+        for gram in self.grams:
+            if gram.shape[1] <= done:
                 continue
-            if not _factor_block(lower, self.gram, ridges, start, end):
+            made = _factor_block(lowers, gram, ridges)
+            if made is None:
                 break
-            done = end
-        return replace(self, ridges=ridges, lower=lower[:done, :done])
+            lowers = _with_block(lowers, made)
+        return replace(self, ridges=ridges, lowers=lowers)
 
     def at_once(self, ridges: Tensor) -> KeptFactor:
         """As ``factored``, as one block: faster where every ridge changes, and not to be kept."""
-        none = self.lower[:0, :0]
-        return replace(self, blocks=(len(ridges),), lower=none).factored(ridges)
+        return replace(self, grams=(self.gram,), lowers=()).factored(ridges)
 
     def columns(self, count: int) -> Tensor:
         """S = (G + D)^-1 E^T, (n, count), where E picks the last ``count`` rows: the last block.
@@ -116,39 +125,109 @@ class KeptFactor:
         solution, from an eigen-decomposition.
         """
         n = len(self.ridges)
-        chosen = torch.zeros(n, count, dtype=torch.float64, device=self.gram.device)
-        chosen[n - count :] = torch.eye(count, dtype=torch.float64, device=self.gram.device)
+        chosen = torch.zeros(n, count, dtype=torch.float64, device=self.ridges.device)
+        chosen[n - count :].diagonal().fill_(1)
         active = self.ridges.isfinite()
-        if self._is_sound(active):
-            # the first rows of L^-1 E^T are zero, as those of E^T are
-            corner = self.lower[n - count :, n - count :]
-            chosen[n - count :] = torch.linalg.solve_triangular(
-                corner, chosen[n - count :], upper=False
+        if not self._is_sound(active):
+            matrix = self.gram[active][:, active] + self.ridges[active].diag()
+            found = torch.zeros_like(chosen)
+            found[active] = algebra.solve_symmetric(matrix, chosen[active])
+            return found
+        # the first rows of L^-1 E^T are zero, as those of E^T are
+        last = self.lowers[-1]
+        corner = last[len(last) - count :, n - count :]
+        chosen[n - count :] = torch.linalg.solve_triangular(
+            corner, chosen[n - count :], upper=False
+        )
+        for part in reversed(self.lowers):
+            end, start = part.shape[1], part.shape[1] - len(part)
+            chosen[start:end] = torch.linalg.solve_triangular(
+                part[:, start:].T, chosen[start:end], upper=True
             )
-            return torch.linalg.solve_triangular(self.lower.T, chosen, upper=True)
-        matrix = self.gram[active][:, active] + self.ridges[active].diag()
-        found = torch.zeros_like(chosen)
-        found[active] = algebra.solve_symmetric(matrix, chosen[active])
+            chosen[:start].addmm_(part[:, :start].T, chosen[start:end], alpha=-1)
+        return chosen
+
+    def times(self, columns: Tensor) -> Tensor:
+        """G S for columns S (n, u), (n, u)."""
+        found = torch.zeros_like(columns)
+        for part in self.grams:
+            end, start = part.shape[1], part.shape[1] - len(part)
+            found[start:end].addmm_(part, columns[:end])
+            found[:start].addmm_(part[:, :start].T, columns[start:end])
         return found
 
     def _is_sound(self, active: Tensor) -> bool:
-        if len(self.lower) < len(self.ridges):
+        if not self.lowers or self.lowers[-1].shape[1] < len(self.ridges):
             return False
-        scale = (self.gram.diagonal() + self.ridges)[active]
-        pivots = self.lower.diagonal()[active].square()
+        scale = (self.squares + self.ridges)[active]
+        pivots = _diagonal(self.lowers, self.ridges)[active].square()
         return bool((pivots > algebra.SMALL_PIVOT * scale.amax()).all()) if len(scale) else True
 
 
-def _factor_block(lower: Tensor, gram: Tensor, ridges: Tensor, start: int, end: int) -> bool:
-    """Fill rows ``start`` to ``end`` of L; false where the block is not positive definite."""
+def equal_rows(rows: Tensor, others: Tensor) -> int:
+    """How many leading rows of (n, d_in) and (m, d_in) are the same bit for bit."""
+    if (rows.device, rows.dtype) != (others.device, others.dtype):
+        return 0
+    count = min(len(rows), len(others))
+    if torch.equal(rows[:count], others[:count]):
+        return count
+    same = (rows[:count] == others[:count]).all(1)
+    return int((~same).nonzero()[0])
+
+
+def _until(parts: Sequence[Tensor], n: int) -> tuple[Tensor, ...]:
+    """The leading parts of L that lie within the first ``n`` rows."""
+    return tuple(part for part in parts if part.shape[1] <= n)
+
+
+def _with_block(parts: tuple[Tensor, ...], block: Tensor) -> tuple[Tensor, ...]:
+    """One more block of L, put together with the small parts before it once they are ``PART`` rows.
+
+    What is put together depends on the sizes of the blocks so far alone.
+    """
+    small = 0
+    while small < len(parts) and len(parts[-1 - small]) < PART:
+        small += 1
+    first = len(parts) - small
+    together = [*parts[first:], block]
+    if not small or sum(map(len, together)) < PART:
+        return (*parts, block)
+    rows = [torch.nn.functional.pad(p, (0, block.shape[1] - p.shape[1])) for p in together]
+    return (*parts[:first], torch.cat(rows))
+
+
+def _factor_block(lowers: Sequence[Tensor], gram: Tensor, ridges: Tensor) -> Tensor | None:
+    """A block's rows of L, (u, end); None where the block is not positive definite."""
+    end, start = gram.shape[1], gram.shape[1] - len(gram)
     active = ridges[:end].isfinite()
-    within, before = active[start:].double(), active[:start].double()
-    left = gram[start:end, :start] * within[:, None] * before  # M21
-    corner = gram[start:end, start:end] * within[:, None] * within
-    corner.diagonal().add_(torch.where(active[start:], ridges[start:end], 1.0))  # M22
-    left = torch.linalg.solve_triangular(lower[:start, :start], left.T, upper=False).T
-    found, info = torch.linalg.cholesky_ex(corner - left @ left.T)
+    row = gram * active  # M21, M22
+    row *= active[start:, None]
+    row[:, start:].diagonal().add_(torch.where(active[start:], ridges[start:end], 1.0))
+    for lower in lowers:
+        after, before = lower.shape[1], lower.shape[1] - len(lower)
+        part = row[:, before:after]
+        part.addmm_(row[:, :before], lower[:, :before].T, alpha=-1)
+        row[:, before:after] = torch.linalg.solve_triangular(
+            lower[:, before:].T, part, upper=True, left=False
+        )
+    corner = row[:, start:].addmm(row[:, :start], row[:, :start].T, alpha=-1)
+    found, info = torch.linalg.cholesky_ex(corner)
     if int(info) != 0:
-        return False
-    lower[start:end, :start], lower[start:end, start:end] = left, found
-    return True
+        return None
+    row[:, start:] = found
+    return row
+
+
+def _square(parts: Sequence[Tensor], like: Tensor) -> Tensor:
+    """Rows of each block, (u, end), as one matrix that is zero right of them."""
+    n = parts[-1].shape[1] if parts else 0
+    whole = like.new_zeros(n, n)
+    for part in parts:
+        end = part.shape[1]
+        whole[end - len(part) : end, :end] = part
+    return whole
+
+
+def _diagonal(parts: Sequence[Tensor], like: Tensor) -> Tensor:
+    found = [part.diagonal(part.shape[1] - len(part)) for part in parts]
+    return torch.cat(found) if found else like.new_zeros(0)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
 
 from alphaedit_peft import algebra
-from alphaedit_peft.factoring import KeptFactor
+from alphaedit_peft.factoring import PART, KeptFactor
 
 D_IN, D_OUT = 40, 7
 SIZES = (4, 3, 5, 2, 6)
@@ -24,7 +26,7 @@ def rows_of(sizes=SIZES) -> list[Tensor]:
 
 def grown(factor: KeptFactor, rows: Tensor) -> KeptFactor:
     together = torch.cat([factor.rows, rows])
-    return factor.extended(together, factor.rows @ rows.T, rows @ rows.T)
+    return factor.extended(together, [rows @ together.T])
 
 
 def fresh(rows: list[Tensor], ridges: Tensor) -> KeptFactor:
@@ -42,8 +44,10 @@ def plain(rows: list[Tensor], ridges: Tensor) -> Tensor:
 
 
 def same_bits(one: KeptFactor, other: KeptFactor) -> bool:
-    pairs = [(getattr(one, name), getattr(other, name)) for name in ("gram", "ridges", "lower")]
-    return one.blocks == other.blocks and all(torch.equal(a, b) for a, b in pairs)
+    pairs = [(one.ridges, other.ridges)]
+    pairs += zip(one.grams, other.grams, strict=True)
+    pairs += zip(one.lowers, other.lowers, strict=True)
+    return all(torch.equal(a, b) for a, b in pairs)
 
 
 def agree(one: Tensor, other: Tensor, tolerance: float = 1e-12) -> bool:
@@ -83,12 +87,32 @@ def test_under_a_guard_it_is_what_is_made_anew_and_what_is_kept_stays():
     assert same_bits(kept, fresh(rows, ridges_for(4)))
 
 
+def test_small_batches_are_factored_together_and_made_anew_have_the_same_bits():
+    generator = torch.Generator().manual_seed(1)
+    sizes = torch.randint(1, 40, (16,), generator=generator).tolist()
+    sizes[7:9] = [PART, 2 * PART]
+    n = sum(sizes)
+    rows = [random(size, n, seed=i) for i, size in enumerate(sizes)]
+    ridges = torch.full((n,), 0.1, dtype=torch.float64)
+    kept = KeptFactor.empty(rows[0])
+    for batch, part in enumerate(rows):
+        end = sum(sizes[: batch + 1])
+        kept = grown(kept, part).factored(ridges[:end])
+        assert same_bits(kept, fresh(rows[: batch + 1], ridges[:end]))
+        shortened = kept.matching(kept.rows[: end - sizes[batch]], sizes[:batch])
+        again = grown(shortened, part).factored(ridges[:end])
+        assert same_bits(again, kept)
+    assert len(kept.lowers) < len(sizes)
+    assert agree(kept.columns(sizes[-1]), plain(rows, ridges), 1e-10)
+    other = ridges.clone()
+    other[n // 2] = torch.inf
+    assert same_bits(kept.factored(other), fresh(rows, other))
+
+
 def test_blocks_before_the_first_change_are_not_made_again():
     rows = rows_of()
     kept = fresh(rows, ridges_for(4))
-    spoilt = KeptFactor(
-        kept.rows, kept.blocks, kept.gram, kept.ridges, kept.lower + torch.ones(20, 20).tril()
-    )
+    spoilt = replace(kept, lowers=tuple(part + 1 for part in kept.lowers))
     other = kept.ridges.clone()
     other[12] = torch.inf  # the first row of batch 3
     found = spoilt.factored(other)
@@ -113,7 +137,7 @@ def test_rows_that_are_not_those_in_place_are_forgotten():
 
 def test_rows_that_repeat_without_a_ridge_are_solved_as_by_least_norm():
     rows = rows_of()
-    rows[3] = rows[0][:2]
+    rows[3] = torch.stack([rows[0][0], torch.zeros(D_IN, dtype=torch.float64)])
     ridges = ridges_for(4, prior=0.0)
     kept = fresh(rows, ridges)
     assert len(kept.lower) < len(ridges)
@@ -137,11 +161,25 @@ def test_keys_of_zeros_give_zeros():
     assert torch.equal(found, torch.zeros(2, 2, dtype=torch.float64))
 
 
+def test_what_is_held_by_batches_is_written_out():
+    rows, ridges = rows_of(), ridges_for(4)
+    factor, A, S = fresh(rows, ridges), torch.cat(rows_of()), random(20, 3, seed=8)
+    G = A @ A.T
+    assert agree(factor.gram, G)
+    assert torch.equal(factor.gram, factor.gram.T)
+    assert torch.equal(factor.squares, factor.gram.diagonal())
+    assert agree(factor.times(S), G @ S)
+    assert agree(factor.lower, torch.linalg.cholesky(G + ridges.diag()))
+    assert torch.equal(factor.gram_of(A), factor.gram)
+    assert factor.gram_of(A[:-1]) is None
+
+
 def test_amplification_is_the_size_of_the_update_to_that_on_orthogonal_keys():
     rows, ridges = rows_of(), ridges_for(4)
     factor, R = fresh(rows, ridges), random(6, D_OUT, seed=9)
     columns = factor.columns(6)
     delta = R.T @ columns.T @ factor.rows
     orthogonal = (R.square().sum(1) / rows[4].square().sum(1)).sum().sqrt()
-    found = algebra.amplification(factor.gram, columns, R)
+    squares = factor.squares[14:]
+    found = algebra.amplification(factor.times(columns), squares, columns, R)
     assert found == pytest.approx(float(delta.norm() / orthogonal))

@@ -92,7 +92,9 @@ def benchmark(  # noqa: PLR0913
     ] = None,
     objective: Annotated[str, typer.Option(help="Of alphaedit and memit.")] = "alphaedit,memit",
     plain: Annotated[bool, typer.Option("--plain", help="Time the plain way too.")] = False,
-    plain_edits: Annotated[int, typer.Option(min=1, help="That the plain way makes.")] = 10,
+    plain_edits: Annotated[
+        int | None, typer.Option(min=1, help="That the plain way makes; else 10, or all if fewer.")
+    ] = None,
     inference: Annotated[
         bool, typer.Option("--inference", help="Time forward passes with and without packs.")
     ] = False,
@@ -138,6 +140,7 @@ def benchmark(  # noqa: PLR0913
     if (model is None) == (shape is None) and (model is not None or curves is None):
         raise typer.BadParameter("give either MODEL or --shape NAME, or --curves alone")
     objectives = _objectives(objective)
+    plain_too = _plain_edits(plain, plain_edits, edits)
     rewrite_layers = parse_layers(layers)
     check_file("--out", out)
 
@@ -149,7 +152,6 @@ def benchmark(  # noqa: PLR0913
     facts: dict[str, Any] = {}
     parts: list[Any] = []
     if model is not None or shape is not None:
-        plain_too = min(plain_edits, edits) if plain else 0
         plan = bench.Plan(edits, batches, repeats, objectives, plain_too, floor, inference)
         own = None if edits_file is None else plan.take(read_edits(edits_file))
         if "memit" in objectives and null_space is not None and key_moments is None:
@@ -190,6 +192,20 @@ def _objectives(text: str) -> tuple[str, ...]:
         if name not in OBJECTIVES:
             raise typer.BadParameter(f"--objective {name!r} is neither alphaedit nor memit")
     return names
+
+
+def _plain_edits(plain: bool, asked: int | None, edits: int) -> int:
+    """How many edits the plain way makes, 0 without --plain."""
+    if asked is None:
+        return min(10, edits) if plain else 0
+    if not plain:
+        raise typer.BadParameter(f"--plain-edits {asked} is for the plain way; give --plain too")
+    if asked > edits:
+        raise typer.BadParameter(
+            f"--plain-edits {asked} is more than the {edits} edits of a batch; give {edits} or "
+            "fewer, or more --edits"
+        )
+    return asked
 
 
 def _device(device: str | None) -> torch.device:

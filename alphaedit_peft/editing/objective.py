@@ -7,7 +7,9 @@ D = 1. MEMIT with projection: MEMIT's update times P, the paper's plug-in (secti
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate, pairwise
 from typing import Protocol
 
 import torch
@@ -17,7 +19,7 @@ from alphaedit_peft import algebra
 from alphaedit_peft.config import AlphaEditConfig
 from alphaedit_peft.nullspace import KeyMoments, NullSpace
 
-ROWS_AT_ONCE = 512  # made float64 for a product
+COLUMNS_AT_ONCE = 1024  # of rows, made float64 for a product; fixed, as sums round by it
 
 
 class Objective(Protocol):
@@ -26,11 +28,18 @@ class Objective(Protocol):
     def rows(self, layer: int, keys: Tensor) -> Tensor:
         """K M, the rows that the solve works with."""
 
-    def gram(self, layer: int, rows: Tensor) -> Tensor:
-        """K M K^T, (n, n) in float64, from the rows alone."""
+    def grams(self, layer: int, prior: Tensor, batches: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """The new rows of K M K^T, from the rows alone: they round as if made batch by batch.
 
-    def cross(self, layer: int, rows: Tensor, others: Tensor) -> Tensor:
-        """K M K'^T, (n, m) in float64, of rows and others (m, d_in)."""
+        Args:
+            layer: block number.
+            prior: rows in place, (n, d_in).
+            batches: new rows, (u, d_in) each.
+
+        Returns:
+            For each batch the products of its rows with all up to its own last, (u, n + ... + u),
+            in float64.
+        """
 
     def stored(self, layer: int, rows: Tensor) -> Tensor:
         """The rows as they go into ``lora_A``."""
@@ -51,13 +60,9 @@ class AlphaEdit:
         """K P."""
         return self.null_space.project(layer, keys)
 
-    def gram(self, layer: int, rows: Tensor) -> Tensor:
+    def grams(self, layer: int, prior: Tensor, batches: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """A A^T; P is idempotent, so it equals K P K^T."""
-        return self.cross(layer, rows, rows)
-
-    def cross(self, layer: int, rows: Tensor, others: Tensor) -> Tensor:
-        """A A'^T."""
-        return _product(rows, others.double().T)
+        return products(prior, batches)
 
     def stored(self, layer: int, rows: Tensor) -> Tensor:
         """The rows themselves."""
@@ -81,15 +86,16 @@ class Memit:
         """K (w C0)^-1."""
         return algebra.memit_rows(keys, self._factor(layer, keys.device))
 
-    def gram(self, layer: int, rows: Tensor) -> Tensor:
+    def grams(self, layer: int, prior: Tensor, batches: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """A (w C0) A^T."""
-        half = rows.double() @ self._factor(layer, rows.device)
-        return half @ half.T
-
-    def cross(self, layer: int, rows: Tensor, others: Tensor) -> Tensor:
-        """A (w C0) A'^T."""
-        factor = self._factor(layer, rows.device)
-        return _product(rows, factor @ (factor.T @ others.double().T))
+        factor = self._factor(layer, prior.device)
+        rows, found = [prior], []
+        for batch in batches:
+            half = batch.double() @ factor  # (u, d_in)
+            cross = products_with(half @ factor.T, rows)
+            found.append(torch.cat([cross, half @ half.T], 1))
+            rows.append(batch)
+        return tuple(found)
 
     def stored(self, layer: int, rows: Tensor) -> Tensor:
         """The rows, projected where the plug-in is on."""
@@ -106,9 +112,39 @@ class Memit:
         return self._factors[layer].to(device)
 
 
-def _product(rows: Tensor, columns: Tensor) -> Tensor:
-    """Rows (n, d_in) times columns (d_in, m) in float64, without a float64 copy of all rows."""
-    return torch.cat([part.double() @ columns for part in rows.split(ROWS_AT_ONCE)])
+def products(prior: Tensor, batches: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """A A^T in float64, the rows of each new batch, as ``Objective.grams``."""
+    rows = [prior, *batches]
+    ends = list(accumulate(len(part) for part in rows))
+    exact_like = prior.new_empty(0, dtype=torch.float64)
+    found = tuple(exact_like.new_zeros(end - start, end) for start, end in pairwise(ends))
+    for _, exact in _exactly(rows):
+        for out, (start, end) in zip(found, pairwise(ends), strict=True):
+            out.addmm_(exact[start:end], exact[:end].T)
+    return found
+
+
+def products_with(left: Tensor, rows: Sequence[Tensor]) -> Tensor:
+    """Products of ``left`` (u, d_in), float64, with lists of rows, n in all, (u, n)."""
+    found = left.new_zeros(len(left), sum(map(len, rows)))
+    for columns, exact in _exactly(rows):
+        found.addmm_(left[:, columns], exact.T)
+    return found
+
+
+def _exactly(parts: Sequence[Tensor]) -> Iterator[tuple[slice, Tensor]]:
+    """Some columns after the other of rows (n, d_in) given in parts, (n, at once) in float64.
+
+    Every entry is made float64 once; the tensor is overwritten by the next.
+    """
+    count, width = sum(map(len, parts)), parts[0].shape[1]
+    space = parts[0].new_empty(count, COLUMNS_AT_ONCE, dtype=torch.float64)
+    for start in range(0, width, COLUMNS_AT_ONCE):
+        columns = slice(start, min(start + COLUMNS_AT_ONCE, width))
+        exact = space[:, : columns.stop - start]
+        for part, place in zip(parts, exact.split([len(part) for part in parts]), strict=True):
+            place.copy_(part[:, columns])
+        yield columns, exact
 
 
 def make_objective(

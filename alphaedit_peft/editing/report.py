@@ -15,9 +15,12 @@ from torch import Tensor
 from alphaedit_peft.algebra import LowRankDelta
 from alphaedit_peft.editing.capacity import Capacity
 from alphaedit_peft.editing.deciding import Decision
+from alphaedit_peft.editing.objective import products_with
 from alphaedit_peft.editing.phases import in_words
 from alphaedit_peft.edits import Edit
-from alphaedit_peft.nullspace import NullSpace
+from alphaedit_peft.factoring import equal_rows
+from alphaedit_peft.nullspace.layer import LayerSpace
+from alphaedit_peft.nullspace.quadratic import moment_quadratic, moment_times
 
 
 @dataclass(frozen=True)
@@ -175,13 +178,55 @@ def _layer_line(layer: LayerReport) -> str:
     )
 
 
+@dataclass(frozen=True, eq=False)
+class MomentProducts:
+    """A C0 A^T of one layer, kept from call to call: each makes those of its own rows alone.
+
+    Args:
+        space: whose C0 it is.
+        rows: A, (n, d_in).
+        parts: of the u rows that each call added, (u, end), up to their own last column.
+    """
+
+    space: LayerSpace
+    rows: Tensor
+    parts: tuple[Tensor, ...]
+
+    @classmethod
+    def of(
+        cls, space: LayerSpace, rows: Tensor, kept: MomentProducts | None = None
+    ) -> MomentProducts:
+        """Those of rows (n, d_in); what is kept is used as far as it is of these rows and C0."""
+        parts: tuple[Tensor, ...] = ()
+        if kept is not None and kept.space is space:
+            same = equal_rows(kept.rows, rows)
+            parts = tuple(part for part in kept.parts if part.shape[1] <= same)
+        start = parts[-1].shape[1] if parts else 0
+        if not start:
+            return cls(space, rows, (moment_quadratic(space, rows.double()),))
+        if start < len(rows):
+            times = moment_times(space, rows[start:].double())  # (u, d_in)
+            parts = (*parts, products_with(times, [rows]))
+        return cls(space, rows, parts)
+
+    def squared(self, B: Tensor) -> float:
+        """tr(B A C0 A^T B^T) for B (d_out, n)."""
+        B, total = B.double(), 0.0
+        for part in self.parts:
+            end, start = part.shape[1], part.shape[1] - len(part)
+            own = B[:, start:end]
+            total += 2 * float((own.T @ B[:, :start] * part[:, :start].to(B)).sum())
+            total += float((own.T @ own * part[:, start:].to(B)).sum())
+        return max(0.0, total)
+
+
 def layer_report(
     layer: int,
     delta: LowRankDelta,
     new_rows: int,
     weight_norm: float | None,
-    null_space: NullSpace | None,
     gram: Tensor | None = None,
+    moments: MomentProducts | None = None,
 ) -> LayerReport:
     """Measure one layer's update: its norm, and how far it moves preserved and edited keys.
 
@@ -190,14 +235,12 @@ def layer_report(
         delta: the whole update.
         new_rows: how many of its last rows this run added.
         weight_norm: Frobenius norm of the base weight, where known.
-        null_space: gives A C0 A^T; without it or its spectrum, the two changes stay unknown.
         gram: A A^T, (n, n), where it is at hand.
+        moments: A C0 A^T; without it the two changes stay unknown.
     """
     preserved = edited = None
-    if null_space is not None and delta.rank and not null_space.parts[layer].projector_only:
-        B = delta.B.double()
-        quadratic = null_space.moment_quadratic(layer, delta.A).to(B)  # (n, n)
-        preserved = float(((B.T @ B) * quadratic).sum().clamp_min(0).sqrt())
+    if moments is not None and delta.rank:
+        preserved = moments.squared(delta.B) ** 0.5
         moved = delta.apply(delta.A[delta.rank - new_rows :])  # (new, d_out): A P = A
         edited = float(moved.square().sum(1).mean().sqrt()) if new_rows else None
     return LayerReport(layer, delta.rank, delta.norm(gram), weight_norm, preserved, edited)

@@ -71,36 +71,34 @@ def solve_layer(
     residuals = residuals.to(rows.device).double()
     if not (rows.isfinite().all() and residuals.isfinite().all()):
         raise ValueError("keys or residuals hold NaN or infinity; check the base model's weights")
-    in_place = _in_place(objective, layer, before.A, state)
-    exact = rows.to(before.A).double()
-    cross = objective.cross(layer, before.A, exact)
     A = torch.cat([before.A, objective.stored(layer, rows).to(before.A)])
-    whole = in_place.extended(A, cross, objective.gram(layer, exact))
+    whole = _extended(objective, layer, before.A, rows.to(before.A), state, A)
     ridges = _ridges(config, objective, whole, protected)
     whole = whole.factored(ridges)
     columns = whole.columns(count)  # (n + groups, groups)
     guard, doubled = config.norm_guard or float("inf"), 0
-    while doubled < GUARD_STEPS and _grows(whole.gram, columns, residuals, guard):
+    while doubled < GUARD_STEPS and _grows(whole, columns, residuals, guard):
         doubled += 1
         columns = whole.at_once(ridges * GUARD_FACTOR**doubled).columns(count)
-    reached = (whole.gram[before.rank :] @ columns) @ residuals  # (groups, d_out)
+    reached = (whole.grams[-1] @ columns) @ residuals  # (groups, d_out)
     B = torch.nn.functional.pad(before.B, (0, count))  # (d_out, n + groups)
     delta = LowRankDelta(A, B + (residuals.T @ columns.T).to(B))
     return Solved(delta, reached, doubled, whole)
 
 
-def _in_place(objective: Objective, layer: int, A: Tensor, state: EditState) -> KeptFactor:
-    """The factor kept of the rows in place, with the products of those that it lacks."""
+def _extended(
+    objective: Objective, layer: int, prior: Tensor, rows: Tensor, state: EditState, A: Tensor
+) -> KeptFactor:
+    """The factor kept of the rows in place, with the products of those that it lacks and of new.
+
+    ``prior`` (n, d_in) are the rows in place, ``rows`` (u, d_in) the new ones and ``A``
+    (n + u, d_in) both as they go into ``lora_A``.
+    """
     blocks = [len(list(rows)) for _, rows in groupby(state.batches)]
-    found = state.kept.get(layer, KeptFactor.empty(A)).matching(A, blocks)
-    if len(found.blocks) == len(blocks):
-        return found
-    for size in blocks[len(found.blocks) :]:
-        start = len(found.ridges)
-        new = A[start : start + size].double()
-        cross = objective.cross(layer, A[:start], new)
-        found = found.extended(A[: start + size], cross, objective.gram(layer, new))
-    return found
+    found = state.kept.get(layer, KeptFactor.empty(prior)).matching(prior, blocks)
+    start, missing = len(found.ridges), blocks[len(found.blocks) :]
+    batches = [*prior[start:].split(missing), rows] if missing else [rows]
+    return found.extended(A, objective.grams(layer, prior[:start], batches))
 
 
 def _ridges(
@@ -108,10 +106,10 @@ def _ridges(
 ) -> Tensor:
     """D, (n + groups,): every row's own batch's ridge; infinite for rows no longer protected."""
     found: list[float] = []
-    for squares in factor.gram.diagonal().cpu().split(list(factor.blocks)):
+    for squares in factor.squares.cpu().split(list(factor.blocks)):
         some = squares[squares > 0]  # rows of zeros are nobody's key
         found += [objective.ridge(some if len(some) else squares)] * len(squares)
-    ridges = factor.gram.new_tensor(found)
+    ridges = factor.ridges.new_tensor(found)
     prior = len(found) - factor.blocks[-1]
     if config.prior_ridge is not None:
         ridges[:prior] *= config.prior_ridge
@@ -119,5 +117,8 @@ def _ridges(
     return ridges
 
 
-def _grows(gram: Tensor, columns: Tensor, residuals: Tensor, guard: float) -> bool:
-    return guard < float("inf") and algebra.amplification(gram, columns, residuals) > guard
+def _grows(factor: KeptFactor, columns: Tensor, residuals: Tensor, guard: float) -> bool:
+    if guard == float("inf"):
+        return False
+    squares = factor.squares[len(columns) - len(residuals) :]
+    return algebra.amplification(factor.times(columns), squares, columns, residuals) > guard

@@ -23,6 +23,7 @@ from alphaedit_peft.architecture import Architecture
 from alphaedit_peft.config import AlphaEditConfig
 from alphaedit_peft.editing.deciding import in_force
 from alphaedit_peft.editing.journal import Journal, Snapshot
+from alphaedit_peft.editing.report import MomentProducts
 from alphaedit_peft.editing.resources import Resources
 from alphaedit_peft.editing.state import EditState
 from alphaedit_peft.edits import Edit
@@ -45,6 +46,7 @@ class AdapterModel(PeftModelForCausalLM):
     _stamps: dict[str, tuple[int, ...]]  # of the factors that a journal belongs to
     _sources: dict[str, str]  # where adapters were loaded from
     _solvers: dict[str, Mapping[int, KeptFactor]]  # what the next batch's solve begins with
+    _moments: dict[str, Mapping[int, MomentProducts]]  # of the last call's rows, for its figures
     _compressions: dict[str, Compression]
     _undecided: frozenset[str]  # settings that the user left open
     _chosen: str | None = None  # the adapter that the call under way names
@@ -214,6 +216,7 @@ class AdapterModel(PeftModelForCausalLM):
             known.pop(adapter_name, None)
         self._compressions.pop(adapter_name, None)
         self._solvers.pop(adapter_name, None)
+        self._moments.pop(adapter_name, None)
 
     def _remember(self, snapshot: Snapshot) -> None:
         depth = self.alphaedit_config.rollback_depth

@@ -22,7 +22,7 @@ from alphaedit_peft.editing.deciding import Decision, decisions, keys_around, mo
 from alphaedit_peft.editing.objective import Objective
 from alphaedit_peft.editing.phases import Phases
 from alphaedit_peft.editing.prompts import EditRows
-from alphaedit_peft.editing.report import LayerReport, layer_report
+from alphaedit_peft.editing.report import LayerReport, MomentProducts, layer_report
 from alphaedit_peft.editing.state import protects
 from alphaedit_peft.evaluation.reader import Reader
 from alphaedit_peft.model.chaining import Parent, needed
@@ -214,10 +214,18 @@ class WorkbenchModel(SavingModel):
         reports = []
         factors = self.factors
         grams = self._grams(factors)
+        kept = self._moments.get(self._active, {})
+        found: dict[int, MomentProducts] = {}
         for layer, delta in factors.items():
             norm = self._weight_norm(layer)
             new = max(0, delta.rank - rank_before)  # no batch, no parents' rows either
-            reports.append(layer_report(layer, delta, new, norm, null_space, grams.get(layer)))
+            space = None if null_space is None else null_space.parts[layer]
+            if space is not None and delta.rank and not space.projector_only:
+                found[layer] = MomentProducts.of(space, delta.A, kept.get(layer))
+            reports.append(
+                layer_report(layer, delta, new, norm, grams.get(layer), found.get(layer))
+            )
+        self._moments[self._active] = found
         return tuple(reports)
 
     def _null_space_of_rows(self) -> NullSpace | None:

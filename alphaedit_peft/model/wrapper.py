@@ -103,7 +103,8 @@ class AlphaEditModel(JoinableModel):
         self.base_fingerprint = own_fingerprint
         self.resources = resources or Resources()
         self._journals, self._stamps, self._snapshots = {}, {}, {}
-        self._sources, self._compressions, self._solvers = {}, {}, {}
+        self._sources, self._compressions = {}, {}
+        self._solvers, self._moments = {}, {}
         if plain_lora is None:
             self._start(adapter_name, Journal.empty(self.config.hidden_size))
 

@@ -1,8 +1,7 @@
 """One layer of a null space: some eigenvectors of its key moment, and all eigenvalues.
 
 In: C0 (d_in, d_in), or a stored basis and spectrum. Out: :class:`LayerSpace`, which projects keys
-onto the k smallest eigendirections (K P) for every k that its eigenvectors reach, and bounds
-A C0 A^T.
+onto the k smallest eigendirections (K P) for every k that its eigenvectors reach.
 """
 
 from __future__ import annotations
@@ -165,17 +164,6 @@ class LayerSpace:
         first = stored - (width - kept) if self.complement else 0
         last = stored if self.complement else kept
         return algebra.project(keys, self.basis[:, first:last].to(keys), self.complement)
-
-    def moment_quadratic(self, rows: Tensor) -> Tensor:
-        """A C0 A^T for rows A (n, d_in), (n, n); what is not stored counts at its largest."""
-        basis, values = self.basis.to(rows), self.values.to(rows)
-        width, stored = basis.shape
-        known = values[width - stored :] if self.complement else values[:stored]
-        unknown = values[: width - stored] if self.complement else values[stored:]
-        within = rows @ basis  # (n, m)
-        outside = rows - within @ basis.T  # (n, d_in)
-        exact = (within * known) @ within.T
-        return exact + (unknown[-1] * (outside @ outside.T) if len(unknown) else 0)
 
     def content(self) -> bytes:
         """The numbers as bytes, to hash."""

@@ -25,6 +25,7 @@ from alphaedit_peft.nullspace.decomposing import decompose
 from alphaedit_peft.nullspace.files import ORIGIN, Types
 from alphaedit_peft.nullspace.layer import REACH, LayerSpace, LayerSummary, read_parts, write_parts
 from alphaedit_peft.nullspace.moments import KeyMoments
+from alphaedit_peft.nullspace.quadratic import moment_quadratic
 from alphaedit_peft.nullspace.sharing import find_folder, push_null_space
 
 FIELDS: dict[str, Types] = {"threshold": (int, float), "threshold_mode": str, **ORIGIN}
@@ -163,7 +164,7 @@ class NullSpace:
         Raises:
             ValueError: as ``project``.
         """
-        return self._part(layer).moment_quadratic(self._checked(layer, rows).double())
+        return moment_quadratic(self._part(layer), self._checked(layer, rows).double())
 
     def with_threshold(self, threshold: float, mode: str | None = None) -> NullSpace:
         """This null space at another threshold, within the ``reach`` it was made with.

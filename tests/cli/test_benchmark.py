@@ -88,6 +88,11 @@ def test_edits_of_ones_own_on_a_model_of_ones_own(shown, embedded_model, edits_f
         (("--shape", "lab-gpt2", "--out", "."), "is a folder"),
         (("--shape", "lab-gpt2", "--curves", "huge"), "huge"),
         (("embedded", "--null-space", "ns"), "MEMIT needs key moments"),
+        (("embedded", "--plain-edits", "2"), "--plain-edits 2 is for the plain way; give --plain"),
+        (
+            ("embedded", "--plain", "--edits", "5", "--plain-edits", "7"),
+            "--plain-edits 7 is more than the 5 edits of a batch; give 5 or fewer",
+        ),
     ],
 )
 def test_a_wrong_command_line_is_refused_before_any_work(run, words, named):

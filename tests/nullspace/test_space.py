@@ -14,6 +14,7 @@ from alphaedit_peft.config import AlphaEditConfig
 from alphaedit_peft.fingerprint import fingerprint
 from alphaedit_peft.nullspace import KeyMoments, NullSpace
 from alphaedit_peft.nullspace.layer import LayerSpace
+from alphaedit_peft.nullspace.quadratic import moment_times
 
 WIDTH = 20
 DATA = Path(__file__).parents[2] / "../shared/data"
@@ -119,7 +120,11 @@ def test_the_quadratic_form_is_exact_or_a_bound(rank):
         assert torch.linalg.eigvalsh(found - wanted).min() > -1e-9
     else:
         torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-9)
+    times = moment_times(space.parts[3], rows) @ rows.T
+    torch.testing.assert_close(times, found, rtol=1e-12, atol=1e-16 + 1e-14 * float(found.norm()))
     anything = torch.randn(4, WIDTH)
+    times = moment_times(space.parts[3], anything.double()) @ anything.double().T
+    torch.testing.assert_close(times, space.moment_quadratic(3, anything), rtol=1e-10, atol=1e-12)
     excess = space.moment_quadratic(3, anything) - anything.double() @ C0 @ anything.T.double()
     assert torch.linalg.eigvalsh(excess).min() > -1e-5
 

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import warnings
+from dataclasses import replace
 
 import pytest
 import torch
+from accelerate import cpu_offload, disk_offload
 from transformers import AutoModelForCausalLM
 
+from alphaedit_peft.placement import held_parameters, keeps_elsewhere
 from alphaedit_peft.studies.benchmark import (
     LENGTHS,
     SHAPES,
@@ -31,6 +35,7 @@ from alphaedit_peft.studies.benchmark.shapes import Shape
 from alphaedit_peft.tokens import encode
 from tests.conftest import tiny_config, tiny_model
 
+CPU = torch.device("cpu")
 PARAMETERS = {"gpt2-xl": 1.557e9, "gpt-j-6b": 6.051e9, "llama-3-8b": 8.030e9}
 PAIRS = (("lab-gpt2", "gpt2-xl"), ("lab-gptj", "gpt-j-6b"), ("lab-llama", "llama-3-8b"))
 
@@ -192,6 +197,28 @@ def test_a_benchmark_runs_all_steps_of_all_edits_and_leaves_the_bits(family):
     values = json.loads(json.dumps(found.to_json(), allow_nan=False))
     assert values["alphaedit_to_memit"]["median"] > 0
     assert len(values["plain_to_ours"]["runs"]) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["cpu", "disk"])
+def test_a_base_kept_elsewhere_is_measured_and_left_with_its_bits(how, tmp_path):
+    base = tiny_model("gpt2").requires_grad_(False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        folder = str(tmp_path)
+        base = cpu_offload(base, CPU) if how == "cpu" else disk_offload(base, folder, CPU)
+    before = {name: weight.clone() for name, weight in held_parameters(base)}
+    subject = replace(make_subject("gpt2"), model=base)
+    plan = Plan(edits=2, objectives=("alphaedit",), plain_edits=1, inference=True)
+    found = benchmark(
+        subject, collect_statistics(subject), made_up_edits(subject.tokenizer, 2), plan
+    )
+    assert found.plain is not None
+    assert found.plain.total > 0
+    assert {forward.model for forward in found.inference} == {"base", "unmerged", "merged"}
+    assert keeps_elsewhere(base)
+    for name, weight in held_parameters(base):
+        assert torch.equal(weight, before[name])
 
 
 def test_the_plain_way_computes_more_than_ours():

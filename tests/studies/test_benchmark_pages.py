@@ -62,6 +62,11 @@ def test_tables_hold_the_figures_and_how_far_they_are_from_the_floor(found):
     assert all(row.endswith("|") for row in rows)
 
 
+def test_ratios_of_earlier_versions_are_read_too(found):
+    text = tables(found | {"alphaedit_to_memit": 1.0764, "plain_to_ours": 5.094})
+    assert "AlphaEdit takes 1.08 times MEMIT's seconds; the plain way takes 5.09 times" in text
+
+
 def test_a_page_gets_the_tables_between_its_marks_and_keeps_the_rest(found):
     page = f"# Title\n\n{BEGIN}\nold\n{END}\n\nThe end.\n"
     once = page_with(page, [found])

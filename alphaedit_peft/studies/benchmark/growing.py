@@ -169,8 +169,8 @@ def _solves(grid: Grid, curve: str, rows: int, width: int, device: torch.device)
     yield Point(curve, at, "anew", seconds, factors, memory.above)
     with PeakMemory(device) as memory:
         seconds = timed(lambda: system.ours(kept), device)
-    squares = 2 * 8 * rows * rows  # G and L of the rows in place, float64
-    yield Point(curve, at, "ours", seconds, factors + squares, memory.above)
+    halves = 2 * sum(part.nbytes for part in kept.grams[:-1])  # G and L of the rows in place
+    yield Point(curve, at, "ours", seconds, factors + halves, memory.above)
     projector, cache = system.dense()
     with PeakMemory(device) as memory:
         seconds = timed(lambda: system.plain(projector, cache), device)

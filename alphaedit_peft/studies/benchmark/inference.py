@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from alphaedit_peft import hooks
 from alphaedit_peft.algebra import LowRankDelta
 from alphaedit_peft.model import AlphaEditModel, get_alphaedit_model, live
+from alphaedit_peft.placement import held
 from alphaedit_peft.studies.benchmark.findings import Forward
 from alphaedit_peft.studies.benchmark.machine import timed
 from alphaedit_peft.studies.benchmark.preparing import Subject
@@ -85,7 +86,7 @@ def _fill(model: AlphaEditModel, rank: int) -> None:
     """Random factors of a rank, whose update is as large as the weight."""
     random = torch.Generator().manual_seed(rank)
     for layer in live.lora_layers(model).values():
-        weight = layer.get_base_layer().weight
+        weight = held(layer.get_base_layer(), "weight")
         A = torch.randn(rank, layer.in_features, generator=random)
         B = torch.randn(layer.out_features, rank, generator=random)
         B *= float(weight.float().std()) / rank**0.5

@@ -145,8 +145,13 @@ def _remarks(found: Values) -> str:
     return f"{text[0].upper()}{text[1:]}."
 
 
-def ratio_in_words(found: Values) -> str:
-    """A ratio's median, and the range of its runs where there are several: "6.1 (5.8 to 6.3)"."""
+def ratio_in_words(found: Values | float) -> str:
+    """A ratio's median, and the range of its runs where there are several: "6.1 (5.8 to 6.3)".
+
+    Earlier versions wrote the ratio alone.
+    """
+    if not isinstance(found, Mapping):
+        return f"{found:.3g}"
     runs = found["runs"]
     text = f"{found['median']:.3g}"
     return f"{text} ({min(runs):.3g} to {max(runs):.3g})" if len(runs) > 1 else text

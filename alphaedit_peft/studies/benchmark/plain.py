@@ -22,6 +22,7 @@ from alphaedit_peft.config import AlphaEditConfig
 from alphaedit_peft.editing.phases import Phases
 from alphaedit_peft.editing.prompts import EditRows, TokenRow
 from alphaedit_peft.nullspace import NullSpace
+from alphaedit_peft.placement import computes_on, held, in_place
 from alphaedit_peft.tokens import padded
 
 ROWS_AT_ONCE = 512  # prompts in one forward for keys
@@ -52,9 +53,9 @@ class PlainModel:
         """Write a null space out as dense projectors, beside empty caches."""
         projectors = {}
         for layer in config.rewrite_layers or ():
-            weight: Tensor = model.get_submodule(architecture.rewrite_name(layer)).weight  # type: ignore[assignment]
-            wide = torch.promote_types(weight.dtype, torch.float32)
-            identity = torch.eye(null_space.width(layer), dtype=wide, device=weight.device)
+            module = model.get_submodule(architecture.rewrite_name(layer))
+            wide = torch.promote_types(held(module, "weight").dtype, torch.float32)
+            identity = torch.eye(null_space.width(layer), dtype=wide, device=computes_on(module))
             projectors[layer] = null_space.project(layer, identity)
         caches = {layer: torch.zeros_like(P) for layer, P in projectors.items()}
         return cls(model, config, architecture, projectors, caches)
@@ -67,22 +68,26 @@ class PlainModel:
     @property
     def device(self) -> torch.device:
         """Where token ids go."""
-        return self.model.get_input_embeddings().weight.device  # type: ignore[operator]
+        return computes_on(self.model.get_input_embeddings())  # type: ignore[operator]
+
+    def module(self, layer: int) -> nn.Module:
+        """A rewrite module, whose weight may be kept elsewhere."""
+        return self.model.get_submodule(self.architecture.rewrite_name(layer))
 
     def weight(self, layer: int) -> Tensor:
-        """The weight of a rewrite module, as it lies in the model."""
-        return self.model.get_submodule(self.architecture.rewrite_name(layer)).weight  # type: ignore[return-value]
+        """The weight of a rewrite module, a copy where it is kept elsewhere."""
+        return held(self.module(layer), "weight")
 
     @contextmanager
     def weights_kept(self) -> Iterator[None]:
         """Put the weights of the rewrite modules back when the block ends."""
-        before = {layer: self.weight(layer).detach().clone() for layer in self.layers}
+        before = {layer: self.weight(layer).clone() for layer in self.layers}
         try:
             yield
         finally:
-            with torch.no_grad():
-                for layer, weight in before.items():
-                    self.weight(layer).copy_(weight)
+            for layer, weight in before.items():
+                with torch.no_grad(), in_place(module := self.module(layer)):
+                    module.weight.copy_(weight)  # type: ignore[operator]
 
     def edit_batch(self, edits: Sequence[EditRows], phases: Phases | None = None) -> Tensor:
         """Make a batch of edits, written into the weights.
@@ -105,8 +110,9 @@ class PlainModel:
             residuals = (targets - hidden.to(targets)) / (len(self.layers) - place)
             with phases.timed("solve"):
                 update = self.update(layer, keys, residuals)
-            with phases.timed("write"), torch.no_grad():
-                weight = self.weight(layer)
+            module = self.module(layer)
+            with phases.timed("write"), torch.no_grad(), in_place(module):
+                weight: Tensor = module.weight  # type: ignore[assignment]
                 weight.add_((update.T if self.architecture.conv1d else update).to(weight))
         for layer, keys in found.items():
             with phases.timed("solve"):
@@ -198,7 +204,7 @@ class _Search:
         weight: Tensor = plain.model.get_input_embeddings().weight  # type: ignore[operator]
         wide = torch.promote_types(weight.dtype, torch.float32)
         self.delta = torch.zeros(
-            weight.shape[1], dtype=wide, device=weight.device, requires_grad=True
+            weight.shape[1], dtype=wide, device=plain.device, requires_grad=True
         )
         self.start = self.delta.detach()
         self.initial: Tensor | None = None  # log P_0 at the subject of the KL prompt

@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from alphaedit_peft.config import AlphaEditConfig
 from alphaedit_peft.nullspace import KeyMoments, NullSpace
 from alphaedit_peft.nullspace.layer import LayerSpace
+from alphaedit_peft.placement import computes_on
 from alphaedit_peft.studies.benchmark.machine import timed
 from alphaedit_peft.studies.benchmark.requests import random_texts
 
@@ -56,13 +57,13 @@ class Subject:
 
     @property
     def weights(self) -> Tensor:
-        """The input embeddings: they tell the model's dtype and device."""
+        """The input embeddings: they tell the model's dtype; empty where kept elsewhere."""
         return self.model.get_input_embeddings().weight  # type: ignore[operator]
 
     @property
     def device(self) -> torch.device:
         """Where token ids go."""
-        return self.weights.device
+        return computes_on(self.model.get_input_embeddings())  # type: ignore[operator]
 
 
 def benchmark_config(
