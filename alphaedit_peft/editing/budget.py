@@ -11,8 +11,8 @@ layer, the head's among them, where ``autocast`` copies them (else 0):
     held   = statistics + b (8 n (f + d) + 16 n^2) + e u c (p + 1) d + 24 u d + 2 w
     solve  = 24 n f + 24 n^2 + 4 f^2              (AlphaEdit: the basis in float64, for the report)
     token  = e (6 d + 3 f) + (e + 8) V t / r                            of a forward pass
-    before = 2 e k (N (2 p + q) + N' p) + e (p + q) (7 d + 3 f)      of a row, see ``before``
-    after  = 2 e k N' (3 p + q) + 2 e (p + q) d + (2 e + 16) V t     of a row, see ``tails``
+    before = 2 e k (N (2 p + q) + N' p) + e (p + q) (7 d + 3 f)      of a row, ``targets.before``
+    after  = 2 e k N' (3 p + q) + 2 e (p + q) d + (2 e + 16) V t     of a row, ``targets.tails``
     back   = e N' (10 d + 4 f)                                        of a token's backward pass
     tail   = max(before / q', after / q' + back)                      a padded token
     peak   = held + max(solve, token x tokens_per_batch, tail x target_tokens)
@@ -32,7 +32,7 @@ from torch import Tensor
 from alphaedit_peft.editing.bench import Bench, Limits
 from alphaedit_peft.editing.objective import AlphaEdit, Memit, Objective
 from alphaedit_peft.editing.prompts import EditRows
-from alphaedit_peft.editing.reduced import reduced_bytes
+from alphaedit_peft.editing.targets.reduced import reduced_bytes
 from alphaedit_peft.settings import byte_count, bytes_in_words
 
 

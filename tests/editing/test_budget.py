@@ -11,11 +11,10 @@ import pytest
 import torch
 
 from alphaedit_peft import AlphaEditConfig, Edit, NullSpace, get_alphaedit_model
-from alphaedit_peft.editing import targets
 from alphaedit_peft.editing.budget import estimate, within_budget
 from alphaedit_peft.editing.groups import Group
 from alphaedit_peft.editing.objective import AlphaEdit
-from alphaedit_peft.editing.targets import optimise_targets
+from alphaedit_peft.editing.targets import optimise_targets, optimising
 from alphaedit_peft.settings import byte_count, bytes_in_words
 from tests.conftest import tiny_model
 from tests.editing.test_river import EDITS, bench_for, settings
@@ -105,7 +104,7 @@ class Full:
 
     def __init__(self, monkeypatch, room: int) -> None:
         self.sizes: list[int] = []
-        whole = targets._Chunk
+        whole = optimising._Chunk
 
         def chunk(bench, reduced, rows, num_groups):
             self.sizes.append(num_groups)
@@ -113,7 +112,7 @@ class Full:
                 raise torch.OutOfMemoryError("CUDA out of memory")
             return whole(bench, reduced, rows, num_groups)
 
-        monkeypatch.setattr(targets, "_Chunk", chunk)
+        monkeypatch.setattr(optimising, "_Chunk", chunk)
 
 
 def test_where_memory_runs_out_the_chunk_is_halved(tokenizer, monkeypatch):

@@ -14,7 +14,7 @@ from alphaedit_peft.editing.targets import Targets
 from alphaedit_peft.nullspace import KeyMoments
 from tests import oracle
 from tests.conftest import tiny_model
-from tests.editing.test_anchors import easy_edits
+from tests.editing.targets.test_anchors import easy_edits
 from tests.editing.test_river import EDITS, bench_for, key_moment, settings
 
 

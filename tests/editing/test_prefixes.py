@@ -9,12 +9,12 @@ from alphaedit_peft import tokens
 from alphaedit_peft.editing.groups import Group
 from alphaedit_peft.editing.prefixes import cut_rows, shared_prefixes
 from alphaedit_peft.editing.readings import read
-from alphaedit_peft.editing.reduced import Reduced
-from alphaedit_peft.editing.tails import Tails
 from alphaedit_peft.editing.targets import optimise_targets
+from alphaedit_peft.editing.targets.reduced import Reduced
+from alphaedit_peft.editing.targets.tails import Tails
 from tests.conftest import tiny_model
+from tests.editing.targets.test_tails import all_rows, with_cache, without_what_was_before
 from tests.editing.test_readings import agree, bench_for, plain, tokenised
-from tests.editing.test_tails import all_rows, with_cache, without_what_was_before
 from tests.test_architecture import OVERRIDDEN, VARIANTS
 
 

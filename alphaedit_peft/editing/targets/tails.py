@@ -15,16 +15,16 @@ import torch
 from torch import Tensor
 
 from alphaedit_peft import hooks
-from alphaedit_peft.editing.before import Pass, differing, passes_before
 from alphaedit_peft.editing.bench import Bench, gathering_logits
 from alphaedit_peft.editing.past import Past, take, unread
-from alphaedit_peft.editing.reduced import Reduced
-from alphaedit_peft.editing.resume import CacheDiffers, Row, log_softmax
+from alphaedit_peft.editing.targets.before import Pass, differing, passes_before
+from alphaedit_peft.editing.targets.reduced import Reduced
+from alphaedit_peft.editing.targets.resume import CacheDiffers, Row, log_softmax
 from alphaedit_peft.tokens import by_length, padded
 
 
 class Tails:
-    """See :class:`alphaedit_peft.editing.resume.Resumed`."""
+    """See :class:`alphaedit_peft.editing.targets.resume.Resumed`."""
 
     def __init__(self, bench: Bench, rows: Sequence[Row], reduced: Reduced) -> None:
         """Run what comes before the subjects once.
@@ -138,7 +138,7 @@ class _Part:
         return dict(zip(tried, found, strict=True))
 
     def log_probs(self, chosen: Sequence[int], moved: Tensor) -> Tensor:
-        """See :class:`alphaedit_peft.editing.resume.Resumed`."""
+        """See :class:`alphaedit_peft.editing.targets.resume.Resumed`."""
         length = int(self.lengths[list(chosen)].max())
         rest = self.states[list(chosen), 1:length]
         hidden = torch.cat([moved.to(rest)[:, None], rest], dim=1)  # (chosen, tail, d)

@@ -8,8 +8,8 @@ from torch import nn
 
 from alphaedit_peft.editing.budget import estimate
 from alphaedit_peft.editing.groups import Group
-from alphaedit_peft.editing.reduced import Reduced, reduced_bytes
 from alphaedit_peft.editing.targets import optimise_targets
+from alphaedit_peft.editing.targets.reduced import Reduced, reduced_bytes
 from tests.conftest import tiny_model
 from tests.editing.test_budget import OBJECTIVE, bench_and_edits
 from tests.editing.test_river import EDITS, bench_for, settings

@@ -9,11 +9,11 @@ from transformers import AutoModelForCausalLM, DynamicCache
 
 from alphaedit_peft import tokens
 from alphaedit_peft.editing.groups import Group
-from alphaedit_peft.editing.reduced import Reduced
-from alphaedit_peft.editing.resume import CacheDiffers, WholeRows
-from alphaedit_peft.editing.tails import Tails
-from alphaedit_peft.editing.target_rows import rows_of
 from alphaedit_peft.editing.targets import optimise_targets
+from alphaedit_peft.editing.targets.reduced import Reduced
+from alphaedit_peft.editing.targets.resume import CacheDiffers, WholeRows
+from alphaedit_peft.editing.targets.rows import rows_of
+from alphaedit_peft.editing.targets.tails import Tails
 from tests import oracle
 from tests.conftest import tiny_model
 from tests.editing.test_readings import bench_for, tokenised

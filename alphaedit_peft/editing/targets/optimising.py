@@ -21,13 +21,13 @@ import torch
 from torch import Tensor
 
 from alphaedit_peft import hooks
-from alphaedit_peft.editing.adam import Adam
 from alphaedit_peft.editing.bench import Bench
 from alphaedit_peft.editing.groups import Group
-from alphaedit_peft.editing.reduced import Reduced
-from alphaedit_peft.editing.resume import CacheDiffers, Resumed, Row, WholeRows
-from alphaedit_peft.editing.tails import Tails
-from alphaedit_peft.editing.target_rows import Reads, chunked, rows_of
+from alphaedit_peft.editing.targets.adam import Adam
+from alphaedit_peft.editing.targets.reduced import Reduced
+from alphaedit_peft.editing.targets.resume import CacheDiffers, Resumed, Row, WholeRows
+from alphaedit_peft.editing.targets.rows import Reads, chunked, rows_of
+from alphaedit_peft.editing.targets.tails import Tails
 
 
 @dataclass(frozen=True)

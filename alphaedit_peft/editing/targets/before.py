@@ -20,8 +20,8 @@ from alphaedit_peft import hooks
 from alphaedit_peft.editing.bench import Bench
 from alphaedit_peft.editing.past import Pair, Past, aligned, cached, recording
 from alphaedit_peft.editing.prefixes import cut_rows
-from alphaedit_peft.editing.reduced import Reduced
-from alphaedit_peft.editing.resume import CacheDiffers, Row
+from alphaedit_peft.editing.targets.reduced import Reduced
+from alphaedit_peft.editing.targets.resume import CacheDiffers, Row
 from alphaedit_peft.tokens import padded
 
 

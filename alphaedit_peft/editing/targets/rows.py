@@ -15,7 +15,7 @@ from torch import Tensor
 from alphaedit_peft.config import AlphaEditConfig
 from alphaedit_peft.editing.bench import Bench
 from alphaedit_peft.editing.groups import Group
-from alphaedit_peft.editing.resume import Row
+from alphaedit_peft.editing.targets.resume import Row
 
 
 @dataclass(frozen=True)

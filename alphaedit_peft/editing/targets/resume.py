@@ -19,7 +19,7 @@ from torch import Tensor
 
 from alphaedit_peft import hooks
 from alphaedit_peft.editing.bench import Bench, gathering_logits
-from alphaedit_peft.editing.reduced import Reduced
+from alphaedit_peft.editing.targets.reduced import Reduced
 from alphaedit_peft.tokens import by_length, padded
 
 
