@@ -127,14 +127,16 @@ def batches(
     rows: Sequence[Sequence[int]],
     tokens_per_batch: int,
     device: torch.device,
+    behind: Sequence[int] = (),
     *,
     few: bool = False,
 ) -> Iterator[PaddedBatch]:
     """Padded batches of at most ``tokens_per_batch`` tokens, rows of like length together.
 
-    A row longer than that makes a batch of its own. ``few``: see ``by_length``.
+    A row longer than that makes a batch of its own. ``behind`` and ``few``: see ``by_length``.
     """
-    for batch in by_length([len(row) for row in rows], device, tokens_per_batch, few=few):
+    lengths = [len(row) for row in rows]
+    for batch in by_length(lengths, device, tokens_per_batch, behind, few=few):
         yield PaddedBatch(padded([rows[i] for i in batch], device), batch)
 
 
@@ -147,25 +149,30 @@ def by_length(
     lengths: Sequence[int],
     device: torch.device,
     most: float = float("inf"),
+    behind: Sequence[int] = (),
     *,
     few: bool = False,
 ) -> list[list[int]]:
     """Indices in batches to be padded to their longest, from the shortest up.
 
     The borders are those with the least work, where a further pass costs as much as some padding,
-    ``PASS_COST`` tokens of it; then batches of more than ``most`` padded tokens are cut. ``few``
-    makes as few batches as it can: where each pass brings weights to a GPU, it costs more than
-    any padding.
+    ``PASS_COST`` tokens of it; then batches of more than ``most`` padded tokens are cut. Tokens
+    that rows follow in a cache, ``behind`` each, count there too: they take room, if no time.
+    ``few`` makes as few batches as it can: where each pass brings weights to a GPU, it costs more
+    than any padding.
     """
     order = sorted(range(len(lengths)), key=lambda i: lengths[i])
     found = []
     for some in [order] * bool(order) if few else _least_padding(order, lengths, pass_cost(device)):
         batch: list[int] = []
+        width = 0
         for index in some:
-            if batch and (len(batch) + 1) * lengths[index] > most:
+            before = behind[index] if behind else 0
+            if batch and (len(batch) + 1) * (max(width, before) + lengths[index]) > most:
                 found.append(batch)
-                batch = []
+                batch, width = [], 0
             batch.append(index)
+            width = max(width, before)
         found.append(batch)
     return found
 

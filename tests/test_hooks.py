@@ -286,6 +286,27 @@ def test_short_position_tables_change_no_logit_and_are_put_back(make):
     assert all(after[k] is table for k, table in tables.items())
 
 
+@pytest.mark.parametrize("name", ["gpt2", "gptj"])
+def test_a_fused_gelu_gives_the_same_numbers_and_gradients_and_is_put_back(name):
+    model, ids = build(name).double(), torch.arange(12).view(2, 6)
+    embeddings = model.get_input_embeddings()(ids).detach().requires_grad_()
+
+    def run():
+        logits = model(inputs_embeds=embeddings).logits
+        return logits, torch.autograd.grad(logits.logsumexp(-1).sum(), embeddings)[0]
+
+    expected, runs = run(), []
+    activations = [m for m in model.modules() if type(m).__name__ == "NewGELUActivation"]
+    own = torch.nn.functional.gelu
+    with hooks.fused_gelu(model):
+        assert all(activation.forward.func is own for activation in activations)
+        runs.append(run())
+    assert activations
+    assert not any("forward" in vars(activation) for activation in activations)
+    for mine, theirs in zip(runs[0], expected, strict=True):
+        assert torch.allclose(mine, theirs, rtol=1e-12, atol=1e-13)
+
+
 def test_models_without_position_tables_stay_as_they_are():
     model = build("llama")
     before = dict(model.named_buffers())

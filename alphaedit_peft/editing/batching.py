@@ -40,9 +40,18 @@ class Part:
     def chosen(self, place: Mapping[int, int]) -> Part:
         """The rows of some edits, under their new numbers."""
         some = [k for k, (edit, _) in enumerate(self.rows) if edit in place]
+        part = self._rows(some)
+        return replace(part, rows=tuple((place[edit], prompt) for edit, prompt in part.rows))
+
+    def halves(self) -> list[Part]:
+        """The first half of the rows, and the others."""
+        every, middle = list(range(len(self.rows))), len(self.rows) // 2
+        return [self._rows(some) for some in (every[:middle], every[middle:])]
+
+    def _rows(self, some: Sequence[int]) -> Part:
         return replace(
             self,
-            rows=tuple((place[self.rows[k][0]], self.rows[k][1]) for k in some),
+            rows=tuple(self.rows[k] for k in some),
             subjects=self.subjects[some],
             inputs={name: value[some] for name, value in self.inputs.items()},
             behind=tuple(self.behind[k] for k in some if self.behind),
@@ -111,7 +120,7 @@ def _batched(
             tuple(behind[i] for i in batch.indices if behind),
         )
         for batch in bench.batches(
-            [row.ids[start:] for (_, row), start in zip(rows, starts, strict=True)]
+            [row.ids[start:] for (_, row), start in zip(rows, starts, strict=True)], starts
         )
     )
 

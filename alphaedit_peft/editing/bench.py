@@ -8,8 +8,9 @@ at the positions asked for.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -93,9 +94,14 @@ class Bench:
         """Whether a pass is dearer than any padding: it brings offloaded weights to a GPU."""
         return brings_to_gpu(self.model)
 
-    def batches(self, rows: Sequence[Sequence[int]]) -> Iterator[PaddedBatch]:
-        """Token rows in padded batches of at most ``tokens_per_batch`` tokens."""
-        return batches(rows, self.tokens_per_batch, self.device, few=self.few_passes)
+    def batches(
+        self, rows: Sequence[Sequence[int]], behind: Sequence[int] = ()
+    ) -> Iterator[PaddedBatch]:
+        """Token rows in padded batches of at most ``tokens_per_batch`` tokens.
+
+        ``behind`` are the tokens that each row follows in a cache, which count too.
+        """
+        return batches(rows, self.tokens_per_batch, self.device, behind, few=self.few_passes)
 
     def token_keys(self, rows: Sequence[TokenRow], layer: int) -> list[Tensor]:
         """Inputs of a rewrite module at every token, for each row (tokens, d_in)."""
@@ -117,13 +123,26 @@ class Bench:
                 found[index] = at_least_float32(state[i, rows[index].subject_last])
         return torch.stack([found[i] for i in range(len(rows))])
 
-    @torch.no_grad()
     def score(self, rows: Sequence[TokenRow]) -> list[Score]:
         """Log-probability of each row's target, and whether greedy decoding would say it.
 
         Raises:
             ValueError: the model gives NaN.
+
+        Warns:
+            UserWarning: memory ran out, so that smaller passes are used.
         """
+        try:
+            return self._score(rows)
+        except torch.OutOfMemoryError:
+            half = self.tokens_per_batch // 2
+            if half < min(len(row.scoring_ids) for row in rows):  # each has run by itself
+                raise
+        tell_of_memory(f"{self.tokens_per_batch} tokens", half, "tokens_per_batch")
+        return replace(self, limits=Limits(half, self.target_tokens)).score(rows)
+
+    @torch.no_grad()
+    def _score(self, rows: Sequence[TokenRow]) -> list[Score]:
         scores: dict[int, Score] = {}
         for batch in self.batches([row.scoring_ids for row in rows]):
             where = [(i, p) for i, k in enumerate(batch.indices) for p in rows[k].target_positions]
@@ -158,6 +177,17 @@ class Score:
     def probability(self) -> float:
         """P(target | prompt), the product over the target's tokens."""
         return math.exp(self.log_prob)
+
+
+def tell_of_memory(what: str, most: int, setting: str) -> None:
+    """Warn that something did not fit at once; what torch keeps of a GPU's memory is given back."""
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    warnings.warn(
+        f"{what} do not fit in memory at once; going on with {most}. Set memory_budget or a lower "
+        f"{setting} to begin with less",
+        stacklevel=3,
+    )
 
 
 def at_least_float32(values: Tensor) -> Tensor:

@@ -8,9 +8,9 @@ tokens read, b rewrite layers, N blocks, N' of them above the last rewrite layer
 keys and values k, vocabulary V, e bytes a number of the model, and w weights above the last rewrite
 layer, the head's among them, where ``autocast`` copies them (else 0):
 
-    held   = statistics + b (8 n (f + d) + 16 n^2) + e u c (p + 1) d + 24 u d + 2 w
+    held   = statistics + b (8 n (f + d) + 12 n^2) + e u c (p + 1) d + 24 u d + 2 w
     solve  = 24 n f + 24 n^2 + 4 f^2              (AlphaEdit: the basis in float64, for the report)
-    token  = e (6 d + 3 f) + (e + 8) V t / r                            of a forward pass
+    token  = e (6 d + 3 f + 6 k (L + 1)) + (e + 8) V t / r    of a forward pass, the last block L
     before = 2 e k (N (2 p + q) + N' p) + e (p + q) (7 d + 3 f)      of a row, ``targets.before``
     after  = 2 e k N' (3 p + q) + 2 e (p + q) d + (2 e + 16) V t     of a row, ``targets.tails``
     back   = e N' (10 d + 4 f)                                        of a token's backward pass
@@ -122,7 +122,7 @@ def estimate(
     t = max(max(1, len(row.target)) for row in every)
     reads = max(-(-max(1, len(row.target)) * vocabulary // len(row.scoring_ids)) for row in every)
     above = shape.blocks - bench.layers[-1] - 1
-    held = _statistics(objective) + len(bench.layers) * (8 * rank * (f + d) + 16 * rank**2)
+    held = _statistics(objective) + len(bench.layers) * (8 * rank * (f + d) + 12 * rank**2)
     held += together * (e * len(edits[0].rows) * (p + 1) * d + 24 * d) + reduced_bytes(bench)
     basis = 4 * f**2 if isinstance(objective, AlphaEdit) else 8 * f**2
     pair = 2 * e * shape.cached
@@ -132,7 +132,7 @@ def estimate(
     return Need(
         held=held,
         solve=24 * rank * f + 24 * rank**2 + basis,
-        token=e * (6 * d + 3 * f) + (e + 8) * reads,
+        token=e * (6 * d + 3 * f) + 3 * pair * (bench.layers[-1] + 1) + (e + 8) * reads,
         tail=max(-(-before // shortest), -(-after // shortest) + back),
         longest=p + q,
         largest=max(map(len, rows)) * max(before, after + q * back),

@@ -24,7 +24,7 @@ class Past:
     """What rows have behind them, by block.
 
     Args:
-        lengths: (rows,), how many tokens each row has behind it.
+        lengths: (rows,), how many tokens each row has behind it; on the CPU.
         pairs: by block, keys and values (rows, heads, width, d_head), where width is the largest
             length; of blocks that are passed over only ``unread`` ones, that count tokens.
     """
@@ -41,7 +41,7 @@ class Past:
         """The same of some rows, in the given order, no wider than they need."""
         if list(rows) == list(range(len(self.lengths))):
             return self
-        pick = torch.tensor(list(rows), device=self.lengths.device)
+        pick = torch.tensor(list(rows))
         lengths = self.lengths[pick]
         skip = self.width - int(lengths.max())
         pairs = []
@@ -99,9 +99,12 @@ def cached(cache: DynamicCache) -> dict[int, Pair]:
 
 
 def aligned(pairs: Mapping[int, Pair], lengths: Tensor) -> Past:
-    """The past of rows that a pass ran padded on the right; blocks without a pair are unread."""
+    """The past of rows that a pass ran padded on the right; blocks without a pair are unread.
+
+    ``lengths`` (rows,) are on the CPU.
+    """
     width = int(lengths.max())
-    steps = torch.arange(width, device=lengths.device) - width + lengths[:, None]
+    steps = torch.arange(width) - width + lengths[:, None]
     moved = {b: (take(keys, steps), take(values, steps)) for b, (keys, values) in pairs.items()}
     nothing = unread(len(lengths), width, lengths.device)
     return Past(lengths, tuple(moved.get(b, nothing) for b in range(max(pairs) + 1)))

@@ -7,9 +7,8 @@ contexts, and prompts of one relation begin alike. Each row is cut at most once.
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -64,33 +63,55 @@ def shared_prefixes(rows: Sequence[Ids], most: Sequence[int]) -> list[tuple[int,
     Rows that begin alike are all cut there, or some of them further on, whichever saves more: a
     prefix saves length x (rows - 1).
     """
-
-    def split(some: list[int], length: int) -> tuple[int, list[tuple[int, list[int]]]]:
-        """What rows that share ``length`` tokens save at most, and how."""
-        while len(nexts := _by_next(rows, most, some, length)) == 1:
-            (going,) = nexts.values()
-            if len(going) < len(some):
-                break
-            length += 1
-        apart = [split(going, length + 1) for going in nexts.values() if len(going) > 1]
-        saved = sum(gain for gain, _ in apart)
-        together = length * (len(some) - 1)
-        if together >= saved:
-            return together, [(length, some)] * bool(length)
-        return saved, [found for _, parts in apart for found in parts]
-
-    return split(list(range(len(rows))), 0)[1] if len(rows) > 1 else []
-
-
-def _by_next(
-    rows: Sequence[Ids], most: Sequence[int], some: Sequence[int], length: int
-) -> dict[int, list[int]]:
-    """Rows that may share more than ``length`` tokens, by their next one."""
-    found: dict[int, list[int]] = defaultdict(list)
-    for row in some:
-        if most[row] > length:
-            found[rows[row][length]].append(row)
+    order = sorted(range(len(rows)), key=lambda i: tuple(rows[i][: most[i]]))
+    parts = [tuple(rows[i][: most[i]]) for i in order]
+    found: list[tuple[int, list[int]]] = []
+    open_: list[_Alike] = []  # each within the one before it, sharing more
+    for end in range(1, len(parts) + 1):
+        length = _common(parts[end - 1], parts[end]) if end < len(parts) else 0
+        inner = _Alike(length, end - 1)
+        while open_ and open_[-1].length > length:
+            closed = open_.pop()
+            closed.take(inner)
+            inner = _Alike(length, closed.start, *closed.best(order[closed.start : end]))
+        if open_ and open_[-1].length == length:
+            open_[-1].take(inner)
+        elif length:
+            open_.append(inner)
+        else:
+            found += inner.cuts
     return found
+
+
+@dataclass
+class _Alike:
+    """Rows from ``start`` on, in sorted order, that share ``length`` tokens.
+
+    ``cuts`` are what would be cut further on, and ``saved`` how many tokens that saves.
+    """
+
+    length: int
+    start: int
+    saved: int = 0
+    cuts: list[tuple[int, list[int]]] = field(default_factory=list)
+
+    def take(self, inner: _Alike) -> None:
+        """Rows within these that share more."""
+        self.saved += inner.saved
+        self.cuts += inner.cuts
+
+    def best(self, rows: list[int]) -> tuple[int, list[tuple[int, list[int]]]]:
+        """What these rows save at most, and how."""
+        together = self.length * (len(rows) - 1)
+        if together < self.saved:
+            return self.saved, self.cuts
+        return together, [(self.length, sorted(rows))]
+
+
+def _common(left: Ids, right: Ids) -> int:
+    """How many leading tokens two rows share."""
+    pairs = zip(left, right, strict=False)
+    return next((k for k, (a, b) in enumerate(pairs) if a != b), min(len(left), len(right)))
 
 
 def _within_a_pass(found: Sequence[tuple[int, list[int]]], rows: Sequence[Ids], most: int) -> Cut:

@@ -11,9 +11,10 @@ device and in its dtype: rows x tokens x d numbers.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from alphaedit_peft import hooks
 from alphaedit_peft.editing.batching import Part, Parts, parts_of
-from alphaedit_peft.editing.bench import Bench
+from alphaedit_peft.editing.bench import Bench, tell_of_memory
 from alphaedit_peft.editing.past import Past, aligned, cached, recording
 from alphaedit_peft.editing.prompts import EditRows
 
@@ -73,7 +74,7 @@ def read(bench: Bench, edits: Sequence[EditRows]) -> Readings:
 def keys_by_layer(bench: Bench, edits: Sequence[EditRows]) -> dict[int, Tensor]:
     """Keys (edits, d_in) at every rewrite layer of the model as it is, from one pass."""
     parts, last = parts_of(bench, edits), bench.layers[-1]
-    bare = [_run(bench, part, bench.layers, last, whole=False) for part in parts.bare]
+    bare = _in_parts(parts.bare, partial(_run, bench, layers=bench.layers, last=last, whole=False))
     others = _run_behind(bench, parts, bench.layers, last)[1]
     return {layer: _mean_keys(layer, bare, others) for layer in bench.layers}
 
@@ -94,7 +95,8 @@ class _Ran:
 def _read(bench: Bench, parts: Parts, layer: int | None) -> Readings:
     """Run the bare prompts to the last rewrite layer, the others to the module of ``layer``."""
     wanted = () if layer is None else (layer,)
-    first = [_run(bench, part, wanted, bench.layers[-1], whole=True) for part in parts.bare]
+    through = partial(_run, bench, layers=wanted, last=bench.layers[-1], whole=True)
+    first = _in_parts(parts.bare, through)
     if layer is None:
         hidden = _hidden(first)
         return Readings(None, hidden.new_zeros(len(hidden), 0), hidden, Parts(()))
@@ -107,18 +109,35 @@ def _run_behind(
     bench: Bench, parts: Parts, layers: Sequence[int], last: int
 ) -> tuple[list[_Ran], list[_Ran]]:
     """Run the shared prefixes and the prompts behind contexts to the module of ``last``."""
-    shared = [_run(bench, part, layers, last, whole=False, keeping=True) for part in parts.shared]
+    run = partial(_run, bench, layers=layers, last=last, whole=False)
+    shared = [run(part, keeping=True) for part in parts.shared]
     past = shared[0].past if shared else None
-    others = [_run(bench, part, layers, last, whole=False, past=past) for part in parts.others]
-    return shared, others
+    return shared, _in_parts(parts.others, partial(run, past=past))
+
+
+def _in_parts(parts: Sequence[Part], run: Callable[[Part], _Ran]) -> list[_Ran]:
+    """Run every part, by halves where memory runs out."""
+    found: list[_Ran] = []
+    pending = list(parts)
+    while pending:
+        part = pending.pop(0)
+        try:
+            found.append(run(part))
+            continue
+        except torch.OutOfMemoryError:
+            if len(part.rows) == 1:
+                raise
+        tell_of_memory(f"{len(part.rows)} prompts", len(part.rows) // 2, "tokens_per_batch")
+        pending = [*part.halves(), *pending]
+    return found
 
 
 def _run(
     bench: Bench,
     part: Part,
+    *,
     layers: Sequence[int],
     last: int,
-    *,
     whole: bool,
     past: Past | None = None,
     keeping: bool = False,
@@ -157,8 +176,7 @@ def _run(
             stack.enter_context(hooks.watching_output(model, stop, take_hidden))
         hooks.run_until(model, inputs, stop, entering=not whole)
     if below:
-        states = hooks.hidden_of(below[0])
-        form = hooks.with_hidden(below[0], states[:0])
+        states, form = hooks.hidden_of(below[0]), hooks.form_of(below[0])
         part = replace(part, block=layers[0], states=states, form=form)
     left = None if cache is None else aligned(cached(cache), part.subjects + 1)
     return _Ran(part, keys, top[0] if top else None, left)

@@ -187,11 +187,12 @@ class WorkbenchModel(SavingModel):
             adapter_name: which adapter; needed where there are several.
 
         Raises:
-            RuntimeError: a plain LoRA.
+            RuntimeError: a plain LoRA, or factors that something else has changed.
             ValueError: an empty prompt, or an adapter that is not loaded.
         """
         with self._on(adapter_name):
             journal, factors = self._journal(), self.factors
+            self._known_journal(self._active)
             standing = [record for record in journal.records if record.role != "superseded"]
             compression = self._compressions.get(self._active)
             mixed = compression is not None and compression.mixed  # no row is an edit's own

@@ -10,10 +10,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from alphaedit_peft import AlphaEditConfig, Edit, NullSpace, get_alphaedit_model
+from alphaedit_peft import AlphaEditConfig, Edit, NullSpace, get_alphaedit_model, tokens
 from alphaedit_peft.editing.budget import estimate, within_budget
 from alphaedit_peft.editing.groups import Group
 from alphaedit_peft.editing.objective import AlphaEdit
+from alphaedit_peft.editing.readings import read
 from alphaedit_peft.editing.targets import optimise_targets, optimising
 from alphaedit_peft.settings import byte_count, bytes_in_words
 from tests.conftest import tiny_model
@@ -134,6 +135,45 @@ def test_where_not_even_one_fits_the_error_is_the_devices(tokenizer, monkeypatch
     Full(monkeypatch, room=0)
     with pytest.raises(torch.OutOfMemoryError, match="CUDA out of memory"):
         optimise_targets(bench, [Group((edits[0],))])
+
+
+def with_room_for(model, tokens: int) -> None:
+    """Let a model's forward fail on more tokens than that, as a small device would."""
+    own = model.forward
+
+    def forward(self, input_ids, **more):
+        if input_ids.numel() > tokens:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return own(input_ids=input_ids, **more)
+
+    model.forward = forward.__get__(model)
+
+
+def test_keys_and_scores_go_on_with_less_where_memory_runs_out(tokenizer, monkeypatch):
+    monkeypatch.setitem(tokens.PASS_COST, "cpu", 10**6)  # rows of any length run together
+    bench, edits = bench_and_edits(tokenizer)
+    bench = replace(bench, model=bench.model.double())
+    rows = [row for edit in edits for row in edit.rows]
+    expected, scores = read(bench, edits), bench.score(rows)
+    above = expected.onward(bench).keys
+    with_room_for(bench.model, max(len(row.scoring_ids) for row in rows))
+    with pytest.warns(UserWarning, match="prompts do not fit in memory at once; going on with"):
+        found = read(bench, edits)
+    assert torch.allclose(found.keys, expected.keys, rtol=1e-12)
+    assert torch.allclose(found.hidden, expected.hidden, rtol=1e-12)
+    assert torch.allclose(found.onward(bench).keys, above, rtol=1e-12)
+    with pytest.warns(UserWarning, match="tokens do not fit in memory at once; going on with"):
+        again = bench.score(rows)
+    assert [s.log_prob for s in again] == pytest.approx([s.log_prob for s in scores], rel=1e-9)
+
+
+@pytest.mark.filterwarnings("ignore:.*do not fit in memory at once")
+def test_where_not_even_one_prompt_fits_keys_and_scores_say_so(tokenizer):
+    bench, edits = bench_and_edits(tokenizer)
+    with_room_for(bench.model, 1)
+    for run in (lambda: read(bench, edits[:1]), lambda: bench.score(edits[0].rows[:1])):
+        with pytest.raises(torch.OutOfMemoryError):
+            run()
 
 
 MEASURE = """

@@ -132,6 +132,15 @@ def test_a_model_tells_what_its_pack_tells_and_more(tokenizer):
         assert packs.growth is None
 
 
+def test_factors_that_something_else_changed_are_not_measured_as_if_they_were_the_edits(tokenizer):
+    model = wrapped(tokenizer)
+    model.edit(EDITS, progress=False)
+    with torch.no_grad():
+        model._lora_layer(0).lora_A["default"].weight.mul_(3)
+    with pytest.raises(RuntimeError, match="are not those its edits were written to"):
+        model.capacity()
+
+
 def test_growth_is_the_same_while_merged(tokenizer):
     model = wrapped(tokenizer)
     model.edit(EDITS, progress=False)

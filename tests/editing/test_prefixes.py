@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from alphaedit_peft import tokens
+from alphaedit_peft import hooks, tokens
 from alphaedit_peft.editing.groups import Group
 from alphaedit_peft.editing.prefixes import cut_rows, shared_prefixes
 from alphaedit_peft.editing.readings import read
@@ -69,6 +69,12 @@ def test_a_thousand_shared_tokens_are_no_trouble():
     assert shared_prefixes(rows, [5000] * 3) == [(5000, [0, 1, 2])]
 
 
+def test_rows_that_each_go_one_token_further_are_no_trouble():
+    rows = [(*(1,) * i, 2, 3) for i in range(1, 1500)]
+    found = shared_prefixes(rows, [len(row) for row in rows])
+    assert saved(found) == max(i * (1500 - i - 1) for i in range(1, 1500))
+
+
 def rows_for(bench):
     return [(row.ids, row.subject_last) for edit in tokenised(bench) for row in edit.rows]
 
@@ -115,6 +121,25 @@ def test_every_family_goes_on_from_shared_prefixes_to_the_plain_paths_keys(
         with torch.no_grad():
             bench.model.get_submodule(bench.architecture.rewrite_name(layer)).weight.mul_(1.5)
         readings = readings.onward(bench)
+
+
+def test_what_rows_follow_in_a_cache_counts_for_the_size_of_a_pass(tokenizer, monkeypatch):
+    monkeypatch.setitem(tokens.PASS_COST, "cpu", 32)
+    bench = bench_for("gpt2", tokenizer, [1, 2], contexts=["The river " * 7], tokens_per_batch=300)
+    parts = read(bench, tokenised(bench) * 20).parts
+    (prefix,) = parts.shared
+    width = prefix.inputs["input_ids"].shape[1]
+    assert width > 40
+    sizes = [part.inputs["input_ids"].shape for part in parts.others if part.behind]
+    assert len(sizes) > 1
+    assert all(rows == 1 or rows * (width + length) <= 300 for rows, length in sizes)
+
+
+def test_readings_hold_the_states_of_their_rows_once(tokenizer):
+    bench = bench_for("llama", tokenizer, [1, 2])
+    for part in read(bench, tokenised(bench)).parts.bare:
+        assert hooks.hidden_of(part.form).untyped_storage().nbytes() == 0
+        assert part.states.numel() > 0
 
 
 def test_a_shared_prefix_runs_once_for_all_rows(tokenizer, monkeypatch):

@@ -50,7 +50,8 @@ def passes_before(bench: Bench, rows: Sequence[Row], reduced: Reduced) -> list[P
     past = _shared_past(bench, reduced, cut.prefixes) if cut.prefixes else None
     found = []
     for side in cut.sides():
-        for batch in bench.batches([rows[row].ids[starts[row] :] for row in side]):
+        rests = [rows[row].ids[starts[row] :] for row in side]
+        for batch in bench.batches(rests, [starts[row] for row in side]):
             which = [side[k] for k in batch.indices]
             behind = [prefix for row in which if (prefix := cut.behind[row]) is not None]
             own = past.chosen(behind) if past is not None and behind else None
@@ -70,7 +71,7 @@ def _shared_past(bench: Bench, reduced: Reduced, prefixes: Sequence[Sequence[int
 
         above.enter_context(hooks.watching_output(bench.model, names[0], go_on))
         hooks.run_until(bench.model, inputs, names[1])
-    lengths = torch.tensor([len(prefix) for prefix in prefixes], device=bench.device)
+    lengths = torch.tensor([len(prefix) for prefix in prefixes])
     return aligned(_complete(bench, cached(cache), int(lengths.max()), 0), lengths)
 
 
@@ -85,7 +86,7 @@ def _pass(
     """Run what follows the prefixes through block L, and what is before the subjects above it."""
     model, above = bench.model, bench.layers[-1] + 1
     blocks = [bench.architecture.block_name(i) for i in range(above)]
-    starts = torch.zeros(len(which), dtype=torch.long) if past is None else past.lengths.cpu()
+    starts = torch.zeros(len(which), dtype=torch.long) if past is None else past.lengths
     subjects = torch.tensor([rows[row].subject for row in which])
     lengths = (subjects - starts).clamp_min(1)  # a subject that nothing precedes runs for itself
     length, width = int(lengths.max()), 0 if past is None else past.width

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from alphaedit_peft import hooks
-from alphaedit_peft.editing.bench import Bench
+from alphaedit_peft.editing.bench import Bench, tell_of_memory
 from alphaedit_peft.editing.groups import Group
 from alphaedit_peft.editing.targets.adam import Adam
 from alphaedit_peft.editing.targets.reduced import Reduced
@@ -89,7 +89,7 @@ def _optimised(bench: Bench, reduced: Reduced, groups: Sequence[Group]) -> Targe
     rows = [row for slot, group in enumerate(groups) for row in rows_of(group, slot, bench.config)]
     longest = max(len(row.ids) for row in rows)
     try:
-        with hooks.short_position_tables(bench.model, longest):
+        with hooks.short_position_tables(bench.model, longest), hooks.fused_gelu(bench.model):
             return _Chunk(bench, reduced, rows, len(groups)).optimise()
     except torch.OutOfMemoryError:
         if len(groups) == 1:
@@ -99,13 +99,7 @@ def _optimised(bench: Bench, reduced: Reduced, groups: Sequence[Group]) -> Targe
 
 def _smaller(chunks: Sequence[list[int]], most: int) -> list[list[int]]:
     """Chunks of at most ``most`` groups each, after memory ran out."""
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-    warnings.warn(
-        f"{len(chunks[0])} target values do not fit in memory at once; going on with {most}. Set "
-        "memory_budget or a lower target_tokens to begin with less",
-        stacklevel=3,
-    )
+    tell_of_memory(f"{len(chunks[0])} target values", most, "target_tokens")
     return [chunk[i : i + most] for chunk in chunks for i in range(0, len(chunk), most)]
 
 
@@ -158,7 +152,8 @@ class _Chunk:
     def _whole_rows(self) -> Resumed:
         warnings.warn(
             f"{type(self.bench.model).__name__}: its cache does not continue to the same numbers; "
-            "targets are optimised over whole rows, which takes several times as long",
+            "targets are optimised over whole rows, and contexts run anew for each edit, which "
+            "takes several times as long",
             stacklevel=2,
         )
         return WholeRows(self.bench, self.rows, self.reduced)

@@ -88,8 +88,8 @@ class _Part:
             tuple(self._taken(passes, before, _side(block, side)) for side in (0, 1))
             for block in passes[0].pairs
         ]
-        self.past = Past(subjects, (*passed, *pairs))  # type: ignore[arg-type]
-        self.output = passes[0].output
+        self.past = Past(subjects.cpu(), (*passed, *pairs))  # type: ignore[arg-type]
+        self.form = hooks.form_of(passes[0].output)
         self.blocks = [bench.architecture.block_name(i) for i in range(bench.layers[-1] + 1)]
         self.expected: dict[int, Tensor] | None = self._expected()
 
@@ -152,7 +152,7 @@ class _Part:
         with (
             nullcontext() if self.expected is None else differing(),
             self.reduced.running(hidden.device),
-            hooks.resuming_above(model, self.blocks, self.output, lambda: hidden),
+            hooks.resuming_above(model, self.blocks, self.form, lambda: hidden),
             self._last_mlp_at(where),
             gathering_logits(model, self.bench.head_name, where),
         ):

@@ -94,8 +94,11 @@ def _counted(
         module = base.get_submodule(architecture.rewrite_name(layer))
         live.write_factors(module, "default", delta)
 
+    phases = CountedPhases(counter)
     try:
-        bench = runner.bench(model, runner.contexts(model), CountedPhases(counter))
+        with counter, phases.timed("contexts"):
+            contexts = runner.contexts(model)
+        bench = runner.bench(model, contexts, phases)
         metric = model.resources.find_objective(bench.config, model.base_fingerprint)
         state = EditState(model.factors, (), torch.zeros(0, model.config.hidden_size))
         rows = [bench.renderer.edit_rows(edit, bench.contexts) for edit in edits]
