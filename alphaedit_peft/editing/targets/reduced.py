@@ -11,10 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
 from transformers.pytorch_utils import Conv1D
 
 from alphaedit_peft.editing.bench import Bench
@@ -46,10 +48,44 @@ class Reduced:
             for kind in sorted(kinds):  # a model may go on from the CPU to a GPU
                 if self.dtype is not None:
                     stack.enter_context(torch.autocast(kind, self.dtype))
-            if "cpu" in kinds and self._bfloat16:
-                # the gradient of the CPU's fused attention takes far longer in bfloat16
-                stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+            if self._bfloat16:
+                stack.enter_context(_FewerCasts(self.dtype))
             yield
+
+
+class _FewerCasts(TorchFunctionMode):
+    """Leaves out casts that cost more than they save.
+
+    Attention on a CPU is in float32, as the gradient of torch's fused one takes far longer in
+    bfloat16. Under autocast, linear layers that read the same tensor one after the other, as those
+    of queries, keys and values do, read the same copy of it.
+    """
+
+    def __init__(self, dtype: torch.dtype | None) -> None:
+        """``dtype`` is autocast's, None where that is off."""
+        super().__init__()
+        self.dtype = dtype
+        self._read: Tensor | None = None
+        self._cast: Tensor | None = None
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """Run a function of torch with fewer casts, where there is something to leave out."""
+        kwargs = kwargs or {}
+        if func is functional.scaled_dot_product_attention and args[0].device.type == "cpu":
+            with torch.autocast("cpu", enabled=False):
+                exact = {name: _in_float32(value) for name, value in kwargs.items()}
+                return func(*map(_in_float32, args), **exact)
+        if func is functional.linear and self.dtype is not None and args[0].dtype == torch.float32:
+            if args[0] is not self._read:
+                self._read, self._cast = args[0], args[0].to(self.dtype)
+            args = (self._cast, *args[1:])
+        return func(*args, **kwargs)
+
+
+def _in_float32(value: Any) -> Any:
+    return value.float() if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
 def reduced_bytes(bench: Bench) -> int:
