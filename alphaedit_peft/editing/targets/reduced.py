@@ -65,7 +65,7 @@ class _FewerCasts(TorchFunctionMode):
         """``dtype`` is autocast's, None where that is off."""
         super().__init__()
         self.dtype = dtype
-        self._read: Tensor | None = None
+        self._read: tuple[Tensor, int] | None = None  # and how often it had been written to
         self._cast: Tensor | None = None
 
     def __torch_function__(
@@ -78,10 +78,15 @@ class _FewerCasts(TorchFunctionMode):
                 exact = {name: _in_float32(value) for name, value in kwargs.items()}
                 return func(*map(_in_float32, args), **exact)
         if func is functional.linear and self.dtype is not None and args[0].dtype == torch.float32:
-            if args[0] is not self._read:
-                self._read, self._cast = args[0], args[0].to(self.dtype)
-            args = (self._cast, *args[1:])
+            args = (self._cast_of(args[0]), *args[1:])
         return func(*args, **kwargs)
+
+    def _cast_of(self, values: Tensor) -> Tensor:
+        last, written = self._read or (None, None)
+        if self._cast is None or last is not values or written != values._version:
+            self._read = values, values._version
+            self._cast = values.to(self.dtype)
+        return self._cast
 
 
 def _in_float32(value: Any) -> Any:

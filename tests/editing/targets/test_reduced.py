@@ -110,17 +110,69 @@ def test_the_memory_formula_counts_the_copies(tokenizer):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "autocast", "fused"),
+    ("dtype", "autocast", "exact"),
     [
-        *((torch.float32, None, True), (torch.float32, "bfloat16", False)),
-        *((torch.bfloat16, None, False), (torch.bfloat16, "bfloat16", False)),
+        *((torch.float32, None, False), (torch.float32, "bfloat16", True)),
+        *((torch.bfloat16, None, True), (torch.bfloat16, "bfloat16", True)),
     ],
 )
-def test_fused_attention_is_left_out_where_a_cpu_runs_in_bfloat16(
-    dtype, autocast, fused, tokenizer
-):
+def test_attention_is_in_float32_where_a_cpu_runs_in_bfloat16(dtype, autocast, exact, tokenizer):
     bench = bench_of("llama", tokenizer, dtype, autocast=autocast)
-    before = torch.backends.cuda.flash_sdp_enabled()
+    random = torch.Generator().manual_seed(0)
+    query, key, value = torch.randn(3, 2, 4, 6, 8, generator=random).bfloat16()
+    mask = torch.zeros(2, 1, 6, 6, dtype=torch.bfloat16)
+    attention = torch.nn.functional.scaled_dot_product_attention
     with Reduced(bench).running(CPU):
-        assert torch.backends.cuda.flash_sdp_enabled() is (before and fused)
-    assert torch.backends.cuda.flash_sdp_enabled() is before
+        found = attention(query, key, value, attn_mask=mask, is_causal=False)
+    assert found.dtype == (torch.float32 if exact else torch.bfloat16)
+    if exact:
+        wanted = attention(query.float(), key.float(), value.float(), attn_mask=mask.float())
+        assert torch.equal(found, wanted)
+
+
+def casts(*outputs) -> int:
+    """How many casts are in the graph of some outputs."""
+    seen, pending = set(), [output.grad_fn for output in outputs]
+    while pending:
+        node = pending.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            pending += [below for below, _ in node.next_functions]
+    return sum(type(node).__name__ == "ToCopyBackward0" for node in seen)
+
+
+def test_layers_that_read_the_same_tensor_share_its_cast(tokenizer):
+    bench = bench_of("llama", tokenizer)
+    random = torch.Generator().manual_seed(0)
+    given = torch.randn(5, 32, generator=random, requires_grad=True)
+    hidden = given.sin()  # autocast itself keeps casts of leaves
+    first, second = (torch.randn(16, 32, generator=random).bfloat16() for _ in range(2))
+    linear = torch.nn.functional.linear
+
+    def run(values):
+        return linear(values, first), linear(values, second)
+
+    with torch.autocast("cpu", torch.bfloat16):
+        apart = run(hidden)
+    with Reduced(bench).running(CPU):
+        together, other = run(hidden), run(2 * hidden)
+    assert casts(*apart) == 2
+    assert casts(*together) == 1
+    for mine, theirs in zip(together, apart, strict=True):
+        assert torch.equal(mine, theirs)
+    assert all(torch.equal(a, 2 * b) for a, b in zip(other, together, strict=True))
+    gradients = [
+        torch.autograd.grad(sum(o.sum() for o in some), given, retain_graph=True)[0]
+        for some in (together, apart)
+    ]
+    assert torch.allclose(*gradients, rtol=1e-2, atol=1e-2)
+
+
+def test_a_tensor_that_was_written_to_is_cast_anew(tokenizer):
+    bench = bench_of("llama", tokenizer)
+    weight, values = torch.eye(4).bfloat16(), torch.ones(2, 4)
+    with Reduced(bench).running(CPU):
+        before = torch.nn.functional.linear(values, weight)
+        after = torch.nn.functional.linear(values.add_(1), weight)
+    assert before.unique().tolist() == [1]
+    assert after.unique().tolist() == [2]
