@@ -53,7 +53,7 @@ def test_a_line_for_each_batch_and_floor_and_the_plain_way(found):
 
 def test_tables_hold_the_figures_and_how_far_they_are_from_the_floor(found):
     text = tables(found)
-    assert "### lab-llama, float32, 100 edits" in text
+    assert "### lab-llama, float32, 100 edits made up as zsre" in text
     assert "| alphaedit, batch 1 | 1.000 | 0.250 | 6.000 | 0.500 |  | 0.250 | 8.000 | 50 |" in text
     assert "75 %, 2.0 x" in text  # of the targets: 6 of 8 seconds, twice 3
     assert "the plain way takes 6 (5.25 to 7) times AlphaEdit's" in text  # 42 to 8, 9, 7 less 1

@@ -56,9 +56,9 @@ class Reduced:
 class _FewerCasts(TorchFunctionMode):
     """Leaves out casts that cost more than they save.
 
-    Attention on a CPU is in float32, as the gradient of torch's fused one takes far longer in
-    bfloat16. Under autocast, linear layers that read the same tensor one after the other, as those
-    of queries, keys and values do, read the same copy of it.
+    Attention on a CPU is in float32 within, as the gradient of torch's fused one takes far longer
+    in bfloat16. Under autocast, linear layers that read the same tensor one after the other, as
+    those of queries, keys and values do, read the same copy of it.
     """
 
     def __init__(self, dtype: torch.dtype | None) -> None:
@@ -76,7 +76,8 @@ class _FewerCasts(TorchFunctionMode):
         if func is functional.scaled_dot_product_attention and args[0].device.type == "cpu":
             with torch.autocast("cpu", enabled=False):
                 exact = {name: _in_float32(value) for name, value in kwargs.items()}
-                return func(*map(_in_float32, args), **exact)
+                found = func(*map(_in_float32, args), **exact)
+                return found.to(self.dtype or args[0].dtype)
         if func is functional.linear and self.dtype is not None and args[0].dtype == torch.float32:
             args = (self._cast_of(args[0]), *args[1:])
         return func(*args, **kwargs)

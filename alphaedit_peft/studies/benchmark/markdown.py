@@ -79,10 +79,11 @@ def page_with(page: str, models: Iterable[Values]) -> str:
 
 
 def title(found: Values) -> str:
-    """Which model, dtype and size of batch: "lab-llama, float32, 20 edits"."""
+    """Which model, dtype, edits: "lab-llama, float32, 20 edits made up as counterfact"."""
     model = found["head"]["model"]
     cast = f", autocast {model['autocast']}" if model["autocast"] else ""
-    return f"{model['name']}, {model['dtype']}{cast}, {found['head']['plan']['edits']} edits"
+    edits = f"{found['head']['plan']['edits']} edits {found['requests']}"
+    return f"{model['name']}, {model['dtype']}{cast}, {edits}"
 
 
 def _about(found: Values) -> str:
@@ -93,8 +94,8 @@ def _about(found: Values) -> str:
     stop = f"stop_loss {settings['stop_loss']:g}"
     return (
         f"### {title(found)}\n\n"
-        f"{model['parameters'] / 1e6:,.1f}M parameters, {weights}; {plan['edits']} edits a batch, "
-        f"{found['requests']}; {settings['steps']} steps, {stop}; median of runs: "
+        f"{model['parameters'] / 1e6:,.1f}M parameters, {weights}; "
+        f"{settings['steps']} steps, {stop}; median of runs: "
         f"{plan['repeats']}. {place}, torch {machine['versions']['torch']}."
     )
 
