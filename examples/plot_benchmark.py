@@ -24,7 +24,7 @@ def draw_profile(models: list[dict], path: Path) -> None:
             widths = [row.seconds.get(phase, 0.0) for row in rows]
             left = [sum(row.seconds.get(p, 0.0) for p in PHASES[:place]) for row in rows]
             panel.barh(range(len(rows)), widths, left=left, label=phase)
-        panel.set(title=title(found), xlabel="seconds a batch")
+        panel.set(title=title(found).replace(" made up", "\nmade up"), xlabel="seconds a batch")
         panel.set_yticks(range(len(rows)), [row.name for row in rows])
     figure.legend(*panel.get_legend_handles_labels(), loc="outside lower center", ncols=6)
     figure.savefig(path, dpi=150)
