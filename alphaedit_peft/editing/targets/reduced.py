@@ -73,16 +73,20 @@ class _FewerCasts(TorchFunctionMode):
     ) -> Any:
         """Run a function of torch with fewer casts, where there is something to leave out."""
         kwargs = kwargs or {}
-        if func is functional.scaled_dot_product_attention and args[0].device.type == "cpu":
+        kind = args[0].device.type if args and isinstance(args[0], Tensor) else None
+        if func is functional.scaled_dot_product_attention and kind == "cpu":
             with torch.autocast("cpu", enabled=False):
                 exact = {name: _in_float32(value) for name, value in kwargs.items()}
                 found = func(*map(_in_float32, args), **exact)
                 return found.to(self.dtype or args[0].dtype)
-        if func is functional.linear and self.dtype is not None and args[0].dtype == torch.float32:
+        casting = self.dtype is not None and kind and torch.is_autocast_enabled(kind)
+        if func is functional.linear and casting:
             args = (self._cast_of(args[0]), *args[1:])
         return func(*args, **kwargs)
 
     def _cast_of(self, values: Tensor) -> Tensor:
+        if values.dtype != torch.float32:
+            return values
         last, written = self._read or (None, None)
         if self._cast is None or last is not values or written != values._version:
             self._read = values, values._version

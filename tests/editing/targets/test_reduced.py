@@ -183,3 +183,14 @@ def test_a_tensor_that_was_written_to_is_cast_anew(tokenizer):
         after = torch.nn.functional.linear(values.add_(1), weight)
     assert before.unique().tolist() == [1]
     assert after.unique().tolist() == [2]
+
+
+def test_what_a_model_keeps_out_of_autocast_stays_in_its_dtype(tokenizer):
+    bench = bench_of("llama", tokenizer)
+    weight, values = torch.eye(4), torch.full((2, 4), 1 / 3)
+    linear = torch.nn.functional.linear
+    with Reduced(bench).running(CPU), torch.autocast("cpu", enabled=False):
+        assert torch.equal(linear(values, weight), values)
+    with Reduced(bench).running(CPU):
+        assert linear(input=values, weight=weight).dtype == torch.bfloat16
+        assert linear(values, weight).dtype == torch.bfloat16
