@@ -9,7 +9,7 @@ subject.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,12 +64,7 @@ def _shared_past(bench: Bench, reduced: Reduced, prefixes: Sequence[Sequence[int
     last = bench.architecture.num_blocks - 1
     inputs, cache = recording(padded(prefixes, bench.device))
     names = [bench.architecture.block_name(i) for i in (bench.layers[-1], last)]
-    with ExitStack() as above, differing():
-
-        def go_on(output: Any) -> None:
-            above.enter_context(reduced.running(hooks.hidden_of(output).device))
-
-        above.enter_context(hooks.watching_output(bench.model, names[0], go_on))
+    with differing(), reduced.running_above(names[0]):
         hooks.run_until(bench.model, inputs, names[1])
     lengths = torch.tensor([len(prefix) for prefix in prefixes])
     return aligned(_complete(bench, cached(cache), int(lengths.max()), 0), lengths)

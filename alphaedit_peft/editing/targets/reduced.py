@@ -19,6 +19,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from transformers.pytorch_utils import Conv1D
 
+from alphaedit_peft import hooks
 from alphaedit_peft.editing.bench import Bench
 
 
@@ -30,7 +31,7 @@ class Reduced:
 
     def __init__(self, bench: Bench) -> None:
         """Copy the float32 weights of the products above L."""
-        self.dtype = _dtype(bench)
+        self._model, self.dtype = bench.model, _dtype(bench)
         self._bfloat16 = torch.bfloat16 in (self.dtype, _own(bench))
         self._copies = [
             (module, name, nn.Parameter(weight.detach().to(self.dtype), requires_grad=False))
@@ -50,6 +51,17 @@ class Reduced:
                     stack.enter_context(torch.autocast(kind, self.dtype))
             if self._bfloat16:
                 stack.enter_context(_FewerCasts(self.dtype))
+            yield
+
+    @contextmanager
+    def running_above(self, block: str) -> Iterator[None]:
+        """As ``running``, from where the block of that name has put out its hidden state."""
+        with ExitStack() as above:
+
+            def go_on(output: Any) -> None:
+                above.enter_context(self.running(hooks.hidden_of(output).device))
+
+            above.enter_context(hooks.watching_output(self._model, block, go_on))
             yield
 
 

@@ -8,8 +8,7 @@ rows of one edit differ in what stands before the subject, and edits in what com
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
-from typing import Any
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -126,14 +125,11 @@ class _Part:
         tried = sorted({order[0], order[-1]})
         where = [(k, self.rows[slot].reads[-1]) for k, slot in enumerate(tried)]
         model, bench = self.bench.model, self.bench
-        with ExitStack() as above:
-
-            def go_on(output: Any) -> None:
-                above.enter_context(self.reduced.running(hooks.hidden_of(output).device))
-
-            above.enter_context(hooks.watching_output(model, self.blocks[-1], go_on))
-            above.enter_context(gathering_logits(model, bench.head_name, where))
-            inputs = padded([self.rows[slot].ids for slot in tried], bench.device)
+        inputs = padded([self.rows[slot].ids for slot in tried], bench.device)
+        with (
+            self.reduced.running_above(self.blocks[-1]),
+            gathering_logits(model, bench.head_name, where),
+        ):
             found = log_softmax(model(**inputs, use_cache=False).logits[0])
         return dict(zip(tried, found, strict=True))
 
