@@ -1,19 +1,28 @@
-"""Readers of the shared data folder for tests; the product never depends on it."""
+"""Readers of data for tests: the shared folder, which the product never depends on, and its own."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
 
+import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from alphaedit_peft import Edit
+from alphaedit_peft import Edit, embedded
 
 
 def load_lm(folder: Path, dtype: torch.dtype = torch.float32):
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
     return model, AutoTokenizer.from_pretrained(folder)
+
+
+def embedded_edits(count: int, step: int) -> list[Edit]:
+    """Every ``step``-th of so many edits of the embedded model; skips where it has no weights."""
+    if not (embedded.folder() / "model.safetensors").is_file():
+        pytest.skip("the embedded model's weights are not here")
+    wanted = [record["requested_rewrite"] for record in embedded.records(count)[::step]]
+    return [Edit(w["subject"], w["prompt"], w["target_new"]["str"]) for w in wanted]
 
 
 def counterfact(folder: Path, known_to: str | None = None) -> list[dict]:

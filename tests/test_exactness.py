@@ -10,7 +10,6 @@ from peft import LoraConfig
 
 from alphaedit_peft import (
     AlphaEditConfig,
-    Edit,
     NullSpace,
     embedded,
     get_alphaedit_model,
@@ -18,6 +17,7 @@ from alphaedit_peft import (
 from alphaedit_peft.algebra import LowRankDelta
 from alphaedit_peft.model import live
 from tests.conftest import tiny_model
+from tests.shared import embedded_edits
 from tests.test_model import logits, same_bits, weights, wrap
 
 FAMILIES = ("gpt2", "llama")  # Conv1D and Linear
@@ -191,10 +191,7 @@ def test_merging_warns_where_rounding_eats_the_update(tokenizer):
 
 @pytest.mark.slow
 def test_the_embedded_models_edits_survive_rounding():
-    if not (embedded.folder() / "model.safetensors").is_file():
-        pytest.skip("the embedded model's weights are not here")
-    wanted = [record["requested_rewrite"] for record in embedded.records(28)[::7]]
-    edits = [Edit(w["subject"], w["prompt"], w["target_new"]["str"]) for w in wanted]
+    edits = embedded_edits(28, 7)
     base, tokenizer = embedded.load()
     space = NullSpace.identity(dict.fromkeys([0, 1], base.config.intermediate_size))
     config = AlphaEditConfig(rewrite_layers=[0, 1], contexts=[])

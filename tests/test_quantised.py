@@ -21,6 +21,7 @@ from alphaedit_peft import (
 from alphaedit_peft.model import live
 from alphaedit_peft.quantised import SWITCH, differentiable
 from tests.conftest import tiny_model
+from tests.shared import embedded_edits
 from tests.test_model import same_bits
 
 needs_bitsandbytes = pytest.mark.skipif(
@@ -35,9 +36,7 @@ QUANTISED = {
 
 
 def edits(count: int, start: int = 0) -> list[Edit]:
-    wanted = [record["requested_rewrite"] for record in embedded.records(70)[::7]]
-    chosen = wanted[start : start + count]
-    return [Edit(w["subject"], w["prompt"], w["target_new"]["str"]) for w in chosen]
+    return embedded_edits(70, 7)[start : start + count]
 
 
 def quantised(bits: str):

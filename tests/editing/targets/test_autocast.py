@@ -5,11 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from alphaedit_peft import AlphaEditConfig, Edit, NullSpace, embedded, get_alphaedit_model
+from alphaedit_peft import AlphaEditConfig, NullSpace, embedded, get_alphaedit_model
 from alphaedit_peft.editing.groups import Group
 from alphaedit_peft.editing.targets import optimise_targets
 from tests.conftest import tiny_model
 from tests.editing.test_river import EDITS, bench_for, settings
+from tests.shared import embedded_edits
 
 
 def targets(family: str, tokenizer, **changes):
@@ -38,10 +39,7 @@ def test_dtypes_that_cannot_be(value):
 
 @pytest.mark.slow
 def test_as_many_edits_of_the_embedded_model_take():
-    if not (embedded.folder() / "model.safetensors").is_file():
-        pytest.skip("the embedded model's weights are not here")
-    wanted = [record["requested_rewrite"] for record in embedded.records(40)[::2]]
-    edits = [Edit(w["subject"], w["prompt"], w["target_new"]["str"]) for w in wanted]
+    edits = embedded_edits(40, 2)
     said = {}
     base, tokenizer = embedded.load()
     space = NullSpace.from_texts(base, tokenizer, embedded.texts(800), AlphaEditConfig())
