@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from alphaedit_peft.architecture import Architecture
-from alphaedit_peft.placement import held_parameters
+from alphaedit_peft.devices import held_parameters
 
 SAMPLES = 64
 _STAGE = 8  # hex digits of the digest for the embeddings, and for each block

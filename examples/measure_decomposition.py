@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from alphaedit_peft.nullspace.layer import LayerSpace
+from alphaedit_peft.nullspace.spectrum import LayerSpace
 from alphaedit_peft.studies.benchmark import machine
 
 THRESHOLD, MODE = 0.02, "energy"

@@ -14,10 +14,10 @@ import torch
 from tqdm import tqdm
 
 from alphaedit_peft import AlphaEditConfig, hooks
-from alphaedit_peft.nullspace.collecting import collect_sums
+from alphaedit_peft.nullspace.collect import collect_sums
 from alphaedit_peft.nullspace.corpus import token_batches
 from alphaedit_peft.studies.benchmark import machine, shapes
-from alphaedit_peft.studies.benchmark.requests import random_texts
+from alphaedit_peft.studies.benchmark.subject import random_texts
 
 RUNS, WINDOW = 5, 128
 

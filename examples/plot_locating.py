@@ -12,9 +12,8 @@ import matplotlib.pyplot as plt
 from alphaedit_peft import AlphaEditConfig, embedded
 from alphaedit_peft.evaluation import embedded_suite
 from alphaedit_peft.studies import Base
-from alphaedit_peft.studies.locating import locate
-from alphaedit_peft.studies.probing import preset_grid, tune
-from alphaedit_peft.studies.traces import LAST_SUBJECT
+from alphaedit_peft.studies.locate import LAST_SUBJECT, locate
+from alphaedit_peft.studies.tune import preset_grid, tune
 
 MEASURES = ("efficacy", "generalization", "specificity", "same_subject_recall")
 

@@ -11,7 +11,7 @@ import matplotlib.pyplot as plt
 import torch
 
 from alphaedit_peft import EditPack
-from alphaedit_peft.delta_algebra import outputs
+from alphaedit_peft.algebra import outputs
 
 COLORS = ("#c2410c", "#1d4ed8")
 

@@ -12,7 +12,7 @@ import alphaedit_peft as ae
 from alphaedit_peft import embedded, hooks
 from alphaedit_peft.editing.prompts import Renderer
 from alphaedit_peft.evaluation import embedded_suite
-from alphaedit_peft.nullspace.disturbance import ENERGIES, least_disturbing
+from alphaedit_peft.nullspace.threshold import ENERGIES, least_disturbing
 
 
 def cosines(rows: torch.Tensor) -> list[float]:

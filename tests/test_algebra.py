@@ -40,7 +40,7 @@ def empty() -> LowRankDelta:
     return LowRankDelta(random(0, D_IN), random(D_OUT, 0))
 
 
-def pour(before: LowRankDelta, keys: Tensor, residuals: Tensor, Q: Tensor, ridge=RIDGE):
+def solve_layers(before: LowRankDelta, keys: Tensor, residuals: Tensor, Q: Tensor, ridge=RIDGE):
     """One batch the package's way."""
     rows = algebra.project(keys, Q)
     A = torch.cat([before.A, rows])
@@ -64,7 +64,7 @@ def test_sequential_batches_are_the_papers(sizes):
     Q = basis()
     delta, dense, prior = empty(), torch.zeros(D_OUT, D_IN, dtype=torch.float64), random(0, D_IN)
     for keys, residuals in batches(*sizes):
-        delta = pour(delta, keys, residuals, Q)
+        delta = solve_layers(delta, keys, residuals, Q)
         dense = dense + paper(prior, keys, residuals, Q @ Q.T)
         prior = torch.cat([prior, keys])
         assert close(delta.dense(), dense)
@@ -75,8 +75,8 @@ def test_float32_is_as_accurate_as_it_can_be():
     Q = basis()
     exact, rounded = empty(), empty().to(torch.float32)
     for keys, residuals in batches(5, 3, 4, 2):
-        exact = pour(exact, keys, residuals, Q)
-        rounded = pour(rounded, keys.float(), residuals.float(), Q.float())
+        exact = solve_layers(exact, keys, residuals, Q)
+        rounded = solve_layers(rounded, keys.float(), residuals.float(), Q.float())
     assert rounded.A.dtype == rounded.B.dtype == torch.float32
     assert close(rounded.dense().double(), exact.dense(), 1e-5)
 
@@ -120,7 +120,7 @@ def test_preserved_keys_keep_their_output():
     Q = algebra.null_basis(K0.T @ K0 / len(K0), 1e-10)
     assert Q.shape[1] == D_IN - len(K0)
     assert float(algebra.project(K0, Q).norm()) < 1e-12 * float(K0.norm())
-    delta = pour(empty(), *batches(6)[0], Q)
+    delta = solve_layers(empty(), *batches(6)[0], Q)
     assert float(delta.apply(K0).norm()) < 1e-12 * float(delta.dense().norm() * K0.norm())
 
 
@@ -140,7 +140,7 @@ def test_both_forms_of_the_projector_agree():
 
 def test_rank_is_the_number_of_edits_and_next_to_no_ridge_reaches_all():
     keys, residuals = batches(6)[0]
-    delta = pour(empty(), keys, residuals, basis(), ridge=1e-9)
+    delta = solve_layers(empty(), keys, residuals, basis(), ridge=1e-9)
     assert delta.rank == 6
     assert torch.linalg.matrix_rank(delta.dense()) == 6
     assert close(delta.apply(keys), residuals, 1e-6)
@@ -150,21 +150,21 @@ def test_rank_is_the_number_of_edits_and_next_to_no_ridge_reaches_all():
 def test_a_repeated_key_gets_the_mean_of_its_residuals(ridge):
     """Two rows of one key act as one row with the mean residual and half the ridge."""
     key, R = random(1, D_IN), random(2, D_OUT, seed=1)
-    twice = pour(empty(), key.repeat(2, 1), R, basis(), ridge)
-    once = pour(empty(), key, R.mean(0, keepdim=True), basis(), ridge / 2)
+    twice = solve_layers(empty(), key.repeat(2, 1), R, basis(), ridge)
+    once = solve_layers(empty(), key, R.mean(0, keepdim=True), basis(), ridge / 2)
     assert close(twice.dense(), once.dense(), 1e-8)
 
 
 def test_a_repeated_key_without_ridge_is_singular_but_finite():
     key, R = random(1, D_IN), random(2, D_OUT, seed=1)
-    delta = pour(empty(), key.repeat(2, 1), R, basis(), ridge=0.0)
+    delta = solve_layers(empty(), key.repeat(2, 1), R, basis(), ridge=0.0)
     assert close(delta.apply(key), R.mean(0, keepdim=True), 1e-9)
 
 
 def test_more_edits_than_directions_without_ridge_is_least_squares():
     keys, R = batches(NULL + 9)[0]
     Q = basis()
-    delta = pour(empty(), keys, R, Q, ridge=0.0)
+    delta = solve_layers(empty(), keys, R, Q, ridge=0.0)
     fit = torch.linalg.lstsq(keys @ Q, R, driver="gelsd").solution  # (NULL, d_out)
     assert close(delta.dense(), (Q @ fit).T, 1e-8)
 

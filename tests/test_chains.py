@@ -19,7 +19,7 @@ from alphaedit_peft import (
     get_alphaedit_model,
 )
 from alphaedit_peft.evaluation import Case, embedded_suite, evaluate
-from alphaedit_peft.pack.usage import PARENT
+from alphaedit_peft.pack.card import PARENT
 from tests.hub_server import HubServer, client_of
 
 pytestmark = [

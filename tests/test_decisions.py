@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from alphaedit_peft import AlphaEditConfig, AlphaEditModel, EditPack, NullSpace, get_alphaedit_model
-from alphaedit_peft.editing.deciding import keys_around
+from alphaedit_peft.editing.decide import keys_around
 from alphaedit_peft.nullspace import KeyMoments
-from alphaedit_peft.nullspace.disturbance import least_disturbing
+from alphaedit_peft.nullspace.threshold import least_disturbing
 from tests.conftest import tiny_model
 from tests.editing.test_deciding import projector, space
-from tests.editing.test_river import EDITS, bench_for, key_moment
+from tests.editing.test_river import EDITS, key_moment, runner_for
 
 AT = {"threshold": 0.02, "threshold_mode": "energy"}
 SEARCH = ["clamp_factor", "learning_rate", "stop_loss"]
@@ -20,11 +20,11 @@ SEARCH = ["clamp_factor", "learning_rate", "stop_loss"]
 def moving(tokenizer) -> NullSpace:
     """At 0.02 it lets through what the keys have in common, at 0.01 and below it does not."""
     config = AlphaEditConfig(rewrite_layers=[0, 1], contexts=["I think."])
-    bench = bench_for(tiny_model("gpt2"), tokenizer, config)
-    rows = [bench.renderer.edit_rows(edit, bench.contexts) for edit in EDITS]
+    runner = runner_for(tiny_model("gpt2"), tokenizer, config)
+    rows = [runner.renderer.edit_rows(edit, runner.contexts) for edit in EDITS]
     values = torch.tensor([0.6] + 47 * [1e-3] + 48 * [1.0], dtype=torch.float64)
     moments = {}
-    for layer, around in keys_around(bench, rows).items():
+    for layer, around in keys_around(runner, rows).items():
         common = torch.cat([torch.cat([key[None], others]) for key, others in around]).mean(0)
         noise = torch.randn(96, 95, generator=torch.Generator().manual_seed(layer))
         Q = torch.linalg.qr(torch.cat([common[:, None], noise], 1).double())[0]
@@ -55,9 +55,9 @@ def same_factors(one: AlphaEditModel, other: AlphaEditModel, **close) -> None:
 def test_the_threshold_becomes_the_least_disturbing_one(tokenizer):
     given = moving(tokenizer)
     model = wrap(tokenizer, given)
-    bench = bench_for(tiny_model("gpt2"), tokenizer, model.alphaedit_config)
-    rows = [bench.renderer.edit_rows(edit, bench.contexts) for edit in EDITS]
-    wanted = least_disturbing(given, keys_around(bench, rows))[0]
+    runner = runner_for(tiny_model("gpt2"), tokenizer, model.alphaedit_config)
+    rows = [runner.renderer.edit_rows(edit, runner.contexts) for edit in EDITS]
+    wanted = least_disturbing(given, keys_around(runner, rows))[0]
     assert wanted < given.threshold
     report = model.edit(EDITS, progress=False)
     state = (model.alphaedit_config.threshold, model.resources.null_space.threshold)

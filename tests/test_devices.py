@@ -14,11 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from alphaedit_peft import AlphaEditConfig, AlphaEditModel, Edit, KeyMoments, get_alphaedit_model
 from alphaedit_peft.architecture import describe
-from alphaedit_peft.editing.bench import Bench
-from alphaedit_peft.evaluation.reader import Reader
-from alphaedit_peft.fingerprint import fingerprint
-from alphaedit_peft.model import live
-from alphaedit_peft.placement import (
+from alphaedit_peft.devices import (
     brings_to_gpu,
     computes_on,
     held,
@@ -26,6 +22,10 @@ from alphaedit_peft.placement import (
     keeps_elsewhere,
     require_whole,
 )
+from alphaedit_peft.editing.runner import Runner
+from alphaedit_peft.fingerprint import fingerprint
+from alphaedit_peft.model import lora_layer
+from alphaedit_peft.scoring import Reader
 from tests.conftest import CORPUS, tiny_model
 
 CPU = torch.device("cpu")
@@ -159,13 +159,13 @@ def test_a_plain_lora_is_loaded_onto_an_offloaded_base(how, plain, tmp_path):
 def test_few_passes_are_made_where_each_brings_weights_to_a_gpu(where, dear, tokenizer):
     model = tiny_model("llama")
     full, architecture = AlphaEditConfig(**CONFIG).resolve(model)
-    bench, reader = Bench(model, tokenizer, full, architecture, ()), Reader(model, tokenizer)
+    runner, reader = Runner(model, tokenizer, full, architecture, ()), Reader(model, tokenizer)
     rows = [[5]] * 90 + [[5] * 40]
-    assert [len(list(owner.batches(rows))) for owner in (bench, reader)] == [2, 2]
+    assert [len(list(owner.batches(rows))) for owner in (runner, reader)] == [2, 2]
     for block in model.model.layers:
         attach_align_device_hook(block, where, offload=True)
-    assert bench.few_passes is brings_to_gpu(model) is dear
-    assert [len(list(owner.batches(rows))) for owner in (bench, reader)] == [2 - dear] * 2
+    assert runner.few_passes is brings_to_gpu(model) is dear
+    assert [len(list(owner.batches(rows))) for owner in (runner, reader)] == [2 - dear] * 2
 
 
 def test_an_adapter_that_peft_left_without_numbers_is_refused(plain, tmp_path):
@@ -173,7 +173,7 @@ def test_an_adapter_that_peft_left_without_numbers_is_refused(plain, tmp_path):
     layer = model._lora_layer(1)
     layer.lora_A["default"] = nn.Linear(96, 1, bias=False, device="meta")
     with pytest.raises(ValueError, match=r"adapter 'default' changes .*layers\.1\.mlp\.down_proj"):
-        live.require_factors(model, "default")
+        lora_layer.require_factors(model, "default")
 
 
 @pytest.mark.filterwarnings("ignore:Attempting to save a model with offloaded modules")

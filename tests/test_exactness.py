@@ -15,7 +15,7 @@ from alphaedit_peft import (
     get_alphaedit_model,
 )
 from alphaedit_peft.algebra import LowRankDelta
-from alphaedit_peft.model import live
+from alphaedit_peft.model import lora_layer
 from tests.conftest import tiny_model
 from tests.shared import embedded_edits
 from tests.test_model import logits, same_bits, weights, wrap
@@ -35,27 +35,27 @@ def random_model(family: str, dtype: torch.dtype, tokenizer, count: int = 1, siz
     random = torch.Generator().manual_seed(3)
     names = ["default", "second"][:count]
     if count == 2:
-        targets = [n.removeprefix("base_model.model.") for n in live.lora_layers(model)]
+        targets = [n.removeprefix("base_model.model.") for n in lora_layer.lora_layers(model)]
         config = LoraConfig(r=2, target_modules=targets, fan_in_fan_out=family == "gpt2")
         model.add_adapter("second", config)
-    for layer in live.lora_layers(model).values():
+    for layer in lora_layer.lora_layers(model).values():
         for rank, name in enumerate(names, start=3):
             A = torch.randn(rank, layer.in_features, generator=random)
             B = torch.randn(layer.out_features, rank, generator=random) * size
-            live.write_factors(layer, name, LowRankDelta(A, B))
+            lora_layer.write_factors(layer, name, LowRankDelta(A, B))
     model.base_model.set_adapter(names, inference_mode=True)
     return model, names
 
 
 def base_weights(model) -> dict[str, torch.Tensor]:
-    layers = live.lora_layers(model).items()
+    layers = lora_layer.lora_layers(model).items()
     return {name: layer.get_base_layer().weight.detach().clone() for name, layer in layers}
 
 
 def expected(model, names) -> dict[str, torch.Tensor]:
     """round(W + B_1 A_1 + B_2 A_2), computed in float32 from the factors."""
     found = {}
-    for where, layer in live.lora_layers(model).items():
+    for where, layer in lora_layer.lora_layers(model).items():
         weight = layer.get_base_layer().weight.detach()
         total = weight.float()
         for name in names:
@@ -157,7 +157,7 @@ def test_merge_errors_are_what_rounding_changes_of_the_update(family, dtype, tok
     model, names = random_model(family, dtype, tokenizer, count=2)
     errors = model.merge_errors()
     rounded = expected(model, names)
-    for where, layer in live.lora_layers(model.get_base_model()).items():
+    for where, layer in lora_layer.lora_layers(model.get_base_model()).items():
         weight = layer.get_base_layer().weight.detach().double()
         update = sum(layer.get_delta_weight(name).double() for name in names)
         lost = rounded[f"base_model.model.{where}"].double() - weight - update
@@ -201,7 +201,7 @@ def test_the_embedded_models_edits_survive_rounding():
     for dtype, bound in ((torch.bfloat16, 5e-2), (torch.float16, 6e-3), (torch.float32, 1e-6)):
         rounded = type(model)(embedded.load(dtype)[0], pack.config)
         for layer, delta in model.factors.items():
-            live.write_factors(rounded._lora_layer(layer), "default", delta)
+            lora_layer.write_factors(rounded._lora_layer(layer), "default", delta)
         assert max(rounded.merge_errors().values()) < bound
         plain = rounded.merge_and_unload()
         for edit in edits:

@@ -10,7 +10,7 @@ import torch
 
 from alphaedit_peft import Edit, EditPack
 from alphaedit_peft.algebra import LowRankDelta
-from alphaedit_peft.editing.pour import pour
+from alphaedit_peft.editing.solve_layers import solve_layers
 from alphaedit_peft.editing.state import EditState
 from tests.conftest import tiny_model
 from tests.test_model import EDITS, logits, same_bits, weights, wrap
@@ -38,20 +38,22 @@ def packs(tokenizer) -> tuple[EditPack, EditPack]:
 def poured_in_turn(model, packs) -> None:
     """Pour the packs' batches one by one with the stored z: what joining has to equal."""
     state = model._state()
-    with torch.no_grad(), model._bench(packs[0].contexts) as (bench, objective):
+    with torch.no_grad(), model._runner(packs[0].contexts) as (runner, objective):
         for pack in packs:
             for batch in pack.batches:
                 records = [record for record in pack.records if record.batch == batch]
-                leaders = [bench.renderer.edit_rows(r.edit, bench.contexts) for r in records]
+                leaders = [runner.renderer.edit_rows(r.edit, runner.contexts) for r in records]
                 values = pack.targets[[record.row for record in records]]
                 keep, number = [True] * state.rank, state.next_batch
-                poured = pour(bench, objective, leaders, values, state, keep, model._write)
+                solution = solve_layers(
+                    runner, objective, leaders, values, state, keep, model._write
+                )
                 new = [
                     replace(record, row=state.rank + i, batch=number)
                     for i, record in enumerate(records)
                 ]
                 targets = torch.cat([state.targets, values.to(state.targets)])
-                state = EditState(poured.factors, (*state.records, *new), targets)
+                state = EditState(solution.factors, (*state.records, *new), targets)
 
 
 def test_joining_equals_pouring_the_packs_in_turn(packs, tokenizer):

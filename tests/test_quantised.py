@@ -18,8 +18,8 @@ from alphaedit_peft import (
     embedded,
     get_alphaedit_model,
 )
-from alphaedit_peft.model import live
-from alphaedit_peft.quantised import SWITCH, differentiable
+from alphaedit_peft.devices import SWITCH, differentiable
+from alphaedit_peft.model import lora_layer
 from tests.conftest import tiny_model
 from tests.shared import embedded_edits
 from tests.test_model import same_bits
@@ -86,7 +86,7 @@ def edited(request, tmp_path_factory):
 def test_edits_take_and_the_base_is_left_alone(edited):
     bits, model, tokenizer, _, before = edited
     kind = "Linear8bitLt" if bits == "8bit" else "Linear4bit"
-    for layer in live.lora_layers(model).values():
+    for layer in lora_layer.lora_layers(model).values():
         assert type(layer.get_base_layer()).__name__ == kind
         assert layer.lora_A["default"].weight.dtype == torch.float32
     assert [says(model, tokenizer, edit) for edit in edits(2)] == [e.target_new for e in edits(2)]

@@ -28,13 +28,13 @@ def edited(folder, name: str, edits, tokens: int, **settings):
 
 def prefers_new(model, prompts) -> float:
     """Share of (prompt, new, true) where the new target has the higher mean log-probability."""
-    with model._bench() as (bench, _):
+    with model._runner() as (runner, _):
         rows = [
-            [bench.renderer.target_row(prompt, target) for prompt, *targets in prompts
+            [runner.renderer.target_row(prompt, target) for prompt, *targets in prompts
              for target in [targets[i]]]
             for i in (0, 1)
         ]  # fmt: skip
-        new, true = (bench.score(part) for part in rows)
+        new, true = (runner.score(part) for part in rows)
     pairs = zip(new, true, strict=True)
     return share(n.log_prob / n.num_tokens > t.log_prob / t.num_tokens for n, t in pairs)
 

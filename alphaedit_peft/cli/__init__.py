@@ -12,22 +12,20 @@ from typing import Annotated
 import typer
 
 from alphaedit_peft.cli import (
-    benchmark,
-    compare,
-    demo,
-    edit,
-    evaluate,
-    foreign,
-    hub,
-    locate,
-    nullspace,
-    operations,
-    packs,
-    records,
-    report,
-    tune,
+    benchmark_command,
+    compare_command,
+    demo_command,
+    edit_command,
+    evaluate_command,
+    file_commands,
+    hub_commands,
+    locate_command,
+    nullspace_commands,
+    pack_commands,
+    report_commands,
+    tune_command,
 )
-from alphaedit_peft.cli.errors import CommandGroup
+from alphaedit_peft.cli.printing import CommandGroup
 
 app = typer.Typer(
     name="alphaedit",
@@ -72,25 +70,25 @@ def main(
     """
 
 
-app.command()(demo.demo)
-app.command()(nullspace.nullspace)
-app.command("nullspace import")(foreign.import_statistics)
-app.command()(edit.edit)
-app.command("inspect")(packs.inspect_pack)
-app.command()(packs.merge)
-app.command()(packs.rollback)
-app.command()(operations.remove)
-app.command()(operations.join)
-app.command()(operations.compress)
-app.command()(operations.export)
-app.command()(evaluate.evaluate)
-app.command()(compare.compare)
-app.command()(locate.locate)
-app.command()(tune.tune)
-app.command()(benchmark.benchmark)
-app.command()(report.report)
-app.command("show")(records.show_record)
-app.command()(hub.push)
-app.command()(hub.pull)
-app.command("nullspace push")(hub.push_null_space)
-app.command("nullspace pull")(hub.pull_null_space)
+app.command()(demo_command.demo)
+app.command()(nullspace_commands.nullspace)
+app.command("nullspace import")(nullspace_commands.import_statistics)
+app.command()(edit_command.edit)
+app.command("inspect")(pack_commands.inspect_pack)
+app.command()(pack_commands.merge)
+app.command()(pack_commands.rollback)
+app.command()(file_commands.remove)
+app.command()(file_commands.join)
+app.command()(file_commands.compress)
+app.command()(file_commands.export)
+app.command()(evaluate_command.evaluate)
+app.command()(compare_command.compare)
+app.command()(locate_command.locate)
+app.command()(tune_command.tune)
+app.command()(benchmark_command.benchmark)
+app.command()(report_commands.report)
+app.command("show")(report_commands.show_record)
+app.command()(hub_commands.push)
+app.command()(hub_commands.pull)
+app.command("nullspace push")(hub_commands.push_null_space)
+app.command("nullspace pull")(hub_commands.pull_null_space)

@@ -18,9 +18,9 @@ from torch import Tensor
 from alphaedit_peft import tokens
 from alphaedit_peft.algebra import LowRankDelta
 from alphaedit_peft.evaluation import metrics
-from alphaedit_peft.evaluation.reader import Reader
 from alphaedit_peft.nullspace import NullSpace
 from alphaedit_peft.pack import EditPack
+from alphaedit_peft.scoring import Reader
 
 ALIKE = 0.9  # cosine from which two rows pull on each other
 MAX_ROWS = 2000  # all eigenvalues of more dependent rows take minutes

@@ -7,16 +7,17 @@ contexts, and prompts of one relation begin alike. Each row is cut at most once.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import DynamicCache
 
 from alphaedit_peft import hooks
-from alphaedit_peft.editing.bench import Bench
-from alphaedit_peft.editing.past import aligned, cached, recording
+from alphaedit_peft.editing.runner import Runner
 from alphaedit_peft.tokens import padded, pass_cost
 
 Ids = Sequence[int]
@@ -41,20 +42,20 @@ class Cut:
         return [side for side in (shared, alone) if side]
 
 
-def cut_rows(bench: Bench, rows: Sequence[Ids], most: Sequence[int]) -> Cut:
+def cut_rows(runner: Runner, rows: Sequence[Ids], most: Sequence[int]) -> Cut:
     """Cut rows where it saves more than the further pass costs, and the model goes on from a cache.
 
     Args:
-        bench: the model; the cut is tried on two rows first.
+        runner: the model; the cut is tried on two rows first.
         rows: token ids.
         most: by row, how many leading tokens it may share.
     """
     whole = Cut((), (None,) * len(rows))
-    cut = _within_a_pass(shared_prefixes(rows, most), rows, bench.tokens_per_batch)
+    cut = _within_a_pass(shared_prefixes(rows, most), rows, runner.tokens_per_batch)
     saved = sum(cut.starts) - sum(map(len, cut.prefixes))
-    if bench.few_passes or saved <= pass_cost(bench.device):
+    if runner.few_passes or saved <= pass_cost(runner.device):
         return whole
-    return cut if _continues(bench, rows, cut) else whole
+    return cut if _continues(runner, rows, cut) else whole
 
 
 def shared_prefixes(rows: Sequence[Ids], most: Sequence[int]) -> list[tuple[int, list[int]]]:
@@ -130,21 +131,25 @@ def _within_a_pass(found: Sequence[tuple[int, list[int]]], rows: Sequence[Ids], 
 
 
 @torch.no_grad()
-def _continues(bench: Bench, rows: Sequence[Ids], cut: Cut) -> bool:
+def _continues(runner: Runner, rows: Sequence[Ids], cut: Cut) -> bool:
     """Whether rows in two parts give the last rewrite layer's output of the whole rows.
 
     Of the rows with the shortest and with the longest prefix, which are aligned at its end.
     """
     shared = sorted(cut.sides()[0], key=lambda row: (cut.starts[row], len(rows[row])))
     tried = sorted({shared[0], shared[-1]})
-    block = bench.architecture.block_name(bench.layers[-1])
-    whole = hooks.capture_output(bench.model, padded([rows[i] for i in tried], bench.device), block)
+    block = runner.architecture.block_name(runner.layers[-1])
+    whole = hooks.capture_output(
+        runner.model, padded([rows[i] for i in tried], runner.device), block
+    )
     try:
-        inputs, cache = recording(padded([rows[i][: cut.starts[i]] for i in tried], bench.device))
-        hooks.run_until(bench.model, inputs, block)
-        past = aligned(cached(cache), torch.tensor([cut.starts[i] for i in tried]))
-        rests = padded([rows[i][cut.starts[i] :] for i in tried], bench.device)
-        parts = hooks.capture_output(bench.model, past.followed_by(bench.model, rests), block)
+        inputs, cache = recording(padded([rows[i][: cut.starts[i]] for i in tried], runner.device))
+        hooks.run_until(runner.model, inputs, block)
+        prefix_cache = aligned(cached(cache), torch.tensor([cut.starts[i] for i in tried]))
+        rests = padded([rows[i][cut.starts[i] :] for i in tried], runner.device)
+        parts = hooks.capture_output(
+            runner.model, prefix_cache.followed_by(runner.model, rests), block
+        )
     except torch.OutOfMemoryError:
         raise
     except Exception:  # a family whose blocks need a cache of another kind
@@ -160,3 +165,104 @@ def _at(output: Any, positions: Sequence[int]) -> Tensor:
     """Hidden states of a block's output, one position a row, (rows, d)."""
     hidden = hooks.hidden_of(output)
     return hidden[torch.arange(len(hidden)), torch.tensor(list(positions))]
+
+
+Pair = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class PrefixCache:
+    """What rows have behind them, by block.
+
+    Args:
+        lengths: (rows,), how many tokens each row has behind it; on the CPU.
+        pairs: by block, keys and values (rows, heads, width, d_head), where width is the largest
+            length; of blocks that are passed over only ``unread`` ones, that count tokens.
+    """
+
+    lengths: Tensor
+    pairs: tuple[Pair, ...]
+
+    @property
+    def width(self) -> int:
+        """Tokens of the longest row."""
+        return int(self.lengths.max())
+
+    def chosen(self, rows: Sequence[int]) -> PrefixCache:
+        """The same of some rows, in the given order, no wider than they need."""
+        if list(rows) == list(range(len(self.lengths))):
+            return self
+        pick = torch.tensor(list(rows))
+        lengths = self.lengths[pick]
+        skip = self.width - int(lengths.max())
+        pairs = []
+        for keys, values in self.pairs:
+            here = pick.to(keys.device)
+            pairs.append((keys[here, :, skip:], values[here, :, skip:]))
+        return PrefixCache(lengths, tuple(pairs))
+
+    def followed_by(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> dict[str, Any]:
+        """The model's inputs for tokens (rows, tokens) after these: their ids and mask."""
+        ids, mask = inputs["input_ids"], inputs["attention_mask"]
+        steps = torch.arange(self.width, device=mask.device) - self.width
+        before = steps + self.lengths[:, None].to(mask.device) >= 0  # (rows, width)
+        return {
+            "input_ids": ids,
+            "attention_mask": torch.cat([before.to(mask), mask], dim=1),
+            "past_key_values": self._cache(),
+            "use_cache": True,
+            **self._positions(model, mask),
+        }
+
+    def _positions(self, model: nn.Module, mask: Tensor) -> dict[str, Tensor]:
+        """Positions (rows, tokens), for models that do not take them from the mask.
+
+        Padding behind a row has its last token's, which the model has room for.
+        """
+        if "position_ids" not in inspect.signature(model.forward).parameters:
+            return {}
+        return {"position_ids": self.lengths[:, None].to(mask.device) + mask.cumsum(1) - 1}
+
+    def _cache(self) -> DynamicCache:
+        cache = DynamicCache()
+        for block, (keys, values) in enumerate(self.pairs):
+            cache.update(keys, values, block)
+        return cache
+
+
+def unread(rows: int, width: int, device: torch.device) -> Pair:
+    """Keys and values of a block that is passed over: they count its tokens."""
+    nothing = torch.zeros(rows, 1, width, 1, device=device)
+    return nothing, nothing
+
+
+def recording(inputs: Mapping[str, Tensor]) -> tuple[dict[str, Any], DynamicCache]:
+    """Inputs that let a pass leave its keys and values in a cache, and the cache."""
+    cache = DynamicCache()
+    return {**inputs, "past_key_values": cache, "use_cache": True}, cache
+
+
+def cached(cache: DynamicCache) -> dict[int, Pair]:
+    """By block, the keys and values (rows, heads, tokens, d_head) that a cache was given."""
+    layers: Sequence[Any] = cache.layers
+    found = {block: (layer.keys, layer.values) for block, layer in enumerate(layers)}
+    return {block: pair for block, pair in found.items() if all(p is not None for p in pair)}
+
+
+def aligned(pairs: Mapping[int, Pair], lengths: Tensor) -> PrefixCache:
+    """The prefix_cache of rows that a pass ran padded on the right; blocks without a pair are unread.
+
+    ``lengths`` (rows,) are on the CPU.
+    """
+    width = int(lengths.max())
+    steps = torch.arange(width) - width + lengths[:, None]
+    moved = {b: (take(keys, steps), take(values, steps)) for b, (keys, values) in pairs.items()}
+    nothing = unread(len(lengths), width, lengths.device)
+    return PrefixCache(lengths, tuple(moved.get(b, nothing) for b in range(max(pairs) + 1)))
+
+
+def take(values: Tensor, positions: Tensor) -> Tensor:
+    """Pick positions (rows, k) along the last axis but one; what is outside gives any of it."""
+    index = positions.to(values.device).clamp(0, values.shape[-2] - 1)
+    index = index.view(len(index), *[1] * (values.ndim - 3), -1, 1)
+    return values.gather(-2, index.expand(*values.shape[:-2], -1, values.shape[-1]))

@@ -15,8 +15,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from alphaedit_peft import embedded
 from alphaedit_peft.config import AlphaEditConfig
-from alphaedit_peft.editing.objective import AlphaEdit, Memit, Objective, make_objective
 from alphaedit_peft.fingerprint import BaseFingerprint, require_same_base
+from alphaedit_peft.metric import AlphaEdit, Memit, Objective, make_objective
 from alphaedit_peft.nullspace import KeyMoments, NullSpace
 
 RELEVANT = (  # the settings that an objective depends on

@@ -7,12 +7,14 @@ begin with.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from alphaedit_peft.algebra import LowRankDelta
-from alphaedit_peft.factoring import KeptFactor
+from alphaedit_peft.factor import KeptFactor
 from alphaedit_peft.pack.record import EditRecord
 
 
@@ -68,3 +70,82 @@ def protects(records: Sequence[EditRecord], rank: int) -> list[bool]:
     """For each of ``rank`` rows, whether one of the records has it."""
     rows = {record.row for record in records}
     return [row in rows for row in range(rank)]
+
+
+@dataclass(frozen=True)
+class Journal:
+    """What an adapter's edits are.
+
+    Args:
+        records: in the order made.
+        targets: z by row, (rank, d); None where a pack was saved without them.
+        rank: rows of every ``lora_A``; 0 in a model without edits.
+        contexts: texts put before prompts; None: not sampled yet.
+        null_space: provenance of the null space a loaded pack was made with.
+        parents: of a loaded pack.
+        decisions: what ``auto`` decided at the first edits, as JSON values.
+    """
+
+    records: tuple[EditRecord, ...]
+    targets: Tensor | None
+    rank: int
+    contexts: tuple[str, ...] | None
+    null_space: dict[str, Any] | None = None
+    parents: tuple[dict[str, Any], ...] = ()
+    decisions: tuple[dict[str, Any], ...] = ()
+
+    @classmethod
+    def empty(cls, hidden_size: int) -> Journal:
+        """The journal of a model without edits."""
+        return cls((), torch.zeros(0, hidden_size), 0, None)
+
+    @property
+    def standing(self) -> tuple[EditRecord, ...]:
+        """Records in force: not superseded."""
+        return tuple(record for record in self.records if record.role != "superseded")
+
+    def before_batch(self, batch: int) -> list[EditRecord]:
+        """Records as they stood before a batch: later edits gone, what they superseded back.
+
+        A row belongs to the latest batch among its edits, so an edit that a later one's row took
+        over goes back to the row it had before.
+        """
+        born: dict[int, int] = {}  # row -> batch
+        for record in self.records:
+            born[record.row] = max(born.get(record.row, -1), record.batch)
+        left = [record for record in self.records if record.batch < batch]
+        latest = {record.edit.question: record.edit.id for record in left}
+        places: dict[str, EditRecord] = {}  # id -> the record that stands for it
+        for record in sorted(left, key=lambda r: (born[r.row] < batch, born[r.row])):
+            places[record.edit.id] = record
+        found = []
+        for record in left:
+            place = places[record.edit.id] is record
+            if not place and born[record.row] >= batch:
+                continue
+            standing = place and latest[record.edit.question] == record.edit.id
+            if record.role != "protected":
+                record = replace(record, role="own" if standing else "superseded")
+            found.append(record)
+        return found
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """An adapter before a batch. Rows of A never change, so the B factors and rank suffice."""
+
+    journal: Journal
+    B: Mapping[int, Tensor]
+
+    @classmethod
+    def of(cls, journal: Journal, factors: Mapping[int, LowRankDelta]) -> Snapshot:
+        """Remember an adapter's state."""
+        return cls(journal, {layer: delta.B for layer, delta in factors.items()})
+
+    def restored(self, factors: Mapping[int, LowRankDelta]) -> dict[int, LowRankDelta]:
+        """The factors remembered, given those of any later state."""
+        rank = self.journal.rank
+        return {
+            layer: LowRankDelta(factors[layer].A[:rank], B.to(factors[layer].B.device))
+            for layer, B in self.B.items()
+        }

@@ -8,11 +8,11 @@ one or not at all is judged alike.
 from alphaedit_peft.evaluation.cases import Case, Question, Suite, facts_of
 from alphaedit_peft.evaluation.data import DataError, DataReport, read_cases
 from alphaedit_peft.evaluation.drift import text_divergence, text_perplexity
+from alphaedit_peft.evaluation.embedded_suite import embedded_suite
 from alphaedit_peft.evaluation.judge import Judging, evaluate
 from alphaedit_peft.evaluation.metrics import Reading
-from alphaedit_peft.evaluation.reader import Reader
 from alphaedit_peft.evaluation.scores import CaseScores, Scores
-from alphaedit_peft.evaluation.world import embedded_suite
+from alphaedit_peft.scoring import Reader
 
 __all__ = [
     "Case",

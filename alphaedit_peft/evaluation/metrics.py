@@ -11,10 +11,15 @@ its mean log-probability, as the published evaluation code does:
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 
@@ -155,3 +160,151 @@ def divergence(before: Tensor, after: Tensor) -> Tensor:
     # a token that is impossible before adds nothing, whatever it is after
     parts = torch.where(before.isneginf(), torch.zeros_like(before), before.exp() * difference)
     return parts.sum(-1)
+
+
+WEIGHTS = {2: 2 / 3, 3: 4 / 3}  # n-gram length -> weight, as in ROME's code
+
+_WORDS = re.compile(r"\w+|[^\w\s]")
+_WORD = re.compile(r"\w")
+
+
+def split_words(text: str) -> list[str]:
+    """Words and single punctuation marks; ROME splits by NLTK, which cuts English contractions."""
+    return _WORDS.findall(text)
+
+
+def entropy(text: str, n: int, words: Callable[[str], list[str]] = split_words) -> float:
+    """Entropy of a text's n-grams in bits: -sum_g f(g) log2 f(g), f their relative frequencies.
+
+    A text of fewer than n words has none, and its entropy is 0.
+    """
+    tokens = words(text)
+    counts = Counter(tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1))
+    total = sum(counts.values())
+    return -sum(c / total * math.log2(c / total) for c in counts.values()) if counts else 0.0
+
+
+def fluency(texts: Sequence[str], words: Callable[[str], list[str]] = split_words) -> float:
+    """Weighted mean of bigram and trigram entropy, in bits, meaned over texts ("GE").
+
+    (1/2) (2/3 H_2 + 4/3 H_3) = 1/3 H_2 + 2/3 H_3. Low where a model repeats itself; higher for
+    longer texts, so compare texts of equal length.
+
+    Args:
+        texts: prompt and continuation each, as ROME has it.
+        words: splits a text; ``nltk.word_tokenize`` gives ROME's numbers.
+
+    Raises:
+        ValueError: no text.
+    """
+    shares = [
+        mean([weight * entropy(text, n, words) for n, weight in WEIGHTS.items()]) for text in texts
+    ]
+    return mean(shares)
+
+
+def fit_tfidf(texts: Iterable[str]) -> Any:
+    """A TF-IDF vectorizer whose document frequencies are those of the texts.
+
+    ROME's was fitted on Wikipedia snippets; its numbers need its ``idf.npy`` and vocabulary.
+
+    Raises:
+        ImportError: scikit-learn is not installed.
+        ValueError: no text, or none with a word in it.
+    """
+    try:
+        from sklearn.feature_extraction.text import TfidfVectorizer
+    except ImportError as error:
+        raise ImportError(
+            "consistency needs scikit-learn: `pip install alphaedit_peft[evaluation]`, or judge "
+            "cases without references"
+        ) from error
+    return TfidfVectorizer().fit(list(texts))
+
+
+def consistency(generated: Sequence[str], references: Sequence[str], vectorizer: Any) -> float:
+    """Cosine of the TF-IDF vectors of all generated and of all reference texts ("RS"), in 0..1.
+
+    Args:
+        generated: texts that begin with a prompt about the subject.
+        references: texts about things of which the new target is true.
+        vectorizer: from ``fit_tfidf``.
+
+    Returns:
+        The cosine; 0 where one side has no word that the vectorizer knows.
+    """
+    rows = vectorizer.transform([" ".join(generated), " ".join(references)])  # (2, terms), norm 1
+    return float((rows[0] @ rows[1].T).sum())
+
+
+def says(text: str, answers: Iterable[str]) -> bool:
+    """Whether a generated continuation begins with one of the answers, as whole words.
+
+    Spaces at the border and letters' case do not matter; "Parisian" does not say "Paris".
+    """
+    start = text.strip().casefold()
+    wanted = (answer.strip().casefold() for answer in answers)
+    return any(start.startswith(w) and not _goes_on(w, start[len(w) :]) for w in wanted if w)
+
+
+def _goes_on(answer: str, rest: str) -> bool:
+    return bool(_WORD.match(answer[-1]) and _WORD.match(rest))
+
+
+RESAMPLES = 1000
+AT_ONCE = 4_000_000  # drawn indices held at a time
+
+Values = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A statistic over ``n`` cases, with the bounds of its confidence interval."""
+
+    value: float
+    low: float
+    high: float
+    n: int
+
+    def to_json(self) -> dict[str, float]:
+        """The four numbers under their names."""
+        return asdict(self)
+
+
+def bootstrap(
+    values: Sequence[float] | Sequence[Sequence[float]],
+    statistic: Callable[[Values], Values] | None = None,
+    *,
+    level: float = 0.95,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> Estimate:
+    """A statistic of the cases and its percentile interval; the same seed gives the same bounds.
+
+    Args:
+        values: (n,), one number a case, or (n, k), one row a case.
+        statistic: takes means over the cases, (draws, k), to (draws,); the mean itself where not
+            given.
+        level: share of draws within the interval, in 0..1.
+        resamples: how many draws.
+        seed: of the draws.
+
+    Raises:
+        ValueError: no values, values that are not finite, or a level or number out of range.
+    """
+    table = np.asarray(values, dtype=np.float64)
+    if table.size == 0 or not np.isfinite(table).all():
+        raise ValueError(f"{table.size} values, finite or not, give no interval; pass finite ones")
+    if not 0 < level < 1 or resamples < 1:
+        raise ValueError(f"level={level}, resamples={resamples}: use 0 < level < 1, resamples >= 1")
+    table = table.reshape(len(table), -1)  # (n, k)
+    of_means = statistic or (lambda means: means[:, 0])
+    n = len(table)
+    random = np.random.default_rng(seed)
+    draws, step = [], max(1, AT_ONCE // n)
+    for start in range(0, resamples, step):
+        drawn = random.integers(0, n, (min(step, resamples - start), n))
+        draws.append(of_means(table[drawn].mean(1)))
+    low, high = np.quantile(np.concatenate(draws), [(1 - level) / 2, (1 + level) / 2])
+    value = of_means(table.mean(0, keepdims=True))[0]
+    return Estimate(float(value), float(low), float(high), n)

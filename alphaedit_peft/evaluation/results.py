@@ -6,13 +6,82 @@ file was judged.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from alphaedit_peft.evaluation.lines import JsonLines
 from alphaedit_peft.evaluation.scores import CaseScores
+
+SHORT = 60  # characters of a value in an error
+
+
+@dataclass(frozen=True)
+class JsonLines:
+    """A file whose first line is ``{kind: head}``.
+
+    Attributes:
+        path: the file; its folder must be there.
+        kind: what the file holds, one word.
+        head: what its lines depend on: how they were made, of what.
+    """
+
+    path: Path
+    kind: str
+    head: Mapping[str, Any]
+
+    def read(self) -> list[dict[str, Any]]:
+        """The finished lines; makes the file where it is missing or empty.
+
+        Raises:
+            ValueError: a file of something else, or one with another head.
+        """
+        head = json.loads(json.dumps(self.head))
+        first = json.dumps({self.kind: head}, ensure_ascii=False).encode() + b"\n"
+        found = self.path.read_bytes() if self.path.exists() else b""
+        if first.startswith(found) and found != first:  # new, or killed in the first line
+            self.path.write_bytes(first)
+            return []
+        *lines, rest = found.split(b"\n")
+        try:
+            top, *entries = [json.loads(line) for line in lines]
+            before = top[self.kind]
+            if not all(isinstance(value, dict) for value in (before, *entries)):
+                raise TypeError("a line is no object")
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"{self.path} holds no results of a {self.kind} ({error}); name another file"
+            ) from error
+        if before != head:
+            raise ValueError(f"{self.path} was made with {_difference(before, head)}; name another")
+        if rest:
+            self.path.write_bytes(b"".join(line + b"\n" for line in lines))
+        return entries
+
+    def add(self, entries: Iterable[Mapping[str, Any]]) -> None:
+        """Append finished entries."""
+        with open(self.path, "a", encoding="utf-8", newline="\n") as file:
+            file.writelines(json.dumps(e, ensure_ascii=False) + "\n" for e in entries)
+
+
+def _difference(before: Mapping[str, Any], now: Mapping[str, Any], place: str = "") -> str:
+    """The fields that differ, those of objects one by one, each as it was and as it is now."""
+    told = []
+    for name in dict.fromkeys((*before, *now)):
+        old, new = (found.get(name, "nothing") for found in (before, now))
+        if old == new:
+            continue
+        if isinstance(old, dict) and isinstance(new, dict):
+            told.append(_difference(old, new, f"{place}{name}."))
+        else:
+            told.append(f"{place}{name}={_short(old)}, not {_short(new)}")
+    return ", ".join(told)
+
+
+def _short(value: object) -> str:
+    text = str(value)
+    return text if len(text) <= SHORT else f"{text[:SHORT]}..."
 
 
 @dataclass(frozen=True)

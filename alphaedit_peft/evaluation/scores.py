@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from alphaedit_peft.evaluation.intervals import Estimate, Values, bootstrap
+from alphaedit_peft.evaluation.metrics import Estimate, Values, bootstrap
 
 PERCENT = "percent"
 NUMBER = "number"

@@ -6,7 +6,7 @@ and beside each other, ``merging`` writes into the base and restores it, ``savin
 ``adapter`` holds the state that they share; ``live`` is the LoRA layer itself.
 """
 
-from alphaedit_peft.model.joining import JoinReport
-from alphaedit_peft.model.wrapper import AlphaEditModel, get_alphaedit_model
+from alphaedit_peft.model.join_packs import JoinReport
+from alphaedit_peft.model.model import AlphaEditModel, get_alphaedit_model
 
 __all__ = ["AlphaEditModel", "JoinReport", "get_alphaedit_model"]

@@ -21,17 +21,16 @@ from torch import Tensor
 from alphaedit_peft.algebra import LowRankDelta
 from alphaedit_peft.architecture import Architecture
 from alphaedit_peft.config import AlphaEditConfig
-from alphaedit_peft.editing.deciding import in_force
-from alphaedit_peft.editing.journal import Journal, Snapshot
+from alphaedit_peft.editing.decide import in_force
 from alphaedit_peft.editing.report import MomentProducts
 from alphaedit_peft.editing.resources import Resources
-from alphaedit_peft.editing.state import EditState
+from alphaedit_peft.editing.state import EditState, Journal, Snapshot
 from alphaedit_peft.edits import Edit
-from alphaedit_peft.factoring import KeptFactor
+from alphaedit_peft.factor import KeptFactor
 from alphaedit_peft.fingerprint import BaseFingerprint
-from alphaedit_peft.model import live
+from alphaedit_peft.model import lora_layer
 from alphaedit_peft.pack import EditRecord
-from alphaedit_peft.pack.compressing import Compression, require_rows
+from alphaedit_peft.pack.compress import Compression, require_rows
 
 
 class AdapterModel(PeftModelForCausalLM):
@@ -75,14 +74,14 @@ class AdapterModel(PeftModelForCausalLM):
         """The active adapter's update by rewrite layer: A (n, d_in), B (d_out, n)."""
         rank = self._journal().rank
         return {
-            layer: live.read_factors(self._lora_layer(layer), self._active, rank)
+            layer: lora_layer.read_factors(self._lora_layer(layer), self._active, rank)
             for layer in self.alphaedit_config.rewrite_layers or ()
         }
 
     @property
     def merged(self) -> bool:
         """Whether edits are written into the base weights at the moment."""
-        return any(layer.merged for layer in live.lora_layers(self).values())
+        return any(layer.merged for layer in lora_layer.lora_layers(self).values())
 
     @property
     def _active(self) -> str:
@@ -136,7 +135,7 @@ class AdapterModel(PeftModelForCausalLM):
 
     def _stamp(self, adapter_name: str) -> tuple[int, ...]:
         layers = self.alphaedit_config.rewrite_layers or ()
-        return tuple(n for i in layers for n in live.stamp(self._lora_layer(i), adapter_name))
+        return tuple(n for i in layers for n in lora_layer.stamp(self._lora_layer(i), adapter_name))
 
     def _lora_layer(self, layer: int) -> Any:
         return self.get_base_model().get_submodule(self.architecture.rewrite_name(layer))
@@ -149,7 +148,7 @@ class AdapterModel(PeftModelForCausalLM):
             raise RuntimeError("torch.inference_mode() is on; edit outside of it, or in no_grad()")
         if self.merged:
             raise RuntimeError("the edits are merged into the base weights; call unmerge() first")
-        if any(layer.disable_adapters for layer in live.lora_layers(self).values()):
+        if any(layer.disable_adapters for layer in lora_layer.lora_layers(self).values()):
             raise RuntimeError("the adapter is disabled; edit outside of disable_adapter()")
 
     def _state(self) -> EditState:
@@ -169,7 +168,7 @@ class AdapterModel(PeftModelForCausalLM):
         return {layer: gram for layer, gram in found.items() if gram is not None}
 
     def _write(self, layer: int, delta: LowRankDelta) -> None:
-        live.write_factors(self._lora_layer(layer), self._active, delta)
+        lora_layer.write_factors(self._lora_layer(layer), self._active, delta)
 
     @contextmanager
     def _all_or_nothing(self, before: EditState) -> Iterator[None]:

@@ -1,6 +1,6 @@
-"""What a call that edits works with: the bench, the packs it goes on top of, figures by layer.
+"""What a call that edits works with: the runner, the packs it goes on top of, figures by layer.
 
-In: an adapter, and those active beside it. Out: a bench in evaluation mode with the objective, the
+In: an adapter, and those active beside it. Out: a runner in evaluation mode with the objective, the
 other active packs as parents, or a sentence that says why nothing can be edited now. ``editable``
 does the editing.
 """
@@ -14,23 +14,22 @@ from functools import partial
 
 import torch
 
-from alphaedit_peft import hooks, parallel, quantised
-from alphaedit_peft.editing.bench import Bench
+from alphaedit_peft import devices, hooks, parallel
+from alphaedit_peft.devices import held
 from alphaedit_peft.editing.capacity import Capacity, measure_capacity, prompt_drift
 from alphaedit_peft.editing.contexts import sample_contexts
-from alphaedit_peft.editing.deciding import Decision, decisions, keys_around, movable
-from alphaedit_peft.editing.objective import Objective
-from alphaedit_peft.editing.phases import Phases
+from alphaedit_peft.editing.decide import Decision, decisions, keys_around, movable
 from alphaedit_peft.editing.prompts import EditRows
 from alphaedit_peft.editing.report import LayerReport, MomentProducts, layer_report
+from alphaedit_peft.editing.runner import Phases, Runner
 from alphaedit_peft.editing.state import protects
-from alphaedit_peft.evaluation.reader import Reader
-from alphaedit_peft.model.chaining import Parent, needed
+from alphaedit_peft.metric import Objective
 from alphaedit_peft.model.saving import SavingModel
+from alphaedit_peft.model.stack import Parent, needed
 from alphaedit_peft.nullspace import NullSpace
-from alphaedit_peft.nullspace.disturbance import least_disturbing
-from alphaedit_peft.pack.compressing import require_rows
-from alphaedit_peft.placement import held
+from alphaedit_peft.nullspace.threshold import least_disturbing
+from alphaedit_peft.pack.compress import require_rows
+from alphaedit_peft.scoring import Reader
 
 
 @dataclass(frozen=True)
@@ -48,9 +47,9 @@ class WorkbenchModel(SavingModel):
     _moved: Moved | None = None
 
     @contextmanager
-    def _bench(
+    def _runner(
         self, contexts: tuple[str, ...] | None = None, *, anew: bool = False
-    ) -> Iterator[tuple[Bench, Objective]]:
+    ) -> Iterator[tuple[Runner, Objective]]:
         """What the river works with, in evaluation mode.
 
         Contexts are the adapter's, those of a pack that it goes on top of, or those given; where
@@ -63,17 +62,17 @@ class WorkbenchModel(SavingModel):
         if not anew:
             self._require_same_null_space()
         phases = Phases.of(base)
-        with hooks.evaluating(base), quantised.differentiable(base):
+        with hooks.evaluating(base), devices.differentiable(base):
             contexts = self._contexts(contexts)
             if contexts is None:
                 with self.disable_adapter(), phases.timed("contexts"):
                     sample = partial(sample_contexts, base, tokenizer, config)
                     contexts = parallel.from_main(sample)
-            yield Bench(base, tokenizer, config, self.architecture, contexts, phases), objective
+            yield Runner(base, tokenizer, config, self.architecture, contexts, phases), objective
 
     @contextmanager
     def _settled(
-        self, bench: Bench, objective: Objective, edits: Sequence[EditRows]
+        self, runner: Runner, objective: Objective, edits: Sequence[EditRows]
     ) -> Iterator[tuple[Objective, tuple[Decision, ...]]]:
         """The objective with all settings decided, and what was decided now.
 
@@ -91,17 +90,17 @@ class WorkbenchModel(SavingModel):
         given = resources.null_space
         tried: dict[float, float] = {}
         decides = "threshold" in self._undecided and movable(given, config)
-        with bench.phases.timed("keys"):
-            around = keys_around(bench, edits) if decides else {}
+        with runner.phases.timed("keys"):
+            around = keys_around(runner, edits) if decides else {}
         before = (config.threshold, config.threshold_mode)
         try:
             if given is not None and around:
-                with bench.phases.timed("keys"):
+                with runner.phases.timed("keys"):
                     config.threshold, tried = least_disturbing(given, around)
                 objective = resources.find_objective(config, self.base_fingerprint)
                 self._moved = Moved(given, before, resources.null_space)
-            with bench.phases.timed("keys"):
-                found = decisions(bench, resources.null_space, edits, self._undecided, tried)
+            with runner.phases.timed("keys"):
+                found = decisions(runner, resources.null_space, edits, self._undecided, tried)
             yield objective, found
         finally:
             if not self._journal().rank:

@@ -5,9 +5,13 @@ P projects onto the directions whose eigenvalues count as zero. Statistics that 
 are read by the functions ``read_*``.
 """
 
-from alphaedit_peft.nullspace.foreign import read_covariances, read_projector, read_second_moments
+from alphaedit_peft.nullspace.foreign import (
+    ForeignFileError,
+    read_covariances,
+    read_projector,
+    read_second_moments,
+)
 from alphaedit_peft.nullspace.moments import KeyMoments
-from alphaedit_peft.nullspace.npz import ForeignFileError
 from alphaedit_peft.nullspace.space import NullSpace
 
 __all__ = [

@@ -10,22 +10,200 @@ unpickled, sizes are checked before memory is taken, and no number is used befor
 from __future__ import annotations
 
 import re
+import zipfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+from numpy.lib import format as npy
+from safetensors import safe_open
 from torch import Tensor
 
 from alphaedit_peft.architecture import describe
+from alphaedit_peft.artefact import versions
 from alphaedit_peft.config import AlphaEditConfig
 from alphaedit_peft.fingerprint import BaseFingerprint, bare_model, fingerprint
-from alphaedit_peft.nullspace.files import versions
-from alphaedit_peft.nullspace.layer import PROJECTOR, LayerSpace
-from alphaedit_peft.nullspace.matrices import check_moment, read_matrix, read_projectors
 from alphaedit_peft.nullspace.moments import KeyMoments
-from alphaedit_peft.nullspace.npz import ForeignFileError, read_npz_moment
 from alphaedit_peft.nullspace.space import NullSpace
+from alphaedit_peft.nullspace.spectrum import PROJECTOR, LayerSpace
+
+MAX_WIDTH = 65_536  # of a matrix that is read; 17 GB in float32
+MAX_RATIO = 16  # a file may unpack to this times its size; moments hardly compress
+
+
+class ForeignFileError(ValueError):
+    """A file of another program that cannot be read: it is damaged, hostile or something else."""
+
+
+@dataclass(frozen=True)
+class NpzMoment:
+    """What one file holds: C0 (d_in, d_in) in float32, tokens, and texts where the file says."""
+
+    moment: Tensor
+    count: int
+    texts: int | None
+
+
+def read_npz_moment(path: Path) -> NpzMoment:
+    """Read one file.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ForeignFileError: a file that is damaged or hostile, or holds no second moment.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist; give a .npz file of second moments")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return _read(path, archive)
+    except ForeignFileError:
+        raise
+    except Exception as error:  # zipfile and numpy raise many kinds for damaged files
+        raise ForeignFileError(f"{path} is no readable .npz file: {error}") from error
+
+
+def _read(path: Path, archive: zipfile.ZipFile) -> NpzMoment:
+    unpacked = sum(member.file_size for member in archive.infolist())
+    if unpacked > MAX_RATIO * path.stat().st_size:
+        raise ForeignFileError(
+            f"{path} unpacks to {unpacked} bytes, over {MAX_RATIO} times its size, as no second "
+            "moments do"
+        )
+    held = {name.removesuffix(".npy") for name in archive.namelist()}
+    prefix = "mom2." if "mom2.mom2" in held else ""
+    if not {f"{prefix}mom2", f"{prefix}count"} <= held:
+        raise ForeignFileError(
+            f"{path} holds {sorted(held)[:20]}, but second moments are 'mom2.mom2' and 'mom2.count'"
+        )
+    count = _whole(_array(path, archive, f"{prefix}count", dimensions=0))
+    if count is None or count < 1:
+        raise ForeignFileError(f"{path}: {prefix}count is no number of tokens; it is damaged")
+    texts = None
+    if "sample_size" in held:
+        texts = _whole(_array(path, archive, "sample_size", dimensions=0))
+    total = torch.from_numpy(_array(path, archive, f"{prefix}mom2", dimensions=2))
+    total = total if total.dtype == torch.float64 else total.float()
+    return NpzMoment((total / count).float(), count, texts)
+
+
+def _array(path: Path, archive: zipfile.ZipFile, name: str, dimensions: int) -> Any:
+    """An array, in this machine's byte order, after a look at its header."""
+    with archive.open(f"{name}.npy") as file:
+        version = npy.read_magic(file)
+        if version not in ((1, 0), (2, 0)):
+            raise ForeignFileError(f"{path}: {name} is of .npy version {version}, not 1 or 2")
+        read = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
+        shape, _, dtype = read(file)
+    if dtype.kind not in ("iuf" if dimensions == 0 else "f") or dtype.itemsize > 8:
+        raise ForeignFileError(
+            f"{path}: {name} is of type {dtype}, not numbers of at most 64 bits; objects are never "
+            "unpickled"
+        )
+    square = len(set(shape)) <= 1 and all(0 < size <= MAX_WIDTH for size in shape)
+    if len(shape) != dimensions or not square:
+        raise ForeignFileError(
+            f"{path}: {name} is of shape {shape}; it is "
+            f"{f'square, at most {MAX_WIDTH} a side' if dimensions else 'one number'}"
+        )
+    size = dtype.itemsize
+    for side in shape:
+        size *= side
+    if size > archive.getinfo(f"{name}.npy").file_size:
+        raise ForeignFileError(f"{path}: {name} is cut off; fetch the file again")
+    with archive.open(f"{name}.npy") as file:
+        found = npy.read_array(file, allow_pickle=False)
+    return np.array(found, dtype=found.dtype.newbyteorder("="))
+
+
+def _whole(number: Any) -> int | None:
+    """A 0-dimensional array as an int; None for what is no whole number, such as NaN."""
+    value = float(number)
+    return int(number) if value.is_integer() else None
+
+
+TOLERANCE = 1e-3  # of a moment's symmetry and of |C_ij| <= sqrt(C_ii C_jj), relative to its largest
+
+
+def read_matrix(path: Path, name: str) -> Tensor:
+    """A matrix of a safetensors file, in float32.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ForeignFileError: a damaged file.
+        ValueError: a name that the file does not have.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist; give a safetensors file of matrices")
+    try:
+        with safe_open(path, "pt") as file:
+            held = sorted(file.keys())
+            found = file.get_tensor(name) if name in held else None
+    except Exception as error:
+        raise ForeignFileError(f"{path} is no readable safetensors file: {error}") from error
+    if found is None:
+        raise ValueError(f"{path} holds no matrix {name!r}; it holds {held[:20]}")
+    return found.float()
+
+
+def read_projectors(path: Path) -> Tensor:
+    """The one tensor (layers, d_in, d_in) of a torch file, mapped from the disk.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ForeignFileError: a file that is damaged or holds anything else.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist; give a file such as null_space_project.pt")
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:
+        raise ForeignFileError(
+            f"{path} is damaged, or holds more than tensors ({type(error).__name__}); nothing of "
+            "it was run: ask for a file that torch.save made of one tensor"
+        ) from error
+    if not isinstance(found, Tensor) or found.ndim != 3 or found.shape[1] != found.shape[2]:
+        what = f"a tensor {tuple(found.shape)}" if isinstance(found, Tensor) else type(found)
+        raise ForeignFileError(
+            f"{path} holds {what}, but projectors are one tensor (layers, d_in, d_in)"
+        )
+    plain = found.layout is torch.strided and found.is_floating_point() and found.is_contiguous()
+    if not plain or found.is_meta or not 0 < found.shape[1] <= MAX_WIDTH:
+        raise ForeignFileError(
+            f"{path} holds no plain matrices of 1 to {MAX_WIDTH} floats a side: "
+            f"{tuple(found.shape)}, {found.dtype}, {found.layout}"
+        )
+    if not bool(torch.isfinite(found).all()):
+        raise ForeignFileError(f"{path} holds NaN or infinity; compute the projectors again")
+    return found.detach()
+
+
+def check_moment(moment: Tensor, where: str) -> None:
+    """Refuse what cannot be a mean of k k^T.
+
+    Raises:
+        ForeignFileError: not square, not finite, not symmetric, or with
+            |C_ij| > sqrt(C_ii C_jj), which no second moment has.
+    """
+    shape = tuple(moment.shape)
+    if moment.ndim != 2 or shape[0] != shape[1] or not 0 < shape[0] <= MAX_WIDTH:
+        raise ForeignFileError(f"{where} is {shape}, but a second moment is (d_in, d_in)")
+    if not bool(torch.isfinite(moment).all()):
+        raise ForeignFileError(f"{where} holds NaN or infinity; collect it again, in float32")
+    allowed = TOLERANCE * float(moment.abs().max())
+    error = float((moment - moment.T).abs().max())
+    if error > allowed:
+        raise ForeignFileError(f"{where} is off symmetric by {error:.2g}; it is no second moment")
+    root = moment.diagonal().clamp_min(0).sqrt()  # (d_in,)
+    excess = float((moment.abs() - torch.outer(root, root)).max())
+    if excess > allowed:
+        raise ForeignFileError(
+            f"{where} has an entry {excess:.2g} above sqrt(C_ii C_jj), which no mean of k k^T has; "
+            "is it a correlation, or the moment of something else?"
+        )
+
 
 _NPZ_NAME = re.compile(r"(?P<module>.+)_float(16|32|64)_[a-z0-9_-]*mom2[a-z0-9_{}-]*\.npz")
 

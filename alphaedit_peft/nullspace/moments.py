@@ -19,12 +19,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from alphaedit_peft import hooks, parallel
+from alphaedit_peft.artefact import ORIGIN, Types, read_artefact, versions, write_artefact
 from alphaedit_peft.config import AlphaEditConfig
+from alphaedit_peft.devices import require_whole
 from alphaedit_peft.fingerprint import BaseFingerprint, bare_model, fingerprint
-from alphaedit_peft.nullspace.collecting import Checkpoint, Sums, collect_sums
+from alphaedit_peft.nullspace.collect import Checkpoint, Sums, collect_sums
 from alphaedit_peft.nullspace.corpus import TokenBatch, corpus_label, read_texts, token_batches
-from alphaedit_peft.nullspace.files import ORIGIN, Types, read_artefact, versions, write_artefact
-from alphaedit_peft.placement import require_whole
 
 if TYPE_CHECKING:
     from alphaedit_peft.nullspace.space import NullSpace

@@ -19,10 +19,10 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from alphaedit_peft import embedded
+from alphaedit_peft.artefact import left_aside
 from alphaedit_peft.fingerprint import BaseFingerprint
 from alphaedit_peft.hub import Destination, fetch_folder, push_folder
-from alphaedit_peft.nullspace.layer import STEM
-from alphaedit_peft.storing import left_aside
+from alphaedit_peft.nullspace.spectrum import STEM
 
 if TYPE_CHECKING:
     from alphaedit_peft.nullspace.space import NullSpace

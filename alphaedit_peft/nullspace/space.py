@@ -18,15 +18,21 @@ from typing import Any
 from torch import Tensor
 
 from alphaedit_peft import algebra
+from alphaedit_peft.artefact import ORIGIN, Types
 from alphaedit_peft.config import AlphaEditConfig
 from alphaedit_peft.fingerprint import BaseFingerprint, bare_model, require_same_base
 from alphaedit_peft.hub import Destination
-from alphaedit_peft.nullspace.decomposing import decompose
-from alphaedit_peft.nullspace.files import ORIGIN, Types
-from alphaedit_peft.nullspace.layer import REACH, LayerSpace, LayerSummary, read_parts, write_parts
 from alphaedit_peft.nullspace.moments import KeyMoments
-from alphaedit_peft.nullspace.quadratic import moment_quadratic
 from alphaedit_peft.nullspace.sharing import find_folder, push_null_space
+from alphaedit_peft.nullspace.spectrum import (
+    REACH,
+    LayerSpace,
+    LayerSummary,
+    decompose,
+    moment_quadratic,
+    read_parts,
+    write_parts,
+)
 
 FIELDS: dict[str, Types] = {"threshold": (int, float), "threshold_mode": str, **ORIGIN}
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from alphaedit_peft.algebra import LowRankDelta
-from alphaedit_peft.pack.compressing import Compression
+from alphaedit_peft.pack.compress import Compression
 from alphaedit_peft.pack.record import EditRecord
 
 if TYPE_CHECKING:

@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING
 import torch
 from safetensors.torch import load
 
+from alphaedit_peft.artefact import replace_folder
 from alphaedit_peft.hub import Destination, push_folder
 from alphaedit_peft.pack.card import card
+from alphaedit_peft.pack.files import locate, read_steadily
 from alphaedit_peft.pack.format import ADAPTER_MODEL, CARD, FILES, read_bytes
-from alphaedit_peft.pack.locate import locate, read_steadily
-from alphaedit_peft.storing import replace_folder
 
 if TYPE_CHECKING:
     from alphaedit_peft.pack.pack import EditPack

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, cast
 
 import torch
 
-from alphaedit_peft.pack.compressing import compress
-from alphaedit_peft.pack.exporting import Export, export
-from alphaedit_peft.pack.joining import join
-from alphaedit_peft.pack.removing import remove
+from alphaedit_peft.pack.compress import compress
+from alphaedit_peft.pack.export import Export, export
+from alphaedit_peft.pack.join import join
+from alphaedit_peft.pack.remove import remove
 
 if TYPE_CHECKING:
     from alphaedit_peft.pack.pack import EditPack

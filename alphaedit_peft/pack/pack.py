@@ -18,21 +18,20 @@ import torch
 from torch import Tensor
 
 from alphaedit_peft.algebra import LowRankDelta
+from alphaedit_peft.artefact import replace_folder
 from alphaedit_peft.config import AlphaEditConfig
 from alphaedit_peft.edits import Edit
 from alphaedit_peft.fingerprint import BaseFingerprint
 from alphaedit_peft.hub import Destination
 from alphaedit_peft.pack import card
 from alphaedit_peft.pack.checks import check_parts
-from alphaedit_peft.pack.compressing import DTYPE_NAMES, Compression
-from alphaedit_peft.pack.folder import pack_files, read_fields
+from alphaedit_peft.pack.compress import DTYPE_NAMES, Compression
+from alphaedit_peft.pack.files import locate, pack_files, read_fields, read_steadily
 from alphaedit_peft.pack.format import ADAPTER_MODEL, CARD, EDITS, FILES, TARGETS, refuse
 from alphaedit_peft.pack.hub import push_pack
-from alphaedit_peft.pack.locate import locate, read_steadily
 from alphaedit_peft.pack.lora import by_block, lora_state
 from alphaedit_peft.pack.operations import PackOperations
 from alphaedit_peft.pack.record import EditRecord
-from alphaedit_peft.storing import replace_folder
 
 
 def library_versions() -> dict[str, str]:

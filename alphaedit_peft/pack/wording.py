@@ -10,7 +10,7 @@ from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from alphaedit_peft.pack.compressing import Compression
+    from alphaedit_peft.pack.compress import Compression
 
 _USES = {  # of a parent, by the operation that a pack records
     "beside": "on top of",

@@ -6,21 +6,27 @@ plots, as pure functions without any library; ``pack`` puts a pack's page togeth
 hidden states. A page asks the network for nothing, and every text in it is escaped.
 """
 
-from alphaedit_peft.report.charts import course_chart, interval_bars, scatter_chart
+from alphaedit_peft.report.charts import (
+    bar_chart,
+    course_chart,
+    heat_map,
+    interval_bars,
+    line_chart,
+    scatter_chart,
+    spectrum_chart,
+)
 from alphaedit_peft.report.findings import Finding, read_findings
-from alphaedit_peft.report.html import Markup, Section, facts, page, paragraph, source, table
-from alphaedit_peft.report.pack import pack_page
-from alphaedit_peft.report.record import PARTS, Answer, Prompt, ask, prompts_of
-from alphaedit_peft.report.record_page import record_page
-from alphaedit_peft.report.scores import (
+from alphaedit_peft.report.pack_page import pack_page
+from alphaedit_peft.report.page import Markup, Section, facts, page, paragraph, source, table
+from alphaedit_peft.report.record_page import PARTS, Answer, Prompt, ask, prompts_of, record_page
+from alphaedit_peft.report.scores_page import (
     all_scores,
     intervals_in_words,
     scores_markdown,
+    scores_page,
     scores_table,
 )
-from alphaedit_peft.report.scores_page import scores_page
 from alphaedit_peft.report.shift import Shift, last_states, pack_shift, shift_between, shift_section
-from alphaedit_peft.report.svg import bar_chart, heat_map, line_chart, spectrum_chart
 
 __all__ = [
     "PARTS",

@@ -14,10 +14,10 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from alphaedit_peft.evaluation.intervals import Estimate
+from alphaedit_peft.evaluation.metrics import Estimate
 from alphaedit_peft.evaluation.scores import CaseScores, Scores, gather
-from alphaedit_peft.studies.comparing import Comparison
-from alphaedit_peft.studies.runs import Checkpoint, Run
+from alphaedit_peft.studies.compare import Comparison
+from alphaedit_peft.studies.protocols import Checkpoint, Run
 
 COMPARISON, RUN, BEFORE = "comparison.json", "results.jsonl", "before.json"
 ADVICE = "give what alphaedit evaluate or compare wrote"

@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from alphaedit_peft import hooks, tokens
 from alphaedit_peft.report.charts import scatter_chart
-from alphaedit_peft.report.html import Markup, Section, paragraph, side_by_side, table
+from alphaedit_peft.report.page import Markup, Section, paragraph, side_by_side, table
 
 if TYPE_CHECKING:
     from alphaedit_peft.model import AlphaEditModel

@@ -15,7 +15,7 @@ from alphaedit_peft import (
     embedded,
     read_edits,
 )
-from alphaedit_peft.model.editable import EditableModel
+from alphaedit_peft.model.edit import EditableModel
 
 FAST = ("--set", "num_contexts=0", "--set", "steps=3")
 
@@ -167,7 +167,7 @@ def test_inspect_shows_a_pack_without_a_model(pack, run, run_json):
 
 
 def test_inspect_lists_all_edits_when_asked(pack, run, monkeypatch):
-    monkeypatch.setattr("alphaedit_peft.cli.packs.LISTED", 4)
+    monkeypatch.setattr("alphaedit_peft.cli.pack_commands.LISTED", 4)
     assert "... and 6 more; --all lists them." in run("inspect", pack).stdout
     assert "more; --all" not in run("inspect", pack, "--all").stdout
 

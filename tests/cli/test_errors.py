@@ -9,8 +9,8 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from alphaedit_peft.cli import app, errors
-from alphaedit_peft.cli.errors import CommandGroup, one_line
+from alphaedit_peft.cli import app, printing
+from alphaedit_peft.cli.printing import CommandGroup, one_line
 
 EDIT = {"subject": "Ada", "prompt": "{} was born in", "target_new": "Rome"}
 
@@ -185,16 +185,16 @@ def test_a_mistake_in_the_program_keeps_its_type():
 
 
 def test_warnings_for_users_are_one_line_and_others_are_silent(capsys):
-    with errors.warnings_in_one_line():
+    with printing.warnings_in_one_line():
         warnings.warn("two\nlines", stacklevel=1)
         warnings.warn("old", FutureWarning, stacklevel=1)
     assert capsys.readouterr().err == "alphaedit: warning: two lines\n"
 
 
 def test_only_the_line_about_an_optional_kernel_is_dropped_from_the_log(caplog):
-    name, begins = errors.OPTIONAL_KERNEL
+    name, begins = printing.OPTIONAL_KERNEL
     logger = logging.getLogger(name)
-    with errors.optional_kernel_unmentioned():
+    with printing.optional_kernel_unmentioned():
         logger.warning(f"{begins} from somewhere: %s", ImportError("no kernels"))
         logger.warning("the processor is on fire")
     logger.warning(f"{begins} again")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from alphaedit_peft import NullSpace, embedded
-from alphaedit_peft.cli.loading import fingerprint_of
+from alphaedit_peft.cli.arguments import fingerprint_of
 from alphaedit_peft.nullspace.sharing import folder_name
 from tests.pack.conftest import make_pack
 

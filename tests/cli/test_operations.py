@@ -6,8 +6,8 @@ import warnings
 import pytest
 import torch
 
-from alphaedit_peft.cli.loading import finding
-from alphaedit_peft.model.chaining import MissingParentError
+from alphaedit_peft.cli.arguments import finding
+from alphaedit_peft.model.stack import MissingParentError
 from alphaedit_peft.pack import EditPack, read_plain_lora
 from tests.pack.conftest import make_pack
 

@@ -5,12 +5,14 @@ from pathlib import Path
 
 import pytest
 
-from alphaedit_peft.cli import show
-from alphaedit_peft.cli.options import check_folder, parse_layers
+from alphaedit_peft.cli import printing
+from alphaedit_peft.cli.arguments import check_folder, parse_layers
 
 
 def test_cells_are_not_markup(capsys):
-    show.show(False, None, show.table("[bold]t", ["prompt", ">n"], [("[red]x[/red] {}", 0.5)]))
+    printing.show(
+        False, None, printing.table("[bold]t", ["prompt", ">n"], [("[red]x[/red] {}", 0.5)])
+    )
     text = capsys.readouterr().out
     assert "[bold]t" in text
     assert "[red]x[/red] {}" in text
@@ -20,29 +22,29 @@ def test_a_table_too_wide_goes_on_below_with_its_first_column(capsys, monkeypatc
     monkeypatch.setenv("COLUMNS", "80")
     columns = ["metric", *(f">a long name {i}" for i in range(8))]
     rows = [("efficacy", *(f"{i}{i}.0 ± 0.5" for i in range(8)))]
-    found = show.tables("Scores", columns, rows)
-    show.show(False, None, *found)
+    found = printing.tables("Scores", columns, rows)
+    printing.show(False, None, *found)
     text = capsys.readouterr().out
     assert len(found) == text.count("efficacy") == 2
     assert all(f"{i}{i}.0 ± 0.5" in text and f"a long name {i}" in text for i in range(8))
     assert text.count("Scores") == 1
-    assert len(show.tables("Scores", columns[:3], [rows[0][:3]])) == 1
+    assert len(printing.tables("Scores", columns[:3], [rows[0][:3]])) == 1
 
 
 def test_sentences_are_not_broken(capsys):
-    show.show(False, None, "word " * 60)
+    printing.show(False, None, "word " * 60)
     assert len(capsys.readouterr().out.splitlines()) == 1
 
 
 def test_json_has_no_nan(capsys):
-    show.show(True, {"a": float("nan"), 1: [float("inf"), (2.0, None)]})
+    printing.show(True, {"a": float("nan"), 1: [float("inf"), (2.0, None)]})
     assert json.loads(capsys.readouterr().out) == {"a": None, "1": [None, [2.0, None]]}
 
 
 def printed(capsys, monkeypatch, table) -> str:
     """A table as a terminal of eighty columns shows it, nothing of it cut."""
     monkeypatch.setenv("COLUMNS", "80")
-    show.show(False, None, table)
+    printing.show(False, None, table)
     text = capsys.readouterr().out
     assert "…" not in text
     assert max(map(len, text.splitlines())) <= 80
@@ -52,7 +54,7 @@ def printed(capsys, monkeypatch, table) -> str:
 def test_eighty_columns_are_enough_for_the_report(capsys, monkeypatch):
     columns = ["prompt", "target", ">before", ">after", ">said", ">loss", ">steps", ">share"]
     row = ("The first language of Zoren was", "French", "0.000", "1.000", True, "0.050", 25, "1.00")
-    text = printed(capsys, monkeypatch, show.table("Edits", columns, [row]))
+    text = printed(capsys, monkeypatch, printing.table("Edits", columns, [row]))
     assert "1.00" in text
 
 
@@ -66,7 +68,7 @@ def test_long_prompts_leave_room_for_every_other_column(capsys, monkeypatch):
         "instrument trumpet.",
         "0.2",
     )
-    text = printed(capsys, monkeypatch, show.table("Neighbours " * 10, columns, [row]))
+    text = printed(capsys, monkeypatch, printing.table("Neighbours " * 10, columns, [row]))
     assert "0.2" in text
 
 
@@ -75,12 +77,12 @@ def test_long_prompts_leave_room_for_every_other_column(capsys, monkeypatch):
     [(None, ""), (True, "yes"), (False, "no"), (0.000123456, "0.0001235"), (7, "7"), ("a", "a")],
 )
 def test_cells(value, text):
-    assert show.number(value) == text
+    assert printing.number(value) == text
 
 
 def test_counts_and_probabilities():
-    assert (show.count(1, "edit"), show.count(2, "edit")) == ("1 edit", "2 edits")
-    assert (show.probability(None), show.probability(0.5)) == ("", "0.500")
+    assert (printing.count(1, "edit"), printing.count(2, "edit")) == ("1 edit", "2 edits")
+    assert (printing.probability(None), printing.probability(0.5)) == ("", "0.500")
 
 
 @pytest.mark.parametrize(

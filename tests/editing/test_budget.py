@@ -11,14 +11,14 @@ import pytest
 import torch
 
 from alphaedit_peft import AlphaEditConfig, Edit, NullSpace, get_alphaedit_model, tokens
-from alphaedit_peft.editing.budget import estimate, within_budget
 from alphaedit_peft.editing.groups import Group
-from alphaedit_peft.editing.objective import AlphaEdit
-from alphaedit_peft.editing.readings import read
-from alphaedit_peft.editing.targets import optimise_targets, optimising
+from alphaedit_peft.editing.keys import read
+from alphaedit_peft.editing.memory import estimate, within_budget
+from alphaedit_peft.editing.targets import optimise_targets, search
+from alphaedit_peft.metric import AlphaEdit
 from alphaedit_peft.settings import byte_count, bytes_in_words
 from tests.conftest import tiny_model
-from tests.editing.test_river import EDITS, bench_for, settings
+from tests.editing.test_river import EDITS, runner_for, settings
 
 OBJECTIVE = AlphaEdit(NullSpace.identity({0: 96, 1: 96}), 0.1, True)
 
@@ -44,22 +44,22 @@ def test_sizes_that_cannot_be(value):
 
 
 def bench_and_edits(tokenizer, **changes):
-    bench = bench_for(tiny_model("gpt2"), tokenizer, settings(**changes))
-    return bench, [bench.renderer.edit_rows(edit, bench.contexts) for edit in EDITS]
+    runner = runner_for(tiny_model("gpt2"), tokenizer, settings(**changes))
+    return runner, [runner.renderer.edit_rows(edit, runner.contexts) for edit in EDITS]
 
 
 def test_without_a_budget_the_config_decides(tokenizer):
-    bench, edits = bench_and_edits(tokenizer, tokens_per_batch=77, target_tokens=33)
-    found = within_budget(bench, OBJECTIVE, edits, 100, 0)
+    runner, edits = bench_and_edits(tokenizer, tokens_per_batch=77, target_tokens=33)
+    found = within_budget(runner, OBJECTIVE, edits, 100, 0)
     assert (found.tokens_per_batch, found.target_tokens) == (77, 33)
 
 
 def test_chunks_grow_with_the_budget_and_keep_to_it(tokenizer):
     sizes = []
     for budget in ("3MiB", "6MiB", "1GiB"):
-        bench, edits = bench_and_edits(tokenizer, memory_budget=budget)
-        found = within_budget(bench, OBJECTIVE, edits, 100, 0)
-        need = estimate(bench, OBJECTIVE, edits, len(edits), len(edits))
+        runner, edits = bench_and_edits(tokenizer, memory_budget=budget)
+        found = within_budget(runner, OBJECTIVE, edits, 100, 0)
+        need = estimate(runner, OBJECTIVE, edits, len(edits), len(edits))
         limits = (found.tokens_per_batch, found.target_tokens)
         assert need.peak(*limits) <= byte_count("x", budget) < need.peak(*(2 * n for n in limits))
         sizes.append(limits)
@@ -68,23 +68,23 @@ def test_chunks_grow_with_the_budget_and_keep_to_it(tokenizer):
 
 
 def test_a_long_edit_makes_no_room_for_more_rows_of_short_ones(tokenizer):
-    bench, edits = bench_and_edits(tokenizer)
+    runner, edits = bench_and_edits(tokenizer)
     text = "{} was born in a town by the river and works as a"
-    long = bench.renderer.edit_rows(Edit("Anna", text, "Rome"), bench.contexts)
-    short = estimate(bench, OBJECTIVE, edits[:1], 1, 1)
-    mixed = estimate(bench, OBJECTIVE, [edits[0], long], 2, 2)
-    assert mixed.tail >= short.tail
+    long = runner.renderer.edit_rows(Edit("Anna", text, "Rome"), runner.contexts)
+    short = estimate(runner, OBJECTIVE, edits[:1], 1, 1)
+    mixed = estimate(runner, OBJECTIVE, [edits[0], long], 2, 2)
+    assert mixed.suffix >= short.suffix
     assert mixed.token >= short.token
     assert mixed.largest > short.largest
 
 
 def test_too_small_a_budget_names_what_one_edit_takes(tokenizer):
-    bench, edits = bench_and_edits(tokenizer, memory_budget="10kiB")
-    need = bytes_in_words(estimate(bench, OBJECTIVE, edits, len(edits), len(edits)).least)
+    runner, edits = bench_and_edits(tokenizer, memory_budget="10kiB")
+    need = bytes_in_words(estimate(runner, OBJECTIVE, edits, len(edits), len(edits)).least)
     with pytest.raises(ValueError, match=f"memory_budget=10kiB is too small .* takes {need}; "):
-        within_budget(bench, OBJECTIVE, edits, 100, 0)
-    bench.config.memory_budget = need
-    assert within_budget(bench, OBJECTIVE, edits, 100, 0).target_tokens > 0
+        within_budget(runner, OBJECTIVE, edits, 100, 0)
+    runner.config.memory_budget = need
+    assert within_budget(runner, OBJECTIVE, edits, 100, 0).target_tokens > 0
 
 
 def test_edits_are_the_same_under_a_budget(tokenizer):
@@ -105,25 +105,25 @@ class Full:
 
     def __init__(self, monkeypatch, room: int) -> None:
         self.sizes: list[int] = []
-        whole = optimising._Chunk
+        whole = search._Chunk
 
-        def chunk(bench, reduced, rows, num_groups):
+        def chunk(runner, autocast, rows, num_groups):
             self.sizes.append(num_groups)
             if num_groups > room:
                 raise torch.OutOfMemoryError("CUDA out of memory")
-            return whole(bench, reduced, rows, num_groups)
+            return whole(runner, autocast, rows, num_groups)
 
-        monkeypatch.setattr(optimising, "_Chunk", chunk)
+        monkeypatch.setattr(search, "_Chunk", chunk)
 
 
 def test_where_memory_runs_out_the_chunk_is_halved(tokenizer, monkeypatch):
-    bench, edits = bench_and_edits(tokenizer)
-    bench = replace(bench, model=bench.model.double())
+    runner, edits = bench_and_edits(tokenizer)
+    runner = replace(runner, model=runner.model.double())
     groups = [Group((rows,)) for rows in edits]
-    expected = optimise_targets(bench, groups)
+    expected = optimise_targets(runner, groups)
     full = Full(monkeypatch, room=1)
     with pytest.warns(UserWarning, match="do not fit in memory at once; going on with") as warned:
-        found = optimise_targets(bench, groups)
+        found = optimise_targets(runner, groups)
     assert full.sizes == [4, 2, 1, 1, 1, 1]
     assert len(warned) == 2
     assert torch.allclose(found.values, expected.values, rtol=1e-9)
@@ -131,10 +131,10 @@ def test_where_memory_runs_out_the_chunk_is_halved(tokenizer, monkeypatch):
 
 
 def test_where_not_even_one_fits_the_error_is_the_devices(tokenizer, monkeypatch):
-    bench, edits = bench_and_edits(tokenizer)
+    runner, edits = bench_and_edits(tokenizer)
     Full(monkeypatch, room=0)
     with pytest.raises(torch.OutOfMemoryError, match="CUDA out of memory"):
-        optimise_targets(bench, [Group((edits[0],))])
+        optimise_targets(runner, [Group((edits[0],))])
 
 
 def with_room_for(model, tokens: int) -> None:
@@ -151,27 +151,27 @@ def with_room_for(model, tokens: int) -> None:
 
 def test_keys_and_scores_go_on_with_less_where_memory_runs_out(tokenizer, monkeypatch):
     monkeypatch.setitem(tokens.PASS_COST, "cpu", 10**6)  # rows of any length run together
-    bench, edits = bench_and_edits(tokenizer)
-    bench = replace(bench, model=bench.model.double())
+    runner, edits = bench_and_edits(tokenizer)
+    runner = replace(runner, model=runner.model.double())
     rows = [row for edit in edits for row in edit.rows]
-    expected, scores = read(bench, edits), bench.score(rows)
-    above = expected.onward(bench).keys
-    with_room_for(bench.model, max(len(row.scoring_ids) for row in rows))
+    expected, scores = read(runner, edits), runner.score(rows)
+    above = expected.onward(runner).keys
+    with_room_for(runner.model, max(len(row.scoring_ids) for row in rows))
     with pytest.warns(UserWarning, match="prompts do not fit in memory at once; going on with"):
-        found = read(bench, edits)
+        found = read(runner, edits)
     assert torch.allclose(found.keys, expected.keys, rtol=1e-12)
     assert torch.allclose(found.hidden, expected.hidden, rtol=1e-12)
-    assert torch.allclose(found.onward(bench).keys, above, rtol=1e-12)
+    assert torch.allclose(found.onward(runner).keys, above, rtol=1e-12)
     with pytest.warns(UserWarning, match="tokens do not fit in memory at once; going on with"):
-        again = bench.score(rows)
+        again = runner.score(rows)
     assert [s.log_prob for s in again] == pytest.approx([s.log_prob for s in scores], rel=1e-9)
 
 
 @pytest.mark.filterwarnings("ignore:.*do not fit in memory at once")
 def test_where_not_even_one_prompt_fits_keys_and_scores_say_so(tokenizer):
-    bench, edits = bench_and_edits(tokenizer)
-    with_room_for(bench.model, 1)
-    for run in (lambda: read(bench, edits[:1]), lambda: bench.score(edits[0].rows[:1])):
+    runner, edits = bench_and_edits(tokenizer)
+    with_room_for(runner.model, 1)
+    for run in (lambda: read(runner, edits[:1]), lambda: runner.score(edits[0].rows[:1])):
         with pytest.raises(torch.OutOfMemoryError):
             run()
 
@@ -181,7 +181,7 @@ import sys, warnings
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 from alphaedit_peft import Edit, NullSpace, get_alphaedit_model
-from alphaedit_peft.editing.budget import estimate
+from alphaedit_peft.editing.memory import estimate
 from alphaedit_peft.settings import byte_count
 from alphaedit_peft.studies.benchmark.machine import PeakMemory
 from tests.conftest import tokenizer

@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from alphaedit_peft import AlphaEditConfig, Edit, NullSpace
-from alphaedit_peft.editing.deciding import PROBED, decisions, keys_around, movable
+from alphaedit_peft.editing.decide import PROBED, decisions, keys_around, movable
 from alphaedit_peft.nullspace import KeyMoments
-from alphaedit_peft.nullspace.layer import LayerSpace
+from alphaedit_peft.nullspace.spectrum import LayerSpace
 from tests import oracle
 from tests.conftest import tiny_model
-from tests.editing.test_river import CONTEXTS, EDITS, bench_for, key_moment
+from tests.editing.test_river import CONTEXTS, EDITS, key_moment, runner_for
 
 OPEN = AlphaEditConfig().open_settings
 
@@ -26,13 +26,13 @@ def projector() -> NullSpace:
     return NullSpace({0: part, 1: part}, 0.5, "absolute", 0)
 
 
-def bench(tokenizer, **changes):
+def runner(tokenizer, **changes):
     config = AlphaEditConfig(rewrite_layers=[0, 1], contexts=list(CONTEXTS), **changes)
-    return bench_for(tiny_model("gpt2"), tokenizer, config)
+    return runner_for(tiny_model("gpt2"), tokenizer, config)
 
 
-def rows_of(bench, edits):
-    return [bench.renderer.edit_rows(edit, bench.contexts) for edit in edits]
+def rows_of(runner, edits):
+    return [runner.renderer.edit_rows(edit, runner.contexts) for edit in edits]
 
 
 @pytest.mark.parametrize(
@@ -53,7 +53,7 @@ def test_a_threshold_moves_only_where_nobody_chose_one(made, changes, wanted):
 
 
 def test_keys_around_are_the_prompts_without_its_first_token_and_the_subject(tokenizer):
-    found = bench(tokenizer)
+    found = runner(tokenizer)
     rows = rows_of(found, EDITS)
     around = keys_around(found, rows)
     assert list(around) == [0, 1]
@@ -68,21 +68,21 @@ def test_keys_around_are_the_prompts_without_its_first_token_and_the_subject(tok
 
 
 def test_edits_without_any_other_token_are_passed_over(tokenizer):
-    bare = bench_for(tiny_model("gpt2"), tokenizer, AlphaEditConfig(contexts=[]))
+    bare = runner_for(tiny_model("gpt2"), tokenizer, AlphaEditConfig(contexts=[]))
     short, usual = Edit("a", "{}", "Rome"), EDITS[0]
     assert keys_around(bare, rows_of(bare, [short])) == {}
     assert all(len(keys) == 1 for keys in keys_around(bare, rows_of(bare, [short, usual])).values())
 
 
 def test_no_more_than_some_edits_of_a_batch_are_looked_at(tokenizer):
-    bare = bench_for(tiny_model("gpt2"), tokenizer, AlphaEditConfig(contexts=[]))
+    bare = runner_for(tiny_model("gpt2"), tokenizer, AlphaEditConfig(contexts=[]))
     rows = rows_of(bare, [Edit(f"a{n}", "{} is", "Rome") for n in range(PROBED + 1)])
     assert 0 < len(keys_around(bare, rows)[0]) <= PROBED
 
 
 @pytest.mark.parametrize("names", [frozenset(), {"ridge"}, {"clamp_factor", "threshold"}, OPEN])
 def test_only_settings_left_open_are_named(names, tokenizer):
-    found = bench(tokenizer, threshold=0.02, threshold_mode="energy")
+    found = runner(tokenizer, threshold=0.02, threshold_mode="energy")
     named = [d.name for d in decisions(found, space(), rows_of(found, EDITS), names, {})]
     every = ["rewrite_layers", "threshold", "ridge", "clamp_factor", "learning_rate", "stop_loss"]
     assert named == [name for name in every if name in names]
@@ -98,7 +98,7 @@ def test_only_settings_left_open_are_named(names, tokenizer):
     ],
 )
 def test_a_threshold_that_was_not_chosen_here_is_no_decision(made, changes, tokenizer):
-    found = bench(tokenizer, **changes)
+    found = runner(tokenizer, **changes)
     names = {d.name for d in decisions(found, made(), rows_of(found, EDITS), OPEN, {})}
     assert "threshold" not in names
     assert ("ridge" in names) == ("objective" not in changes)
@@ -106,13 +106,13 @@ def test_a_threshold_that_was_not_chosen_here_is_no_decision(made, changes, toke
 
 
 def test_plain_memit_decides_neither_threshold_nor_ridge(tokenizer):
-    found = bench(tokenizer, objective="memit")
+    found = runner(tokenizer, objective="memit")
     names = [d.name for d in decisions(found, None, rows_of(found, EDITS), OPEN, {})]
     assert names == ["rewrite_layers", "clamp_factor", "learning_rate", "stop_loss"]
 
 
 def test_reasons_state_what_the_model_measures(tokenizer):
-    found, made = bench(tokenizer), space()
+    found, made = runner(tokenizer), space()
     rows = rows_of(found, EDITS)
     said = {d.name: d for d in decisions(found, made, rows, OPEN, {0.02: 1.2345, 0.1: 0.5})}
     block = found.architecture.block_name(1)
@@ -134,7 +134,7 @@ def test_reasons_state_what_the_model_measures(tokenizer):
 
 
 def test_a_ridge_without_scale_is_told_beside_what_it_adds_to(tokenizer):
-    found, made = bench(tokenizer, ridge=10.0, ridge_mode="absolute"), space()
+    found, made = runner(tokenizer, ridge=10.0, ridge_mode="absolute"), space()
     said = decisions(found, made, rows_of(found, EDITS), {"ridge"}, {})
     assert said[0].value == "10 (absolute)"
     assert said[0].reason.startswith("|P k|^2 is ")

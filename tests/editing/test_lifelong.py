@@ -10,7 +10,7 @@ import torch
 
 from alphaedit_peft import AlphaEditConfig, Edit, NullSpace, algebra, get_alphaedit_model
 from alphaedit_peft.algebra import LowRankDelta
-from alphaedit_peft.nullspace.layer import LayerSpace
+from alphaedit_peft.nullspace.spectrum import LayerSpace
 from tests.conftest import tiny_model
 from tests.editing.test_river import CONTEXTS, key_moment, settings
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from alphaedit_peft import algebra
-from alphaedit_peft.editing.objective import COLUMNS_AT_ONCE, AlphaEdit, Memit, Objective
+from alphaedit_peft.metric import COLUMNS_AT_ONCE, AlphaEdit, Memit, Objective
 from alphaedit_peft.nullspace import KeyMoments, NullSpace
 
 SIZES = (3, 17, 1, 64, 2)

@@ -6,16 +6,15 @@ import pytest
 import torch
 
 from alphaedit_peft import AlphaEditConfig, Edit, NullSpace, get_alphaedit_model
-from alphaedit_peft.editing.objective import AlphaEdit, Memit
-from alphaedit_peft.editing.outcome import score_after, why_not
-from alphaedit_peft.editing.pour import Poured, _parts
-from alphaedit_peft.editing.report import EditReport, EditResult
+from alphaedit_peft.editing.report import EditReport, EditResult, score_after, why_not
+from alphaedit_peft.editing.solve_layers import SolvedLayers, _parts
 from alphaedit_peft.editing.targets import Targets
+from alphaedit_peft.metric import AlphaEdit, Memit
 from alphaedit_peft.nullspace import KeyMoments
 from tests import oracle
 from tests.conftest import tiny_model
 from tests.editing.targets.test_anchors import easy_edits
-from tests.editing.test_river import EDITS, bench_for, key_moment, settings
+from tests.editing.test_river import EDITS, key_moment, runner_for, settings
 
 
 def reason(clamped=0.3, said=1.0, total=1.0, kept=0.5, **changes) -> str:
@@ -25,7 +24,7 @@ def reason(clamped=0.3, said=1.0, total=1.0, kept=0.5, **changes) -> str:
     found = Targets(
         values, h, torch.tensor([0.1, 1.5]), torch.tensor([9, 25]), torch.tensor([1, said])
     )
-    poured = Poured(
+    solution = SolvedLayers(
         {}, torch.ones(2, 2), torch.tensor([[0.5, 0.5], [0.5, kept]]), torch.tensor([1.0, total])
     )
     known = {
@@ -36,7 +35,7 @@ def reason(clamped=0.3, said=1.0, total=1.0, kept=0.5, **changes) -> str:
         "moment_weight": 100.0,
     }
     config = AlphaEditConfig(**(known | changes))
-    return why_not(config, found, poured, 1)
+    return why_not(config, found, solution, 1)
 
 
 def test_a_search_that_ran_into_the_clamp_names_the_clamp():
@@ -101,20 +100,20 @@ def test_an_edit_that_holds_in_less_than_half_of_its_paraphrases_says_so(
 
 def test_paraphrases_are_scored_with_their_own_edit(tokenizer):
     model = tiny_model("gpt2")
-    bench = bench_for(model, tokenizer, settings())
+    runner = runner_for(model, tokenizer, settings())
     asked = [("Rome is", "The river"), (), ("Anna works as a",)]
     edits = [
         Edit(e.subject, e.prompt, e.target_new, paraphrases=texts)
         for e, texts in zip(EDITS, asked, strict=False)
     ]
-    rows = [bench.renderer.edit_rows(edit, ()) for edit in edits]
-    before = bench.score([r.rows[0] for r in rows])
-    found = score_after(bench, rows, before)
+    rows = [runner.renderer.edit_rows(edit, ()) for edit in edits]
+    before = runner.score([r.rows[0] for r in rows])
+    found = score_after(runner, rows, before)
     assert [found[edit.id].before for edit in edits] == before
     for edit in edits:
         assert len(found[edit.id].paraphrases) == len(edit.paraphrases)
         for text, score in zip(edit.paraphrases, found[edit.id].paraphrases, strict=True):
-            row = bench.renderer.target_row(text, edit.target_new)
+            row = runner.renderer.target_row(text, edit.target_new)
             with torch.no_grad():
                 logits = model(torch.tensor([row.scoring_ids])).logits[0]
             said = logits.log_softmax(-1)[list(row.target_positions)]
@@ -128,18 +127,18 @@ def moments() -> KeyMoments:
 
 
 def parts_of(tokenizer, objective, layer_shares: str):
-    bench = bench_for(tiny_model("gpt2"), tokenizer, settings(layer_shares=layer_shares))
-    rows = [bench.renderer.edit_rows(edit, bench.contexts) for edit in EDITS]
-    return bench, rows, _parts(bench, objective, rows)
+    runner = runner_for(tiny_model("gpt2"), tokenizer, settings(layer_shares=layer_shares))
+    rows = [runner.renderer.edit_rows(edit, runner.contexts) for edit in EDITS]
+    return runner, rows, _parts(runner, objective, rows)
 
 
 def test_shares_by_disturbance_are_the_inverse_of_what_each_layer_disturbs(tokenizer):
     space = moments().null_space(0.5, "absolute")
-    bench, rows, parts = parts_of(tokenizer, AlphaEdit(space, 0.1, True), "disturbance")
+    runner, rows, parts = parts_of(tokenizer, AlphaEdit(space, 0.1, True), "disturbance")
     weights = []
     for layer in (0, 1):
-        module = bench.architecture.rewrite_name(layer)
-        keys = torch.stack([oracle.mean_key(bench.model, module, edit) for edit in rows])
+        module = runner.architecture.rewrite_name(layer)
+        keys = torch.stack([oracle.mean_key(runner.model, module, edit) for edit in rows])
         A = keys.double() @ space.project(layer, torch.eye(96).double())
         cost = (A @ key_moment(layer) * A).sum(1) / A.square().sum(1) ** 2
         weights.append(1 / float(cost.median()))

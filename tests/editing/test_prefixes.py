@@ -7,14 +7,14 @@ import torch
 
 from alphaedit_peft import hooks, tokens
 from alphaedit_peft.editing.groups import Group
+from alphaedit_peft.editing.keys import read
 from alphaedit_peft.editing.prefixes import cut_rows, shared_prefixes
-from alphaedit_peft.editing.readings import read
 from alphaedit_peft.editing.targets import optimise_targets
-from alphaedit_peft.editing.targets.reduced import Reduced
-from alphaedit_peft.editing.targets.tails import Tails
+from alphaedit_peft.editing.targets.autocast import Autocast
+from alphaedit_peft.editing.targets.continuation import FromSubject
 from tests.conftest import tiny_model
 from tests.editing.targets.test_tails import all_rows, with_cache, without_what_was_before
-from tests.editing.test_readings import agree, bench_for, plain, tokenised
+from tests.editing.test_readings import agree, plain, runner_for, tokenised
 from tests.test_architecture import OVERRIDDEN, VARIANTS
 
 
@@ -75,15 +75,15 @@ def test_rows_that_each_go_one_token_further_are_no_trouble():
     assert saved(found) == max(i * (1500 - i - 1) for i in range(1, 1500))
 
 
-def rows_for(bench):
-    return [(row.ids, row.subject_last) for edit in tokenised(bench) for row in edit.rows]
+def rows_for(runner):
+    return [(row.ids, row.subject_last) for edit in tokenised(runner) for row in edit.rows]
 
 
 def test_rows_are_cut_where_it_saves_more_than_a_pass_costs(tokenizer, monkeypatch):
-    bench = bench_for("llama", tokenizer, [1, 2])
-    ids, most = zip(*rows_for(bench), strict=True)
+    runner = runner_for("llama", tokenizer, [1, 2])
+    ids, most = zip(*rows_for(runner), strict=True)
     monkeypatch.setitem(tokens.PASS_COST, "cpu", 0)
-    cut = cut_rows(bench, ids, most)
+    cut = cut_rows(runner, ids, most)
     spared = sum(cut.starts) - sum(map(len, cut.prefixes))
     assert spared > 0
     for row, which in enumerate(cut.behind):
@@ -92,18 +92,18 @@ def test_rows_are_cut_where_it_saves_more_than_a_pass_costs(tokenizer, monkeypat
             assert cut.starts[row] <= most[row]
     assert sorted(i for side in cut.sides() for i in side) == list(range(len(ids)))
     monkeypatch.setitem(tokens.PASS_COST, "cpu", spared)
-    assert cut_rows(bench, ids, most).prefixes == ()
+    assert cut_rows(runner, ids, most).prefixes == ()
     monkeypatch.setitem(tokens.PASS_COST, "cpu", spared - 1)
-    assert cut_rows(bench, ids, most) == cut
+    assert cut_rows(runner, ids, most) == cut
 
 
 def test_no_more_prefixes_than_fit_in_a_pass(tokenizer, monkeypatch):
     monkeypatch.setitem(tokens.PASS_COST, "cpu", 0)
-    bench = bench_for("llama", tokenizer, [1, 2])
-    ids, most = zip(*rows_for(bench), strict=True)
-    every = cut_rows(bench, ids, most)
+    runner = runner_for("llama", tokenizer, [1, 2])
+    ids, most = zip(*rows_for(runner), strict=True)
+    every = cut_rows(runner, ids, most)
     room = max(map(len, every.prefixes))
-    some = cut_rows(bench_for("llama", tokenizer, [1, 2], tokens_per_batch=room), ids, most)
+    some = cut_rows(runner_for("llama", tokenizer, [1, 2], tokens_per_batch=room), ids, most)
     assert len(some.prefixes) == 1 < len(every.prefixes)
 
 
@@ -112,21 +112,23 @@ def test_every_family_goes_on_from_shared_prefixes_to_the_plain_paths_keys(
     name, tokenizer, monkeypatch
 ):
     monkeypatch.setitem(tokens.PASS_COST, "cpu", 0)
-    bench = bench_for(name, tokenizer, [0, 2], tokens_per_batch=60)
-    edits = tokenised(bench)
-    readings = read(bench, edits)
-    assert readings.parts.shared
+    runner = runner_for(name, tokenizer, [0, 2], tokens_per_batch=60)
+    edits = tokenised(runner)
+    taken = read(runner, edits)
+    assert taken.parts.shared
     for layer in (0, 2):
-        assert agree(readings.keys, plain(bench, edits, layer)[0], 1e-6)
+        assert agree(taken.keys, plain(runner, edits, layer)[0], 1e-6)
         with torch.no_grad():
-            bench.model.get_submodule(bench.architecture.rewrite_name(layer)).weight.mul_(1.5)
-        readings = readings.onward(bench)
+            runner.model.get_submodule(runner.architecture.rewrite_name(layer)).weight.mul_(1.5)
+        taken = taken.onward(runner)
 
 
 def test_what_rows_follow_in_a_cache_counts_for_the_size_of_a_pass(tokenizer, monkeypatch):
     monkeypatch.setitem(tokens.PASS_COST, "cpu", 32)
-    bench = bench_for("gpt2", tokenizer, [1, 2], contexts=["The river " * 7], tokens_per_batch=300)
-    parts = read(bench, tokenised(bench) * 20).parts
+    runner = runner_for(
+        "gpt2", tokenizer, [1, 2], contexts=["The river " * 7], tokens_per_batch=300
+    )
+    parts = read(runner, tokenised(runner) * 20).parts
     (prefix,) = parts.shared
     width = prefix.inputs["input_ids"].shape[1]
     assert width > 40
@@ -136,27 +138,27 @@ def test_what_rows_follow_in_a_cache_counts_for_the_size_of_a_pass(tokenizer, mo
 
 
 def test_readings_hold_the_states_of_their_rows_once(tokenizer):
-    bench = bench_for("llama", tokenizer, [1, 2])
-    for part in read(bench, tokenised(bench)).parts.bare:
+    runner = runner_for("llama", tokenizer, [1, 2])
+    for part in read(runner, tokenised(runner)).parts.bare:
         assert hooks.hidden_of(part.form).untyped_storage().nbytes() == 0
         assert part.states.numel() > 0
 
 
 def test_a_shared_prefix_runs_once_for_all_rows(tokenizer, monkeypatch):
     monkeypatch.setitem(tokens.PASS_COST, "cpu", 0)
-    bench = bench_for("gpt2", tokenizer, [1, 2], tokens_per_batch=4096)
-    block = bench.model.get_submodule("transformer.h.0")
+    runner = runner_for("gpt2", tokenizer, [1, 2], tokens_per_batch=4096)
+    block = runner.model.get_submodule("transformer.h.0")
     seen = []
     hook = block.register_forward_hook(lambda _m, args, _out: seen.append(args[0].shape[:2]))
     ids, most = zip(
-        *((r.key_row.ids, r.subject_last) for e in tokenised(bench) for r in e.rows[1:]),
+        *((r.key_row.ids, r.subject_last) for e in tokenised(runner) for r in e.rows[1:]),
         strict=True,
     )
-    cut = cut_rows(bench, ids, most)
+    cut = cut_rows(runner, ids, most)
     tried, seen[:] = len(seen), []
-    read(bench, tokenised(bench))
+    read(runner, tokenised(runner))
     hook.remove()
-    bare = sum(len(edit.rows[0].key_row.ids) for edit in tokenised(bench))
+    bare = sum(len(edit.rows[0].key_row.ids) for edit in tokenised(runner))
     shared = len(cut.prefixes) * max(map(len, cut.prefixes))
     rests = sum(map(len, ids)) - sum(cut.starts)
     assert sum(rows * length for rows, length in seen[tried:]) == bare + shared + rests
@@ -165,15 +167,15 @@ def test_a_shared_prefix_runs_once_for_all_rows(tokenizer, monkeypatch):
 
 def test_where_a_cache_does_not_continue_nothing_is_cut(tokenizer, monkeypatch):
     monkeypatch.setitem(tokens.PASS_COST, "cpu", 0)
-    bench = bench_for("llama", tokenizer, [1, 2])
-    edits = tokenised(bench)
-    expected = read(bench, edits)
+    runner = runner_for("llama", tokenizer, [1, 2])
+    edits = tokenised(runner)
+    expected = read(runner, edits)
     assert expected.parts.shared
     for broken in (without_what_was_before, lambda cache: cache.refuse_to_be_read):
         model = tiny_model("llama", torch.float64)
-        model.load_state_dict(bench.model.state_dict())
+        model.load_state_dict(runner.model.state_dict())
         with_cache(model, broken)
-        other = bench_for("llama", tokenizer, [1, 2])
+        other = runner_for("llama", tokenizer, [1, 2])
         object.__setattr__(other, "model", model)
         found = read(other, edits)
         assert not found.parts.shared
@@ -181,19 +183,23 @@ def test_where_a_cache_does_not_continue_nothing_is_cut(tokenizer, monkeypatch):
 
 
 def test_tails_behind_shared_prefixes_keep_what_is_before_each_row(tokenizer, monkeypatch):
-    bench = bench_for("llama", tokenizer, [0, 1])
-    rows = all_rows(bench)
+    runner = runner_for("llama", tokenizer, [0, 1])
+    rows = all_rows(runner)
     found = []
     for cost in (0, 10**6):
         monkeypatch.setitem(tokens.PASS_COST, "cpu", cost)
-        parts = Tails(bench, rows, Reduced(bench))._parts
+        parts = FromSubject(runner, rows, Autocast(runner))._parts
         found.append(
-            {row: part.past.chosen([i]) for part in parts for i, row in enumerate(part.which)}
+            {
+                row: part.prefix_cache.chosen([i])
+                for part in parts
+                for i, row in enumerate(part.which)
+            }
         )
-    for row, past in found[0].items():
+    for row, prefix_cache in found[0].items():
         other = found[1][row]
-        assert past.lengths.tolist() == other.lengths.tolist() == [rows[row].subject]
-        for mine, theirs in zip(past.pairs, other.pairs, strict=True):
+        assert prefix_cache.lengths.tolist() == other.lengths.tolist() == [rows[row].subject]
+        for mine, theirs in zip(prefix_cache.pairs, other.pairs, strict=True):
             assert torch.allclose(mine[0], theirs[0], atol=1e-12)
             assert torch.allclose(mine[1], theirs[1], atol=1e-12)
 
@@ -202,12 +208,12 @@ def test_tails_behind_shared_prefixes_keep_what_is_before_each_row(tokenizer, mo
 def test_rows_as_long_as_the_models_positions_need_no_more(family, tokenizer, monkeypatch, recwarn):
     monkeypatch.setitem(tokens.PASS_COST, "cpu", 10**6)
     room = tiny_model(family).config.max_position_embeddings
-    bench = bench_for(family, tokenizer, [0, 1], contexts=["The "])
-    left = room - max(len(row.ids) for row in all_rows(bench))
-    bench = bench_for(family, tokenizer, [0, 1], contexts=["The " + "z" * left])
-    rows = all_rows(bench)
+    runner = runner_for(family, tokenizer, [0, 1], contexts=["The "])
+    left = room - max(len(row.ids) for row in all_rows(runner))
+    runner = runner_for(family, tokenizer, [0, 1], contexts=["The " + "z" * left])
+    rows = all_rows(runner)
     assert max(len(row.ids) for row in rows) == room
-    Tails(bench, rows, Reduced(bench))
-    found = optimise_targets(bench, [Group((rows,)) for rows in tokenised(bench)])
+    FromSubject(runner, rows, Autocast(runner))
+    found = optimise_targets(runner, [Group((rows,)) for rows in tokenised(runner)])
     assert bool((found.losses < 100).all())
     assert not recwarn.list

@@ -1,4 +1,4 @@
-"""Readings against the plain path, family by family: one whole forward for every row and layer."""
+"""EditKeys against the plain path, family by family: one whole forward for every row and layer."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from alphaedit_peft import AlphaEditConfig, hooks, tokens
-from alphaedit_peft.editing.bench import Bench
-from alphaedit_peft.editing.readings import keys_by_layer, read
+from alphaedit_peft.editing.keys import keys_by_layer, read
+from alphaedit_peft.editing.runner import Runner
 from tests import oracle
 from tests.editing.test_river import CONTEXTS, EDITS
 from tests.test_architecture import OVERRIDDEN, VARIANTS, build
@@ -18,27 +18,27 @@ TOLERANCE = {"bloom": 1e-6}
 LAYERS = ([1, 2], [0, 2])
 
 
-def bench_for(name: str, tokenizer, layers, contexts=CONTEXTS, **changes) -> Bench:
+def runner_for(name: str, tokenizer, layers, contexts=CONTEXTS, **changes) -> Runner:
     model = build(name).double()
     names = OVERRIDDEN[name][1] if name in OVERRIDDEN else (None, None)
     config = AlphaEditConfig(
         rewrite_layers=list(layers), block_module=names[0], rewrite_module=names[1], **changes
     )
     full, architecture = config.resolve(model)
-    return Bench(model, tokenizer, full, architecture, tuple(contexts))
+    return Runner(model, tokenizer, full, architecture, tuple(contexts))
 
 
-def tokenised(bench: Bench):
-    return [bench.renderer.edit_rows(edit, bench.contexts) for edit in EDITS]
+def tokenised(runner: Runner):
+    return [runner.renderer.edit_rows(edit, runner.contexts) for edit in EDITS]
 
 
-def plain(bench: Bench, edits, layer: int | None):
+def plain(runner: Runner, edits, layer: int | None):
     """Keys and hidden states as the oracle reads them, a forward for each."""
-    module = bench.architecture.rewrite_name(bench.layers[-1] if layer is None else layer)
-    block = bench.architecture.block_name(bench.layers[-1])
-    keys = [mean_key(bench.model, module, rows) for rows in edits]
+    module = runner.architecture.rewrite_name(runner.layers[-1] if layer is None else layer)
+    block = runner.architecture.block_name(runner.layers[-1])
+    keys = [mean_key(runner.model, module, rows) for rows in edits]
     hidden = [
-        oracle.block_output(bench.model, block, rows.rows[0].ids)[rows.rows[0].subject_last]
+        oracle.block_output(runner.model, block, rows.rows[0].ids)[rows.rows[0].subject_last]
         for rows in edits
     ]
     return torch.stack(keys), torch.stack(hidden)
@@ -59,9 +59,9 @@ def mean_key(model, module: str, rows) -> torch.Tensor:
     return keys[0] if len(keys) == 1 else (keys[0] + torch.stack(keys[1:]).mean(0)) / 2
 
 
-def change(bench: Bench, layer: int) -> None:
+def change(runner: Runner, layer: int) -> None:
     """Write something into a rewrite module."""
-    weight = bench.model.get_submodule(bench.architecture.rewrite_name(layer)).weight
+    weight = runner.model.get_submodule(runner.architecture.rewrite_name(layer)).weight
     with torch.no_grad():
         weight.add_(0.1 * torch.randn_like(weight, generator=None))
 
@@ -73,41 +73,41 @@ def agree(found, expected, tolerance: float = 1e-12) -> bool:
 @pytest.mark.parametrize("layers", LAYERS, ids=str)
 @pytest.mark.parametrize("name", [*VARIANTS, *OVERRIDDEN])
 def test_every_familys_readings_are_the_plain_paths(name, layers, tokenizer):
-    bench = bench_for(name, tokenizer, layers, tokens_per_batch=40)
-    edits, tolerance = tokenised(bench), TOLERANCE.get(name, 1e-12)
-    readings = read(bench, edits)
+    runner = runner_for(name, tokenizer, layers, tokens_per_batch=40)
+    edits, tolerance = tokenised(runner), TOLERANCE.get(name, 1e-12)
+    taken = read(runner, edits)
     with torch.random.fork_rng():
         torch.manual_seed(0)
         for layer in [*layers, None]:
-            assert readings.layer == layer
-            keys, hidden = plain(bench, edits, layer)
-            assert layer is None or agree(readings.keys, keys, tolerance)
-            assert agree(readings.hidden, hidden, tolerance)
+            assert taken.layer == layer
+            keys, hidden = plain(runner, edits, layer)
+            assert layer is None or agree(taken.keys, keys, tolerance)
+            assert agree(taken.hidden, hidden, tolerance)
             if layer is not None:
-                change(bench, layer)
-                readings = readings.onward(bench)
+                change(runner, layer)
+                taken = taken.onward(runner)
 
 
 @pytest.mark.parametrize("layers", LAYERS, ids=str)
 def test_in_pure_float64_they_agree_to_rounding(layers, tokenizer):
-    bench = bench_for("gpt2", tokenizer, layers)
-    edits = tokenised(bench)
-    readings = read(bench, edits)
+    runner = runner_for("gpt2", tokenizer, layers)
+    edits = tokenised(runner)
+    taken = read(runner, edits)
     for layer in layers:
-        keys, hidden = plain(bench, edits, layer)
-        assert agree(readings.keys, keys)
-        assert agree(readings.hidden, hidden)
-        change(bench, layer)
-        readings = readings.onward(bench)
+        keys, hidden = plain(runner, edits, layer)
+        assert agree(taken.keys, keys)
+        assert agree(taken.hidden, hidden)
+        change(runner, layer)
+        taken = taken.onward(runner)
 
 
 def test_some_edits_go_on_without_the_others(tokenizer):
-    bench = bench_for("llama", tokenizer, [1, 2])
-    edits = tokenised(bench)
-    some = read(bench, edits).chosen([3, 0])
-    change(bench, 1)
-    keys, hidden = plain(bench, [edits[3], edits[0]], 2)
-    onward = some.onward(bench)
+    runner = runner_for("llama", tokenizer, [1, 2])
+    edits = tokenised(runner)
+    some = read(runner, edits).chosen([3, 0])
+    change(runner, 1)
+    keys, hidden = plain(runner, [edits[3], edits[0]], 2)
+    onward = some.onward(runner)
     assert agree(onward.keys, keys)
     assert agree(onward.hidden, hidden)
 
@@ -120,19 +120,19 @@ def large_passes(monkeypatch):
 
 @pytest.mark.usefixtures("large_passes")
 def test_keys_of_all_layers_come_from_one_pass(tokenizer):
-    bench = bench_for("gpt2", tokenizer, [0, 1, 2])
-    edits = tokenised(bench)
-    runs = Counting(bench.model.get_submodule("transformer.h.0"))
-    found = keys_by_layer(bench, edits)
+    runner = runner_for("gpt2", tokenizer, [0, 1, 2])
+    edits = tokenised(runner)
+    runs = Counting(runner.model.get_submodule("transformer.h.0"))
+    found = keys_by_layer(runner, edits)
     assert runs.count == 2  # bare prompts, and those behind contexts
     for layer, keys in found.items():
-        assert agree(keys, plain(bench, edits, layer)[0])
+        assert agree(keys, plain(runner, edits, layer)[0])
 
 
 def test_without_contexts_a_key_is_the_bare_prompts(tokenizer):
-    bench = bench_for("gpt2", tokenizer, [1], contexts=())
-    edits = tokenised(bench)
-    assert agree(read(bench, edits).keys, plain(bench, edits, 1)[0])
+    runner = runner_for("gpt2", tokenizer, [1], contexts=())
+    edits = tokenised(runner)
+    assert agree(read(runner, edits).keys, plain(runner, edits, 1)[0])
 
 
 class Counting:
@@ -148,21 +148,21 @@ class Counting:
 
 @pytest.mark.usefixtures("large_passes")
 def test_no_block_below_the_write_runs_again(tokenizer):
-    bench = bench_for("gpt2", tokenizer, [1, 2])
-    counts = [Counting(bench.model.get_submodule(f"transformer.h.{i}.attn")) for i in range(4)]
-    readings = read(bench, tokenised(bench))
+    runner = runner_for("gpt2", tokenizer, [1, 2])
+    counts = [Counting(runner.model.get_submodule(f"transformer.h.{i}.attn")) for i in range(4)]
+    taken = read(runner, tokenised(runner))
     assert [c.count for c in counts] == [2, 2, 1, 0]  # contexts stop within block 1
-    readings = readings.onward(bench)
+    taken = taken.onward(runner)
     assert [c.count for c in counts] == [2, 4, 3, 0]
-    readings.onward(bench)
+    taken.onward(runner)
     assert [c.count for c in counts] == [2, 4, 4, 0]  # bare prompts alone
 
 
 def test_entering_stops_before_the_module_runs(tokenizer):
-    bench = bench_for("gpt2", tokenizer, [1])
-    count = Counting(bench.model.get_submodule("transformer.h.1.mlp.c_proj"))
+    runner = runner_for("gpt2", tokenizer, [1])
+    count = Counting(runner.model.get_submodule("transformer.h.1.mlp.c_proj"))
     inputs = {"input_ids": torch.tensor([[1, 2]])}
-    hooks.run_until(bench.model, inputs, "transformer.h.1.mlp.c_proj", entering=True)
+    hooks.run_until(runner.model, inputs, "transformer.h.1.mlp.c_proj", entering=True)
     assert count.count == 0
-    hooks.run_until(bench.model, inputs, "transformer.h.1.mlp.c_proj")
+    hooks.run_until(runner.model, inputs, "transformer.h.1.mlp.c_proj")
     assert count.count == 1

@@ -9,7 +9,7 @@ from torch import Tensor
 from alphaedit_peft.algebra import LowRankDelta
 from alphaedit_peft.editing.report import MomentProducts, layer_report
 from alphaedit_peft.nullspace import KeyMoments, NullSpace
-from alphaedit_peft.nullspace.quadratic import moment_quadratic
+from alphaedit_peft.nullspace.spectrum import moment_quadratic
 
 WIDTH, SIZES = 30, (4, 1, 6)
 

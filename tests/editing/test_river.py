@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from alphaedit_peft import AlphaEditConfig, Edit, KeyMoments, NullSpace, get_alphaedit_model
-from alphaedit_peft.editing.bench import Bench
 from alphaedit_peft.editing.groups import Group
+from alphaedit_peft.editing.runner import Runner
 from alphaedit_peft.editing.targets import optimise_targets
-from alphaedit_peft.nullspace.layer import LayerSpace
+from alphaedit_peft.nullspace.spectrum import LayerSpace
 from tests import oracle
 from tests.conftest import tiny_model
 
@@ -41,21 +41,21 @@ def settings(**changes) -> AlphaEditConfig:
     return AlphaEditConfig(**(values | changes))
 
 
-def bench_for(model, tokenizer, config) -> Bench:
+def runner_for(model, tokenizer, config) -> Runner:
     full, architecture = config.resolve(model)
-    return Bench(model, tokenizer, full, architecture, tuple(full.contexts))
+    return Runner(model, tokenizer, full, architecture, tuple(full.contexts))
 
 
 @pytest.mark.parametrize("family", ["gpt2", "gptj", "llama"])
 @pytest.mark.parametrize("target_tokens", [1, 10_000])
 def test_targets_equal_the_oracle(family, target_tokens, tokenizer):
     model = tiny_model(family, torch.float64)
-    bench = bench_for(model, tokenizer, settings(target_tokens=target_tokens))
-    rows = [bench.renderer.edit_rows(edit, bench.contexts) for edit in EDITS]
-    found = optimise_targets(bench, [Group((r,)) for r in rows])
-    block = bench.architecture.block_name(1)
+    runner = runner_for(model, tokenizer, settings(target_tokens=target_tokens))
+    rows = [runner.renderer.edit_rows(edit, runner.contexts) for edit in EDITS]
+    found = optimise_targets(runner, [Group((r,)) for r in rows])
+    block = runner.architecture.block_name(1)
     for i, row in enumerate(rows):
-        expected = oracle.target_value(model, block, row, bench.config)
+        expected = oracle.target_value(model, block, row, runner.config)
         assert (found.values[i] - expected).norm() <= TOLERANCE[family] * expected.norm()
     assert found.steps.tolist() == [6] * len(EDITS)
 
@@ -65,9 +65,9 @@ def test_an_edit_that_is_done_leaves_and_the_others_do_not_notice(tokenizer):
     rows = None
     values = {}
     for stop in (0.0, 6.2):
-        bench = bench_for(model, tokenizer, settings(stop_loss=stop, steps=8))
-        rows = [bench.renderer.edit_rows(edit, bench.contexts) for edit in EDITS]
-        values[stop] = optimise_targets(bench, [Group((r,)) for r in rows])
+        runner = runner_for(model, tokenizer, settings(stop_loss=stop, steps=8))
+        rows = [runner.renderer.edit_rows(edit, runner.contexts) for edit in EDITS]
+        values[stop] = optimise_targets(runner, [Group((r,)) for r in rows])
     left = values[6.2].steps < 8
     assert left.any()
     assert not left.all()
@@ -77,11 +77,11 @@ def test_an_edit_that_is_done_leaves_and_the_others_do_not_notice(tokenizer):
 
 def test_grouped_edits_share_one_loss(tokenizer):
     model = tiny_model("gpt2", torch.float64)
-    bench = bench_for(model, tokenizer, settings(steps=1))
+    runner = runner_for(model, tokenizer, settings(steps=1))
     pair = [Edit("Anna", "{} lives in", "Rome"), Edit("Anna", "{} works as a", "river")]
-    rows = [bench.renderer.edit_rows(edit, bench.contexts) for edit in pair]
-    alone = [float(optimise_targets(bench, [Group((r,))]).losses[0]) for r in rows]
-    together = float(optimise_targets(bench, [Group(tuple(rows))]).losses[0])
+    rows = [runner.renderer.edit_rows(edit, runner.contexts) for edit in pair]
+    alone = [float(optimise_targets(runner, [Group((r,))]).losses[0]) for r in rows]
+    together = float(optimise_targets(runner, [Group(tuple(rows))]).losses[0])
     assert together == pytest.approx(sum(alone) / 2, rel=1e-9)
 
 
@@ -96,18 +96,18 @@ def test_sequential_batches_equal_the_oracle(family, tokenizer):
     space = NullSpace(parts, 0.5, "absolute", 10_000)
     model = get_alphaedit_model(edited, settings(), tokenizer=tokenizer, null_space=space)
     model.alphaedit_config.key_cosine = 1.0
-    bench = bench_for(plain, tokenizer, settings())
+    runner = runner_for(plain, tokenizer, settings())
     projectors = {layer: space.project(layer, torch.eye(96).double()) for layer in (0, 1)}
     prior = {layer: torch.zeros(96, 0, dtype=torch.float64) for layer in (0, 1)}
     for batch in (EDITS[:2], EDITS[2:]):
         model.edit(batch, progress=False)
-        rows = [bench.renderer.edit_rows(edit, bench.contexts) for edit in batch]
-        block = bench.architecture.block_name(1)
-        z = [oracle.target_value(plain, block, row, bench.config) for row in rows]
-        oracle.write_batch(plain, bench.architecture, [0, 1], rows, z, prior, projectors, 0.3)
+        rows = [runner.renderer.edit_rows(edit, runner.contexts) for edit in batch]
+        block = runner.architecture.block_name(1)
+        z = [oracle.target_value(plain, block, row, runner.config) for row in rows]
+        oracle.write_batch(plain, runner.architecture, [0, 1], rows, z, prior, projectors, 0.3)
     model.merge()
     for layer in (0, 1):
-        name = bench.architecture.rewrite_name(layer)
+        name = runner.architecture.rewrite_name(layer)
         expected = plain.get_submodule(name).weight
         got = model.get_base_model().get_submodule(name).get_base_layer().weight
         assert (got - expected).norm() <= 10 * TOLERANCE[family] * expected.norm()
@@ -133,17 +133,17 @@ def test_memit_equals_its_dense_formula(history, projection, tokenizer):
     model = get_alphaedit_model(
         copy.deepcopy(plain), config, tokenizer=tokenizer, null_space=space, key_moments=moments
     )
-    bench = bench_for(plain, tokenizer, config)
+    runner = runner_for(plain, tokenizer, config)
     prior = {layer: torch.zeros(96, 0, dtype=torch.float64) for layer in (0, 1)}
     for batch in (EDITS[:2], EDITS[2:]):
         model.edit(batch, progress=False)
-        rows = [bench.renderer.edit_rows(edit, bench.contexts) for edit in batch]
-        block = bench.architecture.block_name(1)
-        z = [oracle.target_value(plain, block, row, bench.config) for row in rows]
+        rows = [runner.renderer.edit_rows(edit, runner.contexts) for edit in batch]
+        block = runner.architecture.block_name(1)
+        z = [oracle.target_value(plain, block, row, runner.config) for row in rows]
         kept, within = (prior if history else None), (space if projection else None)
-        oracle.write_memit(plain, bench.architecture, [0, 1], rows, z, kept, moments, within)
+        oracle.write_memit(plain, runner.architecture, [0, 1], rows, z, kept, moments, within)
     model.merge()
     for layer in (0, 1):
-        name = bench.architecture.rewrite_name(layer)
+        name = runner.architecture.rewrite_name(layer)
         got = model.get_base_model().get_submodule(name).get_base_layer().weight
         assert torch.allclose(got, plain.get_submodule(name).weight, rtol=1e-6, atol=1e-8)

@@ -5,8 +5,7 @@ from itertools import pairwise
 
 import pytest
 
-from alphaedit_peft.embedded.lexicon import PARAPHRASES
-from alphaedit_peft.embedded.world import HELD_OUT, SUBJECTS, World, relation_of, say
+from alphaedit_peft.embedded.world import HELD_OUT, PARAPHRASES, SUBJECTS, World, relation_of, say
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from alphaedit_peft import tokens
-from alphaedit_peft.evaluation.reader import Reader
+from alphaedit_peft.scoring import Reader
 from tests.conftest import tiny_model
 from tests.evaluation.models import Constant, Says, Uniform
 

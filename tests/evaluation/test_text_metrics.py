@@ -6,39 +6,39 @@ import math
 
 import pytest
 
-from alphaedit_peft.evaluation import text_metrics
-from alphaedit_peft.evaluation.text_metrics import says
+from alphaedit_peft.evaluation import metrics
+from alphaedit_peft.evaluation.metrics import says
 
 
 def test_entropy_of_distinct_bigrams_is_the_log_of_their_number():
-    assert text_metrics.entropy("a b c d e", 2) == pytest.approx(math.log2(4))
-    assert text_metrics.entropy("a b c d e", 3) == pytest.approx(math.log2(3))
+    assert metrics.entropy("a b c d e", 2) == pytest.approx(math.log2(4))
+    assert metrics.entropy("a b c d e", 3) == pytest.approx(math.log2(3))
 
 
 def test_entropy_of_repeated_bigrams_by_hand():
     # ab ba ab ba ab: 3/5 and 2/5
     by_hand = -(3 / 5 * math.log2(3 / 5) + 2 / 5 * math.log2(2 / 5))
-    assert text_metrics.entropy("a b a b a b", 2) == pytest.approx(by_hand)
+    assert metrics.entropy("a b a b a b", 2) == pytest.approx(by_hand)
 
 
 def test_fluency_weights_bigrams_by_two_thirds_and_trigrams_by_four_thirds():
     by_hand = (2 / 3 * math.log2(4) + 4 / 3 * math.log2(3)) / 2
-    assert text_metrics.fluency(["a b c d e"]) == pytest.approx(by_hand)
+    assert metrics.fluency(["a b c d e"]) == pytest.approx(by_hand)
 
 
 def test_a_model_that_repeats_itself_has_no_fluency():
-    assert text_metrics.fluency(["no " * 50]) == 0
-    assert text_metrics.fluency(["one"]) == 0
+    assert metrics.fluency(["no " * 50]) == 0
+    assert metrics.fluency(["one"]) == 0
 
 
 def test_fluency_is_meaned_over_texts_and_takes_another_splitter():
-    both = text_metrics.fluency(["a b c d e", "a a a"])
-    assert both == pytest.approx(text_metrics.fluency(["a b c d e"]) / 2)
-    assert text_metrics.fluency(["abcde"], words=list) == text_metrics.fluency(["a b c d e"])
+    both = metrics.fluency(["a b c d e", "a a a"])
+    assert both == pytest.approx(metrics.fluency(["a b c d e"]) / 2)
+    assert metrics.fluency(["abcde"], words=list) == metrics.fluency(["a b c d e"])
 
 
 def test_words_and_punctuation_are_split():
-    assert text_metrics.split_words("He's in Rome, now.") == [
+    assert metrics.split_words("He's in Rome, now.") == [
         *("He", "'", "s", "in", "Rome", ",", "now", ".")
     ]
 
@@ -67,15 +67,13 @@ class TestConsistency:
         pytest.importorskip("sklearn")
 
     def test_equal_texts_have_cosine_one_and_foreign_texts_zero(self):
-        vectorizer = text_metrics.fit_tfidf(["red house", "blue sea", "green hill"])
-        assert text_metrics.consistency(["red house"], ["house red"], vectorizer) == pytest.approx(
-            1
-        )
-        assert text_metrics.consistency(["red house"], ["blue sea"], vectorizer) == 0
-        assert text_metrics.consistency(["zzz"], ["blue sea"], vectorizer) == 0
+        vectorizer = metrics.fit_tfidf(["red house", "blue sea", "green hill"])
+        assert metrics.consistency(["red house"], ["house red"], vectorizer) == pytest.approx(1)
+        assert metrics.consistency(["red house"], ["blue sea"], vectorizer) == 0
+        assert metrics.consistency(["zzz"], ["blue sea"], vectorizer) == 0
 
     def test_cosine_by_hand(self):
         # every word in one of two documents: equal weights, so the plain cosine of counts
-        vectorizer = text_metrics.fit_tfidf(["aa bb", "cc dd"])
-        found = text_metrics.consistency(["aa", "cc"], ["aa bb"], vectorizer)
+        vectorizer = metrics.fit_tfidf(["aa bb", "cc dd"])
+        found = metrics.consistency(["aa", "cc"], ["aa bb"], vectorizer)
         assert found == pytest.approx(1 / 2)

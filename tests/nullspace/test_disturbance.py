@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from alphaedit_peft.nullspace import NullSpace
-from alphaedit_peft.nullspace.disturbance import ENERGIES, disturbance, least_disturbing
-from alphaedit_peft.nullspace.layer import LayerSpace
+from alphaedit_peft.nullspace.spectrum import LayerSpace
+from alphaedit_peft.nullspace.threshold import ENERGIES, disturbance, least_disturbing
 
 WIDTH, STORED = 40, 24
 # cumulative 0.0015, 0.004, 0.009, 0.018, 0.045, 0.09, 0.19, 1: ENERGIES keep 1, 2, ..., 7 of them

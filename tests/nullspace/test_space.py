@@ -13,8 +13,7 @@ from alphaedit_peft.architecture import describe
 from alphaedit_peft.config import AlphaEditConfig
 from alphaedit_peft.fingerprint import fingerprint
 from alphaedit_peft.nullspace import KeyMoments, NullSpace
-from alphaedit_peft.nullspace.layer import LayerSpace
-from alphaedit_peft.nullspace.quadratic import moment_times
+from alphaedit_peft.nullspace.spectrum import LayerSpace, moment_times
 
 WIDTH = 20
 DATA = Path(__file__).parents[2] / "../shared/data"

@@ -9,10 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from alphaedit_peft.algebra import LowRankDelta
-from alphaedit_peft.delta_algebra import relative_error, singular_values, truncated
+from alphaedit_peft.algebra import LowRankDelta, relative_error, singular_values, truncated
 from alphaedit_peft.pack import EditPack, PackError
-from alphaedit_peft.pack.compressing import Compression, require_rows
+from alphaedit_peft.pack.compress import Compression, require_rows
 
 
 @pytest.fixture

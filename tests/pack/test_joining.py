@@ -8,13 +8,13 @@ import warnings
 import pytest
 import torch
 
-from alphaedit_peft import delta_algebra
+from alphaedit_peft import algebra
 from alphaedit_peft.algebra import LowRankDelta
 from alphaedit_peft.config import AlphaEditConfig
 from alphaedit_peft.edits import Edit
 from alphaedit_peft.fingerprint import BaseFingerprint
 from alphaedit_peft.pack import EditPack, EditRecord
-from alphaedit_peft.pack.joining import join
+from alphaedit_peft.pack.join import join
 
 NAME = "model.layers.2.mlp.down_proj"
 SHAPE = {"model_type": "llama", "layers": 12, "hidden": 6, "intermediate": 12, "vocab": 99}
@@ -37,8 +37,8 @@ def make(new_pack):
 
 def off(delta, pack, name):
     """How far the joined outputs on a pack's keys are from the pack's, relative."""
-    wanted = delta_algebra.outputs(pack.factors[name], pack.factors[name].A)
-    found = delta_algebra.outputs(delta, pack.factors[name].A)
+    wanted = algebra.outputs(pack.factors[name], pack.factors[name].A)
+    found = algebra.outputs(delta, pack.factors[name].A)
     return float((found - wanted).norm() / wanted.norm())
 
 
@@ -164,10 +164,8 @@ def test_a_row_that_lost_itself_takes_no_other_with_it(make):
 def test_what_is_said_of_the_outputs_is_true_of_the_factors_that_are_kept(make):
     packs = [make("a"), make("b", 4)]
     for name, joint in join(packs, norm_guard=0).solved.items():
-        wanted = torch.cat(
-            [delta_algebra.outputs(p.factors[name], p.factors[name].A) for p in packs]
-        )
-        found = delta_algebra.outputs(joint.delta, joint.delta.A)
+        wanted = torch.cat([algebra.outputs(p.factors[name], p.factors[name].A) for p in packs])
+        found = algebra.outputs(joint.delta, joint.delta.A)
         drift = (found - wanted).norm(dim=1) / wanted.norm(dim=1)
         torch.testing.assert_close(joint.drift, drift)
         assert float(drift.max()) > 1e-10  # they were rounded to float32

@@ -7,11 +7,11 @@ import dataclasses
 import pytest
 import torch
 
-from alphaedit_peft import delta_algebra
+from alphaedit_peft import algebra
 from alphaedit_peft.edits import Edit
 from alphaedit_peft.pack import EditPack, EditRecord
 from alphaedit_peft.pack.card import card
-from alphaedit_peft.pack.joining import join
+from alphaedit_peft.pack.join import join
 
 
 def beside(pack, name="a"):
@@ -38,8 +38,8 @@ def test_a_joined_chain_puts_out_the_sum_on_all_stored_keys(chain, new_pack):
         assert {parent["operation"] for parent in joined.parents} == {"join"}
         for name, delta in joined.factors.items():
             rows = torch.cat([pack.factors[name].A for pack in chain])
-            wanted = sum(delta_algebra.outputs(pack.factors[name], rows) for pack in chain)
-            off = delta_algebra.outputs(delta, rows) - wanted
+            wanted = sum(algebra.outputs(pack.factors[name], rows) for pack in chain)
+            off = algebra.outputs(delta, rows) - wanted
             bound = 1e-6 if packs is chain else 1e-4  # factors are float32
             assert float(off.norm() / wanted.norm()) < bound
 

@@ -8,7 +8,7 @@ import warnings
 import pytest
 import torch
 
-from alphaedit_peft import AlphaEditModel, NullSpace, delta_algebra, get_alphaedit_model
+from alphaedit_peft import AlphaEditModel, NullSpace, algebra, get_alphaedit_model
 from alphaedit_peft.algebra import LowRankDelta
 from alphaedit_peft.config import AlphaEditConfig
 from alphaedit_peft.edits import Edit
@@ -38,12 +38,12 @@ def test_what_the_others_put_out_on_their_keys_stays(five):
     left = remove(five, ids(five, 2, 4))
     for name, delta in five.factors.items():
         keys = delta.A[KEPT]
-        before = delta_algebra.outputs(delta, keys)
-        after = delta_algebra.outputs(left.factors[name], keys)
+        before = algebra.outputs(delta, keys)
+        after = algebra.outputs(left.factors[name], keys)
         assert float((after - before).norm() / before.norm()) < 1e-6
         assert torch.equal(left.factors[name].A, keys)
         dropped = LowRankDelta(keys, delta.B[:, KEPT])
-        moved = delta_algebra.outputs(dropped, keys) - before
+        moved = algebra.outputs(dropped, keys) - before
         assert float(moved.norm() / before.norm()) > 0.05  # what dropping the column does
 
 
@@ -119,8 +119,8 @@ def test_equal_keys_that_stay_do_no_harm(new_pack):
         delta.A[1] = delta.A[0]
     left = remove(pack, ids(pack, 3))
     for name, delta in pack.factors.items():
-        before = delta_algebra.outputs(delta, delta.A[:3])
-        after = delta_algebra.outputs(left.factors[name], delta.A[:3])
+        before = algebra.outputs(delta, delta.A[:3])
+        after = algebra.outputs(left.factors[name], delta.A[:3])
         assert float((after - before).norm() / before.norm()) < 1e-5
         assert float(left.factors[name].B.norm()) < 10 * float(delta.B.norm())
 
@@ -182,8 +182,8 @@ def test_what_an_edit_replaced_stays_with_it(new_pack):
     for name, delta in pack.factors.items():
         assert torch.equal(left.factors[name].B[:, 0], delta.B[:, 0])  # no longer kept exact
         keys = delta.A[[2, 3]]
-        after = delta_algebra.outputs(left.factors[name], keys)
-        torch.testing.assert_close(after, delta_algebra.outputs(delta, keys), rtol=1e-5, atol=1e-5)
+        after = algebra.outputs(left.factors[name], keys)
+        torch.testing.assert_close(after, algebra.outputs(delta, keys), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("role", ["protected", "superseded"])

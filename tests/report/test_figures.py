@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from alphaedit_peft.algebra import LowRankDelta
-from alphaedit_peft.report import figures
-from alphaedit_peft.report.figures import histogram, row_figures
+from alphaedit_peft.report import layer_sections
+from alphaedit_peft.report.layer_sections import histogram, row_figures
 from tests.pack.conftest import make_pack
 
 
@@ -62,7 +62,7 @@ def test_no_rows_and_one_row():
 
 
 def test_only_the_first_rows_of_a_huge_pack_are_looked_at(monkeypatch):
-    monkeypatch.setattr(figures, "MAX_ROWS", 2)
+    monkeypatch.setattr(layer_sections, "MAX_ROWS", 2)
     assert row_figures(delta([[1, 0, 0], [0, 1, 0], [0, 0, 1]])).rows == 2
 
 

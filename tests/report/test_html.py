@@ -8,7 +8,7 @@ from html.parser import HTMLParser
 import pytest
 
 from alphaedit_peft.report import Markup, Section, facts, page, paragraph, source, table
-from alphaedit_peft.report.html import escaped
+from alphaedit_peft.report.page import escaped
 
 HOSTILE = '</td></table><script>alert("x")</script><img src=x onerror=alert(1)> & $title ${x} $'
 

@@ -8,10 +8,9 @@ import torch
 
 from alphaedit_peft.edits import Edit
 from alphaedit_peft.nullspace import NullSpace
-from alphaedit_peft.nullspace.layer import LayerSpace
+from alphaedit_peft.nullspace.spectrum import LayerSpace
 from alphaedit_peft.pack import EditRecord
-from alphaedit_peft.pack.card import PLACE
-from alphaedit_peft.pack.usage import PARENT
+from alphaedit_peft.pack.card import PARENT, PLACE
 from alphaedit_peft.report import pack_page
 from tests.pack.conftest import D_IN, make_pack
 from tests.report.test_html import HOSTILE, Tags

@@ -6,8 +6,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from alphaedit_peft.report.axis import Axis
-from alphaedit_peft.report.svg import (
+from alphaedit_peft.report.charts import (
     HEIGHT,
     WIDTH,
     bar_chart,
@@ -16,6 +15,7 @@ from alphaedit_peft.report.svg import (
     line_chart,
     spectrum_chart,
 )
+from alphaedit_peft.report.svg import Axis
 
 
 def parsed(markup):

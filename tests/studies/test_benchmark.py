@@ -11,7 +11,7 @@ import torch
 from accelerate import cpu_offload, disk_offload
 from transformers import AutoModelForCausalLM
 
-from alphaedit_peft.placement import held_parameters, keeps_elsewhere
+from alphaedit_peft.devices import held_parameters, keeps_elsewhere
 from alphaedit_peft.studies.benchmark import (
     LENGTHS,
     SHAPES,
@@ -29,9 +29,9 @@ from alphaedit_peft.studies.benchmark import (
     shape_config,
     stand_in_tokenizer,
 )
-from alphaedit_peft.studies.benchmark.findings import Batch, Floor, Session
-from alphaedit_peft.studies.benchmark.inference import forward_times
+from alphaedit_peft.studies.benchmark.measure import forward_times
 from alphaedit_peft.studies.benchmark.shapes import Shape
+from alphaedit_peft.studies.benchmark.timings import Batch, Floor, Session
 from alphaedit_peft.tokens import encode
 from tests.conftest import tiny_config, tiny_model
 

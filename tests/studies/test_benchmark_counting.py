@@ -8,14 +8,16 @@ from torch import nn
 
 from alphaedit_peft import hooks
 from alphaedit_peft.architecture import describe
-from alphaedit_peft.studies.benchmark.counting import (
+from alphaedit_peft.studies.benchmark.curves import Grid, System, growth
+from alphaedit_peft.studies.benchmark.machine import (
     CountedPhases,
     OperationCounter,
+    PeakMemory,
     counting_tokens,
+    describe_machine,
     floor_seconds,
+    matrix_rate,
 )
-from alphaedit_peft.studies.benchmark.growing import Grid, System, growth
-from alphaedit_peft.studies.benchmark.machine import PeakMemory, describe_machine, matrix_rate
 from tests.conftest import tiny_model
 
 CPU = torch.device("cpu")

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from alphaedit_peft.studies.benchmark import Findings, Forward, PlainSession, Session
-from alphaedit_peft.studies.benchmark.findings import Batch, Floor
-from alphaedit_peft.studies.benchmark.markdown import BEGIN, END, lines, page_with, tables
+from alphaedit_peft.studies.benchmark.tables import BEGIN, END, lines, page_with, tables
+from alphaedit_peft.studies.benchmark.timings import Batch, Floor
 
 ROOT = Path(__file__).parents[2]
 SECONDS = {"contexts": 1.0, "keys": 0.25, "targets": 6.0, "solve": 0.5, "write": 0.0, "score": 0.25}

@@ -7,8 +7,15 @@ import torch
 
 from alphaedit_peft import AlphaEditConfig, Edit, hooks
 from alphaedit_peft.architecture import describe
-from alphaedit_peft.studies.locating import fact_row, locate, token_classes, trace_fact
-from alphaedit_peft.studies.traces import CLASSES, FactTrace, Located
+from alphaedit_peft.studies.locate import (
+    CLASSES,
+    FactTrace,
+    Located,
+    fact_row,
+    locate,
+    token_classes,
+    trace_fact,
+)
 from alphaedit_peft.studies.tracing import Row, Run, Tracer
 from tests.conftest import tiny_model
 

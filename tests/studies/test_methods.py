@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from alphaedit_peft import AlphaEditConfig, Edit
-from alphaedit_peft.editing.bench import Bench
+from alphaedit_peft.editing.runner import Runner
 from alphaedit_peft.studies import METHODS, FineTuned, FineTuning, Method, find_methods, fine_tune
-from alphaedit_peft.studies.editors import opened
+from alphaedit_peft.studies.methods import opened
 from tests import oracle
 from tests.studies.conftest import CONFIG, FACTS
 
@@ -21,12 +21,12 @@ def test_rome_is_its_rank_one_constraint(study):
     with opened(base, METHODS["rome"], study.config) as editor:
         config = editor.model.alphaedit_config
         (layer,) = config.rewrite_layers
-        bench = Bench(
+        runner = Runner(
             base.model, base.tokenizer, config, editor.model.architecture, tuple(CONFIG.contexts)
         )
-        rows = bench.renderer.edit_rows(edit, bench.contexts)
+        rows = runner.renderer.edit_rows(edit, runner.contexts)
         k = oracle.mean_key(base.model, f"model.layers.{layer}.mlp.down_proj", rows).double()
-        h = bench.hidden(rows.rows[:1], layer)[0].double()
+        h = runner.hidden(rows.rows[:1], layer)[0].double()
         editor.edit([edit])
         z = editor.model.to_pack().targets[0].double()
         found = editor.model.factors[layer].dense().double()
@@ -89,11 +89,11 @@ def test_fine_tuning_makes_the_targets_likelier(study):
     method = METHODS["finetuning"].with_settings(learning_rate=1e-2, bound=1.0, layer=2)
     config = method.config(study.base.model, study.config)
     with opened(study.base, method, study.config) as editor:
-        bench = Bench(study.base.model, study.base.tokenizer, config, None, ())
-        rows = [bench.renderer.edit_rows(edit, ()).rows[0] for edit in EDITS]
-        before = [score.log_prob for score in bench.score(rows)]
+        runner = Runner(study.base.model, study.base.tokenizer, config, None, ())
+        rows = [runner.renderer.edit_rows(edit, ()).rows[0] for edit in EDITS]
+        before = [score.log_prob for score in runner.score(rows)]
         editor.edit(EDITS)
-        after = [score.log_prob for score in bench.score(rows)]
+        after = [score.log_prob for score in runner.score(rows)]
     assert all(new > old for new, old in zip(after, before, strict=True))
 
 

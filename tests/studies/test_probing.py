@@ -9,9 +9,16 @@ import torch
 
 from alphaedit_peft.architecture import default_rewrite_layers
 from alphaedit_peft.evaluation import CaseScores, Scores
-from alphaedit_peft.evaluation.intervals import Estimate
-from alphaedit_peft.studies.probing import Grid, layer_choices, preset_grid, tune
-from alphaedit_peft.studies.trials import Setting, Tried, Tuning
+from alphaedit_peft.evaluation.metrics import Estimate
+from alphaedit_peft.studies.tune import (
+    Grid,
+    Setting,
+    Tried,
+    Tuning,
+    layer_choices,
+    preset_grid,
+    tune,
+)
 
 GRID = Grid(((0, 1), (1,)), (1.0,), (0.05, 5.0), (0.02,))
 
@@ -32,13 +39,13 @@ def test_it_is_reproducible_and_leaves_the_model_as_it_was(study):
 
 @pytest.mark.slow
 def test_pouring_again_equals_editing_anew_with_that_setting(study):
-    poured = tune(study.base, study.suite, GRID, study.config).tried[1]
-    alone = Grid((poured.setting.rewrite_layers,), (1.0,), (poured.setting.ridge,), (0.02,))
+    solution = tune(study.base, study.suite, GRID, study.config).tried[1]
+    alone = Grid((solution.setting.rewrite_layers,), (1.0,), (solution.setting.ridge,), (0.02,))
     anew = tune(study.base, study.suite, alone, study.config).tried[0]
-    assert anew.setting == poured.setting
+    assert anew.setting == solution.setting
     for name, value in anew.scores.metrics.items():
-        assert value.value == pytest.approx(poured.scores[name], abs=1e-4)
-    assert anew.drift.value == pytest.approx(poured.drift.value, rel=1e-2)
+        assert value.value == pytest.approx(solution.scores[name], abs=1e-4)
+    assert anew.drift.value == pytest.approx(solution.drift.value, rel=1e-2)
 
 
 def test_without_a_null_space_nothing_is_tried(study):

@@ -14,7 +14,7 @@ from alphaedit_peft import get_alphaedit_model
 from alphaedit_peft.evaluation import evaluate
 from alphaedit_peft.studies import METHODS, Schedule, at_once, sequential, single
 from alphaedit_peft.studies.base import with_cases
-from alphaedit_peft.studies.runs import RunFolder
+from alphaedit_peft.studies.protocols import RunFolder
 
 ROOT = Path(__file__).parents[2]
 TWOS = Schedule(batch_size=2, every=1, order=3)

@@ -17,11 +17,9 @@ from alphaedit_peft.evaluation.data.counterfact import (
     is_counterfact,
     read_snippets,
 )
-from alphaedit_peft.evaluation.data.fields import DataError, Record
 from alphaedit_peft.evaluation.data.knowedit import is_knowedit, knowedit_case
 from alphaedit_peft.evaluation.data.own import is_own, own_case
-from alphaedit_peft.evaluation.data.report import DataReport, sift
-from alphaedit_peft.evaluation.data.source import raw_records
+from alphaedit_peft.evaluation.data.records import DataError, DataReport, Record, raw_records, sift
 from alphaedit_peft.evaluation.data.zsre import is_zsre, zsre_case
 
 __all__ = ["LAYOUTS", "DataError", "DataReport", "read_cases"]

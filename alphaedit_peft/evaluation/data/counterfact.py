@@ -12,8 +12,7 @@ from pathlib import Path
 
 from alphaedit_peft.edits import Edit
 from alphaedit_peft.evaluation.cases import Case, Question
-from alphaedit_peft.evaluation.data.fields import DataError, Record
-from alphaedit_peft.evaluation.data.source import read_json
+from alphaedit_peft.evaluation.data.records import DataError, Record, read_json
 
 Snippets = Mapping[tuple[str, str], tuple[str, ...]]
 

@@ -10,7 +10,7 @@ from dataclasses import fields, replace
 
 from alphaedit_peft.edits import Edit
 from alphaedit_peft.evaluation.cases import Case, Question
-from alphaedit_peft.evaluation.data.fields import Record
+from alphaedit_peft.evaluation.data.records import Record
 
 TEXTS = ("generation", "references")
 QUESTIONS = ("locality", "same_subject", "portability")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from alphaedit_peft.edits import Edit
 from alphaedit_peft.evaluation.cases import Case, Question
-from alphaedit_peft.evaluation.data.fields import Record
+from alphaedit_peft.evaluation.data.records import Record
 
 TARGETS = ("answers", "alt")
 NQ = "nq question: "

@@ -5,31 +5,33 @@ packs cost in use. `random_model` makes models of a known shape, `growth` curves
 and sizes.
 """
 
-from alphaedit_peft.studies.benchmark.findings import (
-    Batch,
-    Findings,
-    Floor,
-    Forward,
-    PlainSession,
-    Session,
-)
-from alphaedit_peft.studies.benchmark.growing import FULL, SMALL, Grid, Growth, growth
-from alphaedit_peft.studies.benchmark.measuring import benchmark
-from alphaedit_peft.studies.benchmark.plan import OBJECTIVES, Plan
-from alphaedit_peft.studies.benchmark.preparing import (
-    Statistics,
-    Subject,
-    benchmark_config,
-    collect_statistics,
-    random_statistics,
-)
-from alphaedit_peft.studies.benchmark.requests import LENGTHS, made_up_edits
+from alphaedit_peft.studies.benchmark.curves import FULL, SMALL, Grid, Growth, growth
+from alphaedit_peft.studies.benchmark.measure import benchmark
 from alphaedit_peft.studies.benchmark.shapes import (
     SHAPES,
     random_model,
     read_shape,
     shape_config,
     stand_in_tokenizer,
+)
+from alphaedit_peft.studies.benchmark.subject import (
+    LENGTHS,
+    Statistics,
+    Subject,
+    benchmark_config,
+    collect_statistics,
+    made_up_edits,
+    random_statistics,
+)
+from alphaedit_peft.studies.benchmark.timings import (
+    OBJECTIVES,
+    Batch,
+    Findings,
+    Floor,
+    Forward,
+    PlainSession,
+    Plan,
+    Session,
 )
 
 __all__ = [

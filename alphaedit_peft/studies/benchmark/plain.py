@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from alphaedit_peft import hooks
 from alphaedit_peft.architecture import Architecture
 from alphaedit_peft.config import AlphaEditConfig
-from alphaedit_peft.editing.phases import Phases
+from alphaedit_peft.devices import computes_on, held, in_place
 from alphaedit_peft.editing.prompts import EditRows, TokenRow
+from alphaedit_peft.editing.runner import Phases
 from alphaedit_peft.nullspace import NullSpace
-from alphaedit_peft.placement import computes_on, held, in_place
 from alphaedit_peft.tokens import padded
 
 ROWS_AT_ONCE = 512  # prompts in one forward for keys

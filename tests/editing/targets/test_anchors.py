@@ -10,7 +10,7 @@ from alphaedit_peft.editing.groups import Group
 from alphaedit_peft.editing.targets import optimise_targets
 from tests import oracle
 from tests.conftest import tiny_model
-from tests.editing.test_river import EDITS, bench_for, settings
+from tests.editing.test_river import EDITS, runner_for, settings
 
 ANCHORS = ("{} works as a", "I think that {} lives in the")
 EDIT = Edit("Marie Curie", "{} was born in", "Rome", anchors=ANCHORS)
@@ -55,18 +55,18 @@ def plain_search(model, block, rows, config) -> tuple[torch.Tensor, float]:
 def test_the_loss_gains_the_anchors_mean_divergence_at_their_ends(steps, tokenizer):
     model = tiny_model("gpt2", torch.float64)
     changes = {"contexts": [], "anchor_factor": 3.0, "clamp_factor": 50.0, "stop_loss": 0.0}
-    bench = bench_for(model, tokenizer, settings(steps=steps, **changes))
-    rows = bench.renderer.edit_rows(EDIT, ())
+    runner = runner_for(model, tokenizer, settings(steps=steps, **changes))
+    rows = runner.renderer.edit_rows(EDIT, ())
     assert all(row.subject_last < len(row.ids) - 1 for row in rows.anchors)
-    found = optimise_targets(bench, [Group((rows,))])
-    delta, loss = plain_search(model, bench.architecture.block_name(1), rows, bench.config)
+    found = optimise_targets(runner, [Group((rows,))])
+    delta, loss = plain_search(model, runner.architecture.block_name(1), rows, runner.config)
     assert float(found.losses[0]) == pytest.approx(loss, rel=1e-9)
     torch.testing.assert_close(found.values[0] - found.hidden[0], delta, rtol=1e-7, atol=1e-10)
 
 
 def anchor_texts(tokenizer, edit: Edit, anchors: list[str] | None) -> list[str]:
-    bench = bench_for(tiny_model("gpt2"), tokenizer, settings(anchors=anchors))
-    return [tokenizer.decode(row.ids) for row in bench.renderer.edit_rows(edit, ()).anchors]
+    runner = runner_for(tiny_model("gpt2"), tokenizer, settings(anchors=anchors))
+    return [tokenizer.decode(row.ids) for row in runner.renderer.edit_rows(edit, ()).anchors]
 
 
 def test_anchors_of_the_edit_and_of_the_config_count_once_each(tokenizer):
@@ -85,9 +85,9 @@ def test_an_anchor_that_another_edit_of_the_row_changes_is_dropped(tokenizer):
     pair = [Edit("Anna", "{} lives in", "Rome"), Edit("Anna", "{} works as a", "river")]
     losses = []
     for anchors in (None, ["{} lives in", "{} works as a"]):
-        bench = bench_for(model, tokenizer, settings(anchors=anchors, steps=3))
-        rows = tuple(bench.renderer.edit_rows(edit, bench.contexts) for edit in pair)
-        losses.append(float(optimise_targets(bench, [Group(rows)]).losses[0]))
+        runner = runner_for(model, tokenizer, settings(anchors=anchors, steps=3))
+        rows = tuple(runner.renderer.edit_rows(edit, runner.contexts) for edit in pair)
+        losses.append(float(optimise_targets(runner, [Group(rows)]).losses[0]))
     assert losses[0] == losses[1]
 
 
@@ -151,20 +151,20 @@ def searches(tokenizer, stop_when: str, steps: int = 15):
     """EDITS, which do not get there, and easy ones, which do."""
     model = tiny_model("gpt2", torch.float64)
     changes = {"clamp_factor": 50.0, "stop_loss": 0.05, "stop_when": stop_when}
-    bench = bench_for(model, tokenizer, settings(steps=steps, learning_rate=0.3, **changes))
+    runner = runner_for(model, tokenizer, settings(steps=steps, learning_rate=0.3, **changes))
     edits = [EDITS[0], *easy_edits(model, tokenizer)]
-    rows = [bench.renderer.edit_rows(edit, bench.contexts) for edit in edits]
-    return bench, rows, optimise_targets(bench, [Group((r,)) for r in rows])
+    rows = [runner.renderer.edit_rows(edit, runner.contexts) for edit in edits]
+    return runner, rows, optimise_targets(runner, [Group((r,)) for r in rows])
 
 
 @pytest.mark.parametrize("stop_when", ["loss", "likeliest"])
 def test_said_is_the_share_of_prompts_that_say_the_target_at_z(stop_when, tokenizer):
-    bench, rows, found = searches(tokenizer, stop_when, steps=12)
-    block, shares = bench.architecture.block_name(1), []
+    runner, rows, found = searches(tokenizer, stop_when, steps=12)
+    block, shares = runner.architecture.block_name(1), []
     with torch.no_grad():
         for i, edit in enumerate(rows):
             delta = found.values[i] - found.hidden[i]
-            hits = [says(bench.model, block, row, delta) for row in edit.rows]
+            hits = [says(runner.model, block, row, delta) for row in edit.rows]
             shares.append(sum(hits) / len(hits))
     assert found.said.tolist() == pytest.approx(shares)
     assert len(set(shares)) > 1

@@ -9,14 +9,14 @@ from alphaedit_peft import AlphaEditConfig, NullSpace, embedded, get_alphaedit_m
 from alphaedit_peft.editing.groups import Group
 from alphaedit_peft.editing.targets import optimise_targets
 from tests.conftest import tiny_model
-from tests.editing.test_river import EDITS, bench_for, settings
+from tests.editing.test_river import EDITS, runner_for, settings
 from tests.shared import embedded_edits
 
 
 def targets(family: str, tokenizer, **changes):
-    bench = bench_for(tiny_model(family), tokenizer, settings(**changes))
-    rows = [bench.renderer.edit_rows(edit, bench.contexts) for edit in EDITS]
-    return optimise_targets(bench, [Group((r,)) for r in rows])
+    runner = runner_for(tiny_model(family), tokenizer, settings(**changes))
+    rows = [runner.renderer.edit_rows(edit, runner.contexts) for edit in EDITS]
+    return optimise_targets(runner, [Group((r,)) for r in rows])
 
 
 @pytest.mark.parametrize("family", ["gpt2", "gptj", "llama"])

@@ -1,4 +1,4 @@
-"""Tails of rows against whole rows, family by family, and what happens where they differ."""
+"""FromSubject of rows against whole rows, family by family, and what happens where they differ."""
 
 from __future__ import annotations
 
@@ -10,31 +10,30 @@ from transformers import AutoModelForCausalLM, DynamicCache
 from alphaedit_peft import tokens
 from alphaedit_peft.editing.groups import Group
 from alphaedit_peft.editing.targets import optimise_targets
-from alphaedit_peft.editing.targets.reduced import Reduced
-from alphaedit_peft.editing.targets.resume import CacheDiffers, WholeRows
-from alphaedit_peft.editing.targets.rows import rows_of
-from alphaedit_peft.editing.targets.tails import Tails
+from alphaedit_peft.editing.targets.autocast import Autocast
+from alphaedit_peft.editing.targets.continuation import CacheDiffers, FromSubject, WholeRows
+from alphaedit_peft.editing.targets.loss import rows_of
 from tests import oracle
 from tests.conftest import tiny_model
-from tests.editing.test_readings import bench_for, tokenised
+from tests.editing.test_readings import runner_for, tokenised
 from tests.editing.test_river import EDITS, settings
-from tests.editing.test_river import bench_for as bench_of
+from tests.editing.test_river import runner_for as bench_of
 from tests.test_architecture import GATED, OVERRIDDEN, VARIANTS
 
 LAYERS = [0, 1]
 
 
-def all_rows(bench):
-    groups = [Group((rows,)) for rows in tokenised(bench)]
-    return [row for slot, group in enumerate(groups) for row in rows_of(group, slot, bench.config)]
+def all_rows(runner):
+    groups = [Group((rows,)) for rows in tokenised(runner)]
+    return [row for slot, group in enumerate(groups) for row in rows_of(group, slot, runner.config)]
 
 
-def everything(resumed, rows, moved):
+def everything(continuation, rows, moved):
     """Log-probabilities of all rows, in their order, and how many batches they took."""
     found = {}
-    batches = resumed.together(range(len(rows)))
+    batches = continuation.together(range(len(rows)))
     for chosen in batches:
-        values = resumed.log_probs(chosen, moved[chosen])
+        values = continuation.log_probs(chosen, moved[chosen])
         parts = values.split([len(rows[i].reads) for i in chosen])
         found |= dict(zip(chosen, parts, strict=True))
     return torch.cat([found[i] for i in range(len(rows))]), len(batches)
@@ -42,9 +41,9 @@ def everything(resumed, rows, moved):
 
 @pytest.mark.parametrize("name", [*VARIANTS, *OVERRIDDEN])
 def test_tails_give_what_whole_rows_give_wherever_they_are_cut(name, tokenizer, monkeypatch):
-    bench = bench_for(name, tokenizer, LAYERS, tokens_per_batch=60)
-    rows, reduced = all_rows(bench), Reduced(bench)
-    whole = WholeRows(bench, rows, reduced)
+    runner = runner_for(name, tokenizer, LAYERS, tokens_per_batch=60)
+    rows, autocast = all_rows(runner), Autocast(runner)
+    whole = WholeRows(runner, rows, autocast)
     random = torch.Generator().manual_seed(0)
     step = torch.randn(whole.hidden.shape, generator=random, dtype=whole.hidden.dtype)
     moved = whole.hidden + 0.3 * whole.hidden.norm(dim=1, keepdim=True) * step / len(step[0]) ** 0.5
@@ -52,11 +51,11 @@ def test_tails_give_what_whole_rows_give_wherever_they_are_cut(name, tokenizer, 
         expected, _ = everything(whole, rows, moved)
         for cost, at_least in ((0, 3), (10**6, 1)):
             monkeypatch.setitem(tokens.PASS_COST, "cpu", cost)
-            tails = Tails(bench, rows, reduced)
-            unmoved, batches = everything(tails, rows, tails.hidden)
+            suffixes = FromSubject(runner, rows, autocast)
+            unmoved, batches = everything(suffixes, rows, suffixes.hidden)
             assert batches >= at_least
-            found, _ = everything(tails, rows, moved)
-            assert torch.allclose(tails.hidden, whole.hidden, atol=1e-5)
+            found, _ = everything(suffixes, rows, moved)
+            assert torch.allclose(suffixes.hidden, whole.hidden, atol=1e-5)
             assert (found - expected).abs().max() < 2e-4
             assert (unmoved - expected).abs().max() > 1e-2
 
@@ -64,12 +63,12 @@ def test_tails_give_what_whole_rows_give_wherever_they_are_cut(name, tokenizer, 
 @pytest.mark.parametrize("name", [*VARIANTS, *OVERRIDDEN])
 def test_every_familys_float32_targets_are_the_plain_oracles(name, tokenizer):
     adam = {"steps": 4, "learning_rate": 0.1, "learning_rate_mode": "absolute", "clamp_factor": 0.5}
-    bench = bench_for(name, tokenizer, LAYERS, **adam)
-    bench.model.float()
-    rows = tokenised(bench)[1]
-    found = optimise_targets(bench, [Group((rows,))])
-    block = bench.architecture.block_name(LAYERS[-1])
-    expected = oracle.target_value(bench.model, block, rows, bench.config)
+    runner = runner_for(name, tokenizer, LAYERS, **adam)
+    runner.model.float()
+    rows = tokenised(runner)[1]
+    found = optimise_targets(runner, [Group((rows,))])
+    block = runner.architecture.block_name(LAYERS[-1])
+    expected = oracle.target_value(runner.model, block, rows, runner.config)
     assert found.values.dtype == torch.float32
     moved = (found.values - found.hidden).norm()
     assert moved > 0.01 * found.hidden.norm()
@@ -77,9 +76,9 @@ def test_every_familys_float32_targets_are_the_plain_oracles(name, tokenizer):
 
 
 def test_whole_rows_run_no_more_tokens_at_once_than_asked_for(tokenizer):
-    bench = bench_for("llama", tokenizer, LAYERS, target_tokens=60)
-    rows = all_rows(bench)
-    found = WholeRows(bench, rows, Reduced(bench)).together(range(len(rows)))
+    runner = runner_for("llama", tokenizer, LAYERS, target_tokens=60)
+    rows = all_rows(runner)
+    found = WholeRows(runner, rows, Autocast(runner)).together(range(len(rows)))
     assert sorted(i for some in found for i in some) == list(range(len(rows)))
     padded = [len(some) * max(len(rows[i].ids) for i in some) for some in found]
     assert all(count <= 60 or len(some) == 1 for count, some in zip(padded, found, strict=True))
@@ -87,8 +86,8 @@ def test_whole_rows_run_no_more_tokens_at_once_than_asked_for(tokenizer):
 
 
 def optimised(model, tokenizer, **changes):
-    bench = bench_of(model, tokenizer, settings(**changes))
-    return optimise_targets(bench, [Group((rows,)) for rows in tokenised(bench)])
+    runner = bench_of(model, tokenizer, settings(**changes))
+    return optimise_targets(runner, [Group((rows,)) for rows in tokenised(runner)])
 
 
 def without_what_was_before(cache):
@@ -116,9 +115,9 @@ def test_a_model_that_fills_no_cache_runs_whole_rows(tokenizer):
     with pytest.warns(UserWarning, match="its cache does not continue to the same numbers"):
         found = optimised(model, tokenizer)
     assert (found.values - expected.values).norm() <= 1e-4 * expected.values.norm()
-    bench = bench_of(model, tokenizer, settings())
+    runner = bench_of(model, tokenizer, settings())
     with pytest.raises(CacheDiffers):
-        Tails(bench, all_rows(bench), Reduced(bench))
+        FromSubject(runner, all_rows(runner), Autocast(runner))
 
 
 def test_a_family_that_needs_another_kind_of_cache_runs_whole_rows(tokenizer):
@@ -129,12 +128,12 @@ def test_a_family_that_needs_another_kind_of_cache_runs_whole_rows(tokenizer):
         model = AutoModelForCausalLM.from_config(config).double().eval()
     names = {"block_module": "model.layers.{}"}
     names["rewrite_module"] = "model.layers.{}.feed_forward.w2"
-    bench = bench_of(model, tokenizer, settings(**names))
-    edits = tokenised(bench)
+    runner = bench_of(model, tokenizer, settings(**names))
+    edits = tokenised(runner)
     with pytest.warns(UserWarning, match="its cache does not continue to the same numbers"):
-        found = optimise_targets(bench, [Group((rows,)) for rows in edits])
+        found = optimise_targets(runner, [Group((rows,)) for rows in edits])
     for value, rows in zip(found.values, edits, strict=True):
-        expected = oracle.target_value(model, "model.layers.1", rows, bench.config)
+        expected = oracle.target_value(model, "model.layers.1", rows, runner.config)
         assert (value - expected).norm() <= 1e-4 * expected.norm()
 
 

@@ -1,0 +1,260 @@
+"""Arguments and options that several commands share, and the values they are read into."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+
+if TYPE_CHECKING:
+    from alphaedit_peft.fingerprint import BaseFingerprint
+    from alphaedit_peft.nullspace import KeyMoments, NullSpace
+
+
+PAGES = (".html", ".htm")
+PageOption = Annotated[
+    Path | None, typer.Option("--html", metavar="PAGE.html", help="Write a page to look at.")
+]
+
+
+class Dtype(str, Enum):
+    """dtype of a model's weights in memory; ``auto`` is the checkpoint's own."""
+
+    AUTO = "auto"
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"
+
+
+ModelArgument = Annotated[
+    str, typer.Argument(metavar="MODEL", help="A model's folder or Hub id, or 'embedded'.")
+]
+PackArgument = Annotated[str, typer.Argument(metavar="PACK", help="A pack's folder or Hub id.")]
+OutOption = Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder to write.")]
+DtypeOption = Annotated[
+    Dtype, typer.Option("--dtype", help="Of the weights in memory; auto: the checkpoint's own.")
+]
+DeviceOption = Annotated[
+    str | None,
+    typer.Option(
+        "--device", help="cpu, cuda, cuda:1, or auto to spread it; by default cuda where there is."
+    ),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
+LayersOption = Annotated[
+    str | None,
+    typer.Option("--layers", help="Blocks to rewrite, such as 4,5,6 or 4-8; else by the preset."),
+]
+NullSpaceOption = Annotated[
+    str | None,
+    typer.Option(
+        "--null-space", metavar="DIR", help="What 'alphaedit nullspace' wrote, or a Hub id."
+    ),
+]
+MomentsOption = Annotated[
+    Path | None,
+    typer.Option("--key-moments", metavar="DIR", help="Key moments, for objective memit."),
+]
+
+
+def parse_layers(text: str | None) -> list[int] | None:
+    """Block numbers from ``4,5,6`` or ``4-8``.
+
+    Raises:
+        typer.BadParameter: anything else.
+    """
+    if text is None:
+        return None
+    layers: list[int] = []
+    for part in text.split(","):
+        first, dash, last = part.strip().partition("-")
+        if not first.isdecimal() or (dash and not last.isdecimal()):
+            raise typer.BadParameter(f"--layers {text!r} is not a list such as 4,5,6 or 4-8")
+        layers += range(int(first), int(last or first) + 1)
+    if not layers:
+        raise typer.BadParameter(f"--layers {text!r} counts backwards; write 4-8")
+    return layers
+
+
+def check_folder(path: Path) -> None:
+    """Refuse an output folder that cannot be one, before hours of work.
+
+    Raises:
+        FileExistsError: the path, or one above it, is a file.
+        ValueError: it is, or holds, the working directory.
+    """
+    for place in (path, *path.parents):
+        if place.exists() and not place.is_dir():
+            raise FileExistsError(f"{place} is a file; --out {path} needs a folder")
+    from alphaedit_peft import artefact
+
+    artefact.check_folder(path)
+
+
+def check_file(option: str, path: Path | None, suffixes: Sequence[str] = ()) -> None:
+    """Refuse a file that cannot be written, before any work.
+
+    Args:
+        option: its name, for the sentence.
+        path: None where it was not asked for.
+        suffixes: that its name may have; none: any.
+
+    Raises:
+        typer.BadParameter: a folder, or a name without one of the suffixes.
+        FileNotFoundError: a folder that is not there.
+    """
+    if path is None:
+        return
+    if path.is_dir():
+        raise typer.BadParameter(f"{option} {str(path)!r} is a folder; name a file")
+    if suffixes and path.suffix.lower() not in suffixes:
+        raise typer.BadParameter(f"{option} {str(path)!r} must be a file's name in {suffixes[0]}")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"{option} {path}: there is no folder {path.parent}; make it first")
+
+
+EMBEDDED = "embedded"
+
+
+def load_model(model: str, dtype: Dtype, device: str | None) -> tuple[Any, Any]:
+    """A causal language model and its tokenizer.
+
+    Raises:
+        ValueError: a model or dtype or device that cannot be loaded.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from alphaedit_peft import parallel
+
+    hush()
+    parallel.count()  # of several processes, each gets a GPU of its own
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if model == EMBEDDED:
+        from alphaedit_peft import embedded
+
+        wanted = torch.float32 if dtype is Dtype.AUTO else getattr(torch, dtype.value)
+        base, tokenizer = embedded.load(wanted)
+        return base.to("cpu" if device == "auto" else device), tokenizer  # type: ignore[arg-type]
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model)
+        base = AutoModelForCausalLM.from_pretrained(model, dtype=dtype.value, device_map=device)
+    except Exception as error:  # each file format and the Hub have errors of their own
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise ValueError(f"model {model!r} cannot be loaded: {reason}") from error
+    return base.eval(), tokenizer
+
+
+def hush() -> None:
+    """Switch off transformers' loading bars, and its and the Hub's advice, in this process."""
+    from huggingface_hub.utils import logging as hub_logging
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    hub_logging.set_verbosity_error()
+
+
+def load_model_and_space(
+    model: str, dtype: Dtype, device: str | None, null_space: str | None
+) -> tuple[Any, Any, NullSpace | None]:
+    """A model, its tokenizer, and the null space of a folder or Hub id, where one was given.
+
+    Of several null spaces in one place, the one made for this model is taken, by fingerprint.
+    Whether the place is there at all is found out before the model is loaded.
+
+    Raises:
+        FileNotFoundError: no such place, or no null space for this model in it.
+        ValueError: as ``load_model``; a damaged null space; several that fit.
+    """
+    from alphaedit_peft.nullspace import NullSpace
+
+    several = null_space is not None and _holds_several(null_space)
+    only = None if several else load_null_space(null_space)
+    base, tokenizer = load_model(model, dtype, device)
+    if null_space is None or not several:
+        return base, tokenizer, only
+    with finding(null_space):
+        found = NullSpace.from_pretrained(null_space, fingerprint=fingerprint_of(base))
+    return base, tokenizer, found
+
+
+def fingerprint_of(base: Any) -> BaseFingerprint:
+    """A model's fingerprint, up to the last block that is edited by default."""
+    from alphaedit_peft import AlphaEditConfig
+    from alphaedit_peft.fingerprint import fingerprint
+
+    config, architecture = AlphaEditConfig().resolve(base)
+    return fingerprint(base, max(config.rewrite_layers or [0]), architecture)
+
+
+def load_null_space(path: str | None) -> NullSpace | None:
+    """The null space of a folder or Hub id; None where none was given."""
+    from alphaedit_peft.nullspace import NullSpace
+
+    if path is None:
+        return None
+    with finding(path):
+        return NullSpace.from_pretrained(path)
+
+
+def _holds_several(path: str) -> bool:
+    """Whether a folder or repository has null spaces in folders, to be chosen by fingerprint."""
+    from alphaedit_peft.hub import fetch_folder
+    from alphaedit_peft.nullspace.sharing import HEADER
+
+    inside = f"*/{HEADER}"
+    with finding(path):
+        root = Path(path)
+        if not root.exists():
+            root = fetch_folder(path, (HEADER, inside))
+        return any(root.glob(inside))
+
+
+@contextmanager
+def finding(path: str) -> Iterator[None]:
+    """Say plainly that a path is neither a folder here nor to be had from the Hub, or not alone.
+
+    Raises:
+        FileNotFoundError: instead of what the Hub's client raises within.
+        ValueError: a pack that stands on another, with what to do on the command line.
+    """
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+    )
+
+    from alphaedit_peft.model.stack import MissingParentError
+
+    try:
+        yield
+    except MissingParentError as error:
+        raise ValueError(
+            f"{path}: {error.missing} and acts as made only beside it; join the two first: "
+            f"alphaedit join PARENT {path} --out both"
+        ) from error
+    except (EntryNotFoundError, HfHubHTTPError, OfflineModeIsEnabled) as error:
+        if isinstance(error, (LocalEntryNotFoundError, OfflineModeIsEnabled)):
+            why = " that could be asked for; check the path or the connection"
+        elif isinstance(error, RepositoryNotFoundError):
+            why = " of that name; check the path, or log in if it is private"
+        else:
+            why = f" that has it: {str(error).strip().splitlines()[0]}"
+        raise FileNotFoundError(
+            f"{path}: no such folder here, and no Hub repository{why}"
+        ) from error
+
+
+def load_moments(path: Path | None) -> KeyMoments | None:
+    """The key moments of a folder; None where none was given."""
+    from alphaedit_peft.nullspace import KeyMoments
+
+    return None if path is None else KeyMoments.from_pretrained(path)

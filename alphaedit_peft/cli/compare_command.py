@@ -1,0 +1,199 @@
+"""``alphaedit compare``: several editing methods on one model, over the same edits.
+
+In: a model, cases, methods' names, a schedule. Out: one table of means and intervals, and a folder
+with every run, which a later call takes up. It does what ``alphaedit_peft.studies.compare`` does.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from alphaedit_peft.cli import printing
+from alphaedit_peft.cli.arguments import (
+    EMBEDDED,
+    DeviceOption,
+    Dtype,
+    DtypeOption,
+    JsonOption,
+    ModelArgument,
+    MomentsOption,
+    NullSpaceOption,
+    OutOption,
+    check_folder,
+    load_model_and_space,
+    load_moments,
+)
+from alphaedit_peft.cli.evaluate_command import (
+    DataOption,
+    GenerateOption,
+    SnippetsOption,
+    SplitOption,
+    Target,
+    TargetOption,
+    TextsOption,
+    read_lines,
+    read_suite,
+)
+
+if TYPE_CHECKING:
+    from alphaedit_peft.studies import Base, Comparison, Method
+
+
+STATISTICS_TEXTS = 2500  # of the embedded world
+REST = 200  # records behind the edited ones, whose facts should stay
+# settings that were made for models of billions of parameters, and weaker demands
+STRENGTHS = {
+    "memit": "--set {}.moment_weight=100",
+    "finetuning": "--set {0}.learning_rate=0.01 --set {0}.bound=0.02",
+}
+
+
+def compare(  # noqa: PLR0913
+    model: ModelArgument,
+    *,
+    data: DataOption = None,
+    out: OutOption,
+    methods: Annotated[
+        str, typer.Option(help="Of alphaedit, memit, memit-history, memit-projection, rome, ...")
+    ] = "alphaedit,memit",
+    edits: Annotated[int, typer.Option(min=1, help="How many to make.")] = 100,
+    batch_size: Annotated[int, typer.Option(min=1, help="Edits solved together.")] = 100,
+    every: Annotated[
+        int, typer.Option(min=0, help="Judge after every so many batches; 0: at the end.")
+    ] = 0,
+    seeds: Annotated[str, typer.Option(help="Of the orders that edits are made in.")] = "0",
+    settings: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", metavar="NAME=VALUE", help="For all, or METHOD.NAME=VALUE; can be repeated."
+        ),
+    ] = None,
+    split: SplitOption = None,
+    target: TargetOption = Target.ANSWERS,
+    snippets: SnippetsOption = None,
+    texts: TextsOption = None,
+    generate: GenerateOption = False,
+    null_space: NullSpaceOption = None,
+    key_moments: MomentsOption = None,
+    dtype: DtypeOption = Dtype.AUTO,
+    device: DeviceOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Compare editing methods on one model: the same edits, in batches, over several orders.
+
+    `alphaedit compare embedded --edits 40 --batch-size 20 --methods alphaedit,memit,rome --out run`
+
+    `alphaedit compare MODEL --data counterfact.json --key-moments moments --edits 2000
+    --every 5 --seeds 0,1 --out run`
+
+    Methods: alphaedit, memit, memit-history, memit-projection, rome, finetuning. Null space and
+    projections are made of the key moments where only these are given. A comparison that was
+    stopped goes on where it was.
+    """
+    check_folder(out)
+    orders = _seeds(seeds)
+    data = data or (EMBEDDED if model == EMBEDDED else None)
+    if data is None:
+        raise typer.BadParameter("give --data FILE")
+
+    from alphaedit_peft import AlphaEditConfig, studies
+
+    common, own = _assignments(settings or [])
+    chosen = _methods(methods, own)
+    config = AlphaEditConfig.from_json({"on_conflict": "replace", **common})
+    suite = read_suite(data, edits, REST, split=split, target=target, snippets=snippets)
+    suite = replace(suite, texts=(*suite.texts, *read_lines(texts)))
+    origin = {"name": Path(data).name}
+    if split is not None:
+        origin = {"name": data, "split": split}
+    elif data != EMBEDDED:
+        origin["sha256"] = studies.file_digest(data)
+    if target is not Target.ANSWERS:
+        origin["target"] = target.value
+    if snippets is not None:
+        origin["snippets_sha256"] = studies.file_digest(snippets)
+    moments = load_moments(key_moments)
+    base, tokenizer, space = load_model_and_space(model, dtype, device, null_space)
+    ground = studies.Base(base, tokenizer, space, moments)
+    ground = _with_statistics(ground, model, out, config)
+    study = studies.Study(ground, suite, config, generate=generate, data=origin)
+    schedule = studies.Schedule(batch_size, every)
+    found = studies.compare(study, chosen, out, schedule, seeds=orders, progress=printing.say)
+    facts = {"out": str(out), "edits": edits, **found.to_json()}
+    text = json.dumps(printing.finite(facts), indent=1, allow_nan=False)
+    (out / "comparison.json").write_text(text + "\n", encoding="utf-8")
+    over = "over seeds" if len(orders) > 1 else "over cases"
+    title = f"{edits} edits in batches of {batch_size}: means, 95 % intervals {over}"
+    printing.show(as_json, facts, title, str(found), *_undone(found), f"Written to {out}")
+
+
+def _undone(found: Comparison) -> list[str]:
+    """A sentence on each method that did nothing: its settings may be for other models."""
+    told = []
+    for name in found.runs:
+        now, before = found.final(name).get("efficacy_recall"), found.before.metrics
+        if now is None or now.value > before["efficacy_recall"].value:
+            continue
+        told.append(f"{name} left its edits undone, which says little of the method")
+        advice = STRENGTHS.get(name.partition("-")[0])
+        if advice is not None:
+            told[-1] += f": its defaults fit other models; try such as {advice.format(name)}"
+    return told
+
+
+def _with_statistics(ground: Base, model: str, out: Path, config: Any) -> Base:
+    """The null space from the key moments where only these are given; the embedded model's own."""
+    if ground.null_space is None and ground.key_moments is None and model == EMBEDDED:
+        from alphaedit_peft import KeyMoments, embedded
+
+        kept = out / "key_moments"
+        if not kept.is_dir():
+            texts = embedded.texts(STATISTICS_TEXTS)
+            made = KeyMoments.collect(
+                ground.model, ground.tokenizer, texts, config, progress=printing.watched()
+            )
+            made.save_pretrained(kept)
+        ground = replace(ground, key_moments=load_moments(kept))
+    if ground.null_space is None and ground.key_moments is not None:
+        full = config.resolve(ground.model)[0]
+        ground = replace(ground, null_space=ground.key_moments.null_space(config=full))
+    return ground
+
+
+def _methods(names: str, own: dict[str, dict[str, Any]]) -> list[Method]:
+    from alphaedit_peft.studies import find_methods
+
+    found = find_methods(name.strip() for name in names.split(","))
+    strange = sorted(set(own) - {method.name for method in found})
+    if strange:
+        raise ValueError(f"--set names methods {strange}, which --methods {names} does not")
+    return [method.with_settings(**own.get(method.name, {})) for method in found]
+
+
+def _assignments(given: list[str]) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+    """``NAME=VALUE`` for all, and by method ``METHOD.NAME=VALUE``."""
+    common: dict[str, Any] = {}
+    own: dict[str, dict[str, Any]] = {}
+    for text in given:
+        name, equals, value = text.partition("=")
+        method, dot, setting = name.strip().rpartition(".")
+        if not equals or not setting or (dot and not method):
+            raise typer.BadParameter(f"--set {text!r} is not NAME=VALUE or METHOD.NAME=VALUE")
+        try:
+            read = json.loads(value)
+        except ValueError:
+            read = value
+        (own.setdefault(method, {}) if method else common)[setting] = read
+    return common, own
+
+
+def _seeds(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise typer.BadParameter(f"--seeds {text!r} is not a list such as 0,1,2") from None

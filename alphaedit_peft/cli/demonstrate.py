@@ -1,0 +1,252 @@
+"""The demonstration behind ``alphaedit demo``: a pack's whole life on the embedded model, measured.
+
+In: a folder. Out: the pack in that folder, and :class:`Findings`: what the model answered before
+the edits, after them, with the pack loaded by PEFT alone, and with the edits merged. Nothing is
+assumed: each claim that the demo prints is counted here.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from transformers import GenerationConfig
+
+from alphaedit_peft import (
+    AlphaEditConfig,
+    AlphaEditModel,
+    Edit,
+    EditPack,
+    EditReport,
+    NullSpace,
+    embedded,
+    get_alphaedit_model,
+    write_edits,
+)
+from alphaedit_peft.editing.prompts import Renderer
+from alphaedit_peft.editing.runner import Runner
+from alphaedit_peft.fingerprint import bare_model
+
+EDITS = 10
+TEXTS = 2500
+CLOSE = 1e-4  # largest difference of a probability that counts as the same
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What was measured; ``answers`` has one list by state, in the order of ``questions``.
+
+    The states are ``base``, ``edited``, ``plain PEFT`` and ``merged``.
+    """
+
+    edits: tuple[Edit, ...]
+    questions: tuple[Question, ...]
+    answers: Mapping[str, Sequence[Answer]]
+    report: EditReport
+    pack: EditPack
+    restored: bool
+    seconds: float
+
+    def right(self, kind: str, state: str) -> tuple[int, int]:
+        """How many questions of a kind get the wanted answer in a state, and of how many."""
+        pairs = zip(self.questions, self.answers[state], strict=True)
+        found = [q.wanted == a.text for q, a in pairs if q.kind == kind]
+        return sum(found), len(found)
+
+    def agreement(self, state: str) -> tuple[int, float]:
+        """Against the edited model: equal answers, and the largest difference of a probability."""
+        pairs = list(zip(self.answers["edited"], self.answers[state], strict=True))
+        equal = sum(a.text == b.text for a, b in pairs)
+        furthest = max(
+            max(
+                abs(a.probability_new - b.probability_new),
+                abs(a.probability_true - b.probability_true),
+            )
+            for a, b in pairs
+        )
+        return equal, furthest
+
+    def same(self, state: str) -> bool:
+        """Whether a state answers as the edited model does."""
+        equal, furthest = self.agreement(state)
+        return equal == len(self.questions) and furthest <= CLOSE
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything as plain JSON values."""
+        asked = []
+        for i, question in enumerate(self.questions):
+            answers = {state: asdict(found[i]) for state, found in self.answers.items()}
+            asked.append({**asdict(question), "wanted": question.wanted, "answers": answers})
+        return {
+            "restored_bit_for_bit": self.restored,
+            "plain_peft_answers_the_same": self.same("plain PEFT"),
+            "merged_answers_the_same": self.same("merged"),
+            "rank": self.pack.rank,
+            "pack_bytes": self.pack.size_bytes,
+            "seconds": round(self.seconds, 1),
+            "questions": asked,
+            "report": self.report.to_json(),
+        }
+
+
+def demonstrate(folder: Path, tell: Callable[[str], None] = lambda text: None) -> Findings:
+    """Edit the embedded model and take the edits through everything a pack is for.
+
+    Args:
+        folder: gets ``edits.jsonl``, ``null_space/`` and ``pack/``.
+        tell: called with a sentence at the beginning of each step.
+    """
+    begun = time.perf_counter()
+    loaded, tokenizer = embedded.load()
+    base: Any = loaded
+    original = {name: tensor.clone() for name, tensor in base.state_dict().items()}
+    edits, questions = exam()
+    answers = {}
+
+    tell(f"A null space from {TEXTS:,} of the model's own texts")
+    config = AlphaEditConfig()
+    null_space = NullSpace.from_texts(
+        base, tokenizer, embedded.texts(TEXTS), config, progress=False
+    )
+    null_space.save_pretrained(folder / "null_space")
+    tell(f"{len(questions)} questions before the edits")
+    answers["base"] = ask(base, tokenizer, questions)
+
+    tell(f"{len(edits)} edits, the same questions again, and the pack")
+    model = get_alphaedit_model(base, config, tokenizer=tokenizer, null_space=null_space)
+    report = model.edit(edits, progress=False)
+    answers["edited"] = ask(model, tokenizer, questions)
+    model.save_pretrained(folder / "pack")
+    write_edits(edits, folder / "edits.jsonl")
+
+    tell("The adapter unloaded, the pack loaded by PEFT alone, the same questions")
+    base = model.unload()
+    restored = _equal(original, base.state_dict())
+    plain: Any = PeftModel.from_pretrained(base, str(folder / "pack"))
+    answers["plain PEFT"] = ask(plain, tokenizer, questions)
+
+    tell("The pack loaded again and merged, the same questions")
+    merged = AlphaEditModel.from_pretrained(plain.unload(), folder / "pack").merge_and_unload()
+    answers["merged"] = ask(merged, tokenizer, questions)
+    pack = EditPack.from_pretrained(folder / "pack")
+    seconds = time.perf_counter() - begun
+    return Findings(edits, questions, answers, report, pack, restored, seconds)
+
+
+def exam() -> tuple[tuple[Edit, ...], tuple[Question, ...]]:
+    """Edits of ten people, all relations, and the questions that show what they did."""
+    records = embedded.records()
+    relations = len(embedded.world().relations)
+    edits, questions = [], []
+    for number in range(EDITS):
+        # the next person, the next relation
+        record = records[number * relations + number % relations]
+        edit = _edit(record)
+        others = [r for r in _of_subject(records, edit.subject) if r is not record]
+        asked = [("edit", edit.question, edit.target_true)]
+        asked += [("paraphrase", prompt, edit.target_true) for prompt in edit.paraphrases]
+        asked += [("same subject", _edit(r).question, _edit(r).target_true) for r in others]
+        asked += [("bystander", prompt, edit.target_true) for prompt in edit.neighborhood]
+        edits.append(edit)
+        questions += [Question(k, text, edit.target_new, str(true)) for k, text, true in asked]
+    return tuple(edits), tuple(questions)
+
+
+def _edit(record: Mapping[str, Any]) -> Edit:
+    wanted = record["requested_rewrite"]
+    return Edit(
+        subject=wanted["subject"],
+        prompt=wanted["prompt"],
+        target_new=wanted["target_new"]["str"],
+        target_true=wanted["target_true"]["str"],
+        paraphrases=tuple(record["paraphrase_prompts"]),
+        neighborhood=tuple(record["neighborhood_prompts"]),
+    )
+
+
+def _of_subject(records: Sequence[Mapping[str, Any]], subject: str) -> list[Mapping[str, Any]]:
+    return [r for r in records if r["requested_rewrite"]["subject"] == subject]
+
+
+def _equal(one: Mapping[str, torch.Tensor], other: Mapping[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+KINDS = ("edit", "paraphrase", "same subject", "bystander")
+LONGEST = 8  # tokens of an answer
+AT_ONCE = 64  # prompts
+
+
+@dataclass(frozen=True)
+class Question:
+    """A prompt without its answer: the edit's new target, and what is true before the edits.
+
+    ``kind`` is ``edit``, ``paraphrase``, ``same subject`` (another fact about the edit's subject)
+    or ``bystander`` (another subject of which the same is true); the last two should stay.
+    """
+
+    kind: str
+    prompt: str
+    new: str
+    true: str
+
+    @property
+    def should_change(self) -> bool:
+        """Whether the edit asks for the new target here."""
+        return self.kind in ("edit", "paraphrase")
+
+    @property
+    def wanted(self) -> str:
+        """The answer that a perfect edit leaves here."""
+        return self.new if self.should_change else self.true
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the model says by itself, and P of the new and of the true target."""
+
+    text: str
+    probability_new: float
+    probability_true: float
+
+
+def ask(model: Any, tokenizer: Any, questions: Sequence[Question]) -> list[Answer]:
+    """Ask all questions; the model is left as it was."""
+    texts = says(model, tokenizer, [question.prompt for question in questions])
+    config, architecture = AlphaEditConfig().resolve(bare_model(model))
+    runner = Runner(model, tokenizer, config, architecture, ())
+    row = Renderer(tokenizer, config).target_row
+    new = runner.score([row(q.prompt, q.new) for q in questions])
+    true = runner.score([row(q.prompt, q.true) for q in questions])
+    return [
+        Answer(text, a.probability, b.probability)
+        for text, a, b in zip(texts, new, true, strict=True)
+    ]
+
+
+@torch.no_grad()
+def says(model: Any, tokenizer: Any, prompts: Sequence[str]) -> list[str]:
+    """The model's greedy continuation of each prompt, up to the full stop."""
+    settings = GenerationConfig(
+        do_sample=False,
+        max_new_tokens=LONGEST,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    texts: list[str] = []
+    for start in range(0, len(prompts), AT_ONCE):
+        inputs = tokenizer(
+            list(prompts[start : start + AT_ONCE]),
+            padding=True,
+            padding_side="left",
+            return_tensors="pt",
+        ).to(model.device)
+        out = model.generate(**inputs, generation_config=settings)
+        new = out[:, inputs["input_ids"].shape[1] :]  # (prompts, new tokens)
+        texts += tokenizer.batch_decode(new, skip_special_tokens=True)
+    return [text.partition(".")[0].strip() for text in texts]

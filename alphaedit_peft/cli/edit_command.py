@@ -1,0 +1,236 @@
+"""``alphaedit edit``: edits from JSON Lines into a model, and the pack out.
+
+In: a model, edits, a null space, and a pack to go on from where there is one. Out: the pack, and
+the report of the run. It does what ``AlphaEditModel.edit`` and ``save_pretrained`` do; a run that
+stops midway saves the batches that were finished.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from alphaedit_peft.cli import printing
+from alphaedit_peft.cli.arguments import (
+    DeviceOption,
+    Dtype,
+    DtypeOption,
+    JsonOption,
+    LayersOption,
+    ModelArgument,
+    MomentsOption,
+    NullSpaceOption,
+    check_folder,
+    finding,
+    load_model_and_space,
+    load_moments,
+    parse_layers,
+)
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from alphaedit_peft import AlphaEditModel, Edit, EditReport
+
+
+FIXED = (  # what a pack's edits were made with, and later ones must be too
+    *("preset", "rewrite_layers", "rewrite_module", "block_module"),
+    *("objective", "projection", "moment_weight", "threshold", "threshold_mode"),
+    *("contexts", "num_contexts", "context_length", "chat_template", "separator", "seed"),
+)
+
+
+def edit(  # noqa: PLR0913
+    model: ModelArgument,
+    edits: Annotated[
+        Path, typer.Argument(metavar="EDITS.jsonl", help="One JSON object a line, one edit each.")
+    ],
+    *,
+    out: Annotated[Path, typer.Option("--out", metavar="PACK", help="Pack to write.")],
+    null_space: NullSpaceOption = None,
+    pack: Annotated[
+        str | None, typer.Option("--pack", metavar="PACK", help="Pack to go on from.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Edits solved together.")] = 100,
+    config: Annotated[
+        Path | None, typer.Option("--config", metavar="FILE", help="AlphaEditConfig as JSON.")
+    ] = None,
+    layers: LayersOption = None,
+    preset: Annotated[
+        str | None, typer.Option(help="auto (the default) or paper, for settings left out.")
+    ] = None,
+    ridge: Annotated[
+        float | None,
+        typer.Option(help="lambda of the paper's Eq. 11; in auto, relative to the mean |P k|^2."),
+    ] = None,
+    steps: Annotated[int | None, typer.Option(help="Of each target value's search.")] = None,
+    on_conflict: Annotated[
+        str | None, typer.Option(help="error, replace (the later wins) or keep (the earlier).")
+    ] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="NAME=VALUE", help="Any other setting; can be repeated."),
+    ] = None,
+    key_moments: MomentsOption = None,
+    dtype: DtypeOption = Dtype.AUTO,
+    device: DeviceOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Make edits and write them as a pack.
+
+    A line of EDITS.jsonl has the place of the subject as {}, and may have target_true, anchors
+    (prompts whose answers are kept), paraphrases, neighborhood and an id:
+
+    {"subject": "Ada Lovelace", "prompt": "{} was born in", "target_new": "Vienna"}
+
+    `alphaedit edit MODEL edits.jsonl --null-space ns --out pack`
+
+    `alphaedit edit MODEL more.jsonl --null-space ns --pack pack --out pack` (goes on)
+
+    Edits that did not take are listed with the reason, and do not change the exit code.
+    """
+    from alphaedit_peft import read_edits
+
+    check_folder(out)
+    given = {
+        "preset": preset,
+        "rewrite_layers": parse_layers(layers),
+        "ridge": ridge,
+        "steps": steps,
+        "on_conflict": on_conflict,
+    }
+    values = _settings(config, given, settings or [])
+    wanted = read_edits(edits)
+    moments = load_moments(key_moments)
+    base, tokenizer, space = load_model_and_space(model, dtype, device, null_space)
+    resources = {"tokenizer": tokenizer, "null_space": space, "key_moments": moments}
+    edited = _model(base, pack, values, resources)
+    report = _edit_and_save(edited, wanted, batch_size, out)
+    facts = {"out": str(out), "edits_in_pack": len(edited.edits), **report.to_json()}
+    printing.show(as_json, facts, *_parts(report, len(edited.edits), out))
+
+
+def _settings(path: Path | None, given: dict[str, Any], assignments: list[str]) -> dict[str, Any]:
+    """Settings from a JSON file, then from options, which win."""
+    values: dict[str, Any] = {}
+    if path is not None:
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"--config {path} is not JSON: {error}") from error
+        if not isinstance(values, dict):
+            raise ValueError(f"--config {path} holds a {type(values).__name__}, not an object")
+    values |= {name: value for name, value in given.items() if value is not None}
+    for assignment in assignments:
+        name, equals, text = assignment.partition("=")
+        if not equals:
+            raise typer.BadParameter(f"--set {assignment!r} is not NAME=VALUE")
+        values[name.strip()] = _value(text)
+
+    from alphaedit_peft import AlphaEditConfig
+
+    known = sorted(AlphaEditConfig().to_json())
+    unknown = sorted(set(values) - set(known))
+    if unknown:
+        raise ValueError(f"settings {unknown} are unknown; there are {', '.join(known)}")
+    return values
+
+
+def _value(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
+def _model(
+    base: Any, pack: str | None, values: dict[str, Any], resources: dict[str, Any]
+) -> AlphaEditModel:
+    """A new editable model with these settings, or one that goes on from a pack."""
+    from alphaedit_peft import AlphaEditConfig, AlphaEditModel, get_alphaedit_model
+
+    if pack is None:
+        return get_alphaedit_model(base, AlphaEditConfig.from_json(values), **resources)
+    fixed = sorted(set(values) & set(FIXED))
+    if fixed:
+        raise ValueError(
+            f"{', '.join(fixed)} cannot be changed while going on from {pack}: its edits were made "
+            "with its own; leave them out, or start a new pack"
+        )
+    with finding(pack):
+        edited = AlphaEditModel.from_pretrained(base, pack, **resources)
+    edited.alphaedit_config = replace(edited.alphaedit_config, **values)
+    return edited
+
+
+def _edit_and_save(
+    edited: AlphaEditModel, wanted: tuple[Edit, ...], batch_size: int, out: Path
+) -> EditReport:
+    before = len(edited.records)
+    try:
+        report = edited.edit(wanted, batch_size=batch_size, progress=printing.watched())
+    except BaseException:
+        if len(edited.records) > before:
+            edited.save_pretrained(out)
+            printing.say(f"stopped; the finished batches ({len(edited.edits)} edits) are in {out}")
+        raise
+    edited.save_pretrained(out)
+    return report
+
+
+def _parts(report: EditReport, total: int, out: Path) -> list[Table | str]:
+    """The report as tables and sentences."""
+    took = len(report.made) - len(report.not_taken)
+    parts: list[Table | str] = []
+    if report.decisions:
+        decided = [(d.name, d.value, d.reason) for d in report.decisions]
+        parts.append(printing.table(printing.DECIDED, ["setting", "value", "reason"], decided))
+    if report.made:
+        parts.append(_edit_table(report))
+        parts.append(_layer_table(report))
+    remarks = [(r.edit.question, r.edit.target_new.strip(), r.remark) for r in report if r.remark]
+    if remarks:
+        parts.append(printing.table("Not as asked for", ["prompt", "new target", "why"], remarks))
+    if report.set_aside:
+        rows = [(r.edit.question, r.edit.target_new.strip(), r.reason) for r in report.set_aside]
+        parts.append(printing.table("Set aside", ["prompt", "new target", "why"], rows))
+    parts.append(
+        f"{printing.count(len(report.made), 'edit')} made, {len(report.set_aside)} set aside; "
+        f"{took} of {len(report.made)} new targets are now what the model says by itself."
+    )
+    parts.append(f"Written to {out}: {printing.count(total, 'edit')}")
+    return parts
+
+
+def _edit_table(report: EditReport) -> Table:
+    columns = ["prompt", "target", ">before", ">after", ">said", ">loss", ">steps", ">share"]
+    asked = any(r.paraphrases for r in report.made)
+    rows = [
+        (
+            r.edit.question,
+            r.edit.target_new.strip(),
+            printing.probability(r.probability_before),
+            printing.probability(r.probability_after),
+            r.likeliest,
+            printing.probability(r.loss),
+            r.steps,
+            printing.probability(r.total_share),
+            *[f"{sum(r.paraphrases)} of {len(r.paraphrases)}" if r.paraphrases else ""] * asked,
+        )
+        for r in report.made
+    ]
+    columns += [">paraphrases"] * asked
+    return printing.table("Edits: P(target) before and after", columns, rows)
+
+
+def _layer_table(report: EditReport) -> Table:
+    columns = [">layer", ">rank", ">|Delta|", ">|W|", ">on edited keys", ">on preserved keys"]
+    rows = [
+        (x.layer, x.rank, x.delta_norm, x.weight_norm, x.edited_change, x.preserved_change)
+        for x in report.layers
+    ]
+    return printing.table("Layers: the update, and how far it moves outputs", columns, rows)

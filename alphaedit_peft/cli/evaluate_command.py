@@ -1,0 +1,216 @@
+"""``alphaedit evaluate``: judge a model, or a pack on it, over cases.
+
+In: a model, cases from a file or the embedded world, a pack. Out: metrics as a table or JSON, and
+a results file that a later call takes up. It does what ``alphaedit_peft.evaluation.evaluate`` does.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from alphaedit_peft.cli import printing
+from alphaedit_peft.cli.arguments import (
+    EMBEDDED,
+    DeviceOption,
+    Dtype,
+    DtypeOption,
+    JsonOption,
+    ModelArgument,
+    finding,
+    load_model,
+)
+
+if TYPE_CHECKING:
+    from alphaedit_peft.evaluation import Scores, Suite
+
+
+EMBEDDED_CASES = 50
+
+
+class Target(str, Enum):
+    """zsRE's field that is taught."""
+
+    ANSWERS = "answers"
+    ALT = "alt"
+
+
+DataOption = Annotated[
+    str | None,
+    typer.Option(
+        "--data",
+        metavar="FILE",
+        help="Cases: CounterFact, zsRE, KnowEdit or edits.jsonl; or the word 'embedded'.",
+    ),
+]
+SplitOption = Annotated[
+    str | None,
+    typer.Option("--split", help="Read --data as a dataset (Hub id or folder), and this of it."),
+]
+TargetOption = Annotated[Target, typer.Option("--target", help="For zsRE: which answer is taught.")]
+SnippetsOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--snippets",
+        metavar="FILE",
+        help="CounterFact's attribute_snippets.json, which consistency needs.",
+    ),
+]
+TextsOption = Annotated[
+    Path | None,
+    typer.Option("--texts", metavar="FILE", help="Texts for perplexity, one a line."),
+]
+GenerateOption = Annotated[
+    bool, typer.Option("--generate", help="Let the model write too: fluency, consistency; slow.")
+]
+
+
+def evaluate(  # noqa: PLR0913
+    model: ModelArgument,
+    *,
+    data: DataOption = None,
+    pack: Annotated[
+        str | None,
+        typer.Option("--pack", metavar="PACK", help="Edits to judge, before and after."),
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Judge so many cases at most.")] = None,
+    split: SplitOption = None,
+    target: TargetOption = Target.ANSWERS,
+    snippets: SnippetsOption = None,
+    texts: TextsOption = None,
+    generate: GenerateOption = False,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out", metavar="FILE.jsonl", help="Keep judged cases here, and go on from there."
+        ),
+    ] = None,
+    dtype: DtypeOption = Dtype.AUTO,
+    device: DeviceOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Judge a model, with or without a pack: efficacy, generalization, specificity and more.
+
+    `alphaedit evaluate MODEL --data counterfact.json --limit 300`
+
+    `alphaedit evaluate MODEL --pack pack --data cases.jsonl` (before and after)
+
+    `alphaedit evaluate MODEL --pack pack` (the pack's own edits and their paraphrases)
+
+    What the metrics mean: docs/evaluation.md.
+    """
+    from alphaedit_peft import evaluation
+
+    if data is None and pack is None:
+        raise typer.BadParameter("give --data FILE, or --pack PACK for a pack's own edits")
+    if data is None:
+        check_ways(data, split, target, snippets)
+        suite = _suite_of_pack(str(pack), limit)
+    else:
+        suite = read_suite(data, limit, split=split, target=target, snippets=snippets)
+    suite = replace(suite, texts=(*suite.texts, *read_lines(texts)))
+    base, tokenizer = load_model(model, dtype, device)
+    before, now = None, base
+    if pack is not None:
+        first = None if out is None else out.with_name(f"{out.stem}.before{out.suffix}")
+        before = evaluation.evaluate(base, tokenizer, suite, generate=generate, results=first)
+        now = _with_pack(base, pack)
+    scores = evaluation.evaluate(
+        now, tokenizer, suite, baseline=before, generate=generate, results=out
+    )
+    facts = {"cases": len(suite.cases), "metrics": _metrics(scores), "settings": scores.settings}
+    if before is not None:
+        facts["before"] = _metrics(before)
+    parts = [scores.table(before)]
+    if pack is not None and suite.texts:
+        drift = evaluation.text_divergence(
+            evaluation.Reader(now, tokenizer), now.disable_adapter, suite.texts
+        )
+        facts["drift"] = drift.to_json()
+        parts.append(
+            f"Drift over {drift.n} texts: KL(before || after) {drift.value:.3g} nats a token "
+            f"({drift.low:.3g} to {drift.high:.3g})"
+        )
+    if out is not None:
+        facts["out"] = str(out)
+        parts.append(f"Judged cases are in {out}")
+    printing.show(as_json, facts, *parts)
+
+
+def read_suite(
+    data: str,
+    limit: int | None,
+    rest: int = 0,
+    *,
+    split: str | None = None,
+    target: Target = Target.ANSWERS,
+    snippets: Path | None = None,
+) -> Suite:
+    """Cases and what stands around them; ``rest`` more records give facts that should stay.
+
+    Raises:
+        typer.BadParameter: options that ``data`` has no use for.
+        ValueError: as ``read_cases``, or fewer cases than asked for.
+    """
+    from alphaedit_peft.evaluation import Suite, embedded_suite, facts_of, read_cases
+
+    check_ways(data, split, target, snippets)
+    if data == EMBEDDED:
+        return embedded_suite(limit or EMBEDDED_CASES)
+    cases, report = read_cases(
+        data,
+        split=split,
+        limit=None if limit is None else limit + rest,
+        target=target.value,
+        snippets=snippets,
+    )
+    if rest and limit is not None and len(cases) < limit:
+        raise ValueError(f"{data} holds {len(cases)} distinct cases, fewer than --edits {limit}")
+    printing.say(" ".join(str(report).split()))
+    return Suite(cases[:limit], facts_of(cases[limit:] if limit else ()))
+
+
+def check_ways(data: str | None, split: str | None, target: Target, snippets: Path | None) -> None:
+    """Refuse ways of reading records where no records are read.
+
+    Raises:
+        typer.BadParameter: one that was given for nothing.
+    """
+    ways = {"--split": split, "--snippets": snippets}
+    ways["--target"] = None if target is Target.ANSWERS else target.value
+    given = [f"{name} {value}" for name, value in ways.items() if value is not None]
+    if given and data in (None, EMBEDDED):
+        raise typer.BadParameter(f"{given[0]} is for records; give them with --data")
+
+
+def _suite_of_pack(pack: str, limit: int | None) -> Suite:
+    from alphaedit_peft import EditPack
+    from alphaedit_peft.evaluation import Case, Suite
+
+    with finding(pack):
+        edits = EditPack.from_pretrained(pack).edits[:limit]
+    if not edits:
+        raise ValueError(f"{pack} holds no edit to judge; give --data FILE")
+    return Suite([Case(edit, paraphrases=edit.paraphrases) for edit in edits])
+
+
+def _with_pack(base: Any, pack: str) -> Any:
+    from alphaedit_peft import AlphaEditModel
+
+    with finding(pack):
+        return AlphaEditModel.from_pretrained(base, pack)
+
+
+def read_lines(path: Path | None) -> tuple[str, ...]:
+    """The lines of a text file that are not blank; none without a file."""
+    if path is None:
+        return ()
+    return tuple(line for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
+
+
+def _metrics(scores: Scores) -> dict[str, Any]:
+    return {name: estimate.to_json() for name, estimate in scores.metrics.items()}

@@ -1,0 +1,253 @@
+"""``alphaedit remove``, ``join``, ``compress`` and ``export``: packs of packs, without a model.
+
+In: packs. Out: a pack, or a LoRA folder for servers, with the figures that say what it costs. They
+do what the methods of that name of ``EditPack`` do.
+"""
+
+from __future__ import annotations
+
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from alphaedit_peft.cli import printing
+from alphaedit_peft.cli.arguments import JsonOption, OutOption, PackArgument, check_folder, finding
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from alphaedit_peft import EditPack
+
+
+class Conflict(str, Enum):
+    """Which of two packs keeps a key that both have."""
+
+    ERROR = "error"
+    FIRST = "first"
+    LAST = "last"
+
+
+class Layers(str, Enum):
+    """Whether packs may edit different layers."""
+
+    SAME = "same"
+    UNION = "union"
+
+
+class Smaller(str, Enum):
+    """dtype of factors on disk."""
+
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"
+
+
+class Format(str, Enum):
+    """Whom an export is for."""
+
+    PEFT = "peft"
+    LLAMA_CPP = "llama.cpp"
+
+
+FactorsOption = Annotated[
+    Smaller | None, typer.Option("--dtype", help="Of the factors; by default as they are.")
+]
+
+
+def remove(
+    pack: PackArgument,
+    ids: Annotated[list[str], typer.Argument(metavar="ID...", help="Ids that inspect shows.")],
+    *,
+    out: OutOption,
+    max_share: Annotated[
+        float, typer.Option(min=0, max=1, help="Warn where more of an edit stays in force.")
+    ] = 0.5,
+    as_json: JsonOption = False,
+) -> None:
+    """Take edits out of a pack, without the model; the others stay as they are on their keys.
+
+    What a removed edit shares with the others' keys stays in force; the table says how much. With
+    the model at hand, `AlphaEditModel.remove_edits` leaves nothing.
+
+    `alphaedit remove pack 3f2a9c81d07b --out smaller-pack`
+    """
+    from alphaedit_peft.pack.remove import remove as take_out
+
+    check_folder(out)
+    read = _read(pack)
+    removal = take_out(read, ids, max_share=max_share)
+    removal.pack.save_pretrained(out)
+    gone = {edit.id: edit for edit in read.edits if edit.id in removal.shares}
+    facts = {
+        "out": str(out),
+        "removed": [edit.to_dict() for edit in gone.values()],
+        "remaining": [edit.to_dict() for edit in removal.pack.edits],
+        "shares_in_force": removal.shares,
+    }
+    rows = [
+        (e.id, e.question, e.target_new.strip(), f"{removal.largest(e.id):.0%}")
+        for e in gone.values()
+    ]
+    table = printing.table("Removed", ["id", "prompt", "target", ">still in force"], rows)
+    left = printing.count(len(removal.pack.edits), "edit")
+    verb = "remains" if len(removal.pack.edits) == 1 else "remain"
+    printing.show(as_json, facts, table, f"Written to {out}: {left} {verb}")
+
+
+def join(
+    packs: Annotated[list[str], typer.Argument(metavar="PACK...", help="Folders or Hub ids.")],
+    *,
+    out: OutOption,
+    on_conflict: Annotated[
+        Conflict, typer.Option(help="Which pack keeps a key or prompt that two have.")
+    ] = Conflict.ERROR,
+    layers: Annotated[
+        Layers, typer.Option(help="union: accept packs that edit different layers.")
+    ] = Layers.SAME,
+    norm_guard: Annotated[
+        float, typer.Option(help="Most |Delta|, relative to unrelated packs; 0: none.")
+    ] = 2.0,
+    as_json: JsonOption = False,
+) -> None:
+    """Join packs of one base and one null space into one, without the model.
+
+    A pack that was edited on top of another comes after it; the joined pack does what both did.
+
+    `alphaedit join pack-a pack-b --out both`
+    """
+    from alphaedit_peft.pack.join import join as solve
+
+    check_folder(out)
+    names = [Path(name).name or name for name in packs]
+    found = solve(
+        [_read(name) for name in packs],
+        names=names if len(set(names)) == len(names) else list(packs),
+        on_conflict=on_conflict.value,
+        layers=layers.value,
+        norm_guard=norm_guard,
+    )
+    found.pack.save_pretrained(out)
+    figures = {
+        name: {
+            "largest_drift": float(joint.drift.max()) if len(joint.drift) else 0.0,
+            "growth": joint.growth,
+            "ridge": joint.ridge,
+        }
+        for name, joint in found.solved.items()
+    }
+    facts = {
+        "out": str(out),
+        "edits": len(found.pack.edits),
+        "rank": found.pack.rank,
+        "parents": list(found.pack.parents),
+        "left_out": [vars(left) for left in found.left_out],
+        "modules": figures,
+    }
+    columns = ["module", ">outputs off by", ">|Delta| growth", ">ridge"]
+    rows = [(n, f["largest_drift"], f["growth"], f["ridge"]) for n, f in figures.items()]
+    parts: list[Table | str] = [printing.table("Joined", columns, rows)]
+    if found.left_out:
+        left_out = [(left.id, left.pack, left.reason) for left in found.left_out]
+        parts.append(printing.table("Left out", ["id", "pack", "reason"], left_out))
+    edits = printing.count(len(found.pack.edits), "edit")
+    printing.show(as_json, facts, *parts, f"Written to {out}: {edits}, rank {found.pack.rank}")
+
+
+def compress(
+    pack: PackArgument,
+    *,
+    out: OutOption,
+    rank: Annotated[int | None, typer.Option(min=1, help="Of every layer.")] = None,
+    tolerance: Annotated[
+        float | None, typer.Option(help="Least rank whose relative error is within this.")
+    ] = None,
+    dtype: FactorsOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Make a pack smaller: a lower rank, a smaller dtype, or both.
+
+    After a lower rank, edits can no longer be removed, joined or gone on from; keep the original.
+
+    `alphaedit compress pack --tolerance 0.05 --dtype bfloat16 --out small`
+    """
+    if rank is None and tolerance is None and dtype is None:
+        raise typer.BadParameter("give --rank, --tolerance or --dtype")
+    check_folder(out)
+    read = _read(pack)
+    small = read.compress(rank=rank, tolerance=tolerance, dtype=_torch_dtype(dtype))
+    small.save_pretrained(out)
+    assert small.compression is not None, "compress says what it did"
+    facts = {"out": str(out), "rank": small.rank, "rank_before": read.rank}
+    facts |= {"compression": small.compression.to_json()}
+    columns = ["module", ">error of Delta", ">error of the edits' outputs"]
+    rows = [
+        (name, error, small.compression.output_errors[name])
+        for name, error in small.compression.delta_errors.items()
+    ]
+    done = f"Written to {out}: rank {small.rank} of {read.rank}, {small.compression.dtype}"
+    printing.show(as_json, facts, printing.table("Compressed", columns, rows), done)
+
+
+def export(
+    pack: PackArgument,
+    *,
+    out: OutOption,
+    format: Annotated[
+        Format, typer.Option("--format", help="llama.cpp: as its converter wants GPT-2's.")
+    ] = Format.PEFT,
+    max_rank: Annotated[
+        str | None, typer.Option(metavar="N|vllm", help="Add rows of zeros up to this rank.")
+    ] = None,
+    dtype: FactorsOption = None,
+    all_layers: Annotated[
+        bool, typer.Option("--all-layers", help="Zeros in blocks that were not edited, for TGI.")
+    ] = False,
+    num_blocks: Annotated[
+        int | None, typer.Option(min=1, help="Of the base, where the pack does not know.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Write a pack as a plain LoRA folder without sidecar, for servers.
+
+    `alphaedit export pack --max-rank vllm --dtype bfloat16 --out lora`
+    """
+    from alphaedit_peft.pack.parents import require_alone
+
+    check_folder(out)
+    if max_rank is not None and max_rank != "vllm" and not max_rank.isdecimal():
+        raise typer.BadParameter(f"--max-rank {max_rank!r} is not 1, 2, 3 ... or 'vllm'")
+    read = _read(pack)
+    require_alone(
+        read,
+        "it cannot be exported alone",
+        f"join it with its parent first: alphaedit join PARENT {pack} --out both",
+    )
+    done = read.export(
+        out,
+        format=format.value,
+        max_rank=int(max_rank) if max_rank and max_rank.isdecimal() else max_rank,
+        dtype=_torch_dtype(dtype),
+        all_layers=all_layers,
+        num_blocks=num_blocks,
+    )
+    facts = vars(done) | {"folder": str(out), "dtype": str(done.dtype).removeprefix("torch.")}
+    worst = max(done.rounding_errors.values())
+    rounding = f", rounded by {worst:.2g} at most" if worst else ""
+    turned = ", factors transposed" if done.transposed else ""
+    text = f"{printing.count(len(done.modules), 'module')} of rank {done.rank}, {facts['dtype']}"
+    printing.show(as_json, facts, f"Written to {out}: {text}{rounding}{turned}")
+
+
+def _read(pack: str) -> EditPack:
+    from alphaedit_peft import EditPack
+
+    with finding(pack):
+        return EditPack.from_pretrained(pack)
+
+
+def _torch_dtype(dtype: Smaller | None) -> Any:
+    import torch
+
+    return None if dtype is None else getattr(torch, dtype.value)

@@ -1,0 +1,204 @@
+"""``alphaedit push`` and ``pull``, and the same for null spaces: to the Hub and from it.
+
+In: a folder and a repository's name. Out: the commit's address, or a folder. They do what
+``EditPack.push_to_hub``, ``NullSpace.push_to_hub`` and ``from_pretrained`` do. The token is the one
+of ``hf auth login``, or the environment's ``HF_TOKEN``.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from alphaedit_peft.cli import nullspace_commands, printing
+from alphaedit_peft.cli.arguments import (
+    DeviceOption,
+    Dtype,
+    DtypeOption,
+    JsonOption,
+    OutOption,
+    PackArgument,
+    check_folder,
+    finding,
+    hush,
+    load_model,
+)
+
+if TYPE_CHECKING:
+    from alphaedit_peft.fingerprint import BaseFingerprint
+
+
+RepoArgument = Annotated[str, typer.Argument(metavar="REPO", help="On the Hub: user/name.")]
+PrivateOption = Annotated[
+    bool, typer.Option("--private", help="Make the repository private where it is made.")
+]
+BranchOption = Annotated[
+    str | None, typer.Option("--revision", help="Branch; made where it does not exist.")
+]
+PullRequestOption = Annotated[
+    bool, typer.Option("--create-pr", help="Open a pull request instead of committing.")
+]
+MessageOption = Annotated[str | None, typer.Option("--message", help="Of the commit.")]
+SubfolderOption = Annotated[
+    str | None, typer.Option("--subfolder", metavar="NAME", help="Within the repository.")
+]
+RevisionOption = Annotated[
+    str | None, typer.Option("--revision", help="Branch, tag, commit or refs/pr/N.")
+]
+
+
+def push(  # noqa: PLR0913
+    pack: PackArgument,
+    repo: RepoArgument,
+    *,
+    private: PrivateOption = False,
+    revision: BranchOption = None,
+    create_pr: PullRequestOption = False,
+    subfolder: SubfolderOption = None,
+    no_texts: Annotated[
+        bool, typer.Option("--no-texts", help="Leave the edits' texts out of the model card.")
+    ] = False,
+    message: MessageOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Upload a pack to the Hub, in one commit, with a model card.
+
+    The factors keep the precision they have in the folder. `edits.jsonl` holds the edits' texts,
+    also with `--no-texts`; push to a private repository what others must not read.
+
+    `alphaedit push pack user/name --private`
+    """
+    from alphaedit_peft import EditPack
+    from alphaedit_peft.pack.files import locate
+    from alphaedit_peft.pack.hub import stored_dtype
+
+    _hush()
+    with finding(pack):
+        folder = locate(pack)
+        read = EditPack.from_pretrained(folder)
+    url = read.push_to_hub(
+        repo,
+        private=private or None,
+        revision=revision,
+        create_pr=create_pr,
+        subfolder=subfolder,
+        texts=not no_texts,
+        commit_message=message,
+        dtype=stored_dtype(folder),
+    )
+    facts = {"repo": repo, "url": url, "edits": len(read.edits), "texts_in_card": not no_texts}
+    printing.show(as_json, facts, f"Pushed {printing.count(len(read.edits), 'edit')}: {url}")
+
+
+def pull(
+    repo: RepoArgument,
+    *,
+    out: OutOption,
+    revision: RevisionOption = None,
+    subfolder: SubfolderOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Download a pack from the Hub into a folder, after checking it.
+
+    `alphaedit pull user/name --out pack`
+    """
+    from alphaedit_peft.pack.hub import copy_pack
+
+    _hush()
+    check_folder(out)
+    pack = copy_pack(repo, out, revision=revision, subfolder=subfolder)
+    facts = {"out": str(out), "edits": len(pack.edits), "rank": pack.rank}
+    shown = f"Written to {out}: {printing.count(len(pack.edits), 'edit')}, rank {pack.rank}"
+    printing.show(as_json, facts, shown)
+
+
+def push_null_space(  # noqa: PLR0913
+    folder: Annotated[str, typer.Argument(metavar="FOLDER", help="A NullSpace folder.")],
+    repo: RepoArgument,
+    *,
+    by_fingerprint: Annotated[
+        bool,
+        typer.Option(
+            "--by-fingerprint", help="Into the folder named by its base, beside other bases'."
+        ),
+    ] = False,
+    private: PrivateOption = False,
+    revision: BranchOption = None,
+    create_pr: PullRequestOption = False,
+    subfolder: SubfolderOption = None,
+    message: MessageOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Upload a null space to the Hub, in one commit, with a README.
+
+    `alphaedit nullspace push ns user/null-spaces --by-fingerprint`
+    """
+    from alphaedit_peft import NullSpace
+
+    _hush()
+    space = NullSpace.from_pretrained(folder)
+    url = space.push_to_hub(
+        repo,
+        by_fingerprint=by_fingerprint,
+        private=private or None,
+        revision=revision,
+        create_pr=create_pr,
+        subfolder=subfolder,
+        commit_message=message,
+    )
+    printing.show(
+        as_json, {"repo": repo, "url": url, "layers": list(space.layers)}, f"Pushed: {url}"
+    )
+
+
+def pull_null_space(
+    repo: RepoArgument,
+    *,
+    out: OutOption,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            "--model", metavar="MODEL", help="Take the one made for this model, by fingerprint."
+        ),
+    ] = None,
+    revision: RevisionOption = None,
+    subfolder: SubfolderOption = None,
+    dtype: DtypeOption = Dtype.AUTO,
+    device: DeviceOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Download a null space from the Hub into a folder, after checking it.
+
+    `alphaedit nullspace pull user/null-spaces --model MODEL --out ns`
+    """
+    from alphaedit_peft import NullSpace
+
+    _hush()
+    check_folder(out)
+    wanted = None if model is None else _fingerprint(*load_model(model, dtype, device))
+    found = NullSpace.from_pretrained(
+        repo, revision=revision, subfolder=subfolder, fingerprint=wanted
+    )
+    if wanted is not None:
+        found.check_base(wanted, [])
+    found.save_pretrained(out)
+    facts: dict[str, Any] = {"out": str(out), **nullspace_commands.describe(found)}
+    printing.show(as_json, facts, nullspace_commands.summary_table(found), f"Written to {out}")
+
+
+def _fingerprint(base: Any, _tokenizer: Any) -> BaseFingerprint:
+    from alphaedit_peft import AlphaEditConfig
+    from alphaedit_peft.fingerprint import fingerprint
+
+    config, architecture = AlphaEditConfig().resolve(base)
+    return fingerprint(base, max(config.rewrite_layers or [0]), architecture)
+
+
+def _hush() -> None:
+    """Keep the Hub's progress bars off a stderr that nobody watches, and its advice off any."""
+    from huggingface_hub.utils import disable_progress_bars
+
+    hush()
+    if not printing.watched():
+        disable_progress_bars()

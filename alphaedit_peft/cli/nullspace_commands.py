@@ -1,0 +1,271 @@
+"""``alphaedit nullspace``: a corpus through a model, once, and what edits must not disturb out.
+
+In: a model and texts. Out: a NullSpace folder, and the key moments where asked for. It does what
+``KeyMoments.collect`` and ``NullSpace.from_moments`` do.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from alphaedit_peft.cli import printing
+from alphaedit_peft.cli.arguments import (
+    EMBEDDED,
+    DeviceOption,
+    Dtype,
+    DtypeOption,
+    JsonOption,
+    LayersOption,
+    ModelArgument,
+    OutOption,
+    check_folder,
+    load_model,
+    parse_layers,
+)
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from alphaedit_peft import AlphaEditConfig, KeyMoments, NullSpace
+
+
+EMBEDDED_TEXTS = 5000
+
+
+def nullspace(  # noqa: PLR0913
+    model: ModelArgument,
+    *,
+    out: OutOption,
+    texts: Annotated[
+        Path | None, typer.Option("--texts", metavar="FILE", help="A text file, one text a line.")
+    ] = None,
+    dataset: Annotated[
+        str | None,
+        typer.Option("--dataset", metavar="NAME", help="On the Hub: repo, repo:config[:split]."),
+    ] = None,
+    text_column: Annotated[str, typer.Option(help="Of the dataset.")] = "text",
+    layers: LayersOption = None,
+    threshold: Annotated[
+        float | None, typer.Option(help="Which eigenvalues count as zero; the preset's by default.")
+    ] = None,
+    threshold_mode: Annotated[
+        str | None, typer.Option(help="absolute, relative, energy or rank.")
+    ] = None,
+    preset: Annotated[str, typer.Option(help="auto or paper.")] = "auto",
+    max_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Stop after so many; ten times d_in is a minimum.")
+    ] = None,
+    tokens_per_batch: Annotated[int, typer.Option(min=1, help="Bounds memory.")] = 8192,
+    resume: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Keep the sums here, and go on from them if they exist."),
+    ] = None,
+    moments_out: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Write the full moments too: MEMIT, other thresholds."),
+    ] = None,
+    dtype: DtypeOption = Dtype.AUTO,
+    device: DeviceOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure which directions preserved knowledge leaves free; done once for a model.
+
+    `alphaedit nullspace gpt2-xl --dataset wikimedia/wikipedia:20231101.en --preset paper
+    --max-tokens 1000000 --resume sums.safetensors --out ns`
+
+    `alphaedit nullspace embedded --out ns` (its own texts by default)
+
+    Others' null spaces: `alphaedit nullspace push --help`, `alphaedit nullspace pull --help`.
+    """
+    wanted = parse_layers(layers)
+    for folder in filter(None, (out, moments_out)):
+        check_folder(folder)
+    corpus = _corpus(model, texts, dataset)
+
+    from alphaedit_peft import AlphaEditConfig, KeyMoments
+
+    config = AlphaEditConfig(
+        preset=preset,
+        rewrite_layers=wanted,
+        threshold=threshold,
+        threshold_mode=threshold_mode,
+        tokens_per_batch=tokens_per_batch,
+    )
+    base, tokenizer = load_model(model, dtype, device)
+    moments = KeyMoments.collect(
+        base,
+        tokenizer,
+        corpus,
+        config,
+        max_tokens=max_tokens,
+        progress=printing.watched(),
+        resume=resume,
+        text_column=text_column,
+    )
+    if texts is None and dataset is None:
+        moments = replace(moments, provenance={**moments.provenance, "corpus": "its own texts"})
+    if moments_out is not None:
+        moments.save_pretrained(moments_out)
+    found = moments.null_space(config=config.resolve(base)[0])
+    found.save_pretrained(out)
+    facts = {"out": str(out), **describe(found)}
+    if moments_out is not None:
+        facts["moments_out"] = str(moments_out)
+    printing.show(as_json, facts, summary_table(found), f"Written to {out}")
+
+
+def describe(found: NullSpace) -> dict[str, Any]:
+    """A null space as plain JSON values."""
+    layers = [row._asdict() for row in found.summary()]
+    return {"tokens": found.tokens, "layers": layers, "provenance": dict(found.provenance)}
+
+
+def summary_table(found: NullSpace) -> Table:
+    """A null space as a table, one row a layer."""
+    corpus = found.provenance.get("corpus", "an unknown corpus")
+    return printing.table(
+        f"Null space from {found.tokens:,} tokens of {corpus}",
+        [">layer", ">width", ">kept", ">of width", ">largest eigenvalue", ">threshold", "mode"],
+        [
+            (row.layer, row.width, row.kept, f"{row.kept / row.width:.0%}", *row[3:])
+            for row in found.summary()
+        ],
+    )
+
+
+def _corpus(model: str, texts: Path | None, dataset: str | None) -> Any:
+    if texts is not None and dataset is not None:
+        raise typer.BadParameter("give --texts or --dataset, not both")
+    if texts is not None:
+        if not texts.is_file():
+            raise FileNotFoundError(f"--texts {texts} is no file; give a text file")
+        return str(texts)
+    if dataset is not None:
+        return dataset
+    if model != EMBEDDED:
+        raise typer.BadParameter(f"give --texts FILE or --dataset NAME for model {model!r}")
+
+    from alphaedit_peft import embedded
+
+    return embedded.texts(EMBEDDED_TEXTS)
+
+
+KINDS = (".npz", ".pt", ".safetensors")
+
+
+def import_statistics(  # noqa: PLR0913
+    files: Annotated[
+        list[Path], typer.Argument(metavar="FILE...", help="All .npz, or one .pt or .safetensors.")
+    ],
+    *,
+    out: OutOption,
+    layers: Annotated[
+        str | None,
+        typer.Option(
+            help="What the files are of, in their order, such as 4-8; .npz names tell it."
+        ),
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(metavar="MODEL", help="Check them against this model, and bind them to it."),
+    ] = None,
+    threshold: Annotated[
+        float | None,
+        typer.Option(help="Which eigenvalues count as zero; by default the preset's for MODEL."),
+    ] = None,
+    threshold_mode: Annotated[
+        str | None, typer.Option(help="absolute, relative, energy or rank.")
+    ] = None,
+    preset: Annotated[str, typer.Option(help="auto or paper.")] = "auto",
+    reach: Annotated[
+        float, typer.Option(help="How far the threshold can be moved later; 1 is the thinnest.")
+    ] = 10.0,
+    name: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Of a matrix in .safetensors, '{}' for the layer."),
+    ] = None,
+    tokens: Annotated[
+        int | None, typer.Option(min=1, help="That went into a .safetensors file's matrices.")
+    ] = None,
+    summed: Annotated[
+        bool, typer.Option("--summed", help="Its matrices are sums over the tokens, not means.")
+    ] = False,
+    moments_out: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Write the full moments too: MEMIT, other thresholds."),
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Read statistics of ROME, MEMIT or AlphaEdit's own code.
+
+    `alphaedit nullspace import stats/*_mom2_100000.npz --threshold 0.02 --threshold-mode absolute
+    --out ns`
+
+    `alphaedit nullspace import null_space_project.pt --layers 4-8 --out ns`
+
+    `alphaedit nullspace import c.safetensors --layers 4-8 --name 'layers.{}.cov' --tokens 1000000
+    --model MODEL --out ns`
+    """
+    kind = _kind(files)
+    blocks = parse_layers(layers)
+    for folder in filter(None, (out, moments_out)):
+        check_folder(folder)
+    if kind != ".npz" and blocks is None:
+        raise typer.BadParameter(f"a {kind} file does not tell its layers; give --layers")
+    if kind == ".safetensors" and (name is None or "{}" not in name or tokens is None):
+        raise typer.BadParameter("a .safetensors file needs --tokens and --name with '{}'")
+    if kind == ".pt" and (threshold is not None or threshold_mode or moments_out):
+        raise typer.BadParameter(
+            "a projector has neither threshold nor moments; leave --threshold and --moments-out out"
+        )
+    if kind != ".pt" and model is None and (threshold is None or threshold_mode is None):
+        raise typer.BadParameter(
+            "give --threshold and --threshold-mode (the paper's code: 0.02, absolute), or --model"
+        )
+
+    from alphaedit_peft import AlphaEditConfig
+    from alphaedit_peft.nullspace import read_covariances, read_projector, read_second_moments
+
+    config = AlphaEditConfig(preset=preset, threshold=threshold, threshold_mode=threshold_mode)
+    base = None if model is None else load_model(model, Dtype.AUTO, "cpu")[0]
+    moments: KeyMoments | None = None
+    if kind == ".pt":
+        found = read_projector(files[0], blocks or [], model=base)
+    else:
+        if kind == ".npz":
+            moments = read_second_moments(_by_layer(files, blocks), model=base)
+        else:
+            of_layer = {layer: str(name).replace("{}", str(layer)) for layer in blocks or []}
+            moments = read_covariances(files[0], of_layer, tokens or 0, summed=summed, model=base)
+        found = _null_space(moments, config, base, reach)
+    if moments is not None and moments_out is not None:
+        moments.save_pretrained(moments_out)
+    found.save_pretrained(out)
+    facts = {"out": str(out), **describe(found)}
+    printing.show(as_json, facts, summary_table(found), f"Written to {out}")
+
+
+def _null_space(moments: KeyMoments, config: AlphaEditConfig, base: Any, reach: float) -> NullSpace:
+    full = config if base is None else config.resolve(base)[0]
+    return moments.null_space(config=full, reach=reach)
+
+
+def _kind(files: list[Path]) -> str:
+    kinds = {path.suffix for path in files}
+    kind = min(kinds)
+    if len(kinds) > 1 or kind not in KINDS or (kind != ".npz" and len(files) > 1):
+        names = ", ".join(path.name for path in files)
+        raise typer.BadParameter(f"{names}: give .npz files, or one .pt or .safetensors file")
+    return kind
+
+
+def _by_layer(files: list[Path], layers: list[int] | None) -> dict[int, Path] | list[Path]:
+    if layers is None:
+        return files
+    if len(layers) != len(files) or len(set(layers)) != len(layers):
+        raise typer.BadParameter(f"--layers names {len(set(layers))} for {len(files)} files")
+    return dict(zip(layers, files, strict=True))

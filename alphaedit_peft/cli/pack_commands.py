@@ -1,0 +1,265 @@
+"""``alphaedit inspect``, ``merge`` and ``rollback``: what can be done with a pack.
+
+In: a pack, and a model where one is needed. Out: a summary, a page, a plain model, or a smaller
+pack. They do what ``EditPack.summary``, ``report.pack_page``, ``AlphaEditModel.merge_and_unload``
+and ``rollback`` do.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from alphaedit_peft.cli import nullspace_commands, printing
+from alphaedit_peft.cli.arguments import (
+    PAGES,
+    DeviceOption,
+    Dtype,
+    DtypeOption,
+    JsonOption,
+    ModelArgument,
+    MomentsOption,
+    NullSpaceOption,
+    OutOption,
+    PackArgument,
+    check_file,
+    check_folder,
+    finding,
+    load_model,
+    load_model_and_space,
+    load_moments,
+    load_null_space,
+)
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from alphaedit_peft import EditPack, NullSpace
+
+
+LISTED = 20
+
+
+def inspect_pack(
+    pack: PackArgument,
+    *,
+    all_edits: Annotated[
+        bool, typer.Option("--all", help=f"List every edit, not the first {LISTED}.")
+    ] = False,
+    html: Annotated[
+        Path | None,
+        typer.Option("--html", metavar="PAGE.html", help="Write a page that shows it to people."),
+    ] = None,
+    null_space: Annotated[
+        str | None,
+        typer.Option(
+            "--null-space", metavar="DIR", help="For the page: the one the pack was made with."
+        ),
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Show what a pack holds, without any model. Reads NullSpace folders too.
+
+    A parent "on top of" which it was edited has to be loaded beside it.
+
+    `alphaedit inspect pack`
+
+    `alphaedit inspect pack --html pack.html --null-space ns` (one file, for a browser)
+    """
+    _check_page(html, null_space)
+    if (Path(pack) / "null_space.json").is_file():
+        from alphaedit_peft import NullSpace
+
+        if html is not None:
+            raise ValueError(f"{pack} is a null space, and --html shows packs; leave it out")
+        found = NullSpace.from_pretrained(pack)
+        printing.show(
+            as_json, nullspace_commands.describe(found), nullspace_commands.summary_table(found)
+        )
+        return
+
+    from alphaedit_peft import EditPack
+    from alphaedit_peft.editing.capacity import pack_capacity
+
+    with finding(pack):
+        read = EditPack.from_pretrained(pack)
+    facts = _describe(read)
+    if html is not None:
+        _write_page(read, pack, html, load_null_space(null_space))
+        shown = (
+            f"Written to {html}: {printing.count(len(read.edits), 'edit')}; open it in a browser"
+        )
+        printing.show(as_json, {"html": str(html), **facts}, shown)
+        return
+    table = _edit_table(read, None if all_edits else LISTED)
+    more = len(read.records) - len(table.rows)
+    rest = [f"... and {more} more; --all lists them."] if more else []
+    filled = pack_capacity(read)
+    facts["capacity"] = None if filled is None else filled.to_json()
+    room = [] if filled is None or not read.rank else [str(filled)]
+    decided = [(d.get("name"), d.get("value"), d.get("reason")) for d in read.decisions]
+    settings = (
+        [printing.table(printing.DECIDED, ["setting", "value", "reason"], decided)]
+        if decided
+        else []
+    )
+    printing.show(as_json, facts, read.summary(), *room, *settings, table, *rest)
+
+
+def merge(
+    model: ModelArgument,
+    pack: PackArgument,
+    *,
+    out: OutOption,
+    dtype: DtypeOption = Dtype.AUTO,
+    device: DeviceOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Write a model with a pack's edits in its weights, and its tokenizer.
+
+    What comes out is a plain model: no adapter, no trace of which edits were made. The sum is
+    computed in float32 and rounded once to the model's dtype; what that changes is printed.
+
+    `alphaedit merge MODEL pack --out edited-model`
+    """
+    from alphaedit_peft import AlphaEditModel, EditPack
+    from alphaedit_peft.pack.parents import require_alone
+
+    check_folder(out)
+    if out.is_dir() and any(out.iterdir()):
+        raise FileExistsError(f"--out {out} is not empty; give a new folder")
+    with finding(pack):
+        read = EditPack.from_pretrained(pack)
+    require_alone(
+        read,
+        "it cannot be merged alone",
+        f"join it with its parent first: alphaedit join PARENT {pack} --out both",
+    )
+    edits = len(read.edits)
+    base, tokenizer = load_model(model, dtype, device)
+    edited = AlphaEditModel.from_pretrained(base, pack)
+    rounding = max(edited.merge_errors().values())
+    merged: Any = edited.merge_and_unload(safe_merge=True)
+    merged.save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    dtype_name = str(merged.dtype).removeprefix("torch.")
+    facts = {"out": str(out), "edits": edits, "dtype": dtype_name, "rounding_error": rounding}
+    printing.show(
+        as_json,
+        facts,
+        f"Written to {out}: {printing.count(edits, 'edit')} merged, {dtype_name}",
+        f"Rounding changed the update by at most {rounding:.2g} of its norm",
+    )
+
+
+def rollback(  # noqa: PLR0913
+    model: ModelArgument,
+    pack: PackArgument,
+    *,
+    out: OutOption,
+    null_space: NullSpaceOption = None,
+    batches: Annotated[int, typer.Option(min=1, help="How many to take back.")] = 1,
+    key_moments: MomentsOption = None,
+    dtype: DtypeOption = Dtype.AUTO,
+    device: DeviceOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Take back a pack's last batches of edits, and write what remains as a pack.
+
+    What remains is poured again from its stored target values, as if the others had never been
+    made; nothing is optimised anew.
+
+    `alphaedit rollback MODEL pack --null-space ns --out smaller-pack`
+    """
+    from alphaedit_peft import AlphaEditModel, EditPack
+    from alphaedit_peft.pack.parents import require_alone
+
+    check_folder(out)
+    with finding(pack):
+        read = EditPack.from_pretrained(pack)
+    require_alone(
+        read,
+        "its batches cannot be taken back alone",
+        f"join it with its parent first, then roll that back: alphaedit join PARENT {pack} "
+        "--out both",
+    )
+    before = read.edits
+    moments = load_moments(key_moments)
+    base, tokenizer, space = load_model_and_space(model, dtype, device, null_space)
+    edited = AlphaEditModel.from_pretrained(
+        base, pack, tokenizer=tokenizer, null_space=space, key_moments=moments
+    )
+    edited.rollback(batches)
+    edited.save_pretrained(out)
+    kept = {edit.id for edit in edited.edits}
+    gone = [edit for edit in before if edit.id not in kept]
+    facts = {
+        "out": str(out),
+        "taken_back": [edit.to_dict() for edit in gone],
+        "remaining": [edit.to_dict() for edit in edited.edits],
+    }
+    rows = [(edit.id, edit.question, edit.target_new.strip()) for edit in gone]
+    table = printing.table("Taken back", ["id", "prompt", "new target"], rows)
+    printing.show(
+        as_json, facts, table, f"Written to {out}: {printing.count(len(kept), 'edit')} remain"
+    )
+
+
+def _check_page(html: Path | None, null_space: str | None) -> None:
+    """Refuse a page that cannot be written, before anything is read.
+
+    Raises:
+        typer.BadParameter: a name that is no page's, or a null space without a page.
+        FileNotFoundError: a folder that is not there.
+    """
+    if html is None and null_space is not None:
+        raise typer.BadParameter(f"--null-space {null_space} is for the page; give --html too")
+    check_file("--html", html, PAGES)
+
+
+def _write_page(pack: EditPack, name: str, html: Path, null_space: NullSpace | None) -> None:
+    from alphaedit_peft.report import pack_page
+
+    title = Path(name).resolve().name if Path(name).is_dir() else name
+    text = pack_page(pack, null_space, title=f"Edit pack {title}")
+    html.write_text(text, encoding="utf-8")
+
+
+def _describe(pack: EditPack) -> dict[str, Any]:
+    """A pack as plain JSON values."""
+    return {
+        "rank": pack.rank,
+        "layers": list(pack.layers),
+        "batches": list(pack.batches),
+        "size_bytes": pack.size_bytes,
+        "base_model": pack.config.base_model_name_or_path,
+        "base": None if pack.base is None else pack.base.to_json(),
+        "null_space": pack.null_space,
+        "versions": pack.versions,
+        "parents": list(pack.parents),
+        "compression": None if pack.compression is None else pack.compression.to_json(),
+        "contexts": list(pack.contexts),
+        "config": pack.config.to_json(),
+        "decisions": list(pack.decisions),
+        "delta_norms": {name: delta.norm() for name, delta in pack.factors.items()},
+        "records": [record.to_json() for record in pack.records],
+    }
+
+
+def _edit_table(pack: EditPack, listed: int | None) -> Table:
+    rows = [
+        (
+            record.edit.id,
+            record.edit.question,
+            record.edit.target_new.strip() + ("" if record.role == "own" else f" ({record.role})"),
+            record.batch,
+            record.row,
+            printing.probability(record.probability_before),
+            printing.probability(record.probability_after),
+        )
+        for record in pack.records[:listed]
+    ]
+    columns = ["id", "prompt", "target", ">batch", ">row", ">P before", ">after"]
+    return printing.table("Edits", columns, rows)

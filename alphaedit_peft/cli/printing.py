@@ -1,0 +1,224 @@
+"""Print a command's findings: tables and sentences for people, one JSON value for programs.
+
+In: plain values. Out: text on stdout. Cells are shown as they are: what looks like markup in an
+edit's text is not read as such.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import sys
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import typer
+from rich import box
+from rich.console import Console
+from rich.measure import Measurement
+from rich.table import Table
+from rich.text import Text
+from typer.core import TyperGroup
+
+WIDE = 24  # characters that a prompt gets, however narrow the terminal
+DECIDED = "Settings that auto decided"
+
+
+def show(as_json: bool, values: Any, *parts: Table | str) -> None:
+    """Print ``values`` as JSON, or the parts, tables and plain sentences, for people.
+
+    Of several processes (``accelerate launch``) the main one prints.
+    """
+    if os.environ.get("RANK", "0") != "0":
+        return
+    if as_json:
+        sys.stdout.write(json.dumps(finite(values), indent=2, allow_nan=False) + "\n")
+        return
+    console = Console(file=sys.stdout, highlight=False)
+    for part in parts:
+        if isinstance(part, Table):
+            _fit(part, console)
+        # soft: a terminal breaks long sentences itself, a pipe gets whole lines
+        console.print(
+            Text(part) if isinstance(part, str) else part, soft_wrap=isinstance(part, str)
+        )
+
+
+def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> Table:
+    """A table; columns whose name begins with ``>`` are set to the right, in one line."""
+    found = Table(
+        title=Text(title, style="bold"),
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        collapse_padding=True,
+        pad_edge=False,
+        show_header=any(columns),
+    )
+    for name in columns:
+        right = name.startswith(">")
+        found.add_column(
+            Text(name.lstrip(">")),
+            justify="right" if right else "left",
+            no_wrap=right or name == "id",
+        )
+    for row in rows:
+        found.add_row(*(Text(number(cell)) for cell in row))
+    return found
+
+
+def _fit(found: Table, console: Console) -> None:
+    """Narrow the prompts of a table that is too wide, down to ``WIDE``, before other columns."""
+    endless = console.options.update(width=10**6)
+    excess = Measurement.get(console, endless, found).maximum - console.width
+    for column in found.columns:
+        if excess > 0 and str(column.header) == "prompt":
+            longest = max(
+                (cell.cell_len for cell in column.cells if isinstance(cell, Text)), default=0
+            )
+            column.width = max(min(WIDE, longest), longest - excess)
+
+
+def tables(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> list[Table]:
+    """One table, or several below each other where the terminal is too narrow for one.
+
+    The first column stands in each of them; the title only in the first.
+    """
+    texts = [columns, *([number(cell) for cell in row] for row in rows)]
+    first, *widths = (
+        max(len(text.lstrip(">")) for text in column) + 2 for column in zip(*texts, strict=True)
+    )
+    parts: list[list[int]] = [[]]
+    left = room = Console(file=sys.stdout).width - first
+    for i, width in enumerate(widths, start=1):
+        if width > left and parts[-1]:
+            parts.append([])
+            left = room
+        parts[-1].append(i)
+        left -= width
+    return [
+        table(
+            title if not n else "",
+            [columns[i] for i in (0, *part)],
+            [[row[i] for i in (0, *part)] for row in rows],
+        )
+        for n, part in enumerate(parts)
+    ]
+
+
+def number(value: object) -> str:
+    """A cell's text: floats with four significant digits, None empty, yes and no for bool."""
+    if value is None:
+        return ""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def probability(value: float | None) -> str:
+    """A probability with three decimals; empty where it was not measured."""
+    return "" if value is None else f"{value:.3f}"
+
+
+def finite(values: Any) -> Any:
+    """JSON values in which NaN and infinity, which JSON does not know, are null."""
+    if isinstance(values, dict):
+        return {str(name): finite(value) for name, value in values.items()}
+    if isinstance(values, (list, tuple)):
+        return [finite(value) for value in values]
+    return None if isinstance(values, float) and not math.isfinite(values) else values
+
+
+def count(total: int, one: str, many: str = "") -> str:
+    """``1 edit``, ``2 edits``."""
+    return f"{total} {one if total == 1 else many or one + 's'}"
+
+
+def watched() -> bool:
+    """Whether someone watches stderr, so that progress bars make sense."""
+    return sys.stderr.isatty()
+
+
+EXPECTED = (ValueError, RuntimeError, OSError, ImportError)  # PackError is a ValueError
+INTERRUPTED = 130
+# bitsandbytes tells here, when it is imported, that an optional faster kernel is not installed;
+# PEFT imports it wherever it is installed, also for bases that are not quantised
+OPTIONAL_KERNEL = ("bitsandbytes.backends.cpu.ops", "Failed to load CPU gemm_4bit_forward")
+
+
+class CommandGroup(TyperGroup):
+    """The group of commands, which turns what they raise into one line."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """Find the command by its first two words, such as ``nullspace import``, or by one."""
+        both = " ".join(args[:2])
+        if len(args) > 1 and both in self.commands:
+            return both, self.commands[both], args[2:]
+        return super().resolve_command(ctx, args)
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command asked for."""
+        try:
+            with warnings_in_one_line(), optional_kernel_unmentioned():
+                return super().invoke(ctx)
+        except (typer.Exit, typer.Abort, BrokenPipeError):
+            raise
+        except KeyboardInterrupt:
+            say("interrupted")
+            raise typer.Exit(INTERRUPTED) from None
+        except EXPECTED as error:
+            if ctx.params.get("traceback"):
+                raise
+            say(one_line(error))
+            raise typer.Exit(1) from error
+
+
+def say(text: str) -> None:
+    """Print a line on stderr under the program's name."""
+    typer.echo(f"alphaedit: {text}", err=True)
+
+
+def one_line(error: BaseException) -> str:
+    """An error's message without line breaks or escapes for the terminal; else its type."""
+    text = str(error)
+    if isinstance(error, OSError) and error.strerror:
+        name = "" if error.filename is None else f"{error.filename}: "
+        text = f"{name}{error.strerror}"
+    shown = "".join(c if c.isprintable() else " " for c in text)  # it may quote a stranger's pack
+    return " ".join(shown.split()) or type(error).__name__
+
+
+@contextmanager
+def warnings_in_one_line() -> Iterator[None]:
+    """Show warnings meant for users as one line; leave out what libraries tell developers."""
+    with warnings.catch_warnings():
+        for kind in (FutureWarning, DeprecationWarning):
+            warnings.simplefilter("ignore", kind)
+        warnings.simplefilter("default", UserWarning)
+        warnings.showwarning = lambda message, *_, **__: say(
+            f"warning: {one_line(_error(message))}"
+        )
+        yield
+
+
+@contextmanager
+def optional_kernel_unmentioned() -> Iterator[None]:
+    """Drop the one line about a kernel that is optional; all else that is logged is shown."""
+    name, begins = OPTIONAL_KERNEL
+    logger = logging.getLogger(name)
+
+    def other(record: logging.LogRecord) -> bool:
+        return not str(record.msg).startswith(begins)
+
+    logger.addFilter(other)
+    try:
+        yield
+    finally:
+        logger.removeFilter(other)
+
+
+def _error(message: Warning | str) -> Warning:
+    return message if isinstance(message, Warning) else UserWarning(message)

@@ -1,0 +1,348 @@
+"""``alphaedit report``: what evaluations found, as a table, a page, or Markdown.
+
+In: files and folders of ``evaluate`` and ``compare``; a model, a pack and prompts for a picture of
+what moved inside. Out: tables or JSON, one HTML page, a Markdown file. It does what
+``alphaedit_peft.report.read_findings`` and ``scores_page`` do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from alphaedit_peft.cli import printing
+from alphaedit_peft.cli.arguments import (
+    PAGES,
+    DeviceOption,
+    Dtype,
+    DtypeOption,
+    JsonOption,
+    PageOption,
+    check_file,
+    finding,
+    load_model,
+)
+from alphaedit_peft.cli.evaluate_command import Target, TargetOption, read_lines
+
+if TYPE_CHECKING:
+    from alphaedit_peft.evaluation import Case
+    from alphaedit_peft.report import Answer, Finding, Prompt, Shift
+
+
+TEXTS = (".md", ".markdown")
+KEPT, EDITED = "prompts to be kept", "edited prompts"
+
+ModelOption = Annotated[
+    str | None,
+    typer.Option("--model", metavar="MODEL", help="A model's folder or Hub id, or 'embedded'."),
+]
+PackOption = Annotated[
+    str | None, typer.Option("--pack", metavar="PACK", help="An edit pack of that model.")
+]
+
+
+def report(  # noqa: PLR0913
+    results: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[RESULTS]...", help="Files or folders of evaluate and compare."),
+    ] = None,
+    *,
+    html: PageOption = None,
+    markdown: Annotated[
+        Path | None, typer.Option("--markdown", metavar="FILE.md", help="Write the tables there.")
+    ] = None,
+    title: Annotated[str, typer.Option(help="Of the page.")] = "Scores",
+    model: ModelOption = None,
+    pack: PackOption = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option("--prompts", metavar="FILE", help="Prompts that should stay, one a line."),
+    ] = None,
+    dtype: DtypeOption = Dtype.AUTO,
+    device: DeviceOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Show what evaluations found: tables here, a page with plots, Markdown.
+
+    `alphaedit report run --html scores.html` (the folder of `alphaedit compare`)
+
+    `alphaedit report judged.jsonl other.jsonl --markdown scores.md` (of `evaluate --out`)
+
+    `alphaedit report run --html scores.html --model MODEL --pack pack --prompts kept.txt` (also
+    how far the pack moves hidden states)
+    """
+    given = (model, pack, prompts)
+    if any(given) and not all(given):
+        raise typer.BadParameter("--model, --pack and --prompts belong together; give all three")
+    if not results and not model:
+        raise typer.BadParameter("give results, or --model, --pack and --prompts")
+    if markdown is not None and not results:
+        raise typer.BadParameter("--markdown is for results; give some, or --html")
+    check_file("--html", html, PAGES)
+    check_file("--markdown", markdown, TEXTS)
+    from alphaedit_peft.report import (
+        read_findings,
+        scores_markdown,
+        scores_page,
+        shift_section,
+    )
+
+    found = read_findings(results or [])
+    moved = _shifts(str(model), str(pack), prompts, dtype, device) if prompts else ()
+    facts: dict[str, Any] = {
+        "findings": [_facts(one) for one in found],
+        "moved": [_moves(one) for one in moved],
+    }
+    parts: list[Any] = [*_scores(found), *_moved(moved)]
+    if html is not None:
+        more = [shift_section(moved)] if moved else []
+        html.write_text(scores_page(found, more=more, title=title), encoding="utf-8")
+        parts.append(f"Written to {html}; open it in a browser")
+        facts["html"] = str(html)
+    if markdown is not None:
+        markdown.write_text(scores_markdown(found, title), encoding="utf-8")
+        parts.append(f"Written to {markdown}")
+        facts["markdown"] = str(markdown)
+    printing.show(as_json, facts, *parts)
+
+
+def _shifts(
+    model: str, pack: str, prompts: Path, dtype: Dtype, device: str | None
+) -> tuple[Shift, ...]:
+    kept = read_lines(prompts)
+    if not kept:
+        raise ValueError(f"{prompts} holds no prompt; write one a line")
+    from alphaedit_peft import AlphaEditModel
+    from alphaedit_peft.report import pack_shift
+
+    base, tokenizer = load_model(model, dtype, device)
+    with finding(pack):
+        edited = AlphaEditModel.from_pretrained(base, pack)
+    groups = {KEPT: kept, EDITED: [edit.question for edit in edited.edits]}
+    return pack_shift(edited, tokenizer, groups)
+
+
+def _facts(found: Finding) -> dict[str, Any]:
+    """A finding as plain JSON values."""
+    return {
+        "name": found.name,
+        "source": found.source,
+        "over": found.over,
+        "before": {name: e.to_json() for name, e in found.before.items()},
+        "final": {name: e.to_json() for name, e in found.final.items()},
+        "by_batch": {name: list(means) for name, means in found.by_batch.items()},
+        "seconds_an_edit": found.seconds,
+    }
+
+
+def _moves(moved: Shift) -> dict[str, Any]:
+    relative = {name: found.tolist() for name, found in moved.relative.items()}
+    return {"where": moved.where, "spread": moved.spread, "relative_move": relative}
+
+
+def _scores(found: Sequence[Finding]) -> list[Any]:
+    from alphaedit_peft.report import all_scores, intervals_in_words, scores_table
+
+    if not found:
+        return []
+    heads, rows = scores_table(found)
+    parts: list[Any] = printing.tables("Scores", [heads[0], *(f">{n}" for n in heads[1:])], rows)
+    rest_heads, every = all_scores(found)
+    main = set(heads)
+    rest = [row for row in every if row[0] not in main]
+    if rest:  # turned round, so that many models do not make it too wide
+        columns = [rest_heads[0], *(f">{name}" for name in rest_heads[1:])]
+        parts += printing.tables("Everything else", columns, rest)
+    return [*parts, intervals_in_words(found)]
+
+
+def _moved(shifts: Sequence[Shift]) -> list[Any]:
+    from statistics import median
+
+    rows = [
+        (one.where, name, len(far), *(f"{100 * v:.2f} %" for v in (median(far), max(far))))
+        for one in shifts
+        for name, far in ((name, moves.tolist()) for name, moves in one.relative.items())
+    ]
+    columns = ["hidden states", "of", ">how many", ">median move", ">largest"]
+    return [printing.table("What moved inside", columns, rows)] if rows else []
+
+
+class Layout(str, Enum):
+    """Data sets whose records can be shown."""
+
+    COUNTERFACT = "counterfact"
+    ZSRE = "zsre"
+    KNOWEDIT = "knowedit"
+    OWN = "own"
+
+
+def show_record(  # noqa: PLR0913
+    layout: Annotated[Layout, typer.Argument(help="What the file holds.")],
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="Of records, JSON or JSON Lines.")],
+    *,
+    case: Annotated[
+        int, typer.Option("--case", min=0, help="The record's case_id; without one, its place.")
+    ] = 0,
+    model: ModelOption = None,
+    pack: PackOption = None,
+    html: PageOption = None,
+    target: TargetOption = Target.ANSWERS,
+    text_tokens: Annotated[
+        int, typer.Option("--tokens", min=1, help="Written after generation prompts.")
+    ] = 24,
+    dtype: DtypeOption = Dtype.AUTO,
+    device: DeviceOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Show one record: the request, paraphrases, neighbours, and what a model says to them.
+
+    `alphaedit show counterfact counterfact.json --case 12`
+
+    `alphaedit show zsre zsre.json --case 3 --model MODEL --pack pack --html record.html`
+    """
+    if pack is not None and model is None:
+        raise typer.BadParameter(f"--pack {pack} needs its model; give --model too")
+    check_file("--html", html, PAGES)
+    read = _read(layout, file, case, target)
+    from alphaedit_peft.report import prompts_of, record_page
+
+    prompts = prompts_of(read)
+    before = after = None
+    told = ""
+    if model is not None:
+        before, after, told = _answers(read, prompts, model, pack, text_tokens, dtype, device)
+    name = f"{file.name}, record {case}"
+    facts = {
+        "record": name,
+        "case": read.to_dict(),
+        "answers": _record_facts(prompts, before, after),
+    }
+    parts: list[Any] = [name, _request(read), *_tables(prompts, before, after)]
+    if told:
+        parts.append(told)
+    if html is not None:
+        page = record_page(read, before, after, title=name, lead=told)
+        html.write_text(page, encoding="utf-8")
+        parts.append(f"Written to {html}; open it in a browser")
+        facts["html"] = str(html)
+    printing.show(as_json, facts, *parts)
+
+
+def _read(layout: Layout, file: Path, number: int, target: Target) -> Case:
+    """One record as a case.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: no such record, or one that is not of the layout.
+    """
+    from alphaedit_peft.evaluation import DataError, read_cases
+    from alphaedit_peft.evaluation.data.records import raw_records
+
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} is no file; give one of records, .json or .jsonl")
+    name, records = raw_records(file)
+    ids = [r.get("case_id") if isinstance(r, dict) else None for r in records]
+    where = ids if any(value is not None for value in ids) else list(range(len(records)))
+    if number not in where:
+        known = sorted(value for value in where if isinstance(value, int))
+        there = f"{len(known)} records, {known[0]} to {known[-1]}" if known else "no record"
+        raise ValueError(f"--case {number} is not in {name}, which holds {there}")
+    chosen = records[where.index(number)]
+    try:
+        return read_cases([chosen], layout.value, target=target.value)[0][0]
+    except DataError as error:
+        why = str(error).removeprefix("list, record 0, ")  # its place in the list of one
+        raise ValueError(f"{name}, --case {number}: {why}") from error
+
+
+def _answers(
+    case: Case,
+    prompts: tuple[Prompt, ...],
+    model: str,
+    pack: str | None,
+    text_tokens: int,
+    dtype: Dtype,
+    device: str | None,
+) -> tuple[tuple[Answer, ...], tuple[Answer, ...] | None, str]:
+    """What the model says without and with the pack, and that in a sentence."""
+    from alphaedit_peft import AlphaEditModel
+    from alphaedit_peft.report import ask
+
+    base, tokenizer = load_model(model, dtype, device)
+    before = ask(base, tokenizer, prompts, text_tokens=text_tokens)
+    if pack is None:
+        return before, None, f"Answers are those of {model}, greedily."
+    with finding(pack):
+        edited: Any = AlphaEditModel.from_pretrained(base, pack)
+    after = ask(edited, tokenizer, prompts, text_tokens=text_tokens)
+    same = [
+        e for e in edited.edits if (e.subject, e.prompt) == (case.edit.subject, case.edit.prompt)
+    ]
+    held = any(e.target_new.strip() == case.edit.target_new.strip() for e in same)
+    if held:
+        there = "which holds this edit"
+    elif same:
+        there = f"which teaches another target here, {same[-1].target_new.strip()!r}"
+    else:
+        there = "which does not hold this edit"
+    count = printing.count(len(edited.edits), "edit")
+    return before, after, f"Before is {model}, after is with {pack} ({count}), {there}; greedily."
+
+
+def _record_facts(
+    prompts: tuple[Prompt, ...],
+    before: tuple[Answer, ...] | None,
+    after: tuple[Answer, ...] | None,
+) -> list[dict[str, Any]]:
+    """Prompts with the answers to each, as plain JSON values."""
+    rows = []
+    for i, prompt in enumerate(prompts):
+        row: dict[str, Any] = asdict(prompt)
+        row["before"] = None if before is None else asdict(before[i])
+        row["after"] = None if after is None else asdict(after[i])
+        rows.append(row)
+    return rows
+
+
+def _request(case: Case) -> str:
+    """Subject and targets in a line."""
+    edit = case.edit
+    told = f"Subject: {edit.subject}; new target: {edit.target_new.strip()}"
+    return told if edit.target_true is None else f"{told}; true target: {edit.target_true.strip()}"
+
+
+def _tables(
+    prompts: tuple[Prompt, ...],
+    before: tuple[Answer, ...] | None,
+    after: tuple[Answer, ...] | None,
+) -> list[Any]:
+    """A table a part of the record."""
+    from alphaedit_peft.report import PARTS
+
+    told = [(name, said) for name, said in (("before", before), ("after", after)) if said]
+    tables = []
+    for part, meaning in PARTS.items():
+        where = [i for i, prompt in enumerate(prompts) if prompt.part == part]
+        if not where:
+            continue
+        wanted = any(prompts[i].wanted is not None for i in where)
+        columns = ["prompt", *(["should\nfollow"] if wanted else [])]
+        for name, _ in told:
+            columns += [name, *([">P"] if wanted else [])]
+        rows = []
+        for i in where:
+            row: list[object] = [prompts[i].text, *([prompts[i].wanted] if wanted else [])]
+            for _, said in told:
+                row.append(" ".join(said[i].text.split()))
+                row += [printing.probability(said[i].wanted)] if wanted else []
+            rows.append(row)
+        tables.append(
+            printing.table(f"{part.replace('_', ' ').capitalize()}: {meaning}", columns, rows)
+        )
+    return tables

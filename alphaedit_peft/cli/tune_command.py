@@ -1,0 +1,212 @@
+"""``alphaedit tune``: settings tried on a few edits of a model, and which of them to take.
+
+In: a model, probe edits, a null space or texts to make it of. Out: a table of all that was tried
+and a recommendation with its reason, as text, JSON or a page. It does what
+``alphaedit_peft.studies.tune.tune`` does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+
+import typer
+
+from alphaedit_peft.cli import printing
+from alphaedit_peft.cli.arguments import (
+    EMBEDDED,
+    PAGES,
+    DeviceOption,
+    Dtype,
+    DtypeOption,
+    JsonOption,
+    ModelArgument,
+    NullSpaceOption,
+    PageOption,
+    check_file,
+    load_model_and_space,
+    parse_layers,
+)
+from alphaedit_peft.cli.compare_command import STATISTICS_TEXTS
+from alphaedit_peft.cli.evaluate_command import DataOption, read_lines, read_suite
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from alphaedit_peft.studies.tune import Tuning
+
+
+NARROW = {
+    "threshold": "thres-\nhold",
+    "efficacy": "effi-\ncacy",
+    "generalization": "general-\nization",
+    "specificity": "speci-\nficity",
+    "harmonic mean": "harm.\nmean",
+}
+HELD_OUT = 100  # texts that measure drift, kept out of the statistics
+INTERVAL = ">95 % interval"
+T = TypeVar("T")
+
+
+def tune(  # noqa: PLR0913
+    model: ModelArgument,
+    *,
+    data: DataOption = None,
+    edits: Annotated[int, typer.Option(min=2, help="Probe edits, made and judged.")] = 20,
+    null_space: NullSpaceOption = None,
+    texts: Annotated[
+        Path | None,
+        typer.Option(
+            "--texts",
+            metavar="FILE",
+            help="One a line: drift is measured on the last 100; the null space is made of the "
+            "others where none is given.",
+        ),
+    ] = None,
+    layers: Annotated[
+        str | None, typer.Option(help="Rewrite layers to try, such as '0-1;2-3'.")
+    ] = None,
+    clamps: Annotated[str | None, typer.Option(help="clamp_factor, such as 0.75,1.")] = None,
+    ridges: Annotated[str | None, typer.Option(help="Relative ridges, such as 0.05,0.2.")] = None,
+    thresholds: Annotated[
+        str | None, typer.Option(help="Thresholds by energy, such as 0.01,0.05.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the contexts that edits are made with.")] = 0,
+    html: PageOption = None,
+    dtype: DtypeOption = Dtype.AUTO,
+    device: DeviceOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Try settings on a few edits and say which to take; the model is left as it is.
+
+    `alphaedit tune embedded`
+
+    `alphaedit tune MODEL --data counterfact.json --texts corpus.txt --html tuned.html`
+
+    Choose by edits that you will not be judged by: the figures of the best of many settings
+    flatter it.
+    """
+    check_file("--html", html, PAGES)
+    data = data or (EMBEDDED if model == EMBEDDED else None)
+    if data is None:
+        raise typer.BadParameter("give --data FILE")
+    if null_space is None and texts is None and model != EMBEDDED:
+        raise typer.BadParameter("give --null-space DIR or --texts FILE")
+    numbers = {"clamps": clamps, "ridges": ridges, "thresholds": thresholds}
+    given = {name: _numbers(name, text) for name, text in numbers.items() if text is not None}
+    wanted = _layers(layers)
+
+    from alphaedit_peft import AlphaEditConfig, studies
+    from alphaedit_peft.architecture import describe
+    from alphaedit_peft.studies import tune
+
+    lines = read_lines(texts)
+    corpus = _corpus(None if texts is None else lines) if null_space is None else []
+    suite = read_suite(data, edits)
+    suite = replace(suite, texts=lines[-HELD_OUT:] or suite.texts[:HELD_OUT], unedited=())
+    base, tokenizer, space = load_model_and_space(model, dtype, device, null_space)
+    choices = wanted or tune.layer_choices(describe(base).num_blocks)
+    if space is not None and not wanted:
+        choices = tuple(choice for choice in choices if set(choice) <= set(space.layers))
+        choices = choices or (space.layers,)
+    grid = tune.Grid(choices, **given)
+    config = AlphaEditConfig(seed=seed)
+    ground = studies.Base(base, tokenizer, space)
+    if space is None:
+        every = replace(config, rewrite_layers=sorted({n for choice in choices for n in choice}))
+        ground = studies.Base.from_texts(
+            base, tokenizer, corpus, every, progress=printing.watched()
+        )
+    say = printing.say if printing.watched() else (lambda text: None)
+    found = tune.tune(ground, suite, grid, config, progress=say)
+    if html is not None:
+        html.write_text(_page(found, model), encoding="utf-8")
+    title = f"{printing.count(len(found.tried), 'setting')} tried on {printing.count(found.edits, 'edit')}"
+    written = [] if html is None else [f"Written to {html}"]
+    printing.show(as_json, found.to_json(), _table(title, found), _advice(found), *written)
+
+
+def _corpus(lines: tuple[str, ...] | None) -> list[str]:
+    """Texts for the statistics: all but the held-out ones, or the embedded world's."""
+    from alphaedit_peft import embedded
+
+    if lines is None:
+        return embedded.texts(STATISTICS_TEXTS)
+    if len(lines) <= HELD_OUT:
+        raise ValueError(
+            f"--texts holds {len(lines)} texts, and {HELD_OUT} are held out for drift; give more"
+        )
+    return list(lines[:-HELD_OUT])
+
+
+def _table(title: str, found: Tuning) -> Table:
+    """What a terminal of eighty columns holds: no intervals, but what is within noise."""
+    heads, rows = _rows(found)
+    kept = [i for i, name in enumerate(heads) if name != INTERVAL]
+    for name, narrow in NARROW.items():
+        heads = [head.replace(name, narrow).replace("_", "\n") for head in heads]
+    return printing.table(title, [heads[i] for i in kept], [[row[i] for i in kept] for row in rows])
+
+
+def _rows(found: Tuning) -> tuple[list[str], list[list[Any]]]:
+    columns = found.recommended.columns
+    heads = [">layers", ">clamp", ">ridge", ">threshold", *(f">{name}" for name in columns)]
+    rows = []
+    for tried in found.ranked:
+        setting, score = tried.setting, tried.score
+        rows.append(
+            [
+                ",".join(map(str, setting.rewrite_layers)),
+                *(setting.clamp_factor, setting.ridge, setting.threshold),
+                *(f"{100 * tried.scores[name]:.1f}" for name in columns),
+                f"{score.value:.3f}",
+                f"{score.low:.3f} .. {score.high:.3f}",
+                "" if tried.drift is None else f"{tried.drift.value:.2g}",
+                "" if tried in found.even else "lower",
+            ]
+        )
+    return [*heads, ">harmonic mean", INTERVAL, ">drift", "noise"], rows
+
+
+def _advice(found: Tuning) -> str:
+    return (
+        f"Recommended: {found.recommended.setting}: {found.reason}. Its figures flatter it, since "
+        "it was chosen by them; judge it on other edits"
+    )
+
+
+def _page(found: Tuning, model: str) -> str:
+    from alphaedit_peft.report import Section, page, paragraph, table
+
+    legend = (
+        "Shares in percent; the interval is of the harmonic mean, over edits; drift is the mean "
+        "KL(unedited || edited) on held-out texts in nats a token. 'lower' marks settings that the "
+        "recommended one is ahead of by more than noise."
+    )
+    sections = [
+        Section("Recommended", paragraph(_advice(found))),
+        Section("All that was tried", table(*_rows(found), search="Find a setting")),
+        Section("How to read it", paragraph(legend)),
+    ]
+    return page(
+        f"Settings for {model}", sections, f"Tried on {printing.count(found.edits, 'edit')}."
+    )
+
+
+def _numbers(name: str, text: str) -> tuple[float, ...]:
+    return _split(name, text, ",", float)
+
+
+def _layers(text: str | None) -> tuple[tuple[int, ...], ...]:
+    if text is None:
+        return ()
+    return _split("layers", text, ";", lambda part: tuple(parse_layers(part) or ()))
+
+
+def _split(name: str, text: str, by: str, read: Callable[[str], T]) -> tuple[T, ...]:
+    try:
+        return tuple(read(part) for part in text.split(by))
+    except ValueError:
+        raise typer.BadParameter(f"--{name} {text!r} is no list of numbers") from None

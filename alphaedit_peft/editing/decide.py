@@ -1,0 +1,196 @@
+"""What ``auto`` decides for the model and the edits at hand, from what it measures, with reasons.
+
+In: a runner, the tokenised edits of a first batch, the null space. Out: :class:`Decision` values, to
+print and to store in the pack; keys from which ``nullspace.disturbance`` finds the threshold. The
+paper's clamp, ridge and threshold are numbers for three models of 1.5 to 8 billion
+parameters; key norms and spectra of others differ by orders of magnitude.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch import Tensor
+
+from alphaedit_peft.architecture import paper_preset
+from alphaedit_peft.config import AlphaEditConfig
+from alphaedit_peft.editing.keys import keys_by_layer
+from alphaedit_peft.editing.prompts import EditRows, TokenRow
+from alphaedit_peft.editing.runner import Runner
+from alphaedit_peft.nullspace import NullSpace
+from alphaedit_peft.nullspace.threshold import KeysAround
+from alphaedit_peft.settings import PRESET_VALUES
+
+PROBED = 32  # edits whose prompts are looked at, of a batch
+
+
+@dataclass(frozen=True)
+class Decision:
+    """One setting: its name, its value as text, and the reason in a sentence."""
+
+    name: str
+    value: str
+    reason: str
+
+    def to_json(self) -> dict[str, str]:
+        """The decision as plain JSON values."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.value}: {self.reason}"
+
+
+def shown(config: AlphaEditConfig, name: str) -> str:
+    """A setting's value as text, with the mode that says how it is read."""
+    value, mode = getattr(config, name), getattr(config, f"{name}_mode", None)
+    text = f"{value:g}" if isinstance(value, float) else str(value)
+    return text if mode is None else f"{text} ({mode})"
+
+
+def in_force(decided: Sequence[Mapping[str, Any]], config: AlphaEditConfig) -> list[Any]:
+    """Stored decisions whose settings have not been changed since."""
+    return [d for d in decided if shown(config, str(d["name"])) == d["value"]]
+
+
+def movable(null_space: NullSpace | None, config: AlphaEditConfig) -> bool:
+    """Whether ``auto`` may choose the threshold: nobody chose one, and the spectrum is known.
+
+    A null space at another threshold than the preset's was made so by somebody, and is kept.
+    """
+    preset = PRESET_VALUES["auto"]
+    if null_space is None or config.preset != "auto" or config.objective != "alphaedit":
+        return False
+    given = (null_space.threshold, null_space.threshold_mode)
+    known = not any(part.projector_only for part in null_space.parts.values())
+    return known and given == (preset.threshold, preset.threshold_mode)
+
+
+def keys_around(runner: Runner, edits: Sequence[EditRows]) -> dict[int, KeysAround]:
+    """At every rewrite layer, keys of some edits and of the other tokens of their prompts.
+
+    A prompt's first token is left out: models keep a huge state there, whatever it is. Without any
+    other token there is nothing to look at, and the answer is empty.
+    """
+    some = edits[:: math.ceil(len(edits) / PROBED)]
+    rows = [rows.rows[-1] for rows in some if _others(rows.rows[-1])]
+    found: dict[int, KeysAround] = {}
+    for layer in runner.layers if rows else ():
+        around = []
+        for row, keys in zip(rows, runner.token_keys(rows, layer), strict=True):
+            around.append((keys[row.subject_last], keys[_others(row)]))
+        found[layer] = around
+    return found
+
+
+def _others(row: TokenRow) -> list[int]:
+    return [i for i in range(1, len(row.ids)) if i != row.subject_last]
+
+
+def decisions(
+    runner: Runner,
+    null_space: NullSpace | None,
+    edits: Sequence[EditRows],
+    undecided: Collection[str],
+    disturbances: Mapping[float, float],
+) -> tuple[Decision, ...]:
+    """Settings that were left open, with what was measured of this model for these edits.
+
+    Args:
+        runner: with the settings as decided.
+        null_space: at the threshold decided; None for plain MEMIT.
+        edits: of the first batch.
+        undecided: names of the settings that the user left open.
+        disturbances: from ``least_disturbing``; empty where the threshold was not chosen here.
+    """
+    config = runner.config
+    keys = keys_by_layer(runner, edits)
+    found = [_layers(runner)]
+    if null_space is not None and (disturbances or movable(null_space, config)):
+        found.append(_threshold(config, null_space, keys, disturbances))
+    if config.objective == "alphaedit" and null_space is not None:
+        found.append(_ridge(config, null_space, keys))
+    found += _search(runner, edits)
+    return tuple(decision for decision in found if decision.name in undecided)
+
+
+def _layers(runner: Runner) -> Decision:
+    blocks = runner.architecture.num_blocks
+    known = paper_preset(runner.model.config) is not None  # type: ignore[arg-type]
+    reason = "the paper's" if known else f"by depth: the last one lies at 30 % of {blocks} blocks"
+    return Decision("rewrite_layers", shown(runner.config, "rewrite_layers"), reason)
+
+
+def _threshold(
+    config: AlphaEditConfig,
+    null_space: NullSpace,
+    keys: Mapping[int, Tensor],
+    disturbances: Mapping[float, float],
+) -> Decision:
+    kept = ", ".join(
+        f"{null_space.null_dimension(layer)} of {null_space.width(layer)} directions of layer "
+        f"{layer} with {_share(null_space, layer, rows):.0%} of the edits' squared key length"
+        for layer, rows in keys.items()
+    )
+    reason = f"keeps {kept}"
+    if disturbances:
+        tried = ", ".join(f"{d:.3f} at {t:g}" for t, d in disturbances.items())
+        reason += (
+            f"; of what it moves its key, an edit then moves its prompt's other tokens {tried}: "
+            "the least, or close to it"
+        )
+    return Decision("threshold", shown(config, "threshold"), reason)
+
+
+def _share(null_space: NullSpace, layer: int, keys: Tensor) -> float:
+    """Mean of |P k|^2 / |k|^2."""
+    projected = null_space.project(layer, keys).square().sum(1)
+    return float((projected / keys.square().sum(1).clamp_min(1e-30)).mean())
+
+
+def _ridge(config: AlphaEditConfig, null_space: NullSpace, keys: Mapping[int, Tensor]) -> Decision:
+    assert config.ridge is not None, "resolve the config first"
+    sizes = {
+        layer: float(null_space.project(layer, rows).square().sum(1).mean())
+        for layer, rows in keys.items()
+    }
+    relative = config.ridge_mode == "relative"
+    parts = ", ".join(
+        f"{config.ridge * size:.3g} in layer {layer}" if relative else f"{size:.3g} there"
+        for layer, size in sizes.items()
+    )
+    reason = f"times the mean |P k|^2 of the edits: {parts}" if relative else f"|P k|^2 is {parts}"
+    return Decision("ridge", shown(config, "ridge"), reason)
+
+
+def _search(runner: Runner, edits: Sequence[EditRows]) -> list[Decision]:
+    """Clamp, learning rate and stopping, relative to |h| at the last rewrite layer."""
+    config, last = runner.config, runner.layers[-1]
+    hidden = runner.hidden([rows.rows[0] for rows in edits], last)  # (n, d)
+    norm = float(hidden.norm(dim=1).median())
+    step = norm / hidden.shape[1] ** 0.5
+    assert config.clamp_factor is not None, "resolve the config first"
+    assert config.learning_rate is not None, "resolve the config first"
+    relative = config.learning_rate_mode == "relative"
+    rate = config.learning_rate * (step if relative else 1)
+    return [
+        Decision(
+            "clamp_factor",
+            shown(config, "clamp_factor"),
+            f"|z - h| up to {config.clamp_factor * norm:.3g}; the edits' median |h| after block "
+            f"{last} is {norm:.3g}",
+        ),
+        Decision(
+            "learning_rate",
+            shown(config, "learning_rate"),
+            f"steps of {rate:.3g} a coordinate, whose size |h| / sqrt(d) is {step:.3g}",
+        ),
+        Decision(
+            "stop_loss",
+            shown(config, "stop_loss"),
+            "a target value goes no further than the target needs, which spares the subject's "
+            "other facts",
+        ),
+    ]

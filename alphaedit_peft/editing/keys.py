@@ -1,0 +1,323 @@
+"""Keys and hidden states of edits, read on the way up, so that no block runs twice for nothing.
+
+In: a runner and tokenised edits. Out: :class:`EditKeys`: each edit's key at one rewrite layer, its
+hidden state after the last one, and where its rows stand: the states in front of the layer's block.
+Once the layer is written, ``onward`` runs only what the write can reach, from those states on: bare
+prompts up to the last rewrite layer, prompts behind a context up to the next one's rewrite module.
+Rows are cut after the subject, since keys are causal, and what several of them have behind contexts
+in common runs once for all (see ``prefixes``). The states of all rows are kept, on the model's
+device and in its dtype: rows x tokens x d numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from alphaedit_peft import hooks
+from alphaedit_peft.editing.prefixes import PrefixCache, aligned, cached, cut_rows, recording
+from alphaedit_peft.editing.prompts import EditRows, TokenRow
+from alphaedit_peft.editing.runner import Runner, at_least_float32, tell_of_memory
+from alphaedit_peft.tokens import padded
+
+
+@dataclass(frozen=True)
+class EditKeys:
+    """What edits' rows give at a rewrite layer, and where they can be run on from.
+
+    Args:
+        layer: the rewrite layer that ``keys`` are of; None above the last one.
+        keys: (edits, d_in), float32 or better: the bare prompt's and the mean over contexts', half
+            each. The paper averages over contexts (Eq. 2 of MEMIT); its code averages over kinds of
+            context first, and the bare prompt is a kind of its own. Without contexts it is the bare
+            prompt's.
+        hidden: (edits, d), the bare prompt's hidden state after the last rewrite layer.
+        parts: the batches of prompts and how far they have run.
+    """
+
+    layer: int | None
+    keys: Tensor
+    hidden: Tensor
+    parts: Parts
+
+    def chosen(self, edits: Sequence[int]) -> EditKeys:
+        """The same of some of the edits, in the given order."""
+        some = list(edits)
+        return EditKeys(self.layer, self.keys[some], self.hidden[some], self.parts.chosen(some))
+
+    def onward(self, runner: Runner) -> EditKeys:
+        """What the edits give once ``layer`` is written: keys at the next one, and h.
+
+        Above the last rewrite layer there is no next one: only h is read.
+        """
+        assert self.layer is not None, "above the last rewrite layer nothing is left to read"
+        above = [layer for layer in runner.layers if layer > self.layer]
+        return _read(runner, self.parts, above[0] if above else None)
+
+
+def read(runner: Runner, edits: Sequence[EditRows]) -> EditKeys:
+    """Keys at the first rewrite layer and hidden states after the last, from one pass.
+
+    Args:
+        runner: the model as it is.
+        edits: one or more, with equally many rows each.
+    """
+    return _read(runner, parts_of(runner, edits), runner.layers[0])
+
+
+def keys_by_layer(runner: Runner, edits: Sequence[EditRows]) -> dict[int, Tensor]:
+    """Keys (edits, d_in) at every rewrite layer of the model as it is, from one pass."""
+    parts, last = parts_of(runner, edits), runner.layers[-1]
+    bare = _in_parts(
+        parts.bare, partial(_run, runner, layers=runner.layers, last=last, whole=False)
+    )
+    others = _run_behind(runner, parts, runner.layers, last)[1]
+    return {layer: _mean_keys(layer, bare, others) for layer in runner.layers}
+
+
+@dataclass(frozen=True)
+class _Ran:
+    """What a run of a part gave: by layer its keys (rows, d_in), and h (rows, d).
+
+    ``part`` stands where the run can be gone on from; ``prefix_cache`` is what it left in a cache.
+    """
+
+    part: Part
+    keys: Mapping[int, Tensor]
+    hidden: Tensor | None = None
+    prefix_cache: PrefixCache | None = None
+
+
+def _read(runner: Runner, parts: Parts, layer: int | None) -> EditKeys:
+    """Run the bare prompts to the last rewrite layer, the others to the module of ``layer``."""
+    wanted = () if layer is None else (layer,)
+    through = partial(_run, runner, layers=wanted, last=runner.layers[-1], whole=True)
+    first = _in_parts(parts.bare, through)
+    if layer is None:
+        hidden = _hidden(first)
+        return EditKeys(None, hidden.new_zeros(len(hidden), 0), hidden, Parts(()))
+    shared, second = _run_behind(runner, parts, wanted, layer)
+    stand = Parts(*(tuple(ran.part for ran in runs) for runs in (first, second, shared)))
+    return EditKeys(layer, _mean_keys(layer, first, second), _hidden(first), stand)
+
+
+def _run_behind(
+    runner: Runner, parts: Parts, layers: Sequence[int], last: int
+) -> tuple[list[_Ran], list[_Ran]]:
+    """Run the shared prefixes and the prompts behind contexts to the module of ``last``."""
+    run = partial(_run, runner, layers=layers, last=last, whole=False)
+    shared = [run(part, keeping=True) for part in parts.shared]
+    prefix_cache = shared[0].prefix_cache if shared else None
+    return shared, _in_parts(parts.others, partial(run, prefix_cache=prefix_cache))
+
+
+def _in_parts(parts: Sequence[Part], run: Callable[[Part], _Ran]) -> list[_Ran]:
+    """Run every part, by halves where memory runs out."""
+    found: list[_Ran] = []
+    pending = list(parts)
+    while pending:
+        part = pending.pop(0)
+        try:
+            found.append(run(part))
+            continue
+        except torch.OutOfMemoryError:
+            if len(part.rows) == 1:
+                raise
+        tell_of_memory(f"{len(part.rows)} prompts", len(part.rows) // 2, "tokens_per_batch")
+        pending = [*part.halves(), *pending]
+    return found
+
+
+def _run(
+    runner: Runner,
+    part: Part,
+    *,
+    layers: Sequence[int],
+    last: int,
+    whole: bool,
+    prefix_cache: PrefixCache | None = None,
+    keeping: bool = False,
+) -> _Ran:
+    """Run a part on, through block ``last`` if ``whole``, else up to its rewrite module.
+
+    The keys of ``layers`` are taken on the way, and the states in front of the first of them.
+    ``prefix_cache`` is that of the shared prefixes; ``keeping`` leaves the part's own.
+    """
+    model, layout = runner.model, runner.architecture
+    inputs, cache = recording(part.inputs) if keeping else (part.inputs, None)
+    if prefix_cache is not None and part.behind:
+        inputs = prefix_cache.chosen(part.behind).followed_by(model, part.inputs)
+    names = {layout.rewrite_name(layer): layer for layer in layers}
+    keys: dict[int, Tensor] = {}
+    below: list[Any] = []
+    top: list[Tensor] = []
+    stop = layout.block_name(last) if whole else layout.rewrite_name(last)
+    with ExitStack() as stack:
+        stack.enter_context(torch.no_grad())
+        if part.states is not None:
+            here, passed = part.states, [layout.block_name(i) for i in range(part.block)]
+            stack.enter_context(hooks.resuming_above(model, passed, part.form, lambda: here))
+
+        def take_key(name: str, values: Tensor) -> None:
+            keys[names[name]] = part.at_subject(values)
+
+        def take_hidden(output: Any) -> None:
+            top.append(part.at_subject(hooks.hidden_of(output)))
+
+        stack.enter_context(hooks.watching_inputs(model, list(names), take_key))
+        if layers and layers[0] > part.block:
+            under = layout.block_name(layers[0] - 1)
+            stack.enter_context(hooks.watching_output(model, under, below.append))
+        if whole:
+            stack.enter_context(hooks.watching_output(model, stop, take_hidden))
+        hooks.run_until(model, inputs, stop, entering=not whole)
+    if below:
+        states, form = hooks.hidden_of(below[0]), hooks.form_of(below[0])
+        part = replace(part, block=layers[0], states=states, form=form)
+    left = None if cache is None else aligned(cached(cache), part.subjects + 1)
+    return _Ran(part, keys, top[0] if top else None, left)
+
+
+def _mean_keys(layer: int, bare: Sequence[_Ran], others: Sequence[_Ran]) -> Tensor:
+    """(edits, d_in): see ``EditKeys.keys``."""
+    alone = _table(layer, bare)[:, 0]
+    return alone if not others else (alone + _table(layer, others).mean(1)) / 2
+
+
+def _table(layer: int, runs: Sequence[_Ran]) -> Tensor:
+    """Keys of all rows, (edits, rows of each, d_in)."""
+    names = [name for ran in runs for name in ran.part.rows]
+    keys = torch.cat([ran.keys[layer] for ran in runs])
+    edits, each = (1 + max(name[k] for name in names) for k in (0, 1))
+    order = sorted(range(len(names)), key=names.__getitem__)
+    return keys[order].unflatten(0, (edits, each))
+
+
+def _hidden(runs: Sequence[_Ran]) -> Tensor:
+    """h of all edits, (edits, d)."""
+    found: dict[int, Tensor] = {}
+    for ran in runs:
+        assert ran.hidden is not None, "bare prompts run through the last rewrite layer"
+        found |= {edit: ran.hidden[k] for k, (edit, _) in enumerate(ran.part.rows)}
+    return torch.stack([found[edit] for edit in range(len(found))])
+
+
+@dataclass(frozen=True)
+class Part:
+    """A padded batch of rows and how far it has run: up to the front of ``block``.
+
+    ``rows`` are pairs of an edit and which of its prompts it is, ``subjects`` (rows,) the positions
+    that are read. ``behind`` says which shared prefix each row goes on from: of all rows or none.
+    ``states`` (rows, tokens, d) is None in front of block 0; ``form`` is what the block below puts
+    out, in its family's own form.
+    """
+
+    rows: tuple[tuple[int, int], ...]
+    subjects: Tensor
+    inputs: Mapping[str, Tensor]
+    behind: tuple[int, ...] = ()
+    block: int = 0
+    states: Tensor | None = None
+    form: Any = None
+
+    def chosen(self, place: Mapping[int, int]) -> Part:
+        """The rows of some edits, under their new numbers."""
+        some = [k for k, (edit, _) in enumerate(self.rows) if edit in place]
+        part = self._rows(some)
+        return replace(part, rows=tuple((place[edit], prompt) for edit, prompt in part.rows))
+
+    def halves(self) -> list[Part]:
+        """The first half of the rows, and the others."""
+        every, middle = list(range(len(self.rows))), len(self.rows) // 2
+        return [self._rows(some) for some in (every[:middle], every[middle:])]
+
+    def _rows(self, some: Sequence[int]) -> Part:
+        return replace(
+            self,
+            rows=tuple(self.rows[k] for k in some),
+            subjects=self.subjects[some],
+            inputs={name: value[some] for name, value in self.inputs.items()},
+            behind=tuple(self.behind[k] for k in some if self.behind),
+            states=None if self.states is None else self.states[some],
+        )
+
+    def at_subject(self, values: Tensor) -> Tensor:
+        """Values (rows, tokens, k) or (rows x tokens, k) at each row's subject, (rows, k)."""
+        if values.ndim == 2:  # OPT's blocks flatten batch and tokens before their MLP
+            values = values.unflatten(0, self.inputs["input_ids"].shape)
+        rows = torch.arange(len(self.rows), device=values.device)
+        return at_least_float32(values[rows, self.subjects.to(values.device)])
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Batches of edits' prompts.
+
+    ``bare``: the bare prompts; ``others``: those behind contexts; ``shared``: leading tokens that
+    some of ``others`` go on from, at most one batch.
+    """
+
+    bare: tuple[Part, ...]
+    others: tuple[Part, ...] = ()
+    shared: tuple[Part, ...] = ()
+
+    def chosen(self, edits: Sequence[int]) -> Parts:
+        """The same of some of the edits, under their new numbers."""
+        place = {edit: k for k, edit in enumerate(edits)}
+        bare, others = (
+            tuple(part.chosen(place) for part in parts if any(e in place for e, _ in part.rows))
+            for parts in (self.bare, self.others)
+        )
+        return Parts(bare, others, self.shared)
+
+
+def parts_of(runner: Runner, edits: Sequence[EditRows]) -> Parts:
+    """Batches of the bare prompts and of those behind contexts, in front of the first block."""
+    bare = [((e, 0), edit.rows[0].key_row) for e, edit in enumerate(edits)]
+    others = [
+        ((e, j), row.key_row) for e, edit in enumerate(edits) for j, row in enumerate(edit.rows[1:])
+    ]
+    rows = [row for _, row in others]
+    cut = cut_rows(runner, [row.ids for row in rows], [row.subject_last for row in rows])
+    behind: list[Part] = []
+    for side in cut.sides():
+        some = [others[i] for i in side]
+        prefixes = [prefix for i in side if (prefix := cut.behind[i]) is not None]
+        behind += _batched(runner, some, [cut.starts[i] for i in side], prefixes)
+    alone = _batched(runner, bare, [0] * len(bare), ())
+    return Parts(alone, tuple(behind), _shared(runner, cut.prefixes))
+
+
+def _batched(
+    runner: Runner,
+    rows: Sequence[tuple[tuple[int, int], TokenRow]],
+    starts: Sequence[int],
+    behind: Sequence[int],
+) -> tuple[Part, ...]:
+    """Named rows from ``starts`` on; ``behind`` tells each row's prefix, and is empty for none."""
+    return tuple(
+        Part(
+            tuple(rows[i][0] for i in batch.indices),
+            torch.tensor([rows[i][1].subject_last - starts[i] for i in batch.indices]),
+            batch.inputs,
+            tuple(behind[i] for i in batch.indices if behind),
+        )
+        for batch in runner.batches(
+            [row.ids[start:] for (_, row), start in zip(rows, starts, strict=True)], starts
+        )
+    )
+
+
+def _shared(runner: Runner, prefixes: Sequence[Sequence[int]]) -> tuple[Part, ...]:
+    """The prefixes as one batch, where there are any."""
+    if not prefixes:
+        return ()
+    last = torch.tensor([len(prefix) - 1 for prefix in prefixes])
+    names = tuple((number, 0) for number in range(len(prefixes)))
+    return (Part(names, last, padded(prefixes, runner.device)),)

@@ -1,0 +1,181 @@
+"""How much memory a batch of edits takes, and the chunk sizes that keep it within a budget.
+
+In: a runner, an objective, tokenised edits, what is in place. Out: bytes, or a runner whose chunk
+sizes are set from ``config.memory_budget``. All of it counts above the base's weights. With n rows
+after the batch, u edits of c rows each for keys, rows of up to p tokens before the subject and q
+from it on (q' in the edit that has fewest), t tokens of a target, r of the row with most of its
+tokens read, b rewrite layers, N blocks, N' of them above the last rewrite layer, width d, MLP f,
+keys and values k, vocabulary V, e bytes a number of the model, and w weights above the last rewrite
+layer, the head's among them, where ``autocast`` copies them (else 0):
+
+    held   = statistics + b (8 n (f + d) + 12 n^2) + e u c (p + 1) d + 24 u d + 2 w
+    solve  = 24 n f + 24 n^2 + 4 f^2              (AlphaEdit: the basis in float64, for the report)
+    token  = e (6 d + 3 f + 6 k (L + 1)) + (e + 8) V t / r    of a forward pass, the last block L
+    before = 2 e k (N (2 p + q) + N' p) + e (p + q) (7 d + 3 f)      of a row, ``targets.before``
+    after  = 2 e k N' (3 p + q) + 2 e (p + q) d + (2 e + 16) V t     of a row, ``targets.suffixes``
+    back   = e N' (10 d + 4 f)                                        of a token's backward pass
+    suffix   = max(before / q', after / q' + back)                      a padded token
+    peak   = held + max(solve, token x tokens_per_batch, suffix x target_tokens)
+
+A chunk's padded tokens are at least q' a row, since it is padded to its longest suffix. An edit by
+itself may be larger than a chunk is to be; it takes max(before, after + q back) for each row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor
+
+from alphaedit_peft.editing.prompts import EditRows
+from alphaedit_peft.editing.runner import Limits, Runner
+from alphaedit_peft.editing.targets.autocast import autocast_bytes
+from alphaedit_peft.metric import AlphaEdit, Memit, Objective
+from alphaedit_peft.settings import byte_count, bytes_in_words
+
+
+@dataclass(frozen=True)
+class Need:
+    """Bytes that a batch of edits takes above the base's weights; see the module's formula.
+
+    ``held`` all the time, ``solve`` for a layer's solve and figures, ``token`` for each token of a
+    forward pass, ``suffix`` for each padded token that is optimised, ``largest`` for the largest edit
+    that is optimised by itself. ``longest`` is the longest row.
+    """
+
+    held: int
+    solve: int
+    token: int
+    suffix: int
+    longest: int
+    largest: int
+
+    @property
+    def least(self) -> int:
+        """What one edit at a time takes."""
+        return self.peak(self.longest, 0)
+
+    def peak(self, tokens_per_batch: int, target_tokens: int) -> int:
+        """What the batch takes with these chunk sizes."""
+        passes = self.token * max(tokens_per_batch, self.longest)
+        return self.held + max(self.solve, passes, self.largest, self.suffix * target_tokens)
+
+    def limits(self, budget: int) -> Limits:
+        """The largest chunk sizes within a budget.
+
+        Raises:
+            ValueError: a budget below ``least``.
+        """
+        if budget < self.least:
+            raise ValueError(
+                f"memory_budget={bytes_in_words(budget)} is too small for one edit of this batch, "
+                f"which takes {bytes_in_words(self.least)}; raise it, or lower batch_size, "
+                "num_contexts or context_length"
+            )
+        left = budget - self.held
+        return Limits(left // self.token, left // self.suffix)
+
+
+def within_budget(
+    runner: Runner, objective: Objective, edits: Sequence[EditRows], batch_size: int, rank: int
+) -> Runner:
+    """The runner with chunk sizes from ``config.memory_budget``; as it is where there is none.
+
+    Args:
+        runner: its config may hold a budget.
+        objective: whose statistics count.
+        edits: all that are to be made.
+        batch_size: at most so many at once.
+        rank: rows in place.
+
+    Raises:
+        ValueError: a budget that is too small for one edit; says how much it takes.
+    """
+    budget = byte_count("memory_budget", runner.config.memory_budget)
+    if budget is None or not edits:
+        return runner
+    need = estimate(runner, objective, edits, min(batch_size, len(edits)), rank + len(edits))
+    return replace(runner, limits=need.limits(budget))
+
+
+def estimate(
+    runner: Runner, objective: Objective, edits: Sequence[EditRows], together: int, rank: int
+) -> Need:
+    """What edits take by the formula above.
+
+    Args:
+        runner: model and settings.
+        objective: whose statistics count.
+        edits: give the lengths of rows.
+        together: edits of a batch.
+        rank: rows once all are made.
+    """
+    shape = _Shape.of(runner)
+    d, f, e, vocabulary = shape.hidden, shape.width, shape.bytes, shape.vocabulary
+    rows = [(*edit.rows, edit.kl_row, *edit.anchors) for edit in edits]
+    every = [row for some in rows for row in some]
+    p = max(row.subject_last for row in every)
+    suffixes = [max(len(row.scoring_ids) - row.subject_last for row in some) for some in rows]
+    q, shortest = max(suffixes), min(suffixes)
+    t = max(max(1, len(row.target)) for row in every)
+    reads = max(-(-max(1, len(row.target)) * vocabulary // len(row.scoring_ids)) for row in every)
+    above = shape.blocks - runner.layers[-1] - 1
+    held = _statistics(objective) + len(runner.layers) * (8 * rank * (f + d) + 12 * rank**2)
+    held += together * (e * len(edits[0].rows) * (p + 1) * d + 24 * d) + autocast_bytes(runner)
+    basis = 4 * f**2 if isinstance(objective, AlphaEdit) else 8 * f**2
+    pair = 2 * e * shape.cached
+    before = pair * (shape.blocks * (2 * p + q) + above * p) + e * (p + q) * (7 * d + 3 * f)
+    after = pair * above * (3 * p + q) + 2 * e * (p + q) * d + (2 * e + 16) * vocabulary * t
+    back = e * above * (10 * d + 4 * f)
+    return Need(
+        held=held,
+        solve=24 * rank * f + 24 * rank**2 + basis,
+        token=e * (6 * d + 3 * f) + 3 * pair * (runner.layers[-1] + 1) + (e + 8) * reads,
+        suffix=max(-(-before // shortest), -(-after // shortest) + back),
+        longest=p + q,
+        largest=max(map(len, rows)) * max(before, after + q * back),
+    )
+
+
+@dataclass(frozen=True)
+class _Shape:
+    """Sizes of a model: ``cached`` is the width of keys (and of values) in its cache."""
+
+    hidden: int
+    width: int
+    cached: int
+    vocabulary: int
+    blocks: int
+    bytes: int
+
+    @classmethod
+    def of(cls, runner: Runner) -> _Shape:
+        config: Any = runner.model.config
+        embedding: Any = runner.model.get_input_embeddings()  # type: ignore[operator]
+        module: Any = runner.model.get_submodule(runner.architecture.rewrite_name(runner.layers[0]))
+        weight = getattr(module, "base_layer", module).weight
+        hidden, heads = config.hidden_size, config.num_attention_heads
+        pairs = getattr(config, "num_key_value_heads", None) or heads
+        head = getattr(config, "head_dim", None) or hidden // heads
+        width = weight.numel() // hidden if weight.is_floating_point() else module.in_features
+        return cls(
+            hidden=hidden,
+            width=width,
+            cached=pairs * head,
+            vocabulary=len(embedding.weight),
+            blocks=runner.architecture.num_blocks,
+            bytes=embedding.weight.element_size(),
+        )
+
+
+def _statistics(objective: Objective) -> int:
+    """Bytes of what an objective projects or inverts with."""
+    tensors: list[Tensor] = []
+    if isinstance(objective, (AlphaEdit, Memit)) and objective.null_space is not None:
+        tensors += [part.basis for part in objective.null_space.parts.values()]
+    if isinstance(objective, Memit):
+        moments = list(objective.moments.moments.values())
+        tensors += [*moments, *moments, *moments]  # and their Cholesky factors in float64
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

@@ -1,0 +1,255 @@
+"""What an edit run works with: model, tokenizer, layout and settings, under one name.
+
+In: the base model (its rewrite modules may be LoRA layers), a full config. Out: :class:`Runner`,
+which runs rows of tokens through the model and hands back keys, hidden states and log-probabilities
+at the positions asked for.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+import warnings
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from alphaedit_peft import hooks
+from alphaedit_peft.architecture import Architecture
+from alphaedit_peft.config import AlphaEditConfig
+from alphaedit_peft.devices import brings_to_gpu
+from alphaedit_peft.editing.prompts import Renderer, TokenRow
+from alphaedit_peft.hooks import gathering_logits
+from alphaedit_peft.tokens import PaddedBatch, batches
+
+PHASES = ("contexts", "keys", "targets", "solve", "write", "score")
+
+
+class Phases:
+    """A stopwatch with a sum for each phase.
+
+    ``contexts``: sampled texts and tokens; ``keys``: forwards for keys and hidden states, and what
+    is decided from them; ``targets``: the optimisation of z; ``solve``: the linear systems;
+    ``write``: factors put into the model; ``score``: probabilities, and the figures of the report.
+    """
+
+    def __init__(self, devices: Collection[torch.device] = ()) -> None:
+        """Time work on these devices; those that are no GPU need no waiting for."""
+        self._gpus = [device for device in devices if device.type == "cuda"]
+        self._sums = dict.fromkeys(PHASES, 0.0)
+        self._phase: str | None = None
+        self._since = 0.0
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Phases:
+        """A stopwatch for work on the devices that a model's weights are on."""
+        return cls({parameter.device for parameter in model.parameters()})
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Seconds by phase so far, of the phases that have ended."""
+        return dict(self._sums)
+
+    @contextmanager
+    def timed(self, phase: str) -> Iterator[None]:
+        """Count the time of this block for ``phase``, also where the block fails.
+
+        Raises:
+            ValueError: an unknown phase.
+        """
+        if phase not in self._sums:
+            raise ValueError(f"phase {phase!r} is unknown; use one of {PHASES}")
+        around = self._phase
+        self._switch(phase)
+        try:
+            yield
+        finally:
+            self._switch(around)
+
+    def _switch(self, phase: str | None) -> None:
+        for device in self._gpus:
+            torch.cuda.synchronize(device)
+        now = time.perf_counter()
+        if self._phase is not None:
+            self._sums[self._phase] += now - self._since
+        self._phase, self._since = phase, now
+
+
+def in_words(seconds: Mapping[str, float]) -> str:
+    """The sum, and the phases from the longest down: "12.3 s: targets 9.1, keys 3.2"."""
+    longest = sorted(seconds.items(), key=lambda item: -item[1])
+    parts = ", ".join(f"{name} {value:.1f}" for name, value in longest)
+    return f"{sum(seconds.values()):.1f} s: {parts}"
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Most tokens of a forward pass, and of a chunk that is optimised."""
+
+    tokens_per_batch: int
+    target_tokens: int
+
+
+@dataclass(frozen=True)
+class Runner:
+    """A model ready to be edited; ``config`` is resolved, ``contexts`` are texts put before.
+
+    ``phases`` sums the time of what is done on it; ``limits`` take the place of the config's.
+    """
+
+    model: nn.Module
+    tokenizer: PreTrainedTokenizerBase
+    config: AlphaEditConfig
+    architecture: Architecture
+    contexts: tuple[str, ...]
+    phases: Phases = field(default_factory=Phases, compare=False)
+    limits: Limits | None = None
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The rewrite layers, ascending; z is optimised after the last one."""
+        return tuple(self.config.rewrite_layers or ())
+
+    @property
+    def tokens_per_batch(self) -> int:
+        """Most tokens in one forward pass."""
+        return (self.limits or self.config).tokens_per_batch
+
+    @property
+    def target_tokens(self) -> int:
+        """Most tokens optimised at once."""
+        return (self.limits or self.config).target_tokens
+
+    @property
+    def renderer(self) -> Renderer:
+        """Writes out and tokenises prompts for this model."""
+        positions = getattr(self.model.config, "max_position_embeddings", None)
+        vocabulary = len(self.model.get_input_embeddings().weight)  # type: ignore[operator]
+        return Renderer(self.tokenizer, self.config, (positions, vocabulary))
+
+    @property
+    def device(self) -> torch.device:
+        """Where token ids go: the device of the input embeddings."""
+        device = self.model.get_input_embeddings().weight.device  # type: ignore[operator]
+        return torch.device("cpu") if device.type == "meta" else device
+
+    @property
+    def head_name(self) -> str:
+        """Name of the module that turns hidden states into logits.
+
+        Raises:
+            ValueError: a model without an output head.
+        """
+        name = hooks.head_name(self.model)
+        if name is None:
+            raise ValueError(f"{type(self.model).__name__} has no output head; pass a causal LM")
+        return name
+
+    @property
+    def few_passes(self) -> bool:
+        """Whether a pass is dearer than any padding: it brings offloaded weights to a GPU."""
+        return brings_to_gpu(self.model)
+
+    def batches(
+        self, rows: Sequence[Sequence[int]], behind: Sequence[int] = ()
+    ) -> Iterator[PaddedBatch]:
+        """Token rows in padded batches of at most ``tokens_per_batch`` tokens.
+
+        ``behind`` are the tokens that each row follows in a cache, which count too.
+        """
+        return batches(rows, self.tokens_per_batch, self.device, behind, few=self.few_passes)
+
+    def token_keys(self, rows: Sequence[TokenRow], layer: int) -> list[Tensor]:
+        """Inputs of a rewrite module at every token, for each row (tokens, d_in)."""
+        name, block = self.architecture.rewrite_name(layer), self.architecture.block_name(layer)
+        found: dict[int, Tensor] = {}
+        for batch in self.batches([row.ids for row in rows]):
+            inputs = hooks.capture_inputs(self.model, batch.inputs, [name], block)[name]
+            for i, index in enumerate(batch.indices):
+                found[index] = at_least_float32(inputs[i, : len(rows[index].ids)])
+        return [found[i] for i in range(len(rows))]
+
+    def hidden(self, rows: Sequence[TokenRow], layer: int) -> Tensor:
+        """Hidden states after a block at each row's subject, (rows, d), float32 or better."""
+        block = self.architecture.block_name(layer)
+        found: dict[int, Tensor] = {}
+        for batch in self.batches([row.key_row.ids for row in rows]):
+            state = hooks.hidden_of(hooks.capture_output(self.model, batch.inputs, block))
+            for i, index in enumerate(batch.indices):
+                found[index] = at_least_float32(state[i, rows[index].subject_last])
+        return torch.stack([found[i] for i in range(len(rows))])
+
+    def score(self, rows: Sequence[TokenRow]) -> list[Score]:
+        """Log-probability of each row's target, and whether greedy decoding would say it.
+
+        Raises:
+            ValueError: the model gives NaN.
+
+        Warns:
+            UserWarning: memory ran out, so that smaller passes are used.
+        """
+        try:
+            return self._score(rows)
+        except torch.OutOfMemoryError:
+            half = self.tokens_per_batch // 2
+            if half < min(len(row.scoring_ids) for row in rows):  # each has run by itself
+                raise
+        tell_of_memory(f"{self.tokens_per_batch} tokens", half, "tokens_per_batch")
+        return replace(self, limits=Limits(half, self.target_tokens)).score(rows)
+
+    @torch.no_grad()
+    def _score(self, rows: Sequence[TokenRow]) -> list[Score]:
+        scores: dict[int, Score] = {}
+        for batch in self.batches([row.scoring_ids for row in rows]):
+            where = [(i, p) for i, k in enumerate(batch.indices) for p in rows[k].target_positions]
+            with gathering_logits(self.model, self.head_name, where):
+                logits = self.model(**batch.inputs, use_cache=False).logits[0]
+            log_probs = at_least_float32(logits).log_softmax(-1)  # (all target tokens, vocab)
+            start = 0
+            for index in batch.indices:
+                target = torch.tensor(rows[index].target, device=log_probs.device)
+                part = log_probs[start : start + len(target)]
+                chosen = part.gather(1, target[:, None])
+                if chosen.isnan().any():
+                    raise ValueError(
+                        f"the model's logits for token ids {rows[index].ids} are not finite; the "
+                        "base model's weights hold NaN or infinity, or its dtype is too narrow"
+                    )
+                greedy = bool((part.argmax(-1) == target).all())
+                scores[index] = Score(float(chosen.sum()), len(target), greedy)
+                start += len(target)
+        return [scores[i] for i in range(len(rows))]
+
+
+@dataclass(frozen=True)
+class Score:
+    """How a model takes a target: summed log-probability, its length, greedy agreement."""
+
+    log_prob: float
+    num_tokens: int
+    greedy: bool
+
+    @property
+    def probability(self) -> float:
+        """P(target | prompt), the product over the target's tokens."""
+        return math.exp(self.log_prob)
+
+
+def tell_of_memory(what: str, most: int, setting: str) -> None:
+    """Warn that something did not fit at once; what torch keeps of a GPU's memory is given back."""
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    warnings.warn(
+        f"{what} do not fit in memory at once; going on with {most}. Set memory_budget or a lower "
+        f"{setting} to begin with less",
+        stacklevel=3,
+    )
+
+
+def at_least_float32(values: Tensor) -> Tensor:
+    """Values in float64 where they are, else in float32."""
+    return values if values.dtype == torch.float64 else values.float()

@@ -1,0 +1,237 @@
+"""Pour target values into the rewrite layers: keys, residuals, solve, write, layer by layer.
+
+In: groups with their target values z, the factors in place. Out: longer factors, one row a group.
+Equation (MEMIT Algorithm 1, AlphaEdit Eq. 11): at layer l of the L rewrite layers still to go, the
+wanted residual is R = (z - h) / L with h taken from the model as edited so far (or a part by how
+little the layer disturbs, see ``layer_shares``); the layer gets
+Delta = R^T E (G + D)^-1 A. There is no optimisation here, so stored targets pour again at the cost
+of forward passes.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
+
+import torch
+from torch import Tensor
+
+from alphaedit_peft import algebra
+from alphaedit_peft.algebra import LowRankDelta
+from alphaedit_peft.config import AlphaEditConfig
+from alphaedit_peft.editing.keys import EditKeys, keys_by_layer, read
+from alphaedit_peft.editing.prompts import EditRows
+from alphaedit_peft.editing.runner import Runner
+from alphaedit_peft.editing.state import EditState
+from alphaedit_peft.factor import KeptFactor
+from alphaedit_peft.metric import AlphaEdit, Objective
+
+Write = Callable[[int, LowRankDelta], None]
+
+
+@dataclass(frozen=True)
+class SolvedLayers:
+    """Factors after a batch, and how far they reach.
+
+    ``shares`` (layers, groups) of each layer's wanted residual reached; ``kept`` (layers, groups),
+    |A|^2 / |K|^2, what projection leaves of each squared key length; ``total`` (groups,), the share
+    of z - h that the hidden state moved in the end; ``guarded`` the layers whose ridge the norm
+    guard raised; ``solvers`` by layer what the next batch's solve can begin with.
+    """
+
+    factors: dict[int, LowRankDelta]
+    shares: Tensor
+    kept: Tensor
+    total: Tensor
+    guarded: tuple[int, ...] = ()
+    solvers: Mapping[int, KeptFactor] = field(default_factory=dict)
+
+
+def solve_layers(
+    runner: Runner,
+    objective: Objective,
+    leaders: Sequence[EditRows],
+    targets: Tensor,
+    state: EditState,
+    protected: Sequence[bool],
+    write: Write,
+    taken: EditKeys | None = None,
+) -> SolvedLayers:
+    """Write a batch of target values into the model.
+
+    Args:
+        runner: the model, which ``write`` changes.
+        objective: the metric of the solve.
+        leaders: for each group the edit whose prompts give its key.
+        targets: z, (groups, d).
+        state: what is in place before this batch.
+        protected: (n,), whether each row in place shall keep its output.
+        write: puts a layer's new factors into the model.
+        taken: of the leaders in the model as it is, where they have been taken already.
+
+    Warns:
+        UserWarning: the norm guard acted.
+    """
+    timed = runner.phases.timed
+    with timed("keys"):
+        now = read(runner, leaders) if taken is None else taken
+        parts = _parts(runner, objective, leaders)
+    start = now.hidden.to(targets)  # (groups, d)
+    solved: dict[int, Solved] = {}
+    shares, kept = [], []
+    for layer, part in zip(runner.layers, parts, strict=True):
+        residuals = (targets - now.hidden.to(targets)) * part
+        with timed("solve"):
+            rows = objective.rows(layer, now.keys)  # (groups, d_in)
+            solved[layer] = solve_layer(
+                runner.config, objective, layer, rows, residuals, state, protected
+            )
+        if solved[layer].doubled:
+            _tell_of_guard(runner, layer, solved[layer].doubled)
+        shares.append(algebra.residual_share(residuals, solved[layer].reached.to(residuals)))
+        kept.append(rows.square().sum(1) / now.keys.square().sum(1))
+        with timed("write"):
+            write(layer, solved[layer].delta)
+        with timed("keys"):
+            now = now.onward(runner)
+    total = algebra.residual_share(targets - start, now.hidden.to(targets) - start)
+    columns = [torch.stack([part.cpu() for part in found]) for found in (shares, kept)]
+    return SolvedLayers(
+        {layer: found.delta for layer, found in solved.items()},
+        columns[0],
+        columns[1],
+        total.cpu(),
+        tuple(layer for layer, found in solved.items() if found.doubled),
+        {layer: found.kept for layer, found in solved.items()},
+    )
+
+
+def _tell_of_guard(runner: Runner, layer: int, doubled: int) -> None:
+    warnings.warn(
+        f"norm_guard={runner.config.norm_guard:g} raised the ridge of layer {layer} "
+        f"{GUARD_FACTOR**doubled:g}-fold, since edits in this batch have nearly the same key; they "
+        "reach less of their residuals: leave some of them out, or lower key_cosine, from which on "
+        "edits share a row",
+        stacklevel=2,
+    )
+
+
+def _parts(runner: Runner, objective: Objective, leaders: Sequence[EditRows]) -> list[float]:
+    """For each layer, its part of what is left of z - h: equal ones are 1/L, ..., 1/2, 1.
+
+    By disturbance, each layer's share of z - h is as 1 / (a C0 a^T / |a|^4): if residuals r_l add
+    up to z - h, this makes the sum of |r_l|^2 a C0 a^T / |a|^4 least. Only AlphaEdit knows C0.
+    """
+    weights = [1.0] * len(runner.layers)
+    if runner.config.layer_shares == "disturbance" and isinstance(objective, AlphaEdit):
+        space = objective.null_space
+        for position, (layer, keys) in enumerate(keys_by_layer(runner, leaders).items()):
+            rows = objective.rows(layer, keys).double()
+            moved = space.moment_quadratic(layer, rows).diagonal()
+            cost = moved / rows.square().sum(1).square().clamp_min(1e-300)
+            weights[position] = 1 / max(float(cost.median()), 1e-300)
+    return [weight / sum(weights[i:]) for i, weight in enumerate(weights)]
+
+
+GUARD_FACTOR, GUARD_STEPS = 2.0, 20
+
+
+@dataclass(frozen=True)
+class Solved:
+    """A layer after its solve.
+
+    ``delta``: the factors; ``reached`` (groups, d_out): what the update puts out for the new keys;
+    ``doubled``: how often the norm guard doubled the ridge; ``kept``: for the next batch.
+    """
+
+    delta: LowRankDelta
+    reached: Tensor
+    doubled: int
+    kept: KeptFactor
+
+
+def solve_layer(
+    config: AlphaEditConfig,
+    objective: Objective,
+    layer: int,
+    rows: Tensor,
+    residuals: Tensor,
+    state: EditState,
+    protected: Sequence[bool],
+) -> Solved:
+    """Extend a layer's factors by a batch.
+
+    Rows in place have ``prior_ridge`` times the ridge of their own batch: the less it is, the
+    better they keep their outputs, and at 0 the update is orthogonal to them. While the update is
+    more than ``norm_guard`` times what orthogonal keys would need, every ridge grows: keys that are
+    nearly alike would otherwise be told apart by enormous weights.
+
+    Args:
+        config: resolved.
+        objective: the metric.
+        layer: block number.
+        rows: K M of the new groups, (groups, d_in).
+        residuals: R, (groups, d_out).
+        state: in place before this batch.
+        protected: (n,), whether each row in place shall keep its output.
+
+    Raises:
+        ValueError: keys or residuals that are not finite.
+    """
+    before, count = state.factors[layer].to(rows.device), len(rows)
+    residuals = residuals.to(rows.device).double()
+    if not (rows.isfinite().all() and residuals.isfinite().all()):
+        raise ValueError("keys or residuals hold NaN or infinity; check the base model's weights")
+    A = torch.cat([before.A, objective.stored(layer, rows).to(before.A)])
+    whole = _extended(objective, layer, before.A, rows.to(before.A), state, A)
+    ridges = _ridges(config, objective, whole, protected)
+    whole = whole.factored(ridges)
+    columns = whole.columns(count)  # (n + groups, groups)
+    guard, doubled = config.norm_guard or float("inf"), 0
+    while doubled < GUARD_STEPS and _grows(whole, columns, residuals, guard):
+        doubled += 1
+        columns = whole.at_once(ridges * GUARD_FACTOR**doubled).columns(count)
+    reached = (whole.grams[-1] @ columns) @ residuals  # (groups, d_out)
+    B = torch.nn.functional.pad(before.B, (0, count))  # (d_out, n + groups)
+    delta = LowRankDelta(A, B + (residuals.T @ columns.T).to(B))
+    return Solved(delta, reached, doubled, whole)
+
+
+def _extended(
+    objective: Objective, layer: int, prior: Tensor, rows: Tensor, state: EditState, A: Tensor
+) -> KeptFactor:
+    """The factor kept of the rows in place, with the products of those that it lacks and of new.
+
+    ``prior`` (n, d_in) are the rows in place, ``rows`` (u, d_in) the new ones and ``A``
+    (n + u, d_in) both as they go into ``lora_A``.
+    """
+    blocks = [len(list(rows)) for _, rows in groupby(state.batches)]
+    found = state.kept.get(layer, KeptFactor.empty(prior)).matching(prior, blocks)
+    start, missing = len(found.ridges), blocks[len(found.blocks) :]
+    batches = [*prior[start:].split(missing), rows] if missing else [rows]
+    return found.extended(A, objective.grams(layer, prior[:start], batches))
+
+
+def _ridges(
+    config: AlphaEditConfig, objective: Objective, factor: KeptFactor, protected: Sequence[bool]
+) -> Tensor:
+    """D, (n + groups,): every row's own batch's ridge; infinite for rows no longer protected."""
+    found: list[float] = []
+    for squares in factor.squares.cpu().split(list(factor.blocks)):
+        some = squares[squares > 0]  # rows of zeros are nobody's key
+        found += [objective.ridge(some if len(some) else squares)] * len(squares)
+    ridges = factor.ridges.new_tensor(found)
+    prior = len(found) - factor.blocks[-1]
+    if config.prior_ridge is not None:
+        ridges[:prior] *= config.prior_ridge
+    ridges[:prior][~torch.tensor(protected, dtype=torch.bool, device=ridges.device)] = torch.inf
+    return ridges
+
+
+def _grows(factor: KeptFactor, columns: Tensor, residuals: Tensor, guard: float) -> bool:
+    if guard == float("inf"):
+        return False
+    squares = factor.squares[len(columns) - len(residuals) :]
+    return algebra.amplification(factor.times(columns), squares, columns, residuals) > guard

@@ -1,0 +1,181 @@
+"""Free continuations of prompts, greedy or sampled, the same for the same seed in any batch.
+
+In: a model (as a :class:`Reader`) and prompts. Out: texts. Prompts of equal length go through
+``generate`` together, so nothing is padded. Sampling takes the k most probable tokens and adds
+Gumbel noise to their log-probabilities, whose argmax is a draw from them (Gumbel 1954); each prompt
+has noise of its own, so a continuation does not depend on what else is in its batch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+
+from alphaedit_peft import hooks, tokens
+from alphaedit_peft.scoring import Reader
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How to sample: among the ``top_k`` most probable tokens, from a seed.
+
+    Raises:
+        ValueError: no token to choose from.
+    """
+
+    top_k: int = 5
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.top_k < 1:
+            raise ValueError(f"top_k={self.top_k} leaves no token to choose; use 1 or more")
+
+
+def greedy(reader: Reader, prompts: Sequence[str], max_new_tokens: int) -> list[str]:
+    """What the model says after each prompt, without the prompt, until EOS or the limit.
+
+    Raises:
+        ValueError: a prompt without tokens, or one that leaves no room for new ones.
+    """
+    lengths = {prompt: len(_ids(reader, prompt)) + max_new_tokens for prompt in prompts}
+    found = _generate(reader, [(prompt, prompt) for prompt in lengths], lengths, None, False)
+    return [found[prompt] for prompt in prompts]
+
+
+def sampled(
+    reader: Reader, prompts: Sequence[tuple[str, str]], length: int, sampling: Sampling
+) -> list[str]:
+    """Prompts and how the model goes on, ``length`` tokens together, never stopping at EOS.
+
+    Args:
+        reader: the model.
+        prompts: (name, prompt); the name and the seed determine the draws.
+        length: tokens of prompt and continuation, 100 in the papers. Texts of equal length have
+            comparable entropy, hence no end before that.
+        sampling: how to sample.
+
+    Raises:
+        ValueError: a prompt without tokens or too long, or a name given twice.
+    """
+    if len(dict(prompts)) != len(prompts):
+        raise ValueError("prompts share a name, so they would share their draws; name them apart")
+    lengths = {name: length for name, _ in prompts}
+    found = _generate(reader, prompts, lengths, sampling, True)
+    return [prompt + found[name] for name, prompt in prompts]
+
+
+class _TopKNoise(LogitsProcessor):
+    """Keeps the k largest logits of each row and adds Gumbel noise to them."""
+
+    def __init__(self, names: Sequence[str], sampling: Sampling) -> None:
+        self.top_k = sampling.top_k
+        self.draws = [torch.Generator().manual_seed(_seed(sampling.seed, n)) for n in names]
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        best, where = scores.float().topk(min(self.top_k, scores.shape[-1]), -1)  # (rows, k)
+        uniform = torch.stack(
+            [torch.rand(best.shape[1], generator=draw, dtype=torch.float64) for draw in self.draws]
+        )
+        noise = -(-uniform.clamp_min(1e-300).log()).log()
+        noisy = best + noise.to(best)
+        return torch.full_like(scores, -torch.inf).scatter(-1, where, noisy.to(scores.dtype))
+
+
+def _generate(
+    reader: Reader,
+    prompts: Sequence[tuple[str, str]],
+    lengths: dict[str, int],
+    sampling: Sampling | None,
+    full: bool,
+) -> dict[str, str]:
+    """Continuations by name; ``full`` forbids EOS before the length is reached."""
+    waiting: dict[tuple[int, int], list[tuple[str, tuple[int, ...]]]] = {}
+    for name, prompt in prompts:
+        ids = _ids(reader, prompt)
+        _require_room(reader, prompt, len(ids), lengths[name])
+        waiting.setdefault((len(ids), lengths[name]), []).append((name, ids))
+    found: dict[str, str] = {}
+    for (start, length), rows in waiting.items():
+        step = max(1, reader.tokens_per_batch // length)
+        for i in range(0, len(rows), step):
+            batch = rows[i : i + step]
+            found |= _batch(reader, batch, length - start, sampling, full)
+    return found
+
+
+@torch.no_grad()
+def _batch(
+    reader: Reader,
+    rows: Sequence[tuple[str, tuple[int, ...]]],
+    new: int,
+    sampling: Sampling | None,
+    full: bool,
+) -> dict[str, str]:
+    ids = torch.tensor([row for _, row in rows], device=reader.device)  # (rows, tokens)
+    names = [name for name, _ in rows]
+    processors = LogitsProcessorList([_TopKNoise(names, sampling)] if sampling else [])
+    model: Any = reader.model
+    if not hasattr(model, "generate"):
+        raise ValueError(
+            f"{type(model).__name__} has no generate; judge it with generate=False, or pass a "
+            "model of transformers"
+        )
+    own = getattr(model.generation_config, "eos_token_id", None)
+    ends = reader.tokenizer.eos_token_id if own is None else own
+    first = ends[0] if isinstance(ends, list) else ends
+    config = GenerationConfig(
+        max_new_tokens=new,
+        min_new_tokens=new if full and first is not None else None,
+        do_sample=False,
+        # given, so that the model's own defaults do not fill them in
+        repetition_penalty=1.0,
+        no_repeat_ngram_size=0,
+        eos_token_id=ends,
+        pad_token_id=first if first is not None else 0,
+    )
+    with hooks.evaluating(model):
+        out = model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            generation_config=config,
+            logits_processor=processors,
+        )
+    texts = [_continuation(reader, row, ids.shape[1]) for row in out.tolist()]
+    return dict(zip(names, texts, strict=True))
+
+
+def _continuation(reader: Reader, row: list[int], start: int) -> str:
+    """The text after ``start`` tokens, decoded whole: its first token may bring a space."""
+    parts = (row, row[:start], row[start:])
+    whole, head, tail = (str(reader.tokenizer.decode(p, skip_special_tokens=True)) for p in parts)
+    return whole[len(head) :] if whole.startswith(head) else tail
+
+
+def _ids(reader: Reader, prompt: str) -> tuple[int, ...]:
+    ids = tokens.encode(reader.tokenizer, prompt)[0]
+    if not ids:
+        raise ValueError(f"prompt {prompt!r} has no token, so nothing can go on from it")
+    return ids
+
+
+def _require_room(reader: Reader, prompt: str, start: int, length: int) -> None:
+    if start >= length:
+        raise ValueError(
+            f"prompt {prompt[: tokens.SHOWN]!r} has {start} tokens, which leave no room "
+            f"for new ones in {length}; raise the length"
+        )
+    if reader.positions is not None and length > reader.positions:
+        raise ValueError(
+            f"texts of {length} tokens are longer than the model's {reader.positions} positions; "
+            "lower the length"
+        )
+
+
+def _seed(seed: int, name: str) -> int:
+    return int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest()[:7], "big")

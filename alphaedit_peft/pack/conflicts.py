@@ -1,0 +1,161 @@
+"""Which rows of several packs go into one: repetitions and contradictions settled.
+
+In: packs. Out: the rows to keep, and the edits left out with the reason. Two rows of different
+packs cannot both stay where they have one key, or where two of their edits fill one prompt alike:
+equal edits are kept once, and for others a rule decides. A row stays or goes as a whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from alphaedit_peft.pack.record import EditRecord
+from alphaedit_peft.pack.remove import question
+
+if TYPE_CHECKING:
+    from alphaedit_peft.pack.pack import EditPack
+
+
+RULES = ("error", "first", "last")
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """An edit that did not go into the joined pack: its id, its pack's name, and why."""
+
+    id: str
+    pack: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row in force: number of its pack, number within that, and its standing records."""
+
+    pack: int
+    number: int
+    records: tuple[EditRecord, ...]
+
+    @property
+    def claims(self) -> dict[str, str]:
+        """Filled prompts, word by word, and what each shall be continued by."""
+        return {question(r): r.edit.target_new.strip() for r in self.records}
+
+    @property
+    def own(self) -> bool:
+        """Whether an edit of its pack made the row, rather than one of a parent's."""
+        return any(record.role == "own" for record in self.records)
+
+
+def settle(
+    packs: Sequence[EditPack], names: Sequence[str], on_conflict: str, key_cosine: float
+) -> tuple[list[Row], tuple[LeftOut, ...]]:
+    """Choose the rows that one pack can hold.
+
+    Args:
+        packs: that go together, see ``fellows``.
+        names: of the packs.
+        on_conflict: ``error``, ``first`` or ``last``.
+        key_cosine: rows at least this alike, in the first module that all edit, are one key.
+
+    Returns:
+        Rows by pack, ascending; and the edits of all other rows in force.
+
+    Raises:
+        ValueError: an unknown rule, or a contradiction under ``error``.
+    """
+    if on_conflict not in RULES:
+        raise ValueError(f"on_conflict={on_conflict!r} is unknown; use one of {RULES}")
+    rows = [row for p, pack in enumerate(packs) for row in _rows(p, pack)]
+    gone: dict[int, str] = {}
+    pairs = _meetings(packs, rows, key_cosine)
+    for u, v in reversed(pairs) if on_conflict == "last" else pairs:  # winners are settled first
+        if u in gone or v in gone:
+            continue
+        loser, reason = _loser(rows[u], rows[v], names, on_conflict)
+        gone[u if loser is rows[u] else v] = reason
+    left_out = tuple(
+        LeftOut(record.edit.id, names[rows[i].pack], reason)
+        for i, reason in sorted(gone.items())
+        for record in rows[i].records
+        if record.role == "own"
+    )
+    return [row for i, row in enumerate(rows) if i not in gone], left_out
+
+
+def _rows(number: int, pack: EditPack) -> Iterator[Row]:
+    members: dict[int, list[EditRecord]] = {}
+    for record in pack.records:
+        if record.role != "superseded":
+            members.setdefault(record.row, []).append(record)
+    for row in sorted(members):
+        yield Row(number, row, tuple(members[row]))
+
+
+def _meetings(
+    packs: Sequence[EditPack], rows: Sequence[Row], key_cosine: float
+) -> list[tuple[int, int]]:
+    """Pairs (earlier, later) of rows of different packs that share a key or a filled prompt."""
+    pairs: set[tuple[int, int]] = set()
+    asked: list[set[object]] = [{*row.claims} for row in rows]
+    for texts in (asked, _prefixes(packs, rows)):
+        holders: dict[object, list[int]] = {}
+        for i, of_row in enumerate(texts):
+            for text in of_row:
+                pairs.update((j, i) for j in holders.get(text, ()))
+                holders.setdefault(text, []).append(i)
+    common = [m for m in packs[0].modules if all(m in pack.factors for pack in packs)]
+    if common and rows:
+        keys = torch.stack([packs[r.pack].factors[common[0]].A[r.number].double() for r in rows])
+        unit = torch.nn.functional.normalize(keys, dim=1)
+        alike = (unit @ unit.T >= key_cosine).triu(1)
+        pairs.update((u, v) for u, v in alike.nonzero().tolist())
+    return sorted((u, v) for u, v in pairs if rows[u].pack != rows[v].pack)
+
+
+def _prefixes(packs: Sequence[EditPack], rows: Sequence[Row]) -> list[set[object]]:
+    """What is known of each row's key from text: its prefix, among equal contexts."""
+    return [
+        {(packs[row.pack].contexts, record.prefix) for record in row.records if record.prefix}
+        for row in rows
+    ]
+
+
+def _loser(one: Row, other: Row, names: Sequence[str], rule: str) -> tuple[Row, str]:
+    """Which of two rows, an earlier and a later pack's, is left out, and why.
+
+    Raises:
+        ValueError: they ask for different things, under ``error``.
+    """
+    if one.claims == other.claims:
+        first = rule != "last" if one.own == other.own else one.own
+    elif other.claims.items() <= one.claims.items():
+        first = True
+    elif one.claims.items() <= other.claims.items():
+        first = False
+    else:
+        if rule == "error":
+            raise ValueError(_contradiction(one, other, names))
+        keeps, loses = (one, other) if rule == "first" else (other, one)
+        kept = ", ".join(record.edit.id for record in keeps.records)
+        return loses, f"edit {kept} of {names[keeps.pack]} has its key or prompt"
+    keeps, loses = (one, other) if first else (other, one)
+    return loses, f"{names[keeps.pack]} has it too"
+
+
+def _contradiction(one: Row, other: Row, names: Sequence[str]) -> str:
+    said = [", ".join(map(_said, row.records)) for row in (one, other)]
+    how = "have one key" if not one.claims.keys() & other.claims.keys() else "contradict each other"
+    return (
+        f"edits {said[0]} of {names[one.pack]} and {said[1]} of {names[other.pack]} {how}, and a "
+        "key has one value; choose with on_conflict='first' or 'last', or make them together "
+        "with edit()"
+    )
+
+
+def _said(record: EditRecord) -> str:
+    return f"{record.edit.id} ({record.edit.question!r} -> {record.edit.target_new!r})"

@@ -1,0 +1,248 @@
+"""Join packs into one, from their files alone.
+
+In: packs of one base and one null space. Out: :class:`Joined`: the pack whose update puts out on
+each pack's stored keys what that pack did (``algebra.join``), together with those it was
+edited on top of. Adding the updates of packs made apart would not: each would also act on the
+other's keys.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from alphaedit_peft import algebra
+from alphaedit_peft.pack.compatible import require_joinable
+from alphaedit_peft.pack.compress import require_rows
+from alphaedit_peft.pack.conflicts import LeftOut, Row, settle
+from alphaedit_peft.pack.parents import acting, parent_entry, stands_on
+from alphaedit_peft.pack.record import EditRecord
+
+if TYPE_CHECKING:
+    from alphaedit_peft.pack.pack import EditPack
+
+
+RIDGE_MODES = ("relative", "absolute")
+
+
+@dataclass(frozen=True)
+class Joined:
+    """Several packs as one.
+
+    Args:
+        pack: the pack.
+        left_out: edits that are not in it, with the reason.
+        solved: by module, the update with its ridge, growth and drift.
+    """
+
+    pack: EditPack
+    left_out: tuple[LeftOut, ...]
+    solved: dict[str, algebra.Joint]
+
+
+def join(
+    packs: Sequence[EditPack | str | Path],
+    *,
+    names: Sequence[str] | None = None,
+    on_conflict: str = "error",
+    key_cosine: float = 0.999,
+    ridge: float | None = None,
+    ridge_mode: str = "relative",
+    norm_guard: float = 2.0,
+    layers: str = "same",
+) -> Joined:
+    """One pack of several; see :meth:`EditPack.join`."""
+    packs, names = _opened(packs, names)
+    _check_settings(key_cosine, ridge, ridge_mode, norm_guard)
+    for pack in packs:
+        require_rows(pack.compression, "join it with others")
+    first = require_joinable(packs, names, layers)
+    chains = acting(packs, names)
+    rows, left_out = settle(packs, names, on_conflict, key_cosine)
+    chosen = [sorted(row.number for row in rows if row.pack == p) for p in range(len(packs))]
+    solved = {}
+    for module in first.modules:
+        parts = [
+            _part(pack, chain, module, kept, first)
+            for pack, chain, kept in zip(packs, chains, chosen, strict=True)
+        ]
+        start = _ridge([a for a, _ in parts], ridge or 0.0, ridge_mode)
+        solved[module] = algebra.join(_linked(parts, packs, chains), start, norm_guard)
+    records, adopted = _adopted(_records(packs, names, rows, chosen), packs)
+    joined = replace(
+        first,
+        factors={module: joint.delta for module, joint in solved.items()},
+        records=tuple(records),
+        targets=_targets(packs, chosen),
+        parents=_parents(packs, names),
+        compression=None,
+    )
+    _warn(solved, norm_guard)
+    return Joined(joined, tuple(left for left in left_out if left.id not in adopted), solved)
+
+
+def _parents(packs: Sequence[EditPack], names: Sequence[str]) -> tuple[dict[str, Any], ...]:
+    """The packs joined, and those that they stand on (``beside``) and that are not among them."""
+    joined = [parent_entry("join", p, name=n) for n, p in zip(names, packs, strict=True)]
+    known = {str(parent["digest"]) for parent in joined}
+    found = []
+    for parent in (parent for pack in packs for parent in stands_on(pack)):
+        if str(parent.get("digest")) not in known:
+            known.add(str(parent.get("digest")))
+            found.append(dict(parent))
+    return (*found, *joined)
+
+
+def _opened(
+    packs: Sequence[EditPack | str | Path], names: Sequence[str] | None
+) -> tuple[list[EditPack], list[str]]:
+    """The packs, read where they are folders or repositories, and their names."""
+    from alphaedit_peft.pack.pack import EditPack
+
+    if isinstance(packs, (str, Path, EditPack)):
+        shown = "one EditPack" if isinstance(packs, EditPack) else repr(str(packs))
+        raise TypeError(f"packs={shown} is one pack; pass a list of packs, folders or Hub ids")
+    given = list(packs)
+    if not given:
+        raise ValueError("packs=[] holds no pack; give at least one, better two")
+    for pack in given:
+        if not isinstance(pack, (EditPack, str, Path)):
+            raise TypeError(
+                f"packs holds {pack!r}, a {type(pack).__name__}; pass EditPacks, folders or Hub ids"
+            )
+    found = [f"pack {i + 1}" for i in range(len(given))] if names is None else list(names)
+    if len(found) != len(given):
+        raise ValueError(f"names={found} are not one for each of the {len(given)} packs")
+    return [p if isinstance(p, EditPack) else EditPack.from_pretrained(p) for p in given], found
+
+
+def _check_settings(key_cosine: float, ridge: float | None, mode: str, guard: float) -> None:
+    if not 0 < key_cosine <= 1:
+        raise ValueError(f"key_cosine={key_cosine!r} must be above 0 and at most 1")
+    if ridge is not None and not 0 <= ridge < float("inf"):
+        raise ValueError(f"ridge={ridge!r} must be a number from 0 on, or None")
+    if mode not in RIDGE_MODES:
+        raise ValueError(f"ridge_mode={mode!r} is unknown; use one of {RIDGE_MODES}")
+    if guard != 0 and not 1 <= guard < float("inf"):
+        raise ValueError(f"norm_guard={guard!r} must be at least 1, or 0 for no bound")
+
+
+def _part(
+    pack: EditPack, chain: Sequence[EditPack], module: str, kept: Sequence[int], first: EditPack
+) -> tuple[Tensor, Tensor]:
+    """A pack's rows at a module, and what it and those that act with it put out on them.
+
+    Zeros where the pack does not edit the module.
+    """
+    if module not in pack.factors:
+        d_out, d_in = first.factors[module].B.shape[0], first.factors[module].A.shape[1]
+        return torch.zeros(len(kept), d_in), torch.zeros(len(kept), d_out)
+    rows = pack.factors[module].A[list(kept)]
+    acting_here = [p.factors[module] for p in chain if module in p.factors]
+    return rows, torch.stack([algebra.outputs(d, rows) for d in acting_here]).sum(0)
+
+
+def _linked(
+    parts: Sequence[tuple[Tensor, Tensor]],
+    packs: Sequence[EditPack],
+    chains: Sequence[Sequence[EditPack]],
+) -> list[tuple[Tensor, Tensor]]:
+    """The parts, with neighbours in one chain as one: its |Delta| is no sign of a clash."""
+    found: list[tuple[Tensor, Tensor]] = []
+    for number, (part, chain) in enumerate(zip(parts, chains, strict=True)):
+        if number and any(packs[number - 1] is other for other in chain):
+            earlier = found.pop()
+            part = (torch.cat([earlier[0], part[0]]), torch.cat([earlier[1], part[1]]))
+        found.append(part)
+    return found
+
+
+def _adopted(
+    records: Sequence[EditRecord], packs: Sequence[EditPack]
+) -> tuple[list[EditRecord], set[str]]:
+    """Edits that only an upper pack's row holds any more become the joined pack's own, with ids."""
+    theirs = {r.edit.id: r.edit for pack in packs for r in pack.records if r.role == "own"}
+    own = {record.edit.id for record in records if record.role == "own"}
+    found, adopted = [], set[str]()
+    for record in records:
+        name = record.edit.id
+        if record.role == "protected" and name not in own and theirs.get(name) == record.edit:
+            own.add(name)
+            adopted.add(name)
+            found.append(replace(record, role="own"))
+        else:
+            found.append(record)
+    return found, adopted
+
+
+def _targets(packs: Sequence[EditPack], chosen: Sequence[Sequence[int]]) -> Tensor | None:
+    """Target values by row, where every pack that has rows has them."""
+    found = []
+    for pack, kept in zip(packs, chosen, strict=True):
+        if pack.targets is not None:
+            found.append(pack.targets[list(kept)])
+        elif kept:
+            return None
+    return torch.cat(found) if found else None
+
+
+def _ridge(parts: Sequence[Tensor], ridge: float, mode: str) -> float:
+    rows = torch.cat(list(parts)).double()
+    if mode == "absolute" or not len(rows):
+        return ridge
+    return algebra.relative_ridge(rows @ rows.T, ridge)
+
+
+def _records(
+    packs: Sequence[EditPack],
+    names: Sequence[str],
+    rows: Sequence[Row],
+    chosen: Sequence[Sequence[int]],
+) -> list[EditRecord]:
+    """The records of the rows kept, with rows and batches numbered through.
+
+    Raises:
+        ValueError: one id for two edits.
+    """
+    found: list[EditRecord] = []
+    owner: dict[str, str] = {}
+    row_before = batch_before = 0
+    for p, pack in enumerate(packs):
+        place = {row: row_before + i for i, row in enumerate(chosen[p])}
+        batches = sorted({r.batch for r in pack.records if r.row in place})
+        batch = {number: batch_before + i for i, number in enumerate(batches)}
+        mine = {row.number: set(map(id, row.records)) for row in rows if row.pack == p}
+        for record in pack.records:
+            if id(record) not in mine.get(record.row, ()):
+                continue
+            if record.role == "own" and record.edit.id in owner:
+                raise ValueError(
+                    f"id {record.edit.id!r} names one edit in {owner[record.edit.id]} and another "
+                    f"in {names[p]}; give each edit an id of its own"
+                )
+            if record.role == "own":
+                owner[record.edit.id] = names[p]
+            found.append(replace(record, row=place[record.row], batch=batch[record.batch]))
+        row_before += len(place)
+        batch_before += len(batches)
+    return found
+
+
+def _warn(solved: dict[str, algebra.Joint], guard: float) -> None:
+    off = {m: float(joint.drift.max()) for m, joint in solved.items() if len(joint.drift)}
+    worst = max(off, key=lambda module: off[module], default=None)
+    if worst is None or off[worst] < 0.01:
+        return
+    joint = solved[worst]
+    warnings.warn(
+        f"the joined edits' outputs differ by up to {off[worst]:.0%} from the packs' ({worst}, "
+        f"ridge {joint.ridge:.3g}, |Delta| {joint.growth:.3g} times that of unrelated packs, "
+        f"norm_guard={guard:g}): some keys are nearly alike; make the edits together with edit()",
+        stacklevel=4,
+    )

@@ -1,0 +1,401 @@
+"""Seconds and memory of batches of edits, beside the least time that their arithmetic can take.
+
+In: a subject, its statistics, edits, a plan. Out: :class:`Findings`: the time of each batch by
+phase (the paper's Table 7 has the sum), AlphaEdit and MEMIT in turn, the plain way on some of the
+edits. Operations are counted in runs of their own.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from statistics import mean, median
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from alphaedit_peft import hooks
+from alphaedit_peft.algebra import LowRankDelta
+from alphaedit_peft.config import AlphaEditConfig
+from alphaedit_peft.devices import held
+from alphaedit_peft.editing.batch import edit_batch
+from alphaedit_peft.editing.contexts import sample_contexts
+from alphaedit_peft.editing.report import EditReport
+from alphaedit_peft.editing.runner import PHASES, Phases, Runner
+from alphaedit_peft.editing.state import EditState
+from alphaedit_peft.edits import Edit
+from alphaedit_peft.model import AlphaEditModel, get_alphaedit_model, lora_layer
+from alphaedit_peft.studies.benchmark.machine import (
+    CountedPhases,
+    OperationCounter,
+    PeakMemory,
+    counting_tokens,
+    describe_machine,
+    floor_seconds,
+    matrix_rate,
+    timed,
+)
+from alphaedit_peft.studies.benchmark.plain import PlainModel
+from alphaedit_peft.studies.benchmark.subject import Statistics, Subject
+from alphaedit_peft.studies.benchmark.timings import (
+    Batch,
+    Findings,
+    Floor,
+    Forward,
+    PlainSession,
+    Plan,
+    Session,
+)
+
+
+def benchmark(
+    subject: Subject,
+    statistics: Statistics,
+    edits: Sequence[Edit],
+    plan: Plan,
+    progress: Say = lambda text: None,
+) -> Findings:
+    """Measure a model.
+
+    Args:
+        subject: whose model is bare; it is left with the bits it had.
+        statistics: a null space, and key moments where MEMIT is measured.
+        edits: at least ``plan.needed``; the first ones are taken.
+        plan: what to measure.
+        progress: called with a line now and then.
+
+    Raises:
+        ValueError: too few edits, or a model, edits or statistics that cannot be used.
+    """
+    chosen = plan.take(edits)
+    timed_runs = TimedRuns(subject, statistics, plan, progress)
+    timed_runs.warm_up(chosen)
+    found: dict[str, list[list[Timing]]] = {name: [] for name in plan.objectives}
+    plain = PlainWay(timed_runs, chosen[: plan.plain_edits]) if plan.plain_edits else None
+    for repeat in range(plan.repeats):
+        turns = [*plan.objectives, *(["plain"] if plain else [])]
+        for name in turns[:: -1 if repeat % 2 else 1]:  # there and back: machines change with time
+            progress(f"{name}, run {repeat + 1} of {plan.repeats}")
+            if plain and name == "plain":
+                plain.run()
+            else:
+                found[name].append(timed_runs.run(name, chosen))
+    rates = timed_runs.rates()
+    sessions = []
+    for objective, runs in found.items():
+        batches = tuple(_batch(plan.edits, parts) for parts in zip(*runs, strict=True))
+        floor = _counted(timed_runs, objective, chosen[: plan.edits], rates) if plan.floor else None
+        sessions.append(Session(objective, batches, floor))
+    beside = plain.session(rates) if plain else None
+    inference = forward_times(subject, progress) if plan.inference else ()
+    head = _head(subject, statistics, plan, timed_runs)
+    made = {**statistics.seconds, **timed_runs.first_use}
+    return Findings(head, rates, made, tuple(sessions), beside, inference)
+
+
+@torch.no_grad()
+def _counted(
+    timed_runs: TimedRuns, objective: str, edits: Sequence[Edit], rates: Mapping[str, float]
+) -> Floor:
+    """Count a batch's operations in a run of its own."""
+    timed_runs.say(f"{objective}, counting operations")
+    model, counter = timed_runs.wrapped(objective), OperationCounter()
+    base, architecture = timed_runs.subject.model, model.architecture
+
+    def write(layer: int, delta: LowRankDelta) -> None:
+        module = base.get_submodule(architecture.rewrite_name(layer))
+        lora_layer.write_factors(module, "default", delta)
+
+    phases = CountedPhases(counter)
+    try:
+        with counter, phases.timed("contexts"):
+            contexts = timed_runs.contexts(model)
+        runner = timed_runs.runner(model, contexts, phases)
+        metric = model.resources.find_objective(runner.config, model.base_fingerprint)
+        state = EditState(model.factors, (), torch.zeros(0, model.config.hidden_size))
+        rows = [runner.renderer.edit_rows(edit, runner.contexts) for edit in edits]
+        with hooks.evaluating(base), counting_tokens(base, architecture) as seen, counter:
+            edit_batch(runner, metric, state, rows, write)
+    finally:
+        model.unload()
+    return _floor(counter, seen.total() / architecture.num_blocks, rates)
+
+
+class PlainWay:
+    """Some of the edits the plain way: timed as often as asked, then counted."""
+
+    def __init__(self, timed_runs: TimedRuns, edits: Sequence[Edit]) -> None:
+        self._runner = timed_runs
+        model = timed_runs.wrapped("alphaedit")
+        try:
+            self._config, self._architecture = model.alphaedit_config, model.architecture
+            contexts = timed_runs.contexts(model)
+            renderer = timed_runs.runner(model, contexts, Phases()).renderer
+        finally:
+            model.unload()
+        self._rows = [renderer.edit_rows(edit, contexts) for edit in edits]
+        self._runs: list[Mapping[str, float]] = []
+        self._memory = 0
+
+    def run(self) -> None:
+        """Make the edits once, and take the time."""
+        phases = Phases.of(self._runner.subject.model)
+        with PeakMemory(self._runner.subject.device) as peak:  # dense matrices count
+            self._edit(phases)
+        self._runs.append(phases.seconds)
+        self._memory = max(self._memory, peak.above)
+
+    def session(self, rates: Mapping[str, float]) -> PlainSession:
+        """What was measured, with its floor where the plan asks for one."""
+        plan, floor = self._runner.plan, None
+        if plan.floor:
+            self._runner.say("the plain way, counting operations")
+            counter = OperationCounter()
+            counted = counting_tokens(self._runner.subject.model, self._architecture)
+            with counted as seen, counter:
+                self._edit(CountedPhases(counter))
+            floor = _floor(counter, seen.total() / self._architecture.num_blocks, rates)
+        return PlainSession(len(self._rows), plan.edits, tuple(self._runs), self._memory, floor)
+
+    def _edit(self, phases: Phases) -> None:
+        model, space = self._runner.subject.model, self._runner.statistics.null_space
+        plain = PlainModel.of(model, self._config, self._architecture, space)
+        with hooks.evaluating(model), plain.weights_kept():
+            plain.edit_batch(self._rows, phases)
+
+
+def _floor(counter: OperationCounter, tokens: float, rates: Mapping[str, float]) -> Floor:
+    operations = counter.by_phase
+    seconds = {phase: floor_seconds(counts, rates) for phase, counts in operations.items()}
+    return Floor(operations, seconds, tokens)
+
+
+def _batch(edits: int, parts: Sequence[Timing]) -> Batch:
+    """One batch from its timings in all repeats."""
+    first = parts[0].report
+    return Batch(
+        edits=edits,
+        rows_before=parts[0].rows_before,
+        made=len(first.made),
+        rows=len({result.row for result in first.made}),
+        steps=mean(result.steps or 0 for result in first.made) if first.made else 0.0,
+        seconds={name: median(part.report.seconds[name] for part in parts) for name in PHASES},
+        totals=tuple(part.total for part in parts),
+        contexts=tuple(part.report.seconds["contexts"] for part in parts),
+        memory=max(part.memory for part in parts),
+    )
+
+
+def _head(
+    subject: Subject, statistics: Statistics, plan: Plan, timed_runs: TimedRuns
+) -> dict[str, Any]:
+    full, architecture = subject.config.resolve(subject.model)
+    weights = list(subject.model.parameters())
+    autocast = getattr(full, "autocast", None)
+    return {
+        "machine": describe_machine(subject.device),
+        "model": {
+            "name": subject.name,
+            "random": subject.random,
+            "type": architecture.model_type,
+            "blocks": architecture.num_blocks,
+            "parameters": sum(weight.numel() for weight in weights),
+            "bytes": sum(weight.nbytes for weight in weights),
+            "dtype": str(subject.weights.dtype).removeprefix("torch."),
+            "autocast": autocast,
+        },
+        "settings": {
+            "rewrite_layers": full.rewrite_layers,
+            "steps": full.steps,
+            "stop_loss": full.stop_loss,
+            "learning_rate": full.learning_rate,
+            "num_contexts": full.num_contexts,
+            "context_length": full.context_length,
+            "tokens_per_batch": full.tokens_per_batch,
+            "target_tokens": full.target_tokens,
+            "seed": full.seed,
+        },
+        "statistics": statistics.origin,
+        "plan": asdict(plan),
+        "exact_memory": timed_runs.exact_memory,
+    }
+
+
+Say = Callable[[str], object]
+
+
+@dataclass(frozen=True)
+class Timing:
+    """One call of ``edit``."""
+
+    report: EditReport
+    total: float
+    memory: int
+    rows_before: int
+
+
+@dataclass
+class TimedRuns:
+    """Runs batches on one subject, each with a fresh wrapper around its base."""
+
+    subject: Subject
+    statistics: Statistics
+    plan: Plan
+    say: Say
+    first_use: dict[str, float] = field(default_factory=dict)  # seconds, by what was used
+    exact_memory: bool = True
+
+    def wrapped(self, objective: str, config: AlphaEditConfig | None = None) -> AlphaEditModel:
+        """A fresh wrapper around the base, its statistics ready for use."""
+        given, subject = self.statistics, self.subject
+        alphaedit = objective == "alphaedit"
+        space = given.null_space
+        model = get_alphaedit_model(
+            subject.model,
+            replace(
+                config or subject.config,
+                objective=objective,
+                threshold=space.threshold if alphaedit else None,
+                threshold_mode=space.threshold_mode if alphaedit else None,
+            ),
+            tokenizer=subject.tokenizer,
+            null_space=space if alphaedit else None,
+            key_moments=None if alphaedit else given.key_moments,
+        )
+        seconds = timed(lambda: self._use(model), subject.device)
+        self.first_use.setdefault(f"first use by {objective}", seconds)
+        return model
+
+    def _use(self, model: AlphaEditModel) -> None:
+        """What an objective does once: check and digest its statistics, factorise the moments."""
+        resources = model.resources
+        objective = resources.find_objective(model.alphaedit_config, model.base_fingerprint)
+        resources.provenance()
+        for layer, delta in model.factors.items():
+            objective.rows(layer, delta.A.new_ones(1, delta.A.shape[1]))
+
+    def warm_up(self, edits: Sequence[Edit]) -> None:
+        """Two edits, not timed: libraries choose their kernels at the first products."""
+        self.say("warming up")
+        config = replace(self.subject.config, steps=2)
+        for objective in self.plan.objectives:
+            model = self.wrapped(objective, config)
+            try:
+                model.edit(edits[:2], progress=False)
+            finally:
+                model.unload()
+
+    def run(self, objective: str, edits: Sequence[Edit]) -> list[Timing]:
+        """All batches with one objective."""
+        model = self.wrapped(objective)
+        timings = []
+        try:
+            for start in range(0, len(edits), self.plan.edits):
+                batch = edits[start : start + self.plan.edits]
+                reports: list[EditReport] = []
+                with PeakMemory(self.subject.device) as memory:
+                    total = timed(
+                        lambda batch=batch, reports=reports: reports.append(  # type: ignore[misc]
+                            model.edit(batch, len(batch), progress=False)
+                        ),
+                        self.subject.device,
+                    )
+                rows = max((layer.rank for layer in reports[0].layers), default=0)
+                new = len({result.row for result in reports[0].made})
+                timings.append(Timing(reports[0], total, memory.above, rows - new))
+                self.exact_memory = self.exact_memory and memory.exact
+        finally:
+            model.unload()
+        return timings
+
+    def rates(self) -> dict[str, float]:
+        """Matrix rates in the model's dtype, in autocast's, and in those of the solves."""
+        names = {str(self.subject.weights.dtype).removeprefix("torch."), "float32", "float64"}
+        autocast = getattr(self.subject.config, "autocast", None)
+        names |= {autocast} if autocast else set()
+        return {n: matrix_rate(getattr(torch, n), self.subject.device) for n in sorted(names)}
+
+    def contexts(self, model: AlphaEditModel) -> tuple[str, ...]:
+        """The contexts that the timed runs sample too."""
+        with hooks.evaluating(self.subject.model), model.disable_adapter():
+            return sample_contexts(
+                self.subject.model, self.subject.tokenizer, model.alphaedit_config
+            )
+
+    def runner(self, model: AlphaEditModel, contexts: tuple[str, ...], phases: Phases) -> Runner:
+        """What the river works with."""
+        config, base = model.alphaedit_config, self.subject.model
+        return Runner(base, self.subject.tokenizer, config, model.architecture, contexts, phases)
+
+
+RANKS = (1, 100, 1000)
+TOKENS, PASSES = 256, 9
+
+
+def forward_times(
+    subject: Subject,
+    progress: Callable[[str], object] = lambda text: None,
+    *,
+    ranks: Sequence[int] = RANKS,
+    tokens: int = TOKENS,
+    passes: int = PASSES,
+) -> tuple[Forward, ...]:
+    """Time forward passes of one row of tokens.
+
+    Args:
+        subject: whose model is bare; it is left with the bits it had.
+        progress: called with a line now and then.
+        ranks: of the packs.
+        tokens: in the row; fewer where the model has fewer positions.
+        passes: rounds through all of these models in turn, after one that does not count; medians
+            are given.
+    """
+    positions = getattr(subject.model.config, "max_position_embeddings", None) or tokens
+    length = min(tokens, positions)
+    row = torch.arange(length, device=subject.device)[None] % len(subject.weights)
+    times: dict[tuple[str, int], list[float]] = {}
+    for number in range(passes + 1):
+        progress(f"forward passes, round {number} of {passes}")
+        for name, seconds in _round(subject, row, ranks).items():
+            times.setdefault(name, []).append(seconds)
+    return tuple(
+        Forward(name, rank, length, 1000 * median(found[1:]))
+        for (name, rank), found in times.items()
+    )
+
+
+@torch.no_grad()
+def _round(subject: Subject, row: Tensor, ranks: Sequence[int]) -> dict[tuple[str, int], float]:
+    """Seconds of a pass by each model."""
+
+    def seconds(model: nn.Module) -> float:
+        with hooks.evaluating(model):
+            return timed(lambda: model(input_ids=row, use_cache=False), row.device)
+
+    found = {("base", 0): seconds(subject.model)}
+    model = get_alphaedit_model(subject.model, subject.config, tokenizer=subject.tokenizer)
+    try:
+        for rank in ranks:
+            _fill(model, rank)
+            found["unmerged", rank] = seconds(model)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # what rounding loses plays no part
+            model.merge()
+        found["merged", ranks[-1]] = seconds(model)
+        model.unmerge()
+    finally:
+        model.unload()
+    return found
+
+
+def _fill(model: AlphaEditModel, rank: int) -> None:
+    """Random factors of a rank, whose update is as large as the weight."""
+    random = torch.Generator().manual_seed(rank)
+    for layer in lora_layer.lora_layers(model).values():
+        weight = held(layer.get_base_layer(), "weight")
+        A = torch.randn(rank, layer.in_features, generator=random)
+        B = torch.randn(layer.out_features, rank, generator=random)
+        B *= float(weight.float().std()) / rank**0.5
+        lora_layer.write_factors(layer, "default", LowRankDelta(A, B))

@@ -1,0 +1,213 @@
+"""Several methods on the same cases, over several orders of them: one table.
+
+In: a :class:`Study`, methods, a schedule, seeds. Out: a :class:`Comparison`: for each method the
+mean of every metric over the seeds with its interval. Each run has a folder of its own below one,
+so a comparison that was killed goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+from alphaedit_peft.evaluation import Scores
+from alphaedit_peft.evaluation.metrics import Estimate
+from alphaedit_peft.evaluation.scores import METRICS, PERCENT
+from alphaedit_peft.studies.base import Study, judged_before
+from alphaedit_peft.studies.methods import Method, opened
+from alphaedit_peft.studies.protocols import Progress, Run, Schedule, sequential
+
+# Student's t, 97.5 %, for 1, 2, ... degrees of freedom; 1.96 beyond
+T_975 = (
+    *(12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179),
+    *(2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064),
+    *(2.060, 2.056, 2.052, 2.048, 2.045, 2.042),
+)
+SHOWN = (
+    *("efficacy", "generalization", "specificity", "efficacy_recall", "generalization_recall"),
+    *("specificity_recall", "same_subject_recall", "unedited_recall", "locality_tokens"),
+    *("fluency", "consistency", "perplexity"),
+)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Runs of several methods over the same seeds.
+
+    Attributes:
+        before: the unedited model.
+        runs: method -> its runs, one a seed.
+        seeds: of the orders.
+    """
+
+    before: Scores
+    runs: Mapping[str, tuple[Run, ...]]
+    seeds: tuple[int, ...]
+
+    def final(self, method: str) -> dict[str, Estimate]:
+        """A method's metrics after all edits, over the seeds (see ``over_seeds``)."""
+        return over_seeds([run.final.metrics for run in self.runs[method]])
+
+    def course(self, method: str, metric: str) -> list[tuple[int, Estimate]]:
+        """(edits, metric over the seeds) at each judgement, the unedited model first."""
+        if metric not in self.before.metrics:
+            return []
+        found = [(0, self.before.metrics[metric])]
+        for at_once in zip(*(run.checkpoints for run in self.runs[method]), strict=True):
+            values = over_seeds([checkpoint.metrics for checkpoint in at_once])
+            found.append((at_once[0].edits, values[metric]))
+        return found
+
+    def retention(self, method: str, metric: str = "efficacy_recall") -> list[float]:
+        """A metric at the end by batch, the first batch first, as a mean over the seeds."""
+        values = [run.final.by_batch.get(metric, ()) for run in self.runs[method]]
+        return [mean(batch) for batch in zip(*values, strict=True)]
+
+    def rows(self) -> tuple[list[str], list[list[str]]]:
+        """Headings, and a row a metric: each method's mean with half its interval's width."""
+        finals = {name: self.final(name) for name in self.runs}
+        rows = [
+            [
+                metric,
+                shown(metric, self.before.metrics.get(metric)),
+                *(shown(metric, found.get(metric), spread=True) for found in finals.values()),
+            ]
+            for metric in SHOWN
+            if any(metric in found for found in finals.values())
+        ]
+        costs = [
+            mean(run.seconds / max(1, run.made) for run in runs) for runs in self.runs.values()
+        ]
+        rows.append(["seconds an edit", "", *(f"{cost:.2f}" for cost in costs)])
+        return ["metric", "before", *finals], rows
+
+    def __str__(self) -> str:
+        heads, rows = self.rows()
+        widths = [max(map(len, column)) for column in zip(heads, *rows, strict=True)]
+        lines = [
+            "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])])
+            for row in (heads, *rows)
+        ]
+        return "\n".join(line.rstrip() for line in lines)
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything but single cases, as plain JSON values."""
+        return {
+            "seeds": list(self.seeds),
+            "before": {metric: e.to_json() for metric, e in self.before.metrics.items()},
+            "methods": {
+                name: {
+                    "final": {metric: e.to_json() for metric, e in self.final(name).items()},
+                    "retention": self.retention(name),
+                    "course": {
+                        metric: [[edits, e.to_json()] for edits, e in self.course(name, metric)]
+                        for metric in self.final(name)
+                    },
+                    "runs": [run.to_json() for run in runs],
+                }
+                for name, runs in self.runs.items()
+            },
+        }
+
+
+def compare(
+    study: Study,
+    methods: Sequence[Method],
+    folder: str | Path,
+    schedule: Schedule,
+    *,
+    seeds: Sequence[int] = (0,),
+    progress: Progress = lambda text: None,
+) -> Comparison:
+    """Run every method over every order of the cases.
+
+    Args:
+        study: model, cases, settings.
+        methods: what to compare, each under its own name.
+        folder: of all runs; what is finished there is not done again.
+        schedule: batches and judgements; its ``order`` is replaced by each seed.
+        seeds: of the orders.
+        progress: called with a line of text after each step.
+
+    Raises:
+        ValueError: no method or seed, one twice, a method without its statistics, or a folder of
+            another comparison.
+    """
+    names = [method.name for method in methods]
+    for what, given in (("methods", names), ("seeds", list(seeds))):
+        if not given or len(set(given)) != len(given):
+            raise ValueError(f"{what}={given} must hold at least one, and each once")
+    for method in methods:
+        _require_statistics(study, method)
+    place = Path(folder)
+    before = judged_before(study, place)
+    progress(f"the unedited model: {len(study.suite.cases)} cases judged")
+    runs: dict[str, list[Run]] = {name: [] for name in names}
+    for seed in seeds:
+        for method in methods:
+            runs[method.name].append(
+                sequential(
+                    study,
+                    method,
+                    place / f"{method.name}-{seed}",
+                    replace(schedule, order=seed),
+                    before=before,
+                    progress=lambda text, seed=seed: progress(f"seed {seed}, {text}"),  # type: ignore[misc]
+                )
+            )
+    return Comparison(before, {name: tuple(found) for name, found in runs.items()}, tuple(seeds))
+
+
+def over_seeds(found: Sequence[Mapping[str, Estimate]]) -> dict[str, Estimate]:
+    """Each metric's mean over seeds, with Student's 95 % interval, mean +- t s / sqrt(n).
+
+    ``n`` counts seeds. With one seed it is that run's own estimate, whose interval is over cases.
+    """
+    if len(found) == 1:
+        return dict(found[0])
+    return {
+        name: _student([metrics[name].value for metrics in found])
+        for name in found[0]
+        if all(name in metrics for metrics in found)
+    }
+
+
+def shown(metric: str, estimate: Estimate | None, *, spread: bool = False) -> str:
+    """A metric as in tables, in percent where it is a share, with the interval's half width."""
+    if estimate is None:
+        return ""
+    percent = METRICS[metric] == PERCENT
+    scale, digits = (100, 1) if percent else (1, 2)
+    half = scale * (estimate.high - estimate.low) / 2
+    tail = f" ± {half:.{digits}f}" if spread else ""
+    return f"{scale * estimate.value:.{digits}f}{tail}"
+
+
+def _student(values: Sequence[float]) -> Estimate:
+    n, middle = len(values), mean(values)
+    t = T_975[n - 2] if n - 2 < len(T_975) else 1.96
+    half = t * stdev(values) / math.sqrt(n)
+    return Estimate(middle, middle - half, middle + half, n)
+
+
+def _require_statistics(study: Study, method: Method) -> None:
+    """Refuse a method that lacks its statistics, before hours of work."""
+    if method.writer is not None:
+        return
+    config = method.config(study.base.model, study.config)
+    if config.objective == "memit" and study.base.key_moments is None:
+        raise ValueError(
+            f"method {method.name!r} needs key moments; give them (KeyMoments.collect, alphaedit "
+            "nullspace --moments-out), or leave the method out"
+        )
+    if config.projects and study.base.null_space is None:
+        raise ValueError(
+            f"method {method.name!r} needs a null space; give one (NullSpace.from_texts), or leave "
+            "the method out"
+        )
+    with opened(study.base, method, study.config):
+        pass  # refuses settings that do not fit the model

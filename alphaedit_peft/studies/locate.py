@@ -1,0 +1,303 @@
+"""Where a model recalls facts: causal tracing by token and block (ROME, section 2 and appendix B).
+
+In: a causal language model, facts it knows. Out: :class:`Located`: how much of P(target) comes back
+when, in a run whose subject is corrupted, one clean state is put back. The indirect effect of a
+state is P(restored) - P(corrupted), as a mean over noise samples, then over tokens of a class.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from statistics import mean
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from alphaedit_peft import hooks, tokens
+from alphaedit_peft.config import AlphaEditConfig
+from alphaedit_peft.edits import Edit
+from alphaedit_peft.evaluation.metrics import Estimate, bootstrap
+from alphaedit_peft.studies.tracing import MLP, STATES, Row, Run, Tracer
+
+CLASSES = ("first subject", "middle subject", "last subject", "first after", "further", "last")
+LAST_SUBJECT = CLASSES[2]
+DEEP, MANY, FEW = 16, 5, 3  # how many layers are rewritten, as in ``default_rewrite_layers``
+
+
+@dataclass(frozen=True)
+class FactTrace:
+    """One fact, traced.
+
+    Attributes:
+        id: of the edit that names the fact.
+        question: the prompt.
+        target: the continuation whose probability is traced.
+        clean: P(target) untouched.
+        corrupted: P(target) with a corrupted subject, a mean over the samples.
+        tokens: the prompt's tokens from the subject on; what stands before it cannot matter.
+        classes: one of ``CLASSES`` for each token.
+        effects: state -> (tokens, blocks), the indirect effects.
+    """
+
+    id: str
+    question: str
+    target: str
+    clean: float
+    corrupted: float
+    tokens: tuple[str, ...]
+    classes: tuple[str, ...]
+    effects: Mapping[str, tuple[tuple[float, ...], ...]]
+
+    def of_class(self, state: str, name: str) -> tuple[float, ...] | None:
+        """Effects by block, (blocks,), a mean over a class's tokens; None where there are none."""
+        rows = [row for row, c in zip(self.effects[state], self.classes, strict=True) if c == name]
+        return tuple(mean(column) for column in zip(*rows, strict=True)) if rows else None
+
+
+@dataclass(frozen=True)
+class Located:
+    """Traces of several facts, and how they were made.
+
+    Attributes:
+        traces: one a fact that the model knows.
+        set_aside: how many facts it does not know.
+        deviation: standard deviation of the embeddings of the facts' subjects, over all entries.
+        noise: standard deviation of the noise, in units of ``deviation``.
+        samples: draws of the noise.
+        window: how many neighbouring blocks' MLP outputs are restored together.
+        blocks: of the model.
+    """
+
+    traces: tuple[FactTrace, ...]
+    set_aside: int
+    deviation: float
+    noise: float
+    samples: int
+    window: int
+    blocks: int
+
+    @property
+    def clean(self) -> Estimate:
+        """P(target) untouched, over the facts."""
+        return bootstrap([trace.clean for trace in self.traces])
+
+    @property
+    def corrupted(self) -> Estimate:
+        """P(target) with corrupted subjects, over the facts."""
+        return bootstrap([trace.corrupted for trace in self.traces])
+
+    def effect(self, state: str, name: str) -> tuple[Estimate, ...]:
+        """Average indirect effect of a class by block, with intervals over facts; or nothing."""
+        found = [trace.of_class(state, name) for trace in self.traces]
+        rows = [row for row in found if row is not None]
+        return tuple(bootstrap(column) for column in zip(*rows, strict=True))
+
+    def effects(self, state: str) -> dict[str, tuple[Estimate, ...]]:
+        """``effect`` of every class that occurs."""
+        found = {name: self.effect(state, name) for name in CLASSES}
+        return {name: values for name, values in found.items() if values}
+
+    @property
+    def peak(self) -> int:
+        """The block whose MLP restores most at the subject's last token."""
+        values = [estimate.value for estimate in self.effect(MLP, LAST_SUBJECT)]
+        return values.index(max(values))
+
+    @property
+    def near_peak(self) -> tuple[int, ...]:
+        """Blocks whose effect does not differ from the peak's: the interval of the difference,
+        fact by fact, holds 0. The peak is one of them.
+        """
+        rows = [trace.of_class(MLP, LAST_SUBJECT) or () for trace in self.traces]
+        gaps = [
+            bootstrap([row[self.peak] - row[block] for row in rows]) for block in range(self.blocks)
+        ]
+        return tuple(block for block, gap in enumerate(gaps) if gap.low <= 0 <= gap.high)
+
+    @property
+    def suggested_layers(self) -> tuple[int, ...]:
+        """Consecutive blocks up to the peak, five in deep models, three in others (MEMIT, 4.3).
+
+        One block stays above the last of them, since an edit must have something to act through.
+        """
+        last = max(0, min(self.peak, self.blocks - 2))
+        count = MANY if self.blocks >= DEEP else FEW
+        return tuple(range(max(0, last - count + 1), last + 1))
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything as plain JSON values."""
+        own = ("set_aside", "deviation", "noise", "samples", "window", "blocks")
+        return {
+            **{name: getattr(self, name) for name in own},
+            "clean": self.clean.to_json(),
+            "corrupted": self.corrupted.to_json(),
+            "effects": {
+                state: {
+                    name: [estimate.to_json() for estimate in values]
+                    for name, values in self.effects(state).items()
+                }
+                for state in STATES
+            },
+            "peak": self.peak,
+            "near_peak": list(self.near_peak),
+            "suggested_layers": list(self.suggested_layers),
+            "facts": [asdict(trace) for trace in self.traces],
+        }
+
+
+WINDOW = 0.2  # of the blocks: ROME restores the MLPs of 10 of GPT2-XL's 48 together
+
+
+def locate(  # noqa: PLR0913
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    edits: Sequence[Edit],
+    config: AlphaEditConfig | None = None,
+    *,
+    noise: float = 3.0,
+    samples: int = 10,
+    window: int | None = None,
+    seed: int = 0,
+    progress: Callable[[str], None] = lambda text: None,
+) -> Located:
+    """Trace facts through a model: corrupt the subject, restore one state, see what comes back.
+
+    Traced is ``target_true`` where greedy decoding says it, as ROME keeps to what a model knows;
+    of an edit without one, the token that the model itself puts next.
+
+    Args:
+        model: a bare causal language model of a known family, or named in ``config``.
+        tokenizer: its fast tokenizer.
+        edits: the facts; their ``target_new`` is not used.
+        config: names of modules, separator, ``tokens_per_batch``.
+        noise: standard deviations of the Gaussian noise on the subject's embeddings, in units of
+            that of these embeddings over all facts; ROME's is 3.
+        samples: draws of the noise for each fact.
+        window: neighbouring MLP outputs restored together; None: a fifth of the blocks.
+        seed: of the noise.
+        progress: called with a line of text after each fact.
+
+    Returns:
+        The traces.
+
+    Raises:
+        ValueError: a number out of range, no fact, or none that the model knows.
+    """
+    settings, architecture = (config or AlphaEditConfig()).resolve(model)
+    blocks = architecture.num_blocks
+    window = max(1, round(WINDOW * blocks)) if window is None else window
+    for name, value, low in (("noise", noise, 0), ("samples", samples, 1), ("window", window, 1)):
+        if not low <= value < float("inf"):
+            raise ValueError(f"{name}={value} is out of range; use {low} or more")
+    tracer = Tracer(model, architecture, settings.tokens_per_batch)
+    with torch.no_grad(), hooks.evaluating(model):
+        rows = [fact_row(tracer, tokenizer, edit, settings.separator) for edit in edits]
+        known = [(edit, row) for edit, row in zip(edits, rows, strict=True) if row is not None]
+        if not known:
+            raise ValueError(
+                f"the model knows none of the {len(edits)} facts: greedy decoding gives no "
+                "target_true; pass facts it knows, or edits without target_true"
+            )
+        deviation = tracer.deviation([row for _, row in known])
+        traces = []
+        for number, (edit, row) in enumerate(known, 1):
+            generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {edit.id}".encode()))
+            shape = (samples, len(row.subject), tracer.width)
+            draws = torch.randn(shape, generator=generator, dtype=torch.float64)
+            traces.append(
+                trace_fact(tracer, tokenizer, edit, row, draws * noise * deviation, window)
+            )
+            progress(f"{number} of {len(known)} facts traced")
+    return Located(
+        tuple(traces), len(edits) - len(known), deviation, noise, samples, window, blocks
+    )
+
+
+def fact_row(
+    tracer: Tracer, tokenizer: PreTrainedTokenizerBase, edit: Edit, separator: str
+) -> Row | None:
+    """Ids of a fact, with the subject's place; None for a fact the model does not know.
+
+    Raises:
+        ValueError: a slow tokenizer, or a prompt that the model has no positions or ids for.
+    """
+    tokens.require_offsets(tokenizer)
+    text, (start, end) = edit.question, edit.subject_span
+    target = edit.target_true or ""
+    suffix = tokens.separator_between(text, target, separator) + target if target else ""
+    ids, offsets, border = tokens.joined(tokenizer, text, suffix)
+    within = [i for i, (a, b) in enumerate(offsets) if a < end and b > max(start, a)]
+    if not within:
+        raise ValueError(f"subject {edit.subject!r} has no token in {text!r}; check the tokenizer")
+    tracer.require_fit(ids, text)
+    row = Row(ids[:border], range(within[0], within[-1] + 1), ids[border:])
+    if not row.target:
+        return replace(row, target=(tracer.next_token(row),))
+    return row if tracer.says(row) else None
+
+
+def token_classes(row: Row) -> tuple[str, ...]:
+    """The class of every token of the prompt from the subject on.
+
+    A subject of one token has only a last one; a token between the subject and the prompt's last
+    is the first after it, or a further one. Where the prompt ends with the subject, no token is
+    after it.
+    """
+    first, last = row.subject[0], row.subject[-1]
+    end = len(row.prompt) - 1
+    names = dict.fromkeys(row.subject, CLASSES[1])
+    names |= dict.fromkeys(range(last + 1, end + 1), CLASSES[4])
+    names |= {end: CLASSES[5], first: CLASSES[0]}
+    if last + 1 < end:
+        names[last + 1] = CLASSES[3]
+    names[last] = LAST_SUBJECT
+    return tuple(names[position] for position in range(first, end + 1))
+
+
+def trace_fact(
+    tracer: Tracer,
+    tokenizer: PreTrainedTokenizerBase,
+    edit: Edit,
+    row: Row,
+    noise: Tensor,
+    window: int,
+) -> FactTrace:
+    """Every state of one fact restored in turn, under every draw of the noise.
+
+    Args:
+        noise: (samples, subject's tokens, d), added to the embeddings.
+        window: of the MLP outputs; block l stands for those around it, l - w // 2 the first.
+    """
+    clean, states = tracer.clean(row)
+    places = range(row.subject[0], len(row.prompt))
+    samples, blocks = range(len(noise)), range(tracer.architecture.num_blocks)
+    runs = [Run(sample) for sample in samples]
+    for state in STATES:
+        width = window if state == MLP else 1
+        runs += [
+            Run(sample, tracer.names(state, block, width), (place,))
+            for place in places
+            for block in blocks
+            for sample in samples
+        ]
+    found = tracer.probabilities(row, states, noise, runs)
+    corrupted = float(found[: len(samples)].mean())
+    shape = (len(STATES), len(places), len(blocks), len(samples))
+    effects = found[len(samples) :].reshape(shape).mean(-1) - corrupted  # (states, tokens, blocks)
+    return FactTrace(
+        edit.id,
+        edit.question,
+        str(tokenizer.decode(list(row.target))).strip(),
+        clean,
+        corrupted,
+        tuple(str(tokenizer.decode([row.prompt[place]])) for place in places),
+        token_classes(row),
+        {
+            state: tuple(tuple(map(float, line)) for line in effects[i].tolist())
+            for i, state in enumerate(STATES)
+        },
+    )

@@ -1,0 +1,311 @@
+"""Settings tried on a few edits, and which of them to take.
+
+In: a base with statistics, a suite of probe cases, a grid. Out: :class:`Tuning`: what every
+combination scores, the one to take and the reason. Target values are optimised once for each choice
+of rewrite layers and clamp; another ridge or threshold pours them again (``repour``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from itertools import product
+from typing import Any
+
+import numpy as np
+
+from alphaedit_peft.architecture import default_rewrite_layers
+from alphaedit_peft.config import AlphaEditConfig
+from alphaedit_peft.evaluation import Judging, Reader, Scores, Suite, evaluate, text_divergence
+from alphaedit_peft.evaluation.metrics import Estimate, Values, bootstrap
+from alphaedit_peft.evaluation.scores import SCORED, harmonic
+from alphaedit_peft.model import AlphaEditModel, get_alphaedit_model
+from alphaedit_peft.settings import PRESET_VALUES
+from alphaedit_peft.studies.base import Base
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One combination."""
+
+    rewrite_layers: tuple[int, ...]
+    clamp_factor: float
+    ridge: float
+    threshold: float
+
+    def changes(self) -> dict[str, Any]:
+        """As fields of :class:`~alphaedit_peft.AlphaEditConfig`."""
+        fields = {**asdict(self), "rewrite_layers": list(self.rewrite_layers)}
+        return {**fields, "ridge_mode": "relative", "threshold_mode": "energy"}
+
+    def __str__(self) -> str:
+        layers = ",".join(map(str, self.rewrite_layers))
+        rest = f"clamp {self.clamp_factor:g}, ridge {self.ridge:g}, threshold {self.threshold:g}"
+        return f"layers {layers}, {rest}"
+
+
+@dataclass(frozen=True, eq=False)
+class Tried:
+    """A setting and what it gave.
+
+    Attributes:
+        setting: what was set.
+        scores: of the edited model on the probe cases.
+        drift: mean KL(unedited || edited) on the held-out texts, nats a token; None without texts.
+        made: how many of the edits were made.
+    """
+
+    setting: Setting
+    scores: Scores
+    drift: Estimate | None
+    made: int
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """What is averaged: efficacy, generalization and specificity where every case has them.
+
+        Where the cases do not know the old target, their recalls stand in; what is not asked of
+        every case is left out.
+        """
+        cases = self.scores.cases
+        choices = ((name, f"{name}_recall") for name in SCORED)
+        found = (
+            next((name for name in pair if all(name in case.metrics for case in cases)), None)
+            for pair in choices
+        )
+        return tuple(name for name in found if name is not None)
+
+    @cached_property
+    def table(self) -> Values:
+        """``columns`` of each case, (cases, k)."""
+        rows = [[case.metrics[name] for name in self.columns] for case in self.scores.cases]
+        return np.asarray(rows, dtype=np.float64)
+
+    @property
+    def score(self) -> Estimate:
+        """Harmonic mean of the columns' means, with its interval over cases."""
+        return bootstrap(self.table.tolist(), harmonic)
+
+    def ahead_of(self, other: Tried) -> Estimate:
+        """How much higher its harmonic mean is, with an interval over the same drawn cases."""
+        k = self.table.shape[1]
+        both = np.concatenate([self.table, other.table], 1)
+        return bootstrap(both.tolist(), lambda m: harmonic(m[:, :k]) - harmonic(m[:, k:]))
+
+    def to_json(self) -> dict[str, Any]:
+        """Setting and means as plain JSON values."""
+        return {
+            "setting": self.setting.changes(),
+            "score": self.score.to_json(),
+            "columns": list(self.columns),
+            "metrics": {name: value.to_json() for name, value in self.scores.metrics.items()},
+            "drift": None if self.drift is None else self.drift.to_json(),
+            "made": self.made,
+        }
+
+
+@dataclass(frozen=True, eq=False)
+class Tuning:
+    """Everything tried on the same edits.
+
+    Attributes:
+        tried: in the grid's order.
+        before: scores of the unedited model.
+        edits: how many probe edits there are.
+    """
+
+    tried: tuple[Tried, ...]
+    before: Scores
+    edits: int
+
+    @cached_property
+    def ranked(self) -> tuple[Tried, ...]:
+        """By harmonic mean, the highest first; of equal ones, those that drift less."""
+        return tuple(sorted(self.tried, key=lambda t: (-t.score.value, _drift(t))))
+
+    @property
+    def recommended(self) -> Tried:
+        """The highest harmonic mean; of equal ones, what moves held-out texts least."""
+        return self.ranked[0]
+
+    @cached_property
+    def even(self) -> tuple[Tried, ...]:
+        """Those the recommended one is not clearly ahead of: the interval of the difference holds
+        0. The recommended one is the first of them.
+        """
+        best, *others = self.ranked
+        return (best, *(other for other in others if best.ahead_of(other).low <= 0))
+
+    @property
+    def reason(self) -> str:
+        """Why it is recommended, how far the next one is, and whether that is within noise."""
+        best, *others = self.ranked
+        if not others:
+            return "it is the only setting tried"
+        gap, equal = best.ahead_of(others[0]), best.score.value == others[0].score.value
+        first = f"its harmonic mean, {best.score.value:.3f}, is the highest"
+        if equal and best.drift is not None:
+            first += f", and of the equal ones it moves held-out texts least, {_nats(best)}"
+        next_one = f"the next one, {others[0].setting}, is {gap.value:.3f} lower"
+        bounds = f"95 % interval of the difference {gap.low:.3f} .. {gap.high:.3f}"
+        if len(self.even) == 1:
+            return f"{first}; {next_one} ({bounds}), which is beyond noise"
+        still = min(self.even, key=_drift)
+        rest = f"{len(self.even) - 1} of the {len(others)} others are within noise of it"
+        if still is not best and best.drift is not None:
+            rest += f", of which {still.setting} moves held-out texts least, {_nats(still)}"
+        return f"{first}; {next_one} ({bounds}); {rest}"
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything but single cases, as plain JSON values."""
+        return {
+            "edits": self.edits,
+            "recommended": self.recommended.setting.changes(),
+            "reason": self.reason,
+            "within_noise": len(self.even),
+            "before": {name: value.to_json() for name, value in self.before.metrics.items()},
+            "tried": [tried.to_json() for tried in self.ranked],
+        }
+
+
+def _drift(tried: Tried) -> float:
+    return 0.0 if tried.drift is None else tried.drift.value
+
+
+def _nats(tried: Tried) -> str:
+    return f"{_drift(tried):.2g} nats a token"
+
+
+DEPTHS = (0.15, 0.3, 0.45, 0.6)  # where the rewrite layers end, as a share of the blocks
+CLAMPS = (0.75, 1.0)
+RIDGES = (0.05, 0.25)
+THRESHOLDS = (0.01, 0.05)
+
+
+@dataclass(frozen=True)
+class Grid:
+    """What is tried: every combination of the four.
+
+    Attributes:
+        layers: lists of blocks to rewrite.
+        clamps: bounds on |z - h| / |h|.
+        ridges: relative to the mean |P k|^2 of the edits.
+        thresholds: shares of the keys' energy that the null space may hold.
+
+    Raises:
+        ValueError: nothing to try of one of them, or one twice.
+    """
+
+    layers: tuple[tuple[int, ...], ...]
+    clamps: tuple[float, ...] = CLAMPS
+    ridges: tuple[float, ...] = RIDGES
+    thresholds: tuple[float, ...] = THRESHOLDS
+
+    def __post_init__(self) -> None:
+        for name, values in asdict(self).items():
+            if not values or len(set(values)) != len(values):
+                raise ValueError(f"{name}={values} must hold at least one, and each once")
+
+    @property
+    def size(self) -> int:
+        """How many combinations there are."""
+        return len(list(product(self.layers, self.clamps, self.ridges, self.thresholds)))
+
+
+def layer_choices(num_blocks: int) -> tuple[tuple[int, ...], ...]:
+    """Rewrite layers to try: as many as the depth rule takes, ending at several depths."""
+    count = len(default_rewrite_layers(num_blocks))
+    lasts = [max(0, min(int(depth * num_blocks), num_blocks - 2)) for depth in DEPTHS]
+    return tuple(dict.fromkeys(tuple(range(max(0, last - count + 1), last + 1)) for last in lasts))
+
+
+def tune(
+    base: Base,
+    suite: Suite,
+    grid: Grid,
+    config: AlphaEditConfig | None = None,
+    *,
+    how: Judging | None = None,
+    progress: Callable[[str], None] = lambda text: None,
+) -> Tuning:
+    """Make the suite's edits in every setting of a grid, judge each; the model stays as it was.
+
+    Args:
+        base: with a null space that has all layers of the grid.
+        suite: the probe cases; its texts, held out, measure drift.
+        grid: what to try.
+        config: all other settings.
+        how: how to judge.
+        progress: called with a line of text after each setting.
+
+    Returns:
+        What was tried. The same seed (of ``config``) gives the same numbers.
+
+    Raises:
+        ValueError: no null space, layers it lacks, or a threshold beyond its reach.
+    """
+    if base.null_space is None:
+        raise ValueError("null_space=None: settings are tried with one; make it of texts first")
+    # probes are taken back, so that they fill the model is no reason to warn
+    common = replace(config or AlphaEditConfig(), on_conflict="replace", capacity_bound=0.0)
+    asked = replace(suite, texts=())
+    before = evaluate(base.model, base.tokenizer, asked, how=how)
+    tried: list[Tried] = []
+    for layers, clamp in product(grid.layers, grid.clamps):
+        for found in _pour_all(base, asked, suite.texts, grid, common, (layers, clamp), how):
+            tried.append(found)
+            progress(f"{len(tried)} of {grid.size}: {found.setting}: {found.score.value:.3f}")
+    return Tuning(tuple(tried), before, len(suite.cases))
+
+
+def _pour_all(
+    base: Base,
+    suite: Suite,
+    texts: Sequence[str],
+    grid: Grid,
+    common: AlphaEditConfig,
+    fixed: tuple[tuple[int, ...], float],
+    how: Judging | None,
+) -> Iterator[Tried]:
+    """Edits made once, then poured with every ridge and threshold."""
+    made: int | None = None
+    model: AlphaEditModel | None = None
+    try:
+        for ridge, threshold in product(grid.ridges, grid.thresholds):
+            setting = Setting(*fixed, ridge, threshold)
+            if model is None or made is None:
+                config = replace(common, **setting.changes())
+                model = get_alphaedit_model(
+                    base.model, config, tokenizer=base.tokenizer, null_space=base.null_space
+                )
+                size = len(suite.cases)  # one batch: target values then depend on no ridge
+                made = len(model.edit(suite.edits, batch_size=size, progress=False).made)
+            else:
+                model.alphaedit_config.ridge = ridge
+                model.alphaedit_config.threshold = threshold
+                model.repour()
+            yield Tried(
+                setting,
+                evaluate(model, base.tokenizer, suite, how=how),
+                _measured_drift(base, model, texts, how),
+                made,
+            )
+    finally:
+        if model is not None:
+            model.unload()
+
+
+def _measured_drift(
+    base: Base, model: AlphaEditModel, texts: Sequence[str], how: Judging | None
+) -> Estimate | None:
+    if not texts:
+        return None
+    reader = Reader(model, base.tokenizer, (how or Judging()).tokens_per_batch)
+    return text_divergence(reader, model.disable_adapter, texts)
+
+
+def preset_grid(layers: tuple[tuple[int, ...], ...]) -> Grid:
+    """Only the layers vary; everything else is as ``auto`` has it."""
+    preset = PRESET_VALUES["auto"]
+    return Grid(layers, (preset.clamp_factor,), (preset.ridge,), (preset.threshold,))
