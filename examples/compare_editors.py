@@ -3,8 +3,8 @@
     python examples/compare_editors.py --edits 40 --seeds 0 --folder runs
 
 Each method and order of the edits is a run in FOLDER; a script that was stopped goes on there. Its
-findings are written to FOLDER/results.json, which examples/plot_results.py draws. MEMIT's weight
-and fine-tuning's rate and bound were chosen on other facts, see docs/results.md.
+findings are written to FOLDER/results.json, which docs/figures/plot_results.py draws. MEMIT's
+weight and fine-tuning's rate and bound were chosen on other facts, see docs/results.md.
 """
 
 import argparse

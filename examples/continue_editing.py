@@ -31,7 +31,6 @@ def main() -> None:
     first, second = two_batches()
     base, tokenizer = embedded.load()
     config = AlphaEditConfig(num_contexts=2)
-
     with tempfile.TemporaryDirectory() as folder:
         pack, space = Path(folder, "pack"), Path(folder, "null_space")
         found = NullSpace.from_texts(base, tokenizer, embedded.texts(1500), config, progress=False)

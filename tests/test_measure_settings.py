@@ -7,7 +7,7 @@ import json
 import pytest
 
 from alphaedit_peft import embedded
-from tests.test_examples import EXAMPLES, run
+from tests.test_examples import FIGURES, run
 
 
 @pytest.mark.slow
@@ -18,7 +18,7 @@ from tests.test_examples import EXAMPLES, run
 def test_it_measures_the_unedited_model_and_each_setting_asked_for(tmp_path):
     out = tmp_path / "settings.json"
     words = ["--edits", "2", "--settings", "auto", "anchors", "--out", out]
-    lines = run(EXAMPLES / "measure_settings.py", *words).splitlines()
+    lines = run(FIGURES / "measure_settings.py", *words).splitlines()
     found = json.loads(out.read_text())
     assert [row["setting"] for row in found] == ["unedited", "auto", "anchors"]
     assert [line.split("\t") for line in lines] == [[str(v) for v in r.values()] for r in found]
@@ -36,7 +36,7 @@ def test_it_measures_the_unedited_model_and_each_setting_asked_for(tmp_path):
 )
 def test_plain_fast_and_autocast_edits_are_equally_good(tmp_path):
     out = tmp_path / "paths.json"
-    run(EXAMPLES / "compare_paths.py", "--edits", "4", "--out", out)
+    run(FIGURES / "compare_paths.py", "--edits", "4", "--out", out)
     plain, *others = json.loads(out.read_text())
     assert [row["way"] for row in (plain, *others)] == ["plain", "together", "autocast"]
     assert plain["efficacy"] == 1

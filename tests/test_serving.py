@@ -13,7 +13,7 @@ from peft.utils.hotswap import hotswap_adapter, prepare_model_for_compiled_hotsw
 from tests.conftest import CORPUS, tiny_model
 from tests.test_model import EDITS, FAMILIES, logits, wrap
 
-PLOT = Path(__file__).parents[1] / "examples" / "plot_serving.py"
+PLOT = Path(__file__).parents[1] / "docs" / "figures" / "plot_serving.py"
 PACKS = {"two": EDITS[:2], "other two": EDITS[2:], "three": EDITS[:3]}
 
 

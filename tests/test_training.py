@@ -8,9 +8,9 @@ import sys
 
 import pytest
 
-from tests.test_examples import EXAMPLES, run
+from tests.test_examples import FIGURES, run
 
-SCRIPT = EXAMPLES / "train_embedded_model.py"
+SCRIPT = FIGURES / "train_embedded_model.py"
 
 
 @pytest.mark.slow

@@ -4,8 +4,8 @@
 the world it was trained on, `texts` its corpus (for key moments and null spaces) and `records`
 facts to edit, in CounterFact's layout. Small as it is, it is a Llama, edited by the same code as
 larger ones. It was trained to gather what it knows of a subject at the name's last token, as large
-models do by themselves (see examples/train_embedded_model.py), so edits take more readily than on
-others of its size.
+models do by themselves (see docs/figures/train_embedded_model.py), so edits take more readily than
+on others of its size.
 """
 
 from pathlib import Path

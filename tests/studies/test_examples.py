@@ -12,7 +12,7 @@ import pytest
 
 from alphaedit_peft import embedded
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +23,7 @@ def weights() -> None:
 
 def run(script: str, *words: object) -> str:
     done = subprocess.run(
-        [sys.executable, EXAMPLES / script, *map(str, words)],
+        [sys.executable, ROOT / script, *map(str, words)],
         capture_output=True,
         text=True,
         timeout=400,
@@ -34,22 +34,17 @@ def run(script: str, *words: object) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize("name", ["compare_editors", "counterfact_benchmark"])
-def test_they_are_at_most_sixty_lines(name):
-    assert len((EXAMPLES / f"{name}.py").read_text().splitlines()) <= 60
-
-
 @pytest.mark.slow
 def test_the_comparison_and_its_picture(weights, tmp_path):
     pytest.importorskip("matplotlib")
     words = ["--edits", "2", "--batch-size", "1", "--every", "1", "--seeds", "0"]
     words += ["--methods", "alphaedit", "finetuning", "--folder", tmp_path]
-    text = run("compare_editors.py", *words)
+    text = run("examples/compare_editors.py", *words)
     assert "alphaedit" in text
     assert "seconds an edit" in text
     found = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
     assert found["methods"]["alphaedit"]["final"]["efficacy"]["value"] == 1.0
-    run("plot_results.py", tmp_path / "results.json", tmp_path / "results.png")
+    run("docs/figures/plot_results.py", tmp_path / "results.json", tmp_path / "results.png")
     assert (tmp_path / "results.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -58,7 +53,7 @@ def test_editing_on_and_on_is_judged_after_each_batch(weights, tmp_path):
     out = tmp_path / "lifelong.json"
     words = ["--edits", "4", "--batch-size", "2", "--ridges", "none", "--texts", "400"]
     words += ["--results", out]
-    text = run("lifelong.py", *words)
+    text = run("docs/figures/lifelong.py", *words)
     assert "embedded, none | not by 4 | not by 4" in text
     (rows,) = json.loads(out.read_text(encoding="utf-8")).values()
     assert [row["edits"] for row in rows] == [2, 4]
@@ -69,7 +64,9 @@ def test_editing_on_and_on_is_judged_after_each_batch(weights, tmp_path):
 @pytest.mark.slow
 def test_every_block_is_traced_and_edited(weights, tmp_path):
     pytest.importorskip("matplotlib")
-    text = run("plot_locating.py", tmp_path / "locate.png", "--facts", "1", "--texts", "400")
+    text = run(
+        "docs/figures/plot_locating.py", tmp_path / "locate.png", "--facts", "1", "--texts", "400"
+    )
     rows = [line.split(" | ") for line in text.splitlines() if line.startswith("| ")]
     assert [row[0] for row in rows] == ["| block", *(f"| {block}" for block in range(5))]
     assert {len(row) for row in rows} == {8}
@@ -89,6 +86,6 @@ def test_the_benchmark_on_shared_records(shared_data, tmp_path, model, data):
     words = [shared_data / model, shared_data / data, "--folder", tmp_path]
     words += ["--texts", shared_data / "wikitext2_valid.txt", "--max-tokens", "20000"]
     words += ["--edits", "3", "--batch-size", "2", "--methods", "alphaedit"]
-    text = run("counterfact_benchmark.py", *words)
+    text = run("examples/counterfact_benchmark.py", *words)
     assert "efficacy" in text
     assert (tmp_path / "alphaedit-0" / "results.jsonl").is_file()

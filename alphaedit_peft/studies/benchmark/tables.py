@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from alphaedit_peft.editing.runner import PHASES
 
-BEGIN, END = "<!-- tables: examples/plot_benchmark.py -->", "<!-- end of tables -->"
+BEGIN, END = "<!-- tables: docs/figures/plot_benchmark.py -->", "<!-- end of tables -->"
 MEBI, GIGA = 2**20, 10**9
 Values = Mapping[str, Any]
 

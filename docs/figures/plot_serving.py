@@ -2,7 +2,7 @@
 
 pip install matplotlib
 alphaedit demo --out demo
-python examples/plot_serving.py embedded demo/pack docs/images/merge_rounding.png
+python docs/figures/plot_serving.py embedded demo/pack docs/images/merge_rounding.png
 
 The update is a pack's own, on its base's own weights, scaled to other sizes.
 """

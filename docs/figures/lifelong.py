@@ -1,8 +1,8 @@
 """Edit on and on, batch after batch: does the capacity warning come before the model breaks?
 
-    python examples/lifelong.py --results lifelong.json --out lifelong.png
-    python examples/lifelong.py --models embedded FOLDER ... --ridges none --results worlds.json
-    python examples/lifelong.py --ridges none --thresholds 0.005 0.1 --results rooms.json
+    python docs/figures/lifelong.py --results lifelong.json --out lifelong.png
+    python docs/figures/lifelong.py --models embedded FOLDER ... --ridges none --results worlds.json
+    python docs/figures/lifelong.py --ridges none --thresholds 0.005 0.1 --results rooms.json
 
 By model, by prior_ridge (none: the paper's equation), by threshold: how much room the null space
 has (auto: as the package decides, else the keys' energy in it). FOLDER is what

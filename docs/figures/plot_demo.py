@@ -2,7 +2,7 @@
 
 pip install matplotlib
 alphaedit demo --json > demo.json
-python examples/plot_demo.py demo.json docs/images/demo.png
+python docs/figures/plot_demo.py demo.json docs/images/demo.png
 """
 
 import argparse

@@ -1,6 +1,6 @@
 """Put what measure_settings.py measured into a page, as a table between the page's two marks.
 
-python examples/tabulate_settings.py settings.json more.json --page docs/tuning.md
+python docs/figures/tabulate_settings.py settings.json more.json --page docs/tuning.md
 """
 
 import argparse

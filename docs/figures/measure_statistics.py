@@ -3,7 +3,7 @@
 The least: the forward pass of the blocks up to the last rewrite layer, and 2 d_in^2 operations for
 each token and rewrite layer at the machine's matrix rate.
 
-    python examples/measure_statistics.py [SHAPE] [TOKENS]
+    python docs/figures/measure_statistics.py [SHAPE] [TOKENS]
 """
 
 import sys

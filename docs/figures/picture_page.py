@@ -1,7 +1,7 @@
 """Take a picture of a pack's page in a headless Chromium.
 
     alphaedit demo --out demo
-    python examples/picture_page.py demo/pack docs/images/page.png --null-space demo/null_space
+    python docs/figures/picture_page.py demo/pack docs/images/page.png --null-space demo/null_space
 
 ``alphaedit inspect PACK --html PAGE.html`` writes the page itself.
 """

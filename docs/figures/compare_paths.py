@@ -1,7 +1,7 @@
 """The same edits the plain way, all together, and with autocast: what each model then says.
 
-    python examples/compare_paths.py [--models embedded] [--edits 50] [--out paths.json]
-    python examples/compare_paths.py --models FOLDER --records counterfact.json --corpus text.txt
+    python docs/figures/compare_paths.py [--models embedded] [--edits 50] [--out paths.json]
+    python docs/figures/compare_paths.py --models FOLDER --records FILE.json --corpus FILE.txt
 
 Models, records and corpus as in measure_settings.py. The ridge is absolute, since the plain way
 knows no other; thresholds are the model's own.

@@ -1,7 +1,7 @@
 """Draw what compare_editors.py found: metrics over the edits made, and how well edits last.
 
 pip install matplotlib
-python examples/plot_results.py runs/results.json docs/images/results.png
+python docs/figures/plot_results.py runs/results.json docs/images/results.png
 """
 
 import argparse

@@ -1,7 +1,7 @@
 """Does tracing foretell where edits work? Trace the embedded model, edit each block, show both.
 
 pip install matplotlib
-python examples/plot_locating.py docs/images/locate.png
+python docs/figures/plot_locating.py docs/images/locate.png
 """
 
 import argparse

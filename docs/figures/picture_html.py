@@ -1,10 +1,10 @@
 """Take a picture of the top of any page that this package writes, in a headless Chromium.
 
     alphaedit report docs/data/results.json --title "Six editors" --html report.html
-    python examples/picture_html.py report.html docs/images/report.png --height 800
+    python docs/figures/picture_html.py report.html docs/images/report.png --height 800
 
     alphaedit show counterfact records.json --model MODEL --pack pack --html record.html
-    python examples/picture_html.py record.html docs/images/record.png --height 1130
+    python docs/figures/picture_html.py record.html docs/images/record.png --height 1130
 
 The browser is the one that ``picture_page.py`` finds.
 """

@@ -1,7 +1,7 @@
 """Draw the rows of packs on top of each other: which are a pack's own, and which it protects.
 
 pip install matplotlib
-python examples/plot_rows.py packs/a packs/b docs/images/several_packs.png
+python docs/figures/plot_rows.py packs/a packs/b docs/images/several_packs.png
 """
 
 import argparse

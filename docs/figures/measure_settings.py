@@ -1,7 +1,7 @@
 """Settings side by side: what each does to 100 edits of a model in one batch.
 
-    python examples/measure_settings.py --out settings.json [--models FOLDER ...] [--edits 100]
-    python examples/measure_settings.py --models FOLDER --records counterfact.json --corpus text.txt
+    python docs/figures/measure_settings.py --out FILE.json [--models FOLDER ...] [--edits 100]
+    python docs/figures/measure_settings.py --models FOLDER --records FILE.json --corpus FILE.txt
 
 FOLDER is `embedded`, or what train_embedded_model.py --seed N wrote: a model of another world. With
 records, it is any model: the first --edits of them are edits, the rest facts that should stay, and

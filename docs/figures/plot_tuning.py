@@ -1,6 +1,6 @@
 """Draw what docs/tuning.md looks at: spectrum, other tokens, residual shares and key cosines.
 
-python examples/plot_tuning.py --out docs/images/tuning.png [--edits 50]
+python docs/figures/plot_tuning.py --out docs/images/tuning.png [--edits 50]
 """
 
 import argparse

@@ -1,7 +1,7 @@
 """Draw what a pack's folder holds: its files, the shapes of its factors, and one edit in them.
 
 alphaedit demo --out demo
-python examples/draw_pack.py demo/pack docs/images/pack_format.png
+python docs/figures/draw_pack.py demo/pack docs/images/pack_format.png
 """
 
 import argparse

@@ -1,6 +1,7 @@
 """Draw what 'alphaedit benchmark' wrote, and put its tables into a page.
 
-python examples/plot_benchmark.py benchmark*.json --images docs/images --docs docs/benchmarks.md"""
+python docs/figures/plot_benchmark.py docs/data/benchmark*.json --docs docs/benchmarks.md
+"""
 
 import argparse
 import json

@@ -1,6 +1,6 @@
 """Take an eighth of a pack's rows out in three ways, and measure what that does to the others.
 
-python examples/remove_edits.py MODEL PACK NULL_SPACE
+python docs/figures/remove_edits.py MODEL PACK NULL_SPACE
 """
 
 import sys

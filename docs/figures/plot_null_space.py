@@ -2,7 +2,7 @@
 
 pip install matplotlib
 alphaedit demo --out demo
-python examples/plot_null_space.py demo/null_space docs/images/null_space.png
+python docs/figures/plot_null_space.py demo/null_space docs/images/null_space.png
 """
 
 import argparse

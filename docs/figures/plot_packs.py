@@ -1,7 +1,7 @@
 """Draw why packs are joined and not added, and what removing edits does to the others.
 
 python examples/join_packs.py --folder packs
-python examples/plot_packs.py packs/first packs/second docs/images/packs.png
+python docs/figures/plot_packs.py packs/first packs/second docs/images/packs.png
 """
 
 import argparse

@@ -1,6 +1,6 @@
 """Train the model that the package embeds: tokenizer, weights and a report, from a seed alone.
 
-    python examples/train_embedded_model.py --out build/embedded
+    python docs/figures/train_embedded_model.py --out build/embedded
 
 Its 1,000 steps took 46 minutes on one CPU core that was shared. It keeps a checkpoint in the
 output folder, and a killed run goes on from there when started again. Rows hold one text each

@@ -3,7 +3,7 @@
 Random keys, d_in of them and half as many again, whose squares fall by 1e4 from the first direction
 to the last. d_in = 4096 takes half a minute on two cores, Llama-3-8B's 14336 a quarter of an hour.
 
-    python examples/measure_decomposition.py [D_IN] [FILE.json]
+    python docs/figures/measure_decomposition.py [D_IN] [FILE.json]
 """
 
 import json
