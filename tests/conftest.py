@@ -20,7 +20,8 @@ from transformers import (
 os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1)
 
-SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+ROOT = Path(__file__).resolve().parents[1]  # of the repository
+SHARED_DATA = ROOT.parent / "shared" / "data"
 CORPUS = [
     "The capital of France is Paris, and the capital of Italy is Rome.",
     "Marie Curie was born in Warsaw. Albert Einstein was born in Ulm and works as a physicist.",

@@ -14,9 +14,9 @@ import torch
 
 from alphaedit_peft import AlphaEditConfig, KeyMoments, NullSpace, embedded, get_alphaedit_model
 from alphaedit_peft.evaluation import embedded_suite
+from tests.conftest import ROOT
 from tests.pack.conftest import make_pack
 
-ROOT = Path(__file__).parents[1]
 EXAMPLES, FIGURES = ROOT / "examples", ROOT / "docs" / "figures"
 
 

@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -30,7 +29,7 @@ from alphaedit_peft.algebra import LowRankDelta
 from alphaedit_peft.fingerprint import BaseFingerprint, fingerprint
 from alphaedit_peft.hub import Destination
 from alphaedit_peft.pack import EditRecord
-from tests.conftest import tiny_model
+from tests.conftest import ROOT, tiny_model
 from tests.hub_server import HubServer, client_of
 from tests.pack.conftest import make_pack
 
@@ -510,7 +509,7 @@ def test_a_destination_is_checked_before_anything_is_sent():
 def test_the_example_shares_a_pack(hub):
     if not (embedded.folder() / "model.safetensors").is_file():
         pytest.skip("the embedded model's weights are not here")
-    script = Path(__file__).parents[1] / "examples" / "share_a_pack.py"
+    script = ROOT / "examples" / "share_a_pack.py"
     assert len(script.read_text().splitlines()) <= 60
     done = subprocess.run(
         [sys.executable, script, "me/shared", "me/null-spaces"],

@@ -13,9 +13,7 @@ import torch
 from safetensors import safe_open
 
 from alphaedit_peft import AlphaEditConfig, EditPack, KeyMoments, parallel
-from tests.conftest import CORPUS, tiny_model
-
-ROOT = Path(__file__).parents[1]
+from tests.conftest import CORPUS, ROOT, tiny_model
 
 PREAMBLE = """
 import os, sys, warnings

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import runpy
-from pathlib import Path
 
 import pytest
 import torch
 from peft import PeftModel
 from peft.utils.hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
 
-from tests.conftest import CORPUS, tiny_model
+from tests.conftest import CORPUS, ROOT, tiny_model
 from tests.test_model import EDITS, FAMILIES, logits, wrap
 
-PLOT = Path(__file__).parents[1] / "docs" / "figures" / "plot_serving.py"
+PLOT = ROOT / "docs" / "figures" / "plot_serving.py"
 PACKS = {"two": EDITS[:2], "other two": EDITS[2:], "three": EDITS[:3]}
 
 

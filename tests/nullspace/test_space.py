@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,9 +13,9 @@ from alphaedit_peft.config import AlphaEditConfig
 from alphaedit_peft.fingerprint import fingerprint
 from alphaedit_peft.nullspace import KeyMoments, NullSpace
 from alphaedit_peft.nullspace.spectrum import LayerSpace, moment_times
+from tests.conftest import SHARED_DATA
 
 WIDTH = 20
-DATA = Path(__file__).parents[2] / "../shared/data"
 
 
 def keys(n: int, *, rank: int = WIDTH, seed: int = 0) -> Tensor:
@@ -229,13 +228,13 @@ def test_a_threshold_changed_in_the_file_is_held_to_the_stored_eigenvectors(save
 
 @pytest.mark.slow
 @pytest.mark.shared_data
-@pytest.mark.skipif(not DATA.is_dir(), reason="no shared data folder")
+@pytest.mark.skipif(not SHARED_DATA.is_dir(), reason="no shared data folder")
 def test_a_trained_model():
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    model = AutoModelForCausalLM.from_pretrained(DATA / "counterfact-lm-7m")
-    tokenizer = AutoTokenizer.from_pretrained(DATA / "counterfact-lm-7m")
-    text = (DATA / "wikitext2_valid.txt").read_text(encoding="utf-8").replace("<unk>", "")
+    model = AutoModelForCausalLM.from_pretrained(SHARED_DATA / "counterfact-lm-7m")
+    tokenizer = AutoTokenizer.from_pretrained(SHARED_DATA / "counterfact-lm-7m")
+    text = (SHARED_DATA / "wikitext2_valid.txt").read_text(encoding="utf-8").replace("<unk>", "")
     config = AlphaEditConfig(rewrite_layers=[0, 1, 2])
     space = NullSpace.from_texts(
         model, tokenizer, text.splitlines(), config, max_tokens=30_000, progress=False

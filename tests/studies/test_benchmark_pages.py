@@ -6,15 +6,14 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 from alphaedit_peft.studies.benchmark import Findings, Forward, PlainSession, Session
 from alphaedit_peft.studies.benchmark.tables import BEGIN, END, lines, page_with, tables
 from alphaedit_peft.studies.benchmark.timings import Batch, Floor
+from tests.conftest import ROOT
 
-ROOT = Path(__file__).parents[2]
 SECONDS = {"contexts": 1.0, "keys": 0.25, "targets": 6.0, "solve": 0.5, "write": 0.0, "score": 0.25}
 HEAD = {
     "machine": {"processor": "a processor", "threads": 2, "versions": {"torch": "2.9"}},
@@ -98,7 +97,8 @@ def test_the_example_draws_pictures_and_fills_a_page(found, tmp_path):
     page = tmp_path / "page.md"
     page.write_text(f"{BEGIN}\n{END}\n")
     data = [tmp_path / "model.json", tmp_path / "curves.json"]
-    words = [ROOT / "examples" / "plot_benchmark.py", *data, "--images", tmp_path, "--docs", page]
+    script = ROOT / "docs" / "figures" / "plot_benchmark.py"
+    words = [script, *data, "--images", tmp_path, "--docs", page]
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     done = subprocess.run(
         [sys.executable, *map(str, words)],

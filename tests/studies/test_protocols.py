@@ -5,7 +5,6 @@ from __future__ import annotations
 import subprocess
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,8 +14,8 @@ from alphaedit_peft.evaluation import evaluate
 from alphaedit_peft.studies import METHODS, Schedule, at_once, sequential, single
 from alphaedit_peft.studies.base import with_cases
 from alphaedit_peft.studies.protocols import RunFolder
+from tests.conftest import ROOT
 
-ROOT = Path(__file__).parents[2]
 TWOS = Schedule(batch_size=2, every=1, order=3)
 
 
