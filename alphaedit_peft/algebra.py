@@ -23,7 +23,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-THRESHOLD_MODES = ("absolute", "relative", "energy", "rank")
+from alphaedit_peft.settings import THRESHOLD_MODES
+
 SMALL_PIVOT = 1e-13  # of a Cholesky factor, squared and to the largest diagonal entry
 
 

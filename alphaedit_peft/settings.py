@@ -1,6 +1,10 @@
-"""What the config's fields may hold: presets, choices, types and ranges, as tables.
+"""Every setting of an edit run, each written once: :class:`EditOptions`.
 
-In: a field's name and value. Out: nothing, or a sentence that names the value and its range.
+In: what the user sets. Out: validated options, where None is open: the preset fills it for the
+model at hand, ``auto`` with numbers relative to the model's own scales, ``paper`` with those of
+arXiv 2410.02355 (appendix B) and its code. A field's metadata hold its ``help`` and ``source``,
+what is ``allowed`` (choices, a type or a :class:`Range`) and its value in each preset; the checks,
+``PRESETS`` and the table in docs/settings.md are made from them.
 """
 
 from __future__ import annotations
@@ -8,124 +12,284 @@ from __future__ import annotations
 import math
 import re
 import sys
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from types import UnionType
+from typing import Any, TypeVar
 
-from alphaedit_peft.algebra import THRESHOLD_MODES
-
-CHOICES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
-    ("preset", ("auto", "paper")),
-    ("objective", ("alphaedit", "memit")),
-    ("on_conflict", ("error", "replace", "keep")),
-    ("stop_when", ("loss", "likeliest")),
-    ("autocast", (None, "bfloat16")),
-    ("layer_shares", ("equal", "disturbance")),
-    ("ridge_mode", (None, "absolute", "relative")),
-    ("learning_rate_mode", (None, "absolute", "relative")),
-    ("threshold_mode", (None, *THRESHOLD_MODES)),
-)
+THRESHOLD_MODES = ("absolute", "relative", "energy", "rank")
+_SCALES = (None, "absolute", "relative")
+_Options = TypeVar("_Options", bound="EditOptions")
 
 
 @dataclass(frozen=True)
-class Preset:
-    """Values for fields left at None; ``paper`` ones are appendix B of the paper and its code."""
+class Range:
+    """Finite numbers in ``low..high``; ``whole`` ones, or 0 for ``off`` too, where it says so."""
 
-    ridge: float
-    ridge_mode: str
-    threshold: float
-    threshold_mode: str
-    steps: int
-    learning_rate: float
-    learning_rate_mode: str
-    clamp_factor: float
-    stop_loss: float
-    norm_guard: float
+    low: float
+    high: float = math.inf
+    whole: bool = False
+    off: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.low}..{self.high}{', or 0 for off' * self.off}"
+
+    def check(self, name: str, value: object) -> None:
+        """Refuse what is no such number; None is open."""
+        if value is None:
+            return
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise ValueError(f"{name}={value!r} must be a number")
+        if self.whole and not isinstance(value, int):
+            raise ValueError(f"{name}={value} must be a whole number")
+        if not self.low <= value <= self.high and not (self.off and value == 0):
+            raise ValueError(f"{name}={value} is outside {self}")
+        if value > sys.float_info.max:
+            raise ValueError(f"{name}={value} is outside the finite numbers; give one")
 
 
-PRESET_VALUES = {
-    "paper": Preset(10.0, "absolute", 2e-2, "absolute", 25, 0.5, "absolute", 0.75, 0.05, 0.0),
-    "auto": Preset(0.05, "relative", 0.02, "energy", 25, 0.15, "relative", 1.0, 0.2, 2.0),
+def _setting(default: Any, allowed: Any, help: str, source: str = "", filled: Any = ()) -> Any:
+    """A field; ``filled``: what the presets ``auto`` and ``paper`` put in the place of None."""
+    known = {"help": help, "source": source, "allowed": allowed, "filled": filled}
+    return field(default=default, metadata=known)
+
+
+@dataclass
+class EditOptions:
+    """Settings of AlphaEdit for one model; see each field's help for reason and source.
+
+    Raises:
+        ValueError: a value outside its range; the message names the value and the range.
+    """
+
+    base_model_name_or_path: str | None = _setting(
+        None, str | None, "folder or Hub repo of the base"
+    )
+    revision: str | None = _setting(None, str | None, "the base's branch, tag or commit")
+
+    preset: str = _setting(
+        "auto", ("auto", "paper"), "auto: relative to the model's scales; paper: its numbers"
+    )
+    rewrite_layers: list[int] | None = _setting(
+        None, list | None, "blocks to rewrite; None: by model or depth", "appendix B"
+    )
+    rewrite_module: str | None = _setting(
+        None, str | None, "module name with {} for the block, other families"
+    )
+    block_module: str | None = _setting(
+        None, str | None, "block name with {} for its number, other families"
+    )
+
+    objective: str = _setting(
+        "alphaedit", ("alphaedit", "memit"), "alphaedit (projector) or memit (inverse key moment)"
+    )
+    history: bool = _setting(
+        True, bool, "protect earlier batches' keys", "MEMIT's released code: False"
+    )
+    projection: bool | None = _setting(
+        None, bool | None, "project updates; None: yes for alphaedit only"
+    )
+    moment_weight: float | None = _setting(
+        None, Range(1e-9), "MEMIT's w on C0", "GPT2-XL 20,000", filled=(15_000.0, 15_000.0)
+    )
+
+    ridge: float | None = _setting(
+        None, Range(0), "lambda of Eq. 11", "text 1, code 10", filled=(0.05, 10.0)
+    )
+    ridge_mode: str | None = _setting(
+        None,
+        _SCALES,
+        "absolute, or relative to the batch's mean |P k|^2",
+        filled=("relative", "absolute"),
+    )
+    prior_ridge: float | None = _setting(
+        None, Range(0), "of earlier rows, times their own; 0: held; None: 1"
+    )
+    layer_shares: str = _setting(
+        "equal", ("equal", "disturbance"), "of the residual: equal, or by least disturbance"
+    )
+    norm_guard: float | None = _setting(
+        None,
+        Range(1, off=True),
+        "most |Delta| relative to orthogonal keys; 0: none",
+        filled=(2.0, 0.0),
+    )
+    threshold: float | None = _setting(
+        None, Range(0), "eigenvalues below it are null", "text 1e-2, code 2e-2", filled=(0.02, 2e-2)
+    )
+    threshold_mode: str | None = _setting(
+        None,
+        (None, *THRESHOLD_MODES),
+        "absolute, relative, energy or rank",
+        filled=("energy", "absolute"),
+    )
+    null_space: str | None = _setting(
+        None, str | None, "folder or Hub repo of the NullSpace, if not passed"
+    )
+    tokens_per_batch: int = _setting(
+        8192, Range(1, whole=True), "most tokens in one forward pass; bounds memory"
+    )
+
+    target_tokens: int = _setting(
+        2048, Range(1, whole=True), "most tokens optimised at once; bounds memory of gradients"
+    )
+    memory_budget: str | int | None = _setting(
+        None, "a number of bytes, or such as '8GiB'", "above the base: sets the two bounds"
+    )
+    autocast: str | None = _setting(
+        None, (None, "bfloat16"), "bfloat16: optimise z in it, with state in float32"
+    )
+    steps: int | None = _setting(
+        None,
+        Range(1, 100_000, whole=True),
+        "loss evaluations for z; 25 make 24 updates",
+        "the code",
+        filled=(25, 25),
+    )
+    learning_rate: float | None = _setting(
+        None, Range(1e-9), "Adam's, on z", "Llama-3 0.1, GPT-J and GPT2-XL 0.5", filled=(0.15, 0.5)
+    )
+    learning_rate_mode: str | None = _setting(
+        None, _SCALES, "absolute, or relative to |h| / sqrt(d)", filled=("relative", "absolute")
+    )
+    clamp_factor: float | None = _setting(
+        None, Range(1e-9), "|z - h| is clamped to this times |h|", filled=(1.0, 0.75)
+    )
+    kl_factor: float = _setting(
+        0.0625, Range(0), "weight of KL(current || initial) at the subject", "the code"
+    )
+    anchors: list[str] | None = _setting(
+        None, list | None, "prompts with {} whose answers edits shall keep"
+    )
+    anchor_factor: float = _setting(
+        1.0, Range(0), "weight of the anchors' mean KL(current || initial)"
+    )
+    weight_decay: float = _setting(0.5, Range(0), "weight of |z - h| / |h|^2", "the code")
+    stop_loss: float | None = _setting(
+        None, Range(0), "an edit whose loss is below this is done", "the code", filled=(0.2, 0.05)
+    )
+    stop_when: str = _setting(
+        "loss", ("loss", "likeliest"), "loss, or likeliest: also when greedy decoding says targets"
+    )
+    kl_prompt: str = _setting(
+        "{} is a", str, "prompt whose distribution at the subject is kept", "the code"
+    )
+
+    contexts: list[str] | None = _setting(
+        None, list | None, "texts put before prompts; None: sampled"
+    )
+    num_contexts: int = _setting(
+        5, Range(0, 1000, whole=True), "how many contexts to sample from the model", "the code: 5"
+    )
+    context_length: int = _setting(
+        10, Range(1, 1000, whole=True), "tokens in a sampled context", "the code: 10"
+    )
+    chat_template: bool = _setting(False, bool, "put prompts through the tokenizer's chat template")
+    separator: str = _setting(
+        " ", str, 'between prompt and target; "" for languages without spaces'
+    )
+    seed: int = _setting(0, int, "of the sampled contexts; recorded in the pack")
+
+    on_conflict: str = _setting(
+        "error",
+        ("error", "replace", "keep"),
+        "an edit that contradicts one in place: see docs/theory",
+    )
+    key_cosine: float = _setting(
+        0.999, Range(0.5, 1.0), "edits whose keys are at least this alike share one row"
+    )
+    max_hidden_ratio: float = _setting(
+        10.0, Range(1, off=True), "skip edits of |h| over this times median; 0: off"
+    )
+    capacity_bound: float = _setting(
+        0.33, Range(0, 1), "warn when edits take this share of the room; 0: never"
+    )
+    rollback_depth: int = _setting(
+        20, Range(0, whole=True), "batches whose earlier factors are kept for exact rollback"
+    )
+
+    def __post_init__(self) -> None:
+        allowed = {f.name: f.metadata["allowed"] for f in fields(EditOptions)}
+        for name, choices in allowed.items():
+            if isinstance(choices, tuple) and getattr(self, name) not in choices:
+                raise ValueError(f"{name}={getattr(self, name)!r} is unknown; use one of {choices}")
+        if self.rewrite_layers is not None:
+            self.rewrite_layers = layer_list(self.rewrite_layers)
+        for name, kind in allowed.items():
+            if isinstance(kind, (type, UnionType)) and not isinstance(getattr(self, name), kind):
+                raise ValueError(f"{name}={getattr(self, name)!r} must be of type {kind}")
+        for name in ("contexts", "anchors"):
+            if not all(isinstance(text, str) for text in getattr(self, name) or []):
+                raise ValueError(f"{name}={getattr(self, name)!r} must be a list of texts")
+        if any("{}" in text for text in self.contexts or []):
+            raise ValueError(
+                f"contexts={self.contexts!r} hold '{{}}'; a context is put before the prompt as "
+                "it is, so leave the '{}' away"
+            )
+        for name, numbers in allowed.items():
+            if isinstance(numbers, Range):
+                numbers.check(name, getattr(self, name))
+        byte_count("memory_budget", self.memory_budget)
+        for name in ("ridge", "threshold", "learning_rate"):
+            mode = getattr(self, f"{name}_mode")
+            if mode is not None and getattr(self, name) is None:
+                raise ValueError(
+                    f"{name}_mode={mode!r} says how to read {name}, which is not set; set both, "
+                    "or neither for the preset's"
+                )
+        slots = [("kl_prompt", self.kl_prompt), *(("anchors", a) for a in self.anchors or ())]
+        for name, text in slots:
+            if text.count("{}") != 1:
+                raise ValueError(f"{name}={text!r} needs one '{{}}' for the subject")
+
+    @property
+    def projects(self) -> bool:
+        """Whether updates pass through the null-space projector."""
+        return self.objective == "alphaedit" if self.projection is None else self.projection
+
+    @property
+    def open_settings(self) -> frozenset[str]:
+        """Names of the settings left at None, which the preset fills or ``auto`` decides."""
+        filled = {"rewrite_layers", *PRESETS[self.preset]} - {"moment_weight"}  # one w for both
+        return frozenset(name for name in filled if getattr(self, name) is None)
+
+    def to_json(self) -> dict[str, Any]:
+        """The settings as plain JSON values, without PEFT's own bookkeeping fields."""
+        return {name: getattr(self, name) for name in sorted(f.name for f in fields(EditOptions))}
+
+    @classmethod
+    def from_json(cls: type[_Options], values: Mapping[str, Any]) -> _Options:
+        """Options of ``to_json``'s values.
+
+        Raises:
+            ValueError: a field this version does not know.
+        """
+        unknown = sorted(set(values) - {f.name for f in fields(cls)})
+        if unknown:
+            raise ValueError(f"config fields {unknown} are unknown here; update alphaedit_peft")
+        return cls(**values)
+
+
+# of each preset, by field: what it puts where the user has left None
+PRESETS: dict[str, dict[str, Any]] = {
+    preset: {f.name: f.metadata["filled"][i] for f in fields(EditOptions) if f.metadata["filled"]}
+    for i, preset in enumerate(("auto", "paper"))
 }
 
 
-TYPES: tuple[tuple[str, Any], ...] = (
-    ("history", bool),
-    ("projection", bool | None),
-    ("chat_template", bool),
-    ("seed", int),
-    ("contexts", list | None),
-    ("anchors", list | None),
-    ("separator", str),
-    ("kl_prompt", str),
-    ("null_space", str | None),
-    ("base_model_name_or_path", str | None),
-    ("revision", str | None),
-    ("rewrite_module", str | None),
-    ("block_module", str | None),
-)
+def layer_list(layers: object) -> list[int]:
+    """Rewrite layers as a list of block numbers; refuses anything else."""
+    given = list(layers) if isinstance(layers, (list, tuple, range)) else None
+    if not given or not all(isinstance(x, int) and not isinstance(x, bool) for x in given):
+        raise ValueError(f"rewrite_layers={layers!r} must be a list of block numbers, such as [4]")
+    return given
 
-RANGES: tuple[tuple[str, float, float], ...] = (
-    ("ridge", 0, float("inf")),
-    ("prior_ridge", 0, float("inf")),
-    ("norm_guard", 1, float("inf")),
-    ("threshold", 0, float("inf")),
-    ("moment_weight", 1e-9, float("inf")),
-    ("tokens_per_batch", 1, float("inf")),
-    ("target_tokens", 1, float("inf")),
-    ("steps", 1, 100_000),
-    ("learning_rate", 1e-9, float("inf")),
-    ("clamp_factor", 1e-9, float("inf")),
-    ("kl_factor", 0, float("inf")),
-    ("anchor_factor", 0, float("inf")),
-    ("weight_decay", 0, float("inf")),
-    ("stop_loss", 0, float("inf")),
-    ("num_contexts", 0, 1000),
-    ("context_length", 1, 1000),
-    ("key_cosine", 0.5, 1.0),
-    ("max_hidden_ratio", 1, float("inf")),
-    ("capacity_bound", 0, 1),
-    ("rollback_depth", 0, float("inf")),
-)
-SWITCHED = ("max_hidden_ratio", "norm_guard")
-UNITS = {"B": 1} | {
+
+_UNITS = {"B": 1} | {
     f"{prefix}{infix}B": base ** (power + 1)
     for power, prefix in enumerate("KMGT")
     for infix, base in (("", 1000), ("I", 1024))
 }
-COUNTS = (
-    *("tokens_per_batch", "target_tokens", "steps"),
-    *("num_contexts", "context_length", "rollback_depth"),
-)
-
-
-def check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
-    """Refuse a value outside its choices."""
-    if value not in choices:
-        raise ValueError(f"{name}={value!r} is unknown; use one of {choices}")
-
-
-def check_range(name: str, value: float | None, low: float, high: float) -> None:
-    """Refuse what is no finite number within its range; counts must be whole."""
-    if value is None:
-        return
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise ValueError(f"{name}={value!r} must be a number")
-    if name in COUNTS and not isinstance(value, int):
-        raise ValueError(f"{name}={value} must be a whole number")
-    off = name in SWITCHED  # 0 switches it off
-    if not low <= value <= high and not (off and value == 0):
-        raise ValueError(f"{name}={value} is outside {low}..{high}{', or 0 for off' * off}")
-    if value > sys.float_info.max:
-        raise ValueError(f"{name}={value} is outside the finite numbers; give one")
-
-
-def check_pair(name: str, value: float | None, mode: str | None) -> None:
-    """Refuse a mode without its number."""
-    if mode is not None and value is None:
-        raise ValueError(
-            f"{name}_mode={mode!r} says how to read {name}, which is not set; set both, or neither "
-            "for the preset's"
-        )
 
 
 def byte_count(name: str, value: str | int | None) -> int | None:
@@ -141,7 +305,7 @@ def byte_count(name: str, value: str | int | None) -> int | None:
         found = value
     elif isinstance(value, str):
         match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kKMGT]?i?B)?\s*", value)
-        found = float(match[1]) * UNITS[(match[2] or "B").upper()] if match else None
+        found = float(match[1]) * _UNITS[(match[2] or "B").upper()] if match else None
     if found is None or not 1 <= found < sys.maxsize:
         raise ValueError(f"{name}={value!r} is no size; use a number of bytes, or such as '8GiB'")
     return int(found)
@@ -150,15 +314,7 @@ def byte_count(name: str, value: str | int | None) -> int | None:
 def bytes_in_words(count: int) -> str:
     """A number of bytes as text that ``byte_count`` reads, rounded up: "1.5GiB"."""
     for unit in ("GiB", "MiB", "kiB"):
-        size = UNITS[unit.upper()]
+        size = _UNITS[unit.upper()]
         if count >= size:
             return f"{math.ceil(10 * count / size) / 10:g}{unit}"
     return f"{count}B"
-
-
-def layer_list(layers: object) -> list[int]:
-    """Rewrite layers as a list of block numbers; refuses anything else."""
-    given = list(layers) if isinstance(layers, (list, tuple, range)) else None
-    if not given or not all(isinstance(x, int) and not isinstance(x, bool) for x in given):
-        raise ValueError(f"rewrite_layers={layers!r} must be a list of block numbers, such as [4]")
-    return given

@@ -22,7 +22,7 @@ from alphaedit_peft.editing.prompts import EditRows, TokenRow
 from alphaedit_peft.editing.runner import Runner
 from alphaedit_peft.nullspace import NullSpace
 from alphaedit_peft.nullspace.threshold import KeysAround
-from alphaedit_peft.settings import PRESET_VALUES
+from alphaedit_peft.settings import PRESETS
 
 PROBED = 32  # edits whose prompts are looked at, of a batch
 
@@ -60,12 +60,12 @@ def movable(null_space: NullSpace | None, config: AlphaEditConfig) -> bool:
 
     A null space at another threshold than the preset's was made so by somebody, and is kept.
     """
-    preset = PRESET_VALUES["auto"]
+    preset = PRESETS["auto"]
     if null_space is None or config.preset != "auto" or config.objective != "alphaedit":
         return False
     given = (null_space.threshold, null_space.threshold_mode)
     known = not any(part.projector_only for part in null_space.parts.values())
-    return known and given == (preset.threshold, preset.threshold_mode)
+    return known and given == (preset["threshold"], preset["threshold_mode"])
 
 
 def keys_around(runner: Runner, edits: Sequence[EditRows]) -> dict[int, KeysAround]:

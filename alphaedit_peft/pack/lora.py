@@ -15,8 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from peft import LoraConfig
-from peft.utils import TaskType
 from torch import Tensor
 
 from alphaedit_peft.algebra import LowRankDelta
@@ -79,20 +77,8 @@ def adapter_config_bytes(
     factors: Mapping[str, LowRankDelta], config: AlphaEditConfig, fan_in_fan_out: bool
 ) -> bytes:
     """``adapter_config.json``: PEFT's own LoraConfig with scaling 1 and full module names."""
-    rank = max(1, next(iter(factors.values())).rank)
-    lora = LoraConfig(
-        r=rank,
-        lora_alpha=rank,
-        target_modules=list(factors),
-        fan_in_fan_out=fan_in_fan_out,
-        lora_dropout=0.0,
-        bias="none",
-        task_type=TaskType.CAUSAL_LM,
-        base_model_name_or_path=config.base_model_name_or_path,
-        revision=config.revision,
-        inference_mode=True,
-    )
-    return json_bytes(lora.to_dict() | {"target_modules": list(factors)}, ADAPTER_CONFIG)
+    rank = next(iter(factors.values())).rank
+    return json_bytes(config.adapter_config(list(factors), rank, fan_in_fan_out), ADAPTER_CONFIG)
 
 
 def read_lora(folder: Path) -> tuple[Factors, LoraFacts]:

@@ -21,7 +21,7 @@ from alphaedit_peft.evaluation import Judging, Reader, Scores, Suite, evaluate, 
 from alphaedit_peft.evaluation.metrics import Estimate, Values, bootstrap
 from alphaedit_peft.evaluation.scores import SCORED, harmonic
 from alphaedit_peft.model import AlphaEditModel, get_alphaedit_model
-from alphaedit_peft.settings import PRESET_VALUES
+from alphaedit_peft.settings import PRESETS
 from alphaedit_peft.studies.base import Base
 
 
@@ -307,5 +307,5 @@ def _measured_drift(
 
 def preset_grid(layers: tuple[tuple[int, ...], ...]) -> Grid:
     """Only the layers vary; everything else is as ``auto`` has it."""
-    preset = PRESET_VALUES["auto"]
-    return Grid(layers, (preset.clamp_factor,), (preset.ridge,), (preset.threshold,))
+    preset = PRESETS["auto"]
+    return Grid(layers, (preset["clamp_factor"],), (preset["ridge"],), (preset["threshold"],))
