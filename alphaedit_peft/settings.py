@@ -1,10 +1,10 @@
-"""Every setting of an edit run, each written once: :class:`EditOptions`.
+"""Every setting of an edit run, each written once: :class:`EditOptions`, :class:`Settings`.
 
 In: what the user sets. Out: validated options, where None is open: the preset fills it for the
 model at hand, ``auto`` with numbers relative to the model's own scales, ``paper`` with those of
-arXiv 2410.02355 (appendix B) and its code. A field's metadata hold its ``help`` and ``source``,
-what is ``allowed`` (choices, a type or a :class:`Range`) and its value in each preset; the checks,
-``PRESETS`` and the table in docs/settings.md are made from them.
+arXiv 2410.02355 (appendix B) and its code; then the settings that hold. A field's metadata say what
+it is for and after which source, what is allowed, and its value in each preset; checks, presets and
+the docs' table are made from them.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import re
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from inspect import get_annotations
 from types import UnionType
 from typing import Any, TypeVar
 
@@ -268,6 +269,38 @@ class EditOptions:
         if unknown:
             raise ValueError(f"config fields {unknown} are unknown here; update alphaedit_peft")
         return cls(**values)
+
+
+class Settings(EditOptions):
+    """What holds for one model: options settled by ``AlphaEditConfig.resolve``, nothing left open.
+
+    ``threshold`` and ``threshold_mode`` alone may stay None: a null space brings its own.
+
+    Raises:
+        ValueError: as ``EditOptions``, or a setting that is still open.
+    """
+
+    rewrite_layers: list[int]
+    moment_weight: float
+    ridge: float
+    ridge_mode: str
+    norm_guard: float
+    steps: int
+    learning_rate: float
+    learning_rate_mode: str
+    clamp_factor: float
+    stop_loss: float
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        left = [name for name in get_annotations(Settings) if getattr(self, name) is None]
+        if left:
+            raise ValueError(f"{left} are open; take what AlphaEditConfig.resolve(model) gives")
+
+    @classmethod
+    def of(cls, options: EditOptions) -> Settings:
+        """A copy, once nothing is open."""
+        return cls(**options.to_json())
 
 
 # of each preset, by field: what it puts where the user has left None
