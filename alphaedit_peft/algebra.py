@@ -268,6 +268,7 @@ def _check_threshold(threshold: float, mode: str, size: int) -> None:
 
 
 GUARD_FACTOR, GUARD_STEPS, GUARD_FIRST = 2.0, 20, 1e-4  # the ridge's growth, and first fraction
+GUARD_ROUNDING = 1e-9  # relative: |Delta| of one part alone is its own to float64 rounding only
 
 
 def outputs(delta: LowRankDelta, rows: Tensor) -> Tensor:
@@ -343,7 +344,7 @@ def join(parts: Sequence[tuple[Tensor, Tensor]], ridge: float, guard: float) -> 
     X = solve(G, T, ridge, every)  # (n, d_out)
     growth = _growth(G, X, alone)
     for _ in range(GUARD_STEPS if guard > 0 else 0):
-        if growth <= guard:
+        if growth <= guard * (1 + GUARD_ROUNDING):
             break
         ridge = max(GUARD_FACTOR * ridge, first)
         X = solve(G, T, ridge, every)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import accumulate
 
 import pytest
 import torch
@@ -166,7 +167,10 @@ def test_what_is_held_by_batches_is_written_out():
     factor, A, S = fresh(rows, ridges), torch.cat(rows_of()), random(20, 3, seed=8)
     G = A @ A.T
     assert agree(factor.gram, G)
-    assert torch.equal(factor.gram, factor.gram.T)
+    assert agree(factor.gram, factor.gram.T)  # a batch's products with itself are not mirrored,
+    for end, u in zip(accumulate(factor.blocks), factor.blocks, strict=True):  # all others are
+        above = factor.gram[: end - u, end - u : end]
+        assert torch.equal(above, factor.gram[end - u : end, : end - u].T)
     assert torch.equal(factor.squares, factor.gram.diagonal())
     assert agree(factor.times(S), G @ S)
     assert agree(factor.lower, torch.linalg.cholesky(G + ridges.diag()))
