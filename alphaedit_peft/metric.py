@@ -1,33 +1,76 @@
 """What an update protects: the metric M of the one solver, Delta = R E^T (K^T M K + D)^-1 K^T M.
 
-In: a null space, or key moments. Out: an :class:`Objective`, which turns keys into the rows of
-``lora_A`` and those rows into a Gram matrix. AlphaEdit: M = P, D = lambda. MEMIT: M = (w C0)^-1,
-D = 1. MEMIT with projection: MEMIT's update times P, the paper's plug-in (section 4.4).
+In: settings, a null space, key moments. Out: a :class:`Metric`, which turns keys into the rows of
+``lora_A`` and those rows into a Gram matrix, and answers whatever else depends on M: its statistics
+and their bytes, what a pack stores of them, what ``auto`` decides by them, what to turn where an
+edit falls short. :class:`Projector` (AlphaEdit): M = P, D = lambda. :class:`Moment` (MEMIT):
+M = (w C0)^-1, D = 1, and times P where it is projected (AlphaEdit, section 4.4). Another metric is
+one more class and its word in ``KINDS``; nobody else asks which one it is.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
-from typing import Protocol
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from alphaedit_peft import algebra
-from alphaedit_peft.config import AlphaEditConfig
 from alphaedit_peft.nullspace import KeyMoments, NullSpace
+from alphaedit_peft.settings import EditOptions
 
 COLUMNS_AT_ONCE = 1024  # of rows, made float64 for a product; fixed, as sums round by it
+KEPT = 0.02  # |P k|^2 / |k|^2 below which projection is to blame for what an edit lacks
+
+Statistics = NullSpace | KeyMoments
 
 
-class Objective(Protocol):
+class Metric(ABC):
     """The metric of the solve, layer by layer; keys and rows are (n, d_in)."""
 
+    rows_are_keys: ClassVar[bool] = False
+    """Whether rows are projected keys: then G = A A^T, and they tell capacity and removal."""
+
+    decides: ClassVar[tuple[str, ...]] = ()
+    """Settings that ``auto`` decides by these statistics, in the order they are told."""
+
+    null_space: NullSpace | None
+    """What rows are projected with, where they are."""
+
+    @classmethod
+    def needs(cls, settings: EditOptions) -> tuple[str, ...]:
+        """Which of ``null_space`` and ``key_moments`` it takes."""
+        return ("null_space",) if settings.projects else ()
+
+    @classmethod
+    @abstractmethod
+    def of(
+        cls,
+        settings: EditOptions,
+        null_space: NullSpace | None,
+        key_moments: KeyMoments | None,
+    ) -> Metric:
+        """The metric of settings, on what it ``needs``.
+
+        Raises:
+            ValueError: settings that exclude each other.
+        """
+
+    @property
+    @abstractmethod
+    def statistics(self) -> tuple[Statistics, ...]:
+        """What its numbers come from, the main one first."""
+
+    @abstractmethod
     def rows(self, layer: int, keys: Tensor) -> Tensor:
         """K M, the rows that the solve works with."""
 
+    @abstractmethod
     def grams(self, layer: int, prior: Tensor, batches: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """The new rows of K M K^T, from the rows alone: they round as if made batch by batch.
 
@@ -43,18 +86,98 @@ class Objective(Protocol):
 
     def stored(self, layer: int, rows: Tensor) -> Tensor:
         """The rows as they go into ``lora_A``."""
+        return rows
 
+    @abstractmethod
     def ridge(self, squares: Tensor) -> float:
         """The entry of D for a batch, from the diagonal of its own G, (u,)."""
 
+    def disturbance(self, layer: int, keys: Tensor) -> float:
+        """Median a C0 a^T / |a|^4 over rows a of keys: what reaching |r| = 1 there moves."""
+        assert self.null_space is not None, "asked only where rows are keys"
+        rows = self.rows(layer, keys).double()
+        moved = self.null_space.moment_quadratic(layer, rows).diagonal()
+        cost = moved / rows.square().sum(1).square().clamp_min(1e-300)
+        return max(float(cost.median()), 1e-300)
+
+    @property
+    @abstractmethod
+    def held_bytes(self) -> int:
+        """Bytes of what it projects or inverts with."""
+
+    def workspace(self, width: int) -> int:
+        """Bytes that the solve of a layer of ``width`` takes beside rows and their products."""
+        return 8 * width**2
+
+    def provenance(self, digest: Callable[[Statistics], str]) -> dict[str, object]:
+        """What a pack stores of the statistics that its rows depend on, for later batches.
+
+        ``digest`` names them, ``tokens`` they were collected over; ``threshold`` and ``mode`` are
+        the null space's, None where there is none.
+        """
+        names, space = [digest(part) for part in self.statistics], self.null_space
+        several = hashlib.sha256("".join(names).encode()).hexdigest()[:16]
+        return {
+            "digest": names[0] if len(names) == 1 else several,
+            "tokens": self.statistics[0].tokens,
+            "threshold": None if space is None else space.threshold,
+            "mode": None if space is None else space.threshold_mode,
+        }
+
+    def reason(
+        self,
+        name: str,
+        settings: EditOptions,
+        keys: Mapping[int, Tensor],
+        disturbances: Mapping[float, float],
+    ) -> str:
+        """Why one of ``decides`` is as it is.
+
+        Args:
+            name: of the setting.
+            settings: as decided.
+            keys: of the edits, by layer (n, d_in).
+            disturbances: from ``least_disturbing``; empty where the threshold was not chosen here.
+        """
+        raise NotImplementedError(name)
+
+    @abstractmethod
+    def advice(self, settings: EditOptions) -> str:
+        """What lets layers reach more of their residuals, as something to do."""
+
+    def lost(self, kept: float) -> str:
+        """What the metric took of a key, as a clause, where ``kept`` of |k|^2 is too little."""
+        return ""
+
 
 @dataclass(frozen=True)
-class AlphaEdit:
+class Projector(Metric):
     """M = P: rows are projected keys, so G = A A^T (paper Eq. 11-14)."""
 
     null_space: NullSpace
     ridge_value: float
     relative: bool
+
+    rows_are_keys = True
+    decides = ("threshold", "ridge")
+
+    @classmethod
+    def of(
+        cls,
+        settings: EditOptions,
+        null_space: NullSpace | None,
+        key_moments: KeyMoments | None,
+    ) -> Metric:
+        """See :class:`Metric`; lambda is ``ridge``."""
+        assert settings.ridge is not None, "resolve the config first"
+        if null_space is None:
+            raise ValueError("objective='alphaedit' is the projection; projection=False is MEMIT's")
+        return cls(null_space, settings.ridge, settings.ridge_mode == "relative")
+
+    @property
+    def statistics(self) -> tuple[Statistics, ...]:
+        """The null space."""
+        return (self.null_space,)
 
     def rows(self, layer: int, keys: Tensor) -> Tensor:
         """K P."""
@@ -64,23 +187,107 @@ class AlphaEdit:
         """A A^T; P is idempotent, so it equals K P K^T."""
         return products(prior, batches)
 
-    def stored(self, layer: int, rows: Tensor) -> Tensor:
-        """The rows themselves."""
-        return rows
-
     def ridge(self, squares: Tensor) -> float:
         """lambda, as given or relative to the mean |P k|^2."""
         return self.ridge_value * float(squares.mean()) if self.relative else self.ridge_value
 
+    @property
+    def held_bytes(self) -> int:
+        """The bases'."""
+        return _bytes(part.basis for part in self.null_space.parts.values())
+
+    def workspace(self, width: int) -> int:
+        """A basis in float64, half as wide as it is long, for the report."""
+        return 4 * width**2
+
+    def reason(
+        self,
+        name: str,
+        settings: EditOptions,
+        keys: Mapping[int, Tensor],
+        disturbances: Mapping[float, float],
+    ) -> str:
+        """See :class:`Metric`."""
+        if name == "threshold":
+            return self._why_threshold(keys, disturbances)
+        sizes = {
+            layer: float(self.rows(layer, own).square().sum(1).mean())
+            for layer, own in keys.items()
+        }
+        if not self.relative:
+            return f"|P k|^2 is {', '.join(f'{size:.3g} there' for size in sizes.values())}"
+        parts = (f"{self.ridge_value * size:.3g} in layer {n}" for n, size in sizes.items())
+        return f"times the mean |P k|^2 of the edits: {', '.join(parts)}"
+
+    def _why_threshold(
+        self, keys: Mapping[int, Tensor], disturbances: Mapping[float, float]
+    ) -> str:
+        space = self.null_space
+        kept = ", ".join(
+            f"{space.null_dimension(layer)} of {space.width(layer)} directions of layer "
+            f"{layer} with {self._share(layer, own):.0%} of the edits' squared key length"
+            for layer, own in keys.items()
+        )
+        if not disturbances:
+            return f"keeps {kept}"
+        tried = ", ".join(f"{d:.3f} at {t:g}" for t, d in disturbances.items())
+        return (
+            f"keeps {kept}; of what it moves its key, an edit then moves its prompt's other tokens "
+            f"{tried}: the least, or close to it"
+        )
+
+    def _share(self, layer: int, keys: Tensor) -> float:
+        """Mean of |P k|^2 / |k|^2."""
+        projected = self.rows(layer, keys).square().sum(1)
+        return float((projected / keys.square().sum(1).clamp_min(1e-30)).mean())
+
+    def advice(self, settings: EditOptions) -> str:
+        """A lower ridge."""
+        return f"lower ridge (now {settings.ridge:g}, {settings.ridge_mode})"
+
+    def lost(self, kept: float) -> str:
+        """That projection leaves too little."""
+        if kept >= KEPT:
+            return ""
+        return f"projection leaves {kept:.1%} of its squared key length; raise threshold"
+
 
 @dataclass(frozen=True)
-class Memit:
+class Moment(Metric):
     """M = (w C0)^-1: rows are K (w C0)^-1 and G = A (w C0) A^T (MEMIT Eq. 14)."""
 
     moments: KeyMoments
     weight: float
     null_space: NullSpace | None = None
     _factors: dict[int, Tensor] = field(default_factory=dict)  # Cholesky, once a layer
+
+    @classmethod
+    def needs(cls, settings: EditOptions) -> tuple[str, ...]:
+        """Key moments; a null space where it is projected."""
+        return (*super().needs(settings), "key_moments")
+
+    @classmethod
+    def of(
+        cls,
+        settings: EditOptions,
+        null_space: NullSpace | None,
+        key_moments: KeyMoments | None,
+    ) -> Metric:
+        """See :class:`Metric`; w is ``moment_weight``."""
+        assert settings.moment_weight is not None, "resolve the config first"
+        assert key_moments is not None, "it was needed"
+        if settings.projects and settings.history:
+            raise ValueError(
+                "objective='memit' with projection=True keeps no history: projected rows do not "
+                "tell the keys they came from; set history=False"
+            )
+        space = null_space if settings.projects else None
+        return cls(key_moments, settings.moment_weight, space)
+
+    @property
+    def statistics(self) -> tuple[Statistics, ...]:
+        """Key moments, and the null space where it is projected."""
+        return (self.moments,) if self.null_space is None else (self.moments, self.null_space)
 
     def rows(self, layer: int, keys: Tensor) -> Tensor:
         """K (w C0)^-1."""
@@ -105,6 +312,17 @@ class Memit:
         """1, the identity in MEMIT's normal equations."""
         return 1.0
 
+    @property
+    def held_bytes(self) -> int:
+        """The moments', their Cholesky factors' in float64, and the bases'."""
+        parts = {} if self.null_space is None else self.null_space.parts
+        moments = _bytes(self.moments.moments.values())
+        return 3 * moments + _bytes(part.basis for part in parts.values())
+
+    def advice(self, settings: EditOptions) -> str:
+        """A lower w."""
+        return f"lower moment_weight (now {settings.moment_weight:g})"
+
     def _factor(self, layer: int, device: torch.device) -> Tensor:
         if layer not in self._factors:
             moment = self.moments.moments[layer].to(device)
@@ -112,8 +330,43 @@ class Memit:
         return self._factors[layer].to(device)
 
 
+KINDS: dict[str, type[Metric]] = {"alphaedit": Projector, "memit": Moment}
+
+
+def kind(objective: str) -> type[Metric]:
+    """The class of metric that ``objective`` names."""
+    return KINDS[objective]
+
+
+def make_metric(
+    settings: EditOptions, null_space: NullSpace | None, key_moments: KeyMoments | None
+) -> Metric:
+    """The metric that settings ask for.
+
+    Raises:
+        ValueError: statistics that it needs are missing, or settings that exclude each other.
+    """
+    chosen = kind(settings.objective)
+    needed = chosen.needs(settings)
+    if "null_space" in needed and null_space is None:
+        raise ValueError(
+            "no null space was given, and the update must be projected; pass null_space=, or set "
+            "null_space in the config, or make one with NullSpace.from_texts"
+        )
+    if "key_moments" in needed and key_moments is None:
+        raise ValueError(
+            f"objective={settings.objective!r} needs key moments; pass "
+            "key_moments=KeyMoments.collect(...)"
+        )
+    return chosen.of(settings, null_space, key_moments)
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
 def products(prior: Tensor, batches: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """A A^T in float64, the rows of each new batch, as ``Objective.grams``."""
+    """A A^T in float64, the rows of each new batch, as ``Metric.grams``."""
     rows = [prior, *batches]
     ends = list(accumulate(len(part) for part in rows))
     exact_like = prior.new_empty(0, dtype=torch.float64)
@@ -145,35 +398,3 @@ def _exactly(parts: Sequence[Tensor]) -> Iterator[tuple[slice, Tensor]]:
         for part, place in zip(parts, exact.split([len(part) for part in parts]), strict=True):
             place.copy_(part[:, columns])
         yield columns, exact
-
-
-def make_objective(
-    config: AlphaEditConfig, null_space: NullSpace | None, moments: KeyMoments | None
-) -> Objective:
-    """The objective a resolved config asks for.
-
-    Raises:
-        ValueError: statistics that the objective needs are missing, or settings that exclude each
-            other.
-    """
-    if config.projects and null_space is None:
-        raise ValueError(
-            "no null space was given, and the update must be projected; pass null_space=, or set "
-            "null_space in the config, or make one with NullSpace.from_texts"
-        )
-    if config.objective == "alphaedit":
-        assert config.ridge is not None, "resolve the config first"
-        if null_space is None:
-            raise ValueError("objective='alphaedit' is the projection; projection=False is MEMIT's")
-        return AlphaEdit(null_space, config.ridge, config.ridge_mode == "relative")
-    if moments is None:
-        raise ValueError(
-            "objective='memit' needs key moments; pass key_moments=KeyMoments.collect(...)"
-        )
-    if config.projects and config.history:
-        raise ValueError(
-            "objective='memit' with projection=True keeps no history: projected rows do not tell "
-            "the keys they came from; set history=False"
-        )
-    assert config.moment_weight is not None, "resolve the config first"
-    return Memit(moments, config.moment_weight, null_space if config.projects else None)

@@ -22,13 +22,13 @@ from alphaedit_peft.editing.runner import Runner
 from alphaedit_peft.editing.solve_layers import SolvedLayers, Write, solve_layers
 from alphaedit_peft.editing.state import EditState, protects
 from alphaedit_peft.editing.targets import Targets, optimise_targets
-from alphaedit_peft.metric import Objective
+from alphaedit_peft.metric import Metric
 from alphaedit_peft.pack.record import EditRecord
 
 
 def edit_batch(
     runner: Runner,
-    objective: Objective,
+    metric: Metric,
     state: EditState,
     edits: Sequence[EditRows],
     write: Write,
@@ -40,7 +40,7 @@ def edit_batch(
 
     Args:
         runner: the model, which ``write`` changes layer by layer.
-        objective: the metric of the solve.
+        metric: the metric of the solve.
         state: what is in place.
         edits: tokenised edits, free of contradictions.
         write: puts a layer's factors into the model.
@@ -63,7 +63,7 @@ def edit_batch(
         before = runner.score([rows.rows[0] for rows in usable])
     with timed("keys"):
         replaced = _replaced(replaces, usable)
-        groups = _groups(runner, objective, state, usable, replaced, taken.keys)
+        groups = _groups(runner, metric, state, usable, replaced, taken.keys)
     with timed("targets"):
         found = _shared_targets(runner, groups, progress)
     groups, found, failed = _without_failures(groups, found)
@@ -76,12 +76,12 @@ def edit_batch(
     protected = _still_protected(runner, state, groups, replaced)
     taken = taken.chosen([usable.index(leader) for leader in leaders])
     solution = solve_layers(
-        runner, objective, leaders, found.values, state, protected, write, taken=taken
+        runner, metric, leaders, found.values, state, protected, write, taken=taken
     )
     with timed("score"):
         scores = score_after(runner, usable, before)
     parallel.require_same(repr(solution.total.tolist()), "what the batch's edits reach")
-    made = outcome(runner, state.rank, groups, found, solution, scores)
+    made = outcome(runner, metric, state.rank, groups, found, solution, scores)
     results = tuple(made.get(r.edit.id) or _set_aside([r], reasons)[0] for r in edits)
     records = [
         _record(rows, made[rows.edit.id], state.next_batch)
@@ -145,7 +145,7 @@ def _oversized(runner: Runner, edits: Sequence[EditRows], hidden: Tensor) -> dic
 
 def _groups(
     runner: Runner,
-    objective: Objective,
+    metric: Metric,
     state: EditState,
     edits: Sequence[EditRows],
     replaced: frozenset[str],
@@ -153,7 +153,7 @@ def _groups(
 ) -> list[Group]:
     """Edits with one key together; ``keys`` (edits, d_in) are of the first rewrite layer."""
     first = runner.layers[0]
-    keys = objective.stored(first, objective.rows(first, keys))
+    keys = metric.stored(first, metric.rows(first, keys))
     standing = [r for r in state.standing if r.edit.id not in replaced]
     found = group_by_key(
         [rows.prefix for rows in edits],

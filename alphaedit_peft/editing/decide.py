@@ -13,13 +13,12 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from torch import Tensor
-
 from alphaedit_peft.architecture import paper_preset
 from alphaedit_peft.config import AlphaEditConfig
 from alphaedit_peft.editing.keys import keys_by_layer
 from alphaedit_peft.editing.prompts import EditRows, TokenRow
 from alphaedit_peft.editing.runner import Runner
+from alphaedit_peft.metric import Metric, kind
 from alphaedit_peft.nullspace import NullSpace
 from alphaedit_peft.nullspace.threshold import KeysAround
 from alphaedit_peft.settings import PRESETS
@@ -61,7 +60,8 @@ def movable(null_space: NullSpace | None, config: AlphaEditConfig) -> bool:
     A null space at another threshold than the preset's was made so by somebody, and is kept.
     """
     preset = PRESETS["auto"]
-    if null_space is None or config.preset != "auto" or config.objective != "alphaedit":
+    decides = "threshold" in kind(config.objective).decides
+    if null_space is None or config.preset != "auto" or not decides:
         return False
     given = (null_space.threshold, null_space.threshold_mode)
     known = not any(part.projector_only for part in null_space.parts.values())
@@ -91,7 +91,7 @@ def _others(row: TokenRow) -> list[int]:
 
 def decisions(
     runner: Runner,
-    null_space: NullSpace | None,
+    metric: Metric,
     edits: Sequence[EditRows],
     undecided: Collection[str],
     disturbances: Mapping[float, float],
@@ -100,7 +100,7 @@ def decisions(
 
     Args:
         runner: with the settings as decided.
-        null_space: at the threshold decided; None for plain MEMIT.
+        metric: with the settings as decided.
         edits: of the first batch.
         undecided: names of the settings that the user left open.
         disturbances: from ``least_disturbing``; empty where the threshold was not chosen here.
@@ -108,10 +108,10 @@ def decisions(
     config = runner.config
     keys = keys_by_layer(runner, edits)
     found = [_layers(runner)]
-    if null_space is not None and (disturbances or movable(null_space, config)):
-        found.append(_threshold(config, null_space, keys, disturbances))
-    if config.objective == "alphaedit" and null_space is not None:
-        found.append(_ridge(config, null_space, keys))
+    for name in metric.decides:
+        if name != "threshold" or disturbances or movable(metric.null_space, config):
+            reason = metric.reason(name, config, keys, disturbances)
+            found.append(Decision(name, shown(config, name), reason))
     found += _search(runner, edits)
     return tuple(decision for decision in found if decision.name in undecided)
 
@@ -121,48 +121,6 @@ def _layers(runner: Runner) -> Decision:
     known = paper_preset(runner.model.config) is not None  # type: ignore[arg-type]
     reason = "the paper's" if known else f"by depth: the last one lies at 30 % of {blocks} blocks"
     return Decision("rewrite_layers", shown(runner.config, "rewrite_layers"), reason)
-
-
-def _threshold(
-    config: AlphaEditConfig,
-    null_space: NullSpace,
-    keys: Mapping[int, Tensor],
-    disturbances: Mapping[float, float],
-) -> Decision:
-    kept = ", ".join(
-        f"{null_space.null_dimension(layer)} of {null_space.width(layer)} directions of layer "
-        f"{layer} with {_share(null_space, layer, rows):.0%} of the edits' squared key length"
-        for layer, rows in keys.items()
-    )
-    reason = f"keeps {kept}"
-    if disturbances:
-        tried = ", ".join(f"{d:.3f} at {t:g}" for t, d in disturbances.items())
-        reason += (
-            f"; of what it moves its key, an edit then moves its prompt's other tokens {tried}: "
-            "the least, or close to it"
-        )
-    return Decision("threshold", shown(config, "threshold"), reason)
-
-
-def _share(null_space: NullSpace, layer: int, keys: Tensor) -> float:
-    """Mean of |P k|^2 / |k|^2."""
-    projected = null_space.project(layer, keys).square().sum(1)
-    return float((projected / keys.square().sum(1).clamp_min(1e-30)).mean())
-
-
-def _ridge(config: AlphaEditConfig, null_space: NullSpace, keys: Mapping[int, Tensor]) -> Decision:
-    assert config.ridge is not None, "resolve the config first"
-    sizes = {
-        layer: float(null_space.project(layer, rows).square().sum(1).mean())
-        for layer, rows in keys.items()
-    }
-    relative = config.ridge_mode == "relative"
-    parts = ", ".join(
-        f"{config.ridge * size:.3g} in layer {layer}" if relative else f"{size:.3g} there"
-        for layer, size in sizes.items()
-    )
-    reason = f"times the mean |P k|^2 of the edits: {parts}" if relative else f"|P k|^2 is {parts}"
-    return Decision("ridge", shown(config, "ridge"), reason)
 
 
 def _search(runner: Runner, edits: Sequence[EditRows]) -> list[Decision]:

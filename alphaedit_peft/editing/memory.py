@@ -1,6 +1,6 @@
 """How much memory a batch of edits takes, and the chunk sizes that keep it within a budget.
 
-In: a runner, an objective, tokenised edits, what is in place. Out: bytes, or a runner whose chunk
+In: a runner, a metric, tokenised edits, what is in place. Out: bytes, or a runner whose chunk
 sizes are set from ``config.memory_budget``. All of it counts above the base's weights. With n rows
 after the batch, u edits of c rows each for keys, rows of up to p tokens before the subject and q
 from it on (q' in the edit that has fewest), t tokens of a target, r of the row with most of its
@@ -9,7 +9,7 @@ keys and values k, vocabulary V, e bytes a number of the model, and w weights ab
 layer, the head's among them, where ``autocast`` copies them (else 0):
 
     held   = statistics + b (8 n (f + d) + 12 n^2) + e u c (p + 1) d + 24 u d + 2 w
-    solve  = 24 n f + 24 n^2 + 4 f^2              (AlphaEdit: the basis in float64, for the report)
+    solve  = 24 n f + 24 n^2 + 4 f^2        (4 f^2: Projector's; see ``Metric.workspace``)
     token  = e (6 d + 3 f + 6 k (L + 1)) + (e + 8) V t / r    of a forward pass, the last block L
     before = 2 e k (N (2 p + q) + N' p) + e (p + q) (7 d + 3 f)      of a row, ``targets.before``
     after  = 2 e k N' (3 p + q) + 2 e (p + q) d + (2 e + 16) V t     of a row, ``targets.suffixes``
@@ -27,12 +27,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from torch import Tensor
-
 from alphaedit_peft.editing.prompts import EditRows
 from alphaedit_peft.editing.runner import Limits, Runner
 from alphaedit_peft.editing.targets.autocast import autocast_bytes
-from alphaedit_peft.metric import AlphaEdit, Memit, Objective
+from alphaedit_peft.metric import Metric
 from alphaedit_peft.settings import byte_count, bytes_in_words
 
 
@@ -79,13 +77,13 @@ class Need:
 
 
 def within_budget(
-    runner: Runner, objective: Objective, edits: Sequence[EditRows], batch_size: int, rank: int
+    runner: Runner, metric: Metric, edits: Sequence[EditRows], batch_size: int, rank: int
 ) -> Runner:
     """The runner with chunk sizes from ``config.memory_budget``; as it is where there is none.
 
     Args:
         runner: its config may hold a budget.
-        objective: whose statistics count.
+        metric: whose statistics count.
         edits: all that are to be made.
         batch_size: at most so many at once.
         rank: rows in place.
@@ -96,18 +94,18 @@ def within_budget(
     budget = byte_count("memory_budget", runner.config.memory_budget)
     if budget is None or not edits:
         return runner
-    need = estimate(runner, objective, edits, min(batch_size, len(edits)), rank + len(edits))
+    need = estimate(runner, metric, edits, min(batch_size, len(edits)), rank + len(edits))
     return replace(runner, limits=need.limits(budget))
 
 
 def estimate(
-    runner: Runner, objective: Objective, edits: Sequence[EditRows], together: int, rank: int
+    runner: Runner, metric: Metric, edits: Sequence[EditRows], together: int, rank: int
 ) -> Need:
     """What edits take by the formula above.
 
     Args:
         runner: model and settings.
-        objective: whose statistics count.
+        metric: whose statistics count.
         edits: give the lengths of rows.
         together: edits of a batch.
         rank: rows once all are made.
@@ -122,16 +120,15 @@ def estimate(
     t = max(max(1, len(row.target)) for row in every)
     reads = max(-(-max(1, len(row.target)) * vocabulary // len(row.scoring_ids)) for row in every)
     above = shape.blocks - runner.layers[-1] - 1
-    held = _statistics(objective) + len(runner.layers) * (8 * rank * (f + d) + 12 * rank**2)
+    held = metric.held_bytes + len(runner.layers) * (8 * rank * (f + d) + 12 * rank**2)
     held += together * (e * len(edits[0].rows) * (p + 1) * d + 24 * d) + autocast_bytes(runner)
-    basis = 4 * f**2 if isinstance(objective, AlphaEdit) else 8 * f**2
     pair = 2 * e * shape.cached
     before = pair * (shape.blocks * (2 * p + q) + above * p) + e * (p + q) * (7 * d + 3 * f)
     after = pair * above * (3 * p + q) + 2 * e * (p + q) * d + (2 * e + 16) * vocabulary * t
     back = e * above * (10 * d + 4 * f)
     return Need(
         held=held,
-        solve=24 * rank * f + 24 * rank**2 + basis,
+        solve=24 * rank * f + 24 * rank**2 + metric.workspace(f),
         token=e * (6 * d + 3 * f) + 3 * pair * (runner.layers[-1] + 1) + (e + 8) * reads,
         suffix=max(-(-before // shortest), -(-after // shortest) + back),
         longest=p + q,
@@ -168,14 +165,3 @@ class _Shape:
             blocks=runner.architecture.num_blocks,
             bytes=embedding.weight.element_size(),
         )
-
-
-def _statistics(objective: Objective) -> int:
-    """Bytes of what an objective projects or inverts with."""
-    tensors: list[Tensor] = []
-    if isinstance(objective, (AlphaEdit, Memit)) and objective.null_space is not None:
-        tensors += [part.basis for part in objective.null_space.parts.values()]
-    if isinstance(objective, Memit):
-        moments = list(objective.moments.moments.values())
-        tensors += [*moments, *moments, *moments]  # and their Cholesky factors in float64
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

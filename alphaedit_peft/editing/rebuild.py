@@ -18,13 +18,13 @@ from alphaedit_peft.editing.runner import Runner
 from alphaedit_peft.editing.solve_layers import Write, solve_layers
 from alphaedit_peft.editing.state import EditState
 from alphaedit_peft.editing.targets import optimise_targets
-from alphaedit_peft.metric import Objective
+from alphaedit_peft.metric import Metric
 from alphaedit_peft.pack.record import EditRecord
 
 
 def repour_state(
     runner: Runner,
-    objective: Objective,
+    metric: Metric,
     empty: EditState,
     records: Sequence[EditRecord],
     stored: EditState,
@@ -58,7 +58,7 @@ def repour_state(
             for members in of_row
         ]
         members = [member for group in groups for member in group.members]
-        runner = within_budget(runner, objective, members, len(members), state.rank)
+        runner = within_budget(runner, metric, members, len(members), state.rank)
         values = stored.targets[rows].to(runner.device)
         partial = [i for i, members in enumerate(of_row) if stored.lost_some(members)]
         if partial:
@@ -66,7 +66,7 @@ def repour_state(
             values[partial] = anew.values.to(values)
         protected = state.protected if runner.config.history else [False] * state.rank
         leaders = [group.leader for group in groups]
-        solution = solve_layers(runner, objective, leaders, values, state, protected, write)
+        solution = solve_layers(runner, metric, leaders, values, state, protected, write)
         moved = [replace(r, row=state.rank + i) for i, rs in enumerate(of_row) for r in rs]
         targets = torch.cat([state.targets, values.to(state.targets)])
         records_so_far = (*state.records, *moved)

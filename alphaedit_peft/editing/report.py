@@ -23,7 +23,7 @@ from alphaedit_peft.editing.solve_layers import SolvedLayers
 from alphaedit_peft.editing.targets import Targets
 from alphaedit_peft.edits import Edit
 from alphaedit_peft.factor import equal_rows
-from alphaedit_peft.metric import products_with
+from alphaedit_peft.metric import Metric, products_with
 from alphaedit_peft.nullspace.spectrum import LayerSpace, moment_quadratic, moment_times
 
 
@@ -252,7 +252,6 @@ def layer_report(
 
 SAID = 0.5  # a target value works if greedy decoding says the target after this share of prompts
 REACHED = 0.8  # share of z - h below which the layers, not the target value, are to blame
-KEPT = 0.02  # |P k|^2 / |k|^2 below which the projection is
 
 
 @dataclass(frozen=True)
@@ -266,6 +265,7 @@ class Scores:
 
 def outcome(
     runner: Runner,
+    metric: Metric,
     first_row: int,
     groups: Sequence[Group],
     found: Targets,
@@ -276,6 +276,7 @@ def outcome(
 
     Args:
         runner: for the layers and settings.
+        metric: of the solve, for its advice.
         first_row: the row of ``lora_A`` that the first group got.
         groups: as solved.
         found: their target values.
@@ -300,7 +301,9 @@ def outcome(
                 shares=dict(zip(runner.layers, solution.shares[:, g].tolist(), strict=True)),
                 total_share=float(solution.total[g]),
                 paraphrases=tuple(found.greedy for found in score.paraphrases),
-                why_not="" if score.after.greedy else why_not(runner.config, found, solution, g),
+                why_not=""
+                if score.after.greedy
+                else why_not(runner.config, metric, found, solution, g),
             )
     return results
 
@@ -322,7 +325,9 @@ def score_after(
     }
 
 
-def why_not(config: AlphaEditConfig, found: Targets, solution: SolvedLayers, group: int) -> str:
+def why_not(
+    config: AlphaEditConfig, metric: Metric, found: Targets, solution: SolvedLayers, group: int
+) -> str:
     """Why a group's target is not the likeliest, as far as the numbers tell, and what to turn."""
     loss, steps = float(found.losses[group]), int(found.steps[group])
     said, size = float(found.said[group]), float(found.clamped[group])
@@ -343,22 +348,18 @@ def why_not(config: AlphaEditConfig, found: Targets, solution: SolvedLayers, gro
             f"its target value still had loss {loss:.2f} after {steps} steps; raise steps or "
             "learning_rate"
         )
-    held = _what_held(config, solution)
-    share, kept = float(solution.total[group]), float(solution.kept[:, group].min())
-    if share < REACHED and kept < KEPT and config.objective == "alphaedit":
-        return (
-            f"the layers reached {share:.0%} of its residual, and projection leaves {kept:.1%} of "
-            f"its squared key length; raise threshold, or {held}"
-        )
+    share, lost = float(solution.total[group]), metric.lost(float(solution.kept[:, group].min()))
     if share < REACHED:
-        return f"the layers reached {share:.0%} of its residual; {held}"
+        also = f", and {lost}, or" if lost else ";"
+        remedy = _remedy(config, metric, solution)
+        return f"the layers reached {share:.0%} of its residual{also} {remedy}"
     return (
         f"its target value was reached ({share:.0%}), but the batch also moves the prompt's other "
         "tokens; raise ridge, rewrite other layers, or make fewer edits at once"
     )
 
 
-def _what_held(config: AlphaEditConfig, solution: SolvedLayers) -> str:
+def _remedy(config: AlphaEditConfig, metric: Metric, solution: SolvedLayers) -> str:
     """What keeps the layers from the residual, as something to do."""
     if solution.guarded:
         layers = ", ".join(map(str, solution.guarded))
@@ -366,6 +367,4 @@ def _what_held(config: AlphaEditConfig, solution: SolvedLayers) -> str:
             f"the norm guard raised the ridge of layers {layers}, so make edits with nearly one "
             f"key apart, or raise norm_guard (now {config.norm_guard:g})"
         )
-    if config.objective == "memit":
-        return f"lower moment_weight (now {config.moment_weight:g})"
-    return f"lower ridge (now {config.ridge:g}, {config.ridge_mode})"
+    return metric.advice(config)

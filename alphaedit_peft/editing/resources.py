@@ -1,12 +1,11 @@
 """What editing needs besides the model: tokenizer, null space, key moments, found when needed.
 
-In: what the caller passed, and a config that may name the rest. Out: the objective and the
+In: what the caller passed, and a config that may name the rest. Out: the metric and the
 tokenizer, or a sentence that says what is missing and how to give it.
 """
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass, field
 from weakref import WeakKeyDictionary
 
@@ -16,10 +15,10 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from alphaedit_peft import embedded
 from alphaedit_peft.config import AlphaEditConfig
 from alphaedit_peft.fingerprint import BaseFingerprint, require_same_base
-from alphaedit_peft.metric import AlphaEdit, Memit, Objective, make_objective
+from alphaedit_peft.metric import Metric, Statistics, make_metric
 from alphaedit_peft.nullspace import KeyMoments, NullSpace
 
-RELEVANT = (  # the settings that an objective depends on
+RELEVANT = (  # the settings that a metric depends on
     *("objective", "projection", "history", "moment_weight", "null_space"),
     *("ridge", "ridge_mode", "threshold", "threshold_mode"),
 )
@@ -35,11 +34,9 @@ class Resources:
     tokenizer: PreTrainedTokenizerBase | None = None
     null_space: NullSpace | None = None
     key_moments: KeyMoments | None = None
-    _objective: Objective | None = None
+    _metric: Metric | None = None
     _made_of: tuple[object, ...] = ()
-    _digests: WeakKeyDictionary[NullSpace | KeyMoments, str] = field(
-        default_factory=WeakKeyDictionary
-    )
+    _digests: WeakKeyDictionary[Statistics, str] = field(default_factory=WeakKeyDictionary)
 
     def find_tokenizer(self, model: nn.Module) -> PreTrainedTokenizerBase:
         """The tokenizer, loaded from the model's own name where it was not given.
@@ -59,13 +56,13 @@ class Resources:
                 ) from error
         return self.tokenizer
 
-    def find_objective(self, config: AlphaEditConfig, base: BaseFingerprint) -> Objective:
-        """The objective of a resolved config, on statistics checked to be of this base.
+    def find_metric(self, config: AlphaEditConfig, base: BaseFingerprint) -> Metric:
+        """The metric of a resolved config, on statistics checked to be of this base.
 
         Raises:
             ValueError: statistics are missing, of another model, or lack a rewrite layer.
         """
-        if self._objective is None or self._made_of != self._ingredients(config, base):
+        if self._metric is None or self._made_of != self._ingredients(config, base):
             layers = config.rewrite_layers or []
             if self.null_space is None and config.projects and config.null_space is not None:
                 self.null_space = NullSpace.from_pretrained(config.null_space, fingerprint=base)
@@ -74,41 +71,22 @@ class Resources:
                 self.null_space = _at_threshold(self.null_space, config)
             if self.key_moments is not None:
                 _check_moments(self.key_moments, base, layers)
-            self._objective = make_objective(config, self.null_space, self.key_moments)
+            self._metric = make_metric(config, self.null_space, self.key_moments)
             self._made_of = self._ingredients(config, base)
-        return self._objective
+        return self._metric
 
     def provenance(self) -> dict[str, object] | None:
-        """What a pack records of the statistics that its rows depend on; None before their use.
+        """What a pack stores of the metric's statistics; None before their use."""
+        return None if self._metric is None else self._metric.provenance(self._digest)
 
-        ``digest`` names them, ``tokens`` they were collected over; ``threshold`` and ``mode`` are
-        the null space's, None where there is none.
-        """
-        objective = self._objective
-        if not isinstance(objective, (AlphaEdit, Memit)):
-            return None
-        space = objective.null_space
-        digest = "" if space is None else self._digest(space)
-        statistics: NullSpace | KeyMoments | None = space
-        if isinstance(objective, Memit):
-            statistics = objective.moments
-            both = (self._digest(statistics) + digest).encode()
-            digest = hashlib.sha256(both).hexdigest()[:16] if digest else self._digest(statistics)
-        return {
-            "digest": digest,
-            "tokens": None if statistics is None else statistics.tokens,
-            "threshold": None if space is None else space.threshold,
-            "mode": None if space is None else space.threshold_mode,
-        }
-
-    def _digest(self, statistics: NullSpace | KeyMoments) -> str:
+    def _digest(self, statistics: Statistics) -> str:
         """A digest that reads all numbers, so only once for each value."""
         if statistics not in self._digests:
             self._digests[statistics] = statistics.digest()
         return self._digests[statistics]
 
     def _ingredients(self, config: AlphaEditConfig, base: BaseFingerprint) -> tuple[object, ...]:
-        """What the objective is made of; statistics compare by identity."""
+        """What the metric is made of; statistics compare by identity."""
         settings = (getattr(config, name) for name in RELEVANT)
         layers = tuple(config.rewrite_layers or ())
         return (self.null_space, self.key_moments, base, layers, *settings)

@@ -26,7 +26,7 @@ from alphaedit_peft.editing.prompts import EditRows
 from alphaedit_peft.editing.runner import Runner
 from alphaedit_peft.editing.state import EditState
 from alphaedit_peft.factor import KeptFactor
-from alphaedit_peft.metric import AlphaEdit, Objective
+from alphaedit_peft.metric import Metric
 
 Write = Callable[[int, LowRankDelta], None]
 
@@ -51,7 +51,7 @@ class SolvedLayers:
 
 def solve_layers(
     runner: Runner,
-    objective: Objective,
+    metric: Metric,
     leaders: Sequence[EditRows],
     targets: Tensor,
     state: EditState,
@@ -63,7 +63,7 @@ def solve_layers(
 
     Args:
         runner: the model, which ``write`` changes.
-        objective: the metric of the solve.
+        metric: the metric of the solve.
         leaders: for each group the edit whose prompts give its key.
         targets: z, (groups, d).
         state: what is in place before this batch.
@@ -77,16 +77,16 @@ def solve_layers(
     timed = runner.phases.timed
     with timed("keys"):
         now = read(runner, leaders) if taken is None else taken
-        parts = _parts(runner, objective, leaders)
+        parts = _parts(runner, metric, leaders)
     start = now.hidden.to(targets)  # (groups, d)
     solved: dict[int, Solved] = {}
     shares, kept = [], []
     for layer, part in zip(runner.layers, parts, strict=True):
         residuals = (targets - now.hidden.to(targets)) * part
         with timed("solve"):
-            rows = objective.rows(layer, now.keys)  # (groups, d_in)
+            rows = metric.rows(layer, now.keys)  # (groups, d_in)
             solved[layer] = solve_layer(
-                runner.config, objective, layer, rows, residuals, state, protected
+                runner.config, metric, layer, rows, residuals, state, protected
             )
         if solved[layer].doubled:
             _tell_of_guard(runner, layer, solved[layer].doubled)
@@ -118,20 +118,17 @@ def _tell_of_guard(runner: Runner, layer: int, doubled: int) -> None:
     )
 
 
-def _parts(runner: Runner, objective: Objective, leaders: Sequence[EditRows]) -> list[float]:
+def _parts(runner: Runner, metric: Metric, leaders: Sequence[EditRows]) -> list[float]:
     """For each layer, its part of what is left of z - h: equal ones are 1/L, ..., 1/2, 1.
 
     By disturbance, each layer's share of z - h is as 1 / (a C0 a^T / |a|^4): if residuals r_l add
-    up to z - h, this makes the sum of |r_l|^2 a C0 a^T / |a|^4 least. Only AlphaEdit knows C0.
+    up to z - h, this makes the sum of |r_l|^2 a C0 a^T / |a|^4 least. C0 is known where rows are
+    keys.
     """
     weights = [1.0] * len(runner.layers)
-    if runner.config.layer_shares == "disturbance" and isinstance(objective, AlphaEdit):
-        space = objective.null_space
+    if runner.config.layer_shares == "disturbance" and metric.rows_are_keys:
         for position, (layer, keys) in enumerate(keys_by_layer(runner, leaders).items()):
-            rows = objective.rows(layer, keys).double()
-            moved = space.moment_quadratic(layer, rows).diagonal()
-            cost = moved / rows.square().sum(1).square().clamp_min(1e-300)
-            weights[position] = 1 / max(float(cost.median()), 1e-300)
+            weights[position] = 1 / metric.disturbance(layer, keys)
     return [weight / sum(weights[i:]) for i, weight in enumerate(weights)]
 
 
@@ -154,7 +151,7 @@ class Solved:
 
 def solve_layer(
     config: AlphaEditConfig,
-    objective: Objective,
+    metric: Metric,
     layer: int,
     rows: Tensor,
     residuals: Tensor,
@@ -170,7 +167,7 @@ def solve_layer(
 
     Args:
         config: resolved.
-        objective: the metric.
+        metric: the metric.
         layer: block number.
         rows: K M of the new groups, (groups, d_in).
         residuals: R, (groups, d_out).
@@ -184,9 +181,9 @@ def solve_layer(
     residuals = residuals.to(rows.device).double()
     if not (rows.isfinite().all() and residuals.isfinite().all()):
         raise ValueError("keys or residuals hold NaN or infinity; check the base model's weights")
-    A = torch.cat([before.A, objective.stored(layer, rows).to(before.A)])
-    whole = _extended(objective, layer, before.A, rows.to(before.A), state, A)
-    ridges = _ridges(config, objective, whole, protected)
+    A = torch.cat([before.A, metric.stored(layer, rows).to(before.A)])
+    whole = _extended(metric, layer, before.A, rows.to(before.A), state, A)
+    ridges = _ridges(config, metric, whole, protected)
     whole = whole.factored(ridges)
     columns = whole.columns(count)  # (n + groups, groups)
     guard, doubled = config.norm_guard or float("inf"), 0
@@ -200,7 +197,7 @@ def solve_layer(
 
 
 def _extended(
-    objective: Objective, layer: int, prior: Tensor, rows: Tensor, state: EditState, A: Tensor
+    metric: Metric, layer: int, prior: Tensor, rows: Tensor, state: EditState, A: Tensor
 ) -> KeptFactor:
     """The factor kept of the rows in place, with the products of those that it lacks and of new.
 
@@ -211,17 +208,17 @@ def _extended(
     found = state.kept.get(layer, KeptFactor.empty(prior)).matching(prior, blocks)
     start, missing = len(found.ridges), blocks[len(found.blocks) :]
     batches = [*prior[start:].split(missing), rows] if missing else [rows]
-    return found.extended(A, objective.grams(layer, prior[:start], batches))
+    return found.extended(A, metric.grams(layer, prior[:start], batches))
 
 
 def _ridges(
-    config: AlphaEditConfig, objective: Objective, factor: KeptFactor, protected: Sequence[bool]
+    config: AlphaEditConfig, metric: Metric, factor: KeptFactor, protected: Sequence[bool]
 ) -> Tensor:
     """D, (n + groups,): every row's own batch's ridge; infinite for rows no longer protected."""
     found: list[float] = []
     for squares in factor.squares.cpu().split(list(factor.blocks)):
         some = squares[squares > 0]  # rows of zeros are nobody's key
-        found += [objective.ridge(some if len(some) else squares)] * len(squares)
+        found += [metric.ridge(some if len(some) else squares)] * len(squares)
     ridges = factor.ridges.new_tensor(found)
     prior = len(found) - factor.blocks[-1]
     if config.prior_ridge is not None:

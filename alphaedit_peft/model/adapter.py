@@ -28,6 +28,7 @@ from alphaedit_peft.editing.state import EditState, Journal, Snapshot
 from alphaedit_peft.edits import Edit
 from alphaedit_peft.factor import KeptFactor
 from alphaedit_peft.fingerprint import BaseFingerprint
+from alphaedit_peft.metric import kind
 from alphaedit_peft.model import lora_layer
 from alphaedit_peft.pack import EditRecord
 from alphaedit_peft.pack.compress import Compression, require_rows
@@ -161,8 +162,8 @@ class AdapterModel(PeftModelForCausalLM):
 
     def _grams(self, factors: Mapping[int, LowRankDelta]) -> dict[int, Tensor]:
         """A A^T (n, n) by layer, as far as the last solves have it for these factors."""
-        if self.alphaedit_config.objective != "alphaedit":
-            return {}  # MEMIT's G is another one
+        if not kind(self.alphaedit_config.objective).rows_are_keys:
+            return {}  # G is another one
         kept = self._solvers.get(self._active, {})
         found = {layer: kept[layer].gram_of(factors[layer].A) for layer in kept.keys() & factors}
         return {layer: gram for layer, gram in found.items() if gram is not None}

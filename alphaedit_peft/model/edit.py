@@ -27,7 +27,7 @@ from alphaedit_peft.editing.report import EditReport, EditResult
 from alphaedit_peft.editing.runner import Runner
 from alphaedit_peft.editing.state import EditState, Snapshot
 from alphaedit_peft.edits import Edit, as_edits
-from alphaedit_peft.metric import Objective
+from alphaedit_peft.metric import Metric
 from alphaedit_peft.model.stack import (
     BESIDE,
     Parent,
@@ -113,7 +113,7 @@ class EditableModel(WorkbenchModel):
     def _make(
         self,
         runner: Runner,
-        objective: Objective,
+        objective: Metric,
         batch: Sequence[EditRows],
         replaces: Mapping[str, str],
         others: Sequence[Parent],

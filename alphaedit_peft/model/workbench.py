@@ -23,7 +23,7 @@ from alphaedit_peft.editing.prompts import EditRows
 from alphaedit_peft.editing.report import LayerReport, MomentProducts, layer_report
 from alphaedit_peft.editing.runner import Phases, Runner
 from alphaedit_peft.editing.state import protects
-from alphaedit_peft.metric import Objective
+from alphaedit_peft.metric import Metric, kind
 from alphaedit_peft.model.saving import SavingModel
 from alphaedit_peft.model.stack import Parent, needed
 from alphaedit_peft.nullspace import NullSpace
@@ -49,7 +49,7 @@ class WorkbenchModel(SavingModel):
     @contextmanager
     def _runner(
         self, contexts: tuple[str, ...] | None = None, *, anew: bool = False
-    ) -> Iterator[tuple[Runner, Objective]]:
+    ) -> Iterator[tuple[Runner, Metric]]:
         """What the river works with, in evaluation mode.
 
         Contexts are the adapter's, those of a pack that it goes on top of, or those given; where
@@ -58,7 +58,7 @@ class WorkbenchModel(SavingModel):
         self._require_editable()
         base, config = self.get_base_model(), self.alphaedit_config
         tokenizer = self.resources.find_tokenizer(base)
-        objective = self.resources.find_objective(config, self.base_fingerprint)
+        objective = self.resources.find_metric(config, self.base_fingerprint)
         if not anew:
             self._require_same_null_space()
         phases = Phases.of(base)
@@ -72,8 +72,8 @@ class WorkbenchModel(SavingModel):
 
     @contextmanager
     def _settled(
-        self, runner: Runner, objective: Objective, edits: Sequence[EditRows]
-    ) -> Iterator[tuple[Objective, tuple[Decision, ...]]]:
+        self, runner: Runner, objective: Metric, edits: Sequence[EditRows]
+    ) -> Iterator[tuple[Metric, tuple[Decision, ...]]]:
         """The objective with all settings decided, and what was decided now.
 
         Settings are decided at the model's first edits, for them; if none is made, or all are taken
@@ -86,7 +86,7 @@ class WorkbenchModel(SavingModel):
             return
         if self._moved is not None and resources.null_space is self._moved.now:
             self._reopen(self._moved)
-            objective = resources.find_objective(config, self.base_fingerprint)
+            objective = resources.find_metric(config, self.base_fingerprint)
         given = resources.null_space
         tried: dict[float, float] = {}
         decides = "threshold" in self._undecided and movable(given, config)
@@ -97,10 +97,10 @@ class WorkbenchModel(SavingModel):
             if given is not None and around:
                 with runner.phases.timed("keys"):
                     config.threshold, tried = least_disturbing(given, around)
-                objective = resources.find_objective(config, self.base_fingerprint)
+                objective = resources.find_metric(config, self.base_fingerprint)
                 self._moved = Moved(given, before, resources.null_space)
             with runner.phases.timed("keys"):
-                found = decisions(runner, resources.null_space, edits, self._undecided, tried)
+                found = decisions(runner, objective, edits, self._undecided, tried)
             yield objective, found
         finally:
             if not self._journal().rank:
@@ -230,7 +230,8 @@ class WorkbenchModel(SavingModel):
 
     def _null_space_of_rows(self) -> NullSpace | None:
         """The null space, where the rows are keys projected by it: MEMIT's are not."""
-        return self.resources.null_space if self.alphaedit_config.objective == "alphaedit" else None
+        known = kind(self.alphaedit_config.objective).rows_are_keys
+        return self.resources.null_space if known else None
 
     def _weight_norm(self, layer: int) -> float | None:
         """|W| of a layer's base weight, Frobenius; None where it is quantised."""

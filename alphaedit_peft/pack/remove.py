@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from alphaedit_peft import algebra
+from alphaedit_peft.metric import kind
 from alphaedit_peft.pack.compress import require_rows
 from alphaedit_peft.pack.parents import parent_entry
 from alphaedit_peft.pack.record import EditRecord
@@ -80,7 +81,7 @@ def require_projected(pack: EditPack, what: str, remedy: str) -> None:
     Raises:
         ValueError: a pack made with ``objective="memit"``.
     """
-    if pack.config.objective != "alphaedit":
+    if not kind(pack.config.objective).rows_are_keys:
         raise ValueError(
             f"this pack was made with objective={pack.config.objective!r}, whose rows are not "
             f"projected keys, so its edits cannot be {what}; {remedy}"

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from statistics import median
 
+from alphaedit_peft.metric import kind
 from alphaedit_peft.nullspace import NullSpace
 from alphaedit_peft.pack import EditPack, EditRecord
 from alphaedit_peft.pack.card import PLACE, base_name, loading, loading_code
@@ -79,7 +80,7 @@ def _belonging(pack: EditPack, null_space: NullSpace) -> NullSpace:
         ValueError: it is another one, or the pack was made with MEMIT.
     """
     made = pack.null_space
-    if made is None or pack.config.objective != "alphaedit":
+    if made is None or not kind(pack.config.objective).rows_are_keys:
         raise ValueError(
             f"this pack (objective={pack.config.objective!r}) does not say which null space its "
             "rows come from; leave the null space out"
@@ -128,7 +129,7 @@ def _edits(pack: EditPack, rows: Mapping[str, RowFigures]) -> Markup:
     )
     if not pack.records:
         return Markup(overview + paragraph("No edit has been made yet."))
-    shared = _in_common(rows) if pack.config.objective == "alphaedit" else {}
+    shared = _in_common(rows) if kind(pack.config.objective).rows_are_keys else {}
     known_before = any(record.edit.target_true for record in pack.records)
     others = any(record.role != "own" for record in pack.records)
     columns = ["prompt", *(["old target"] if known_before else []), "new target"]

@@ -17,6 +17,7 @@ from typing import Any
 from alphaedit_peft.evaluation import Scores
 from alphaedit_peft.evaluation.metrics import Estimate
 from alphaedit_peft.evaluation.scores import METRICS, PERCENT
+from alphaedit_peft.metric import kind
 from alphaedit_peft.studies.base import Study, judged_before
 from alphaedit_peft.studies.methods import Method, opened
 from alphaedit_peft.studies.protocols import Progress, Run, Schedule, sequential
@@ -194,20 +195,20 @@ def _student(values: Sequence[float]) -> Estimate:
     return Estimate(middle, middle - half, middle + half, n)
 
 
+STATISTICS = {
+    "key_moments": "key moments; give them (KeyMoments.collect, alphaedit nullspace --moments-out)",
+    "null_space": "a null space; give one (NullSpace.from_texts)",
+}
+
+
 def _require_statistics(study: Study, method: Method) -> None:
     """Refuse a method that lacks its statistics, before hours of work."""
     if method.writer is not None:
         return
     config = method.config(study.base.model, study.config)
-    if config.objective == "memit" and study.base.key_moments is None:
-        raise ValueError(
-            f"method {method.name!r} needs key moments; give them (KeyMoments.collect, alphaedit "
-            "nullspace --moments-out), or leave the method out"
-        )
-    if config.projects and study.base.null_space is None:
-        raise ValueError(
-            f"method {method.name!r} needs a null space; give one (NullSpace.from_texts), or leave "
-            "the method out"
-        )
+    needed = kind(config.objective).needs(config)
+    for name, said in STATISTICS.items():
+        if name in needed and getattr(study.base, name) is None:
+            raise ValueError(f"method {method.name!r} needs {said}, or leave the method out")
     with opened(study.base, method, study.config):
         pass  # refuses settings that do not fit the model

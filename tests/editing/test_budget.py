@@ -15,12 +15,12 @@ from alphaedit_peft.editing.groups import Group
 from alphaedit_peft.editing.keys import read
 from alphaedit_peft.editing.memory import estimate, within_budget
 from alphaedit_peft.editing.targets import optimise_targets, search
-from alphaedit_peft.metric import AlphaEdit
+from alphaedit_peft.metric import Projector
 from alphaedit_peft.settings import byte_count, bytes_in_words
 from tests.conftest import tiny_model
 from tests.editing.test_river import EDITS, runner_for, settings
 
-OBJECTIVE = AlphaEdit(NullSpace.identity({0: 96, 1: 96}), 0.1, True)
+OBJECTIVE = Projector(NullSpace.identity({0: 96, 1: 96}), 0.1, True)
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import torch
 
 from alphaedit_peft import AlphaEditConfig, Edit, NullSpace
 from alphaedit_peft.editing.decide import PROBED, decisions, keys_around, movable
+from alphaedit_peft.metric import make_metric
 from alphaedit_peft.nullspace import KeyMoments
 from alphaedit_peft.nullspace.spectrum import LayerSpace
 from tests import oracle
@@ -29,6 +30,11 @@ def projector() -> NullSpace:
 def runner(tokenizer, **changes):
     config = AlphaEditConfig(rewrite_layers=[0, 1], contexts=list(CONTEXTS), **changes)
     return runner_for(tiny_model("gpt2"), tokenizer, config)
+
+
+def metric_of(runner, null_space: NullSpace | None):
+    moments = KeyMoments({layer: key_moment(layer) for layer in (0, 1)}, 10_000, {0: "", 1: ""})
+    return make_metric(runner.config, null_space, moments)
 
 
 def rows_of(runner, edits):
@@ -83,7 +89,10 @@ def test_no_more_than_some_edits_of_a_batch_are_looked_at(tokenizer):
 @pytest.mark.parametrize("names", [frozenset(), {"ridge"}, {"clamp_factor", "threshold"}, OPEN])
 def test_only_settings_left_open_are_named(names, tokenizer):
     found = runner(tokenizer, threshold=0.02, threshold_mode="energy")
-    named = [d.name for d in decisions(found, space(), rows_of(found, EDITS), names, {})]
+    named = [
+        d.name
+        for d in decisions(found, metric_of(found, space()), rows_of(found, EDITS), names, {})
+    ]
     every = ["rewrite_layers", "threshold", "ridge", "clamp_factor", "learning_rate", "stop_loss"]
     assert named == [name for name in every if name in names]
 
@@ -99,7 +108,9 @@ def test_only_settings_left_open_are_named(names, tokenizer):
 )
 def test_a_threshold_that_was_not_chosen_here_is_no_decision(made, changes, tokenizer):
     found = runner(tokenizer, **changes)
-    names = {d.name for d in decisions(found, made(), rows_of(found, EDITS), OPEN, {})}
+    names = {
+        d.name for d in decisions(found, metric_of(found, made()), rows_of(found, EDITS), OPEN, {})
+    }
     assert "threshold" not in names
     assert ("ridge" in names) == ("objective" not in changes)
     assert {"clamp_factor", "learning_rate", "stop_loss"} <= names
@@ -107,14 +118,19 @@ def test_a_threshold_that_was_not_chosen_here_is_no_decision(made, changes, toke
 
 def test_plain_memit_decides_neither_threshold_nor_ridge(tokenizer):
     found = runner(tokenizer, objective="memit")
-    names = [d.name for d in decisions(found, None, rows_of(found, EDITS), OPEN, {})]
+    names = [
+        d.name for d in decisions(found, metric_of(found, None), rows_of(found, EDITS), OPEN, {})
+    ]
     assert names == ["rewrite_layers", "clamp_factor", "learning_rate", "stop_loss"]
 
 
 def test_reasons_state_what_the_model_measures(tokenizer):
     found, made = runner(tokenizer), space()
     rows = rows_of(found, EDITS)
-    said = {d.name: d for d in decisions(found, made, rows, OPEN, {0.02: 1.2345, 0.1: 0.5})}
+    said = {
+        d.name: d
+        for d in decisions(found, metric_of(found, made), rows, OPEN, {0.02: 1.2345, 0.1: 0.5})
+    }
     block = found.architecture.block_name(1)
     bare = [edit.rows[0] for edit in rows]
     states = [oracle.block_output(found.model, block, r.ids)[r.subject_last] for r in bare]
@@ -135,7 +151,7 @@ def test_reasons_state_what_the_model_measures(tokenizer):
 
 def test_a_ridge_without_scale_is_told_beside_what_it_adds_to(tokenizer):
     found, made = runner(tokenizer, ridge=10.0, ridge_mode="absolute"), space()
-    said = decisions(found, made, rows_of(found, EDITS), {"ridge"}, {})
+    said = decisions(found, metric_of(found, made), rows_of(found, EDITS), {"ridge"}, {})
     assert said[0].value == "10 (absolute)"
     assert said[0].reason.startswith("|P k|^2 is ")
     assert set(said[0].to_json()) == {"name", "value", "reason"}

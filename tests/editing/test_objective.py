@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from alphaedit_peft import algebra
-from alphaedit_peft.metric import COLUMNS_AT_ONCE, AlphaEdit, Memit, Objective
+from alphaedit_peft.metric import COLUMNS_AT_ONCE, Metric, Moment, Projector
 from alphaedit_peft.nullspace import KeyMoments, NullSpace
 
 SIZES = (3, 17, 1, 64, 2)
@@ -17,12 +17,12 @@ def rows_of(width: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.randn(sum(SIZES), width, generator=torch.Generator().manual_seed(0)).to(dtype)
 
 
-def objective_of(name: str, width: int) -> Objective:
+def objective_of(name: str, width: int) -> Metric:
     if name == "alphaedit":
-        return AlphaEdit(NullSpace.identity({0: width}), 1.0, False)
+        return Projector(NullSpace.identity({0: width}), 1.0, False)
     drawn = torch.randn(2 * width, width, generator=torch.Generator().manual_seed(1))
     moments = KeyMoments({0: drawn.T @ drawn / len(drawn)}, len(drawn), {0: "m"})
-    return Memit(moments, 7.0)
+    return Moment(moments, 7.0)
 
 
 @pytest.mark.parametrize("width", [5, COLUMNS_AT_ONCE // 16, COLUMNS_AT_ONCE + 37])
@@ -46,7 +46,7 @@ def test_products_are_those_of_the_metric_in_float64(name):
     width = COLUMNS_AT_ONCE // 16
     rows, objective = rows_of(width), objective_of(name, width)
     metric = torch.eye(width, dtype=torch.float64)
-    if isinstance(objective, Memit):
+    if isinstance(objective, Moment):
         factor = algebra.moment_factor(objective.moments.moments[0], objective.weight)
         metric = factor @ factor.T
     whole = rows.double() @ metric @ rows.double().T

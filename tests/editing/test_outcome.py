@@ -9,7 +9,7 @@ from alphaedit_peft import AlphaEditConfig, Edit, NullSpace, get_alphaedit_model
 from alphaedit_peft.editing.report import EditReport, EditResult, score_after, why_not
 from alphaedit_peft.editing.solve_layers import SolvedLayers, _parts
 from alphaedit_peft.editing.targets import Targets
-from alphaedit_peft.metric import AlphaEdit, Memit
+from alphaedit_peft.metric import Moment, Projector
 from alphaedit_peft.nullspace import KeyMoments
 from tests import oracle
 from tests.conftest import tiny_model
@@ -35,7 +35,9 @@ def reason(clamped=0.3, said=1.0, total=1.0, kept=0.5, **changes) -> str:
         "moment_weight": 100.0,
     }
     config = AlphaEditConfig(**(known | changes))
-    return why_not(config, found, solution, 1)
+    space = NullSpace.identity({0: 96})
+    metric = {"alphaedit": Projector(space, 7.0, False), "memit": Moment(moments(), 100.0)}
+    return why_not(config, metric[config.objective], found, solution, 1)
 
 
 def test_a_search_that_ran_into_the_clamp_names_the_clamp():
@@ -134,7 +136,7 @@ def parts_of(tokenizer, objective, layer_shares: str):
 
 def test_shares_by_disturbance_are_the_inverse_of_what_each_layer_disturbs(tokenizer):
     space = moments().null_space(0.5, "absolute")
-    runner, rows, parts = parts_of(tokenizer, AlphaEdit(space, 0.1, True), "disturbance")
+    runner, rows, parts = parts_of(tokenizer, Projector(space, 0.1, True), "disturbance")
     weights = []
     for layer in (0, 1):
         module = runner.architecture.rewrite_name(layer)
@@ -148,7 +150,7 @@ def test_shares_by_disturbance_are_the_inverse_of_what_each_layer_disturbs(token
 
 @pytest.mark.parametrize("shares", ["equal", "disturbance"])
 def test_parts_of_the_residual_sum_up_to_all_of_it(shares, tokenizer):
-    objective = AlphaEdit(moments().null_space(0.5, "absolute"), 0.1, True)
+    objective = Projector(moments().null_space(0.5, "absolute"), 0.1, True)
     parts = parts_of(tokenizer, objective, shares)[2]
     left = 1.0
     for part in parts:
@@ -158,9 +160,9 @@ def test_parts_of_the_residual_sum_up_to_all_of_it(shares, tokenizer):
 
 
 def test_shares_are_equal_where_c0_does_not_count(tokenizer):
-    plain = AlphaEdit(moments().null_space(0.5, "absolute"), 0.1, True)
+    plain = Projector(moments().null_space(0.5, "absolute"), 0.1, True)
     assert parts_of(tokenizer, plain, "equal")[2] == [0.5, 1.0]
-    assert parts_of(tokenizer, Memit(moments(), 2.0), "disturbance")[2] == [0.5, 1.0]
+    assert parts_of(tokenizer, Moment(moments(), 2.0), "disturbance")[2] == [0.5, 1.0]
 
 
 def edited(tokenizer, edits=EDITS, **changes):

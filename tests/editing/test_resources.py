@@ -29,7 +29,7 @@ def test_provenance_of_a_null_space():
     space = NullSpace.identity({1: 6})
     resources = Resources(null_space=space)
     assert resources.provenance() is None
-    resources.find_objective(settings(), BASE)
+    resources.find_metric(settings(), BASE)
     wanted = {"digest": space.digest(), "tokens": 0, "threshold": 0.0, "mode": "rank"}
     assert resources.provenance() == wanted
 
@@ -38,7 +38,7 @@ def test_provenance_of_key_moments():
     found = {}
     for seed in (0, 1):
         resources = Resources(key_moments=moments(seed))
-        resources.find_objective(settings(objective="memit"), BASE)
+        resources.find_metric(settings(objective="memit"), BASE)
         found[seed] = json.loads(json.dumps(resources.provenance()))
         assert found[seed] == {
             "digest": moments(seed).digest(),
@@ -53,28 +53,28 @@ def test_a_projection_is_part_of_memits_provenance():
     digests = set()
     for projection in (False, True):
         resources = Resources(None, NullSpace.identity({1: 6}), moments())
-        resources.find_objective(settings(objective="memit", projection=projection), BASE)
+        resources.find_metric(settings(objective="memit", projection=projection), BASE)
         digests.add(resources.provenance()["digest"])
     assert len(digests) == 2
     assert resources.provenance()["mode"] == "rank"
 
 
-def test_the_objective_is_made_once():
+def test_the_metric_is_made_once():
     resources, config = Resources(null_space=NullSpace.identity({1: 6})), settings()
-    assert resources.find_objective(config, BASE) is resources.find_objective(config, BASE)
+    assert resources.find_metric(config, BASE) is resources.find_metric(config, BASE)
 
 
 @pytest.mark.parametrize("name", ["ridge", "null_space", "key_moments"])
 def test_what_is_exchanged_takes_effect(name):
     resources = Resources(None, NullSpace.identity({1: 6}), moments())
     config = settings(objective="memit" if name == "key_moments" else "alphaedit")
-    before = resources.find_objective(config, BASE)
+    before = resources.find_metric(config, BASE)
     if name == "ridge":
         config.ridge = 7.0
     else:
         other = moments(1) if name == "key_moments" else NullSpace.identity({1: 6})
         setattr(resources, name, other)
-    after = resources.find_objective(config, BASE)
+    after = resources.find_metric(config, BASE)
     assert after is not before
     if name == "ridge":
         assert after.ridge_value == 7.0

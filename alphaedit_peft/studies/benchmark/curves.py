@@ -21,7 +21,7 @@ from alphaedit_peft.editing.solve_layers import Solved, solve_layer
 from alphaedit_peft.editing.state import EditState
 from alphaedit_peft.edits import Edit
 from alphaedit_peft.factor import KeptFactor
-from alphaedit_peft.metric import AlphaEdit
+from alphaedit_peft.metric import Projector
 from alphaedit_peft.nullspace import NullSpace
 from alphaedit_peft.pack import EditRecord
 from alphaedit_peft.studies.benchmark.machine import PeakMemory, describe_machine, timed
@@ -182,7 +182,7 @@ def _solves(grid: Grid, curve: str, rows: int, width: int, device: torch.device)
 class System:
     """One layer's solve: rows in place, keys (u, d_in) and residuals (u, d_out) of a batch."""
 
-    objective: AlphaEdit
+    metric: Projector
     state: EditState
     keys: Tensor
     residuals: Tensor
@@ -204,21 +204,21 @@ class System:
             for row in range(rows)
         )
         state = EditState({0: delta}, records, torch.zeros(rows, d_out, device=device))
-        return cls(AlphaEdit(space, RIDGE, False), state, draw(new, width), draw(new, d_out))
+        return cls(Projector(space, RIDGE, False), state, draw(new, width), draw(new, d_out))
 
     def ours(self, kept: KeptFactor | None = None) -> Solved:
         """Project and solve as an edit does, from what the batch before left or from the rows."""
         state = replace(self.state, kept={} if kept is None else {0: kept})
-        rows = self.objective.rows(0, self.keys)
+        rows = self.metric.rows(0, self.keys)
         protected = [True] * state.rank
         config = AlphaEditConfig(norm_guard=0.0)
-        return solve_layer(config, self.objective, 0, rows, self.residuals, state, protected)
+        return solve_layer(config, self.metric, 0, rows, self.residuals, state, protected)
 
     def dense(self) -> tuple[Tensor, Tensor]:
         """P and the sum of k k^T over the keys in place, (d_in, d_in) each."""
         prior = self.state.factors[0].A
         identity = torch.eye(prior.shape[1], device=prior.device)
-        return self.objective.null_space.project(0, identity), prior.T @ prior
+        return self.metric.null_space.project(0, identity), prior.T @ prior
 
     def plain(self, projector: Tensor, cache: Tensor) -> Tensor:
         """(P (Kp Kp^T + K K^T) + lambda I)^-1 P K R^T, (d_in, d_out): the update, transposed."""

@@ -26,6 +26,7 @@ from alphaedit_peft.editing.report import EditReport
 from alphaedit_peft.editing.runner import PHASES, Phases, Runner
 from alphaedit_peft.editing.state import EditState
 from alphaedit_peft.edits import Edit
+from alphaedit_peft.metric import kind
 from alphaedit_peft.model import AlphaEditModel, get_alphaedit_model, lora_layer
 from alphaedit_peft.studies.benchmark.machine import (
     CountedPhases,
@@ -113,7 +114,7 @@ def _counted(
         with counter, phases.timed("contexts"):
             contexts = timed_runs.contexts(model)
         runner = timed_runs.runner(model, contexts, phases)
-        metric = model.resources.find_objective(runner.config, model.base_fingerprint)
+        metric = model.resources.find_metric(runner.config, model.base_fingerprint)
         state = EditState(model.factors, (), torch.zeros(0, model.config.hidden_size))
         rows = [runner.renderer.edit_rows(edit, runner.contexts) for edit in edits]
         with hooks.evaluating(base), counting_tokens(base, architecture) as seen, counter:
@@ -250,31 +251,31 @@ class TimedRuns:
     def wrapped(self, objective: str, config: AlphaEditConfig | None = None) -> AlphaEditModel:
         """A fresh wrapper around the base, its statistics ready for use."""
         given, subject = self.statistics, self.subject
-        alphaedit = objective == "alphaedit"
-        space = given.null_space
+        config = replace(config or subject.config, objective=objective)
+        needed = kind(objective).needs(config)
+        space = given.null_space if "null_space" in needed else None
         model = get_alphaedit_model(
             subject.model,
             replace(
-                config or subject.config,
-                objective=objective,
-                threshold=space.threshold if alphaedit else None,
-                threshold_mode=space.threshold_mode if alphaedit else None,
+                config,
+                threshold=None if space is None else space.threshold,
+                threshold_mode=None if space is None else space.threshold_mode,
             ),
             tokenizer=subject.tokenizer,
-            null_space=space if alphaedit else None,
-            key_moments=None if alphaedit else given.key_moments,
+            null_space=space,
+            key_moments=given.key_moments if "key_moments" in needed else None,
         )
         seconds = timed(lambda: self._use(model), subject.device)
         self.first_use.setdefault(f"first use by {objective}", seconds)
         return model
 
     def _use(self, model: AlphaEditModel) -> None:
-        """What an objective does once: check and digest its statistics, factorise the moments."""
+        """What a metric does once: check and digest its statistics, factorise the moments."""
         resources = model.resources
-        objective = resources.find_objective(model.alphaedit_config, model.base_fingerprint)
+        metric = resources.find_metric(model.alphaedit_config, model.base_fingerprint)
         resources.provenance()
         for layer, delta in model.factors.items():
-            objective.rows(layer, delta.A.new_ones(1, delta.A.shape[1]))
+            metric.rows(layer, delta.A.new_ones(1, delta.A.shape[1]))
 
     def warm_up(self, edits: Sequence[Edit]) -> None:
         """Two edits, not timed: libraries choose their kernels at the first products."""
