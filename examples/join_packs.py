@@ -49,9 +49,9 @@ def main() -> None:
         model.set_adapter(state)
         tell(state, model, tok, halves)
     base = model.unload()
-    poured = ae.get_alphaedit_model(base, config, tokenizer=tok, null_space=null_space)
-    poured.join(folders[:2])
-    tell("poured", poured, tok, halves)
+    model = ae.get_alphaedit_model(base, config, tokenizer=tok, null_space=null_space)
+    model.join(folders[:2])
+    tell("solved", model, tok, halves)
 
 
 if __name__ == "__main__":
