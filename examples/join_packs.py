@@ -51,7 +51,7 @@ def main() -> None:
     base = model.unload()
     model = ae.get_alphaedit_model(base, config, tokenizer=tok, null_space=null_space)
     model.join(folders[:2])
-    tell("solved", model, tok, halves)
+    tell("poured", model, tok, halves)
 
 
 if __name__ == "__main__":

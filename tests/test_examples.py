@@ -63,8 +63,8 @@ def test_join_packs(weights, tmp_path):
     text = run(EXAMPLES / "join_packs.py", "--edits", "4", "--folder", tmp_path / "packs")
     line = r"^(\w+) +first pack's edits +(\d+) % P [\d.]+  second pack's edits +(\d+) % P [\d.]+$"
     found = re.findall(line, text, re.MULTILINE)
-    assert [state for state, *_ in found] == ["first", "second", "added", "joined", "solved"]
-    assert found[-2:] == [("joined", "100", "100"), ("solved", "100", "100")]
+    assert [state for state, *_ in found] == ["first", "second", "added", "joined", "poured"]
+    assert found[-2:] == [("joined", "100", "100"), ("poured", "100", "100")]
 
 
 @pytest.mark.slow
