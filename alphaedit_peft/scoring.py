@@ -1,38 +1,176 @@
-"""Runs any causal language model over prompts and continuations.
+"""Log-probabilities of continuations and texts under any causal language model, in one place.
 
-In: a model, its fast tokenizer, (prompt, continuation) pairs or texts. Out: :class:`Reading` for
-pairs, log-probabilities for texts, continuations for prompts. Rows are sorted by length, padded on
-the right by itself, and the model's head sees only the places that are asked about.
+In: a model, token rows (a prompt's ids and those that follow), or texts with a fast tokenizer. Out:
+:class:`Score` or :class:`Reading` of each continuation, log-probabilities at the places of a text.
+Rows of like length go together, padded on the right, and the model's head sees only the places that
+are asked about:
+
+    log p(o | x) = sum_t log P(o_t | x, o_<t)
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
 
 from alphaedit_peft import hooks, tokens
 from alphaedit_peft.devices import brings_to_gpu
-from alphaedit_peft.evaluation.metrics import Reading
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 ADVICE = "shorten the prompt"
+
+Batches = Callable[[Sequence[Sequence[int]]], Iterator[tokens.PaddedBatch]]
 
 
 @dataclass(frozen=True)
 class Continuation:
-    """A prompt and what should follow it, as token ids."""
+    """A prompt's token ids, and those of what should follow it."""
 
-    prompt: tuple[int, ...]
+    ids: tuple[int, ...]
     target: tuple[int, ...]
 
     @property
-    def ids(self) -> tuple[int, ...]:
-        """What the model reads: all but the last token."""
-        return self.prompt + self.target[:-1]
+    def scoring_ids(self) -> tuple[int, ...]:
+        """What the model reads to foretell every target token: all but the last one."""
+        return self.ids + self.target[:-1]
+
+    @property
+    def target_positions(self) -> range:
+        """Positions in ``scoring_ids`` whose logits foretell the target tokens."""
+        return range(len(self.ids) - 1, len(self.ids) - 1 + len(self.target))
+
+
+@dataclass(frozen=True)
+class Score:
+    """How a model takes a target: summed log-probability, its length, greedy agreement."""
+
+    log_prob: float
+    num_tokens: int
+    greedy: bool
+
+    @property
+    def probability(self) -> float:
+        """P(target | prompt), the product over the target's tokens."""
+        return math.exp(self.log_prob)
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What a model said about a continuation, token by token, with the true tokens before each.
+
+    Attributes:
+        target: the continuation's token ids, at least one.
+        log_probs: log P of each, natural logarithm.
+        top: the most probable id in the place of each.
+
+    Raises:
+        ValueError: fields of unequal length, or empty.
+    """
+
+    target: tuple[int, ...]
+    log_probs: tuple[float, ...]
+    top: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        lengths = (len(self.target), len(self.log_probs), len(self.top))
+        if len(set(lengths)) != 1 or not lengths[0]:
+            raise ValueError(
+                f"target, log_probs and top have lengths {lengths}; give each token all"
+            )
+
+    @property
+    def mean_log_prob(self) -> float:
+        """(1/m) sum_t log P(o_t | x, o_<t)."""
+        return sum(self.log_probs) / len(self.log_probs)
+
+    @property
+    def mean_probability(self) -> float:
+        """Exp of the mean log-probability: the geometric mean over the tokens."""
+        return math.exp(self.mean_log_prob)
+
+    @property
+    def recalled(self) -> bool:
+        """Whether greedy decoding says the whole continuation: o_t = argmax for all t.
+
+        If every argmax is right given the right tokens before it, greedy decoding goes that way.
+        """
+        return self.top == self.target
+
+    @property
+    def token_accuracy(self) -> float:
+        """(1/m) sum_t [o_t = argmax], each given the right tokens before it (zsRE's accuracy)."""
+        hits = sum(a == b for a, b in zip(self.top, self.target, strict=True))
+        return hits / len(self.target)
+
+
+def score(model: nn.Module, rows: Sequence[Continuation], batches: Batches) -> list[Score]:
+    """Log-probability of each row's target, and whether greedy decoding would say it.
+
+    Args:
+        model: any module that takes ``input_ids`` and ``attention_mask`` and gives ``logits``.
+        rows: prompts and targets; those with one token of a target or more.
+        batches: pads token rows; how is its matter, and decides the last bits.
+
+    Raises:
+        ValueError: the model gives NaN.
+    """
+    found: dict[int, Score] = {}
+    for k, log_probs, top in _foretold(model, rows, batches):
+        if log_probs.isnan().any():
+            raise ValueError(
+                f"the model's logits for token ids {rows[k].ids} are not finite; the base model's "
+                "weights hold NaN or infinity, or its dtype is too narrow"
+            )
+        target = rows[k].target
+        found[k] = Score(float(log_probs.sum()), len(target), tuple(top.tolist()) == target)
+    return [found[k] for k in range(len(rows))]
+
+
+def _foretold(
+    model: nn.Module, rows: Sequence[Continuation], batches: Batches
+) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """A row's number, log P of each of its target's m tokens, and the argmax there, (m,) each."""
+    for batch in batches([row.scoring_ids for row in rows]):
+        where = [(i, p) for i, k in enumerate(batch.indices) for p in rows[k].target_positions]
+        log_probs = log_probs_at(model, batch.inputs, where)  # (all target tokens, vocab)
+        targets = torch.tensor([t for k in batch.indices for t in rows[k].target])
+        chosen = log_probs.gather(1, targets.to(log_probs.device)[:, None])[:, 0]
+        sizes = [len(rows[k].target) for k in batch.indices]
+        parts = chosen.split(sizes), log_probs.argmax(-1).split(sizes)
+        yield from zip(batch.indices, *parts, strict=True)
+
+
+@torch.no_grad()
+def log_probs_at(
+    model: nn.Module, inputs: dict[str, Tensor], where: Sequence[tuple[int, int]]
+) -> Tensor:
+    """Log-probabilities of the next token at (row, position) pairs, float32 or better.
+
+    Args:
+        model: run in evaluation mode.
+        inputs: ``input_ids`` and ``attention_mask``, (batch, tokens).
+        where: which places; the head is run on these alone.
+
+    Returns:
+        (pairs, vocab).
+    """
+    head = hooks.head_name(model)
+    gathering = nullcontext() if head is None else hooks.gathering_logits(model, head, where)
+    with hooks.evaluating(model), gathering:
+        logits = model(**inputs, use_cache=False).logits
+    if head is None:
+        rows, places = zip(*where, strict=True)
+        logits = logits[list(rows), list(places)][None]
+    logits = logits[0] if logits.dtype == torch.float64 else logits[0].float()
+    return logits.log_softmax(-1)
 
 
 @dataclass(frozen=True)
@@ -111,7 +249,7 @@ class Reader:
                 f"prompt {prompt!r} has no token, so nothing foretells what follows it"
             )
         row = Continuation(ids[:border], ids[border:])
-        self._require_fit(row.ids, max(ids), prompt)
+        self._require_fit(row.scoring_ids, max(ids), prompt)
         return row
 
     def read(self, pairs: Sequence[tuple[str, str]]) -> list[Reading]:
@@ -129,50 +267,18 @@ class Reader:
         distinct = list(dict.fromkeys(pairs))
         rows = [self.encode(*pair) for pair in distinct]
         found: dict[tuple[str, str], Reading] = {}
-        for batch in self.batches([row.ids for row in rows]):
-            where = [
-                (i, p)
-                for i, k in enumerate(batch.indices)
-                for p in range(len(rows[k].prompt) - 1, len(rows[k].ids))
-            ]
-            log_probs = self.log_probs(batch.inputs, where)  # (all target tokens, vocab)
-            targets = torch.tensor([t for k in batch.indices for t in rows[k].target])
-            chosen = log_probs.gather(1, targets.to(log_probs.device)[:, None])[:, 0].tolist()
-            top = log_probs.argmax(-1).tolist()
-            start = 0
-            for k in batch.indices:
-                part = slice(start, start + len(rows[k].target))
-                found[distinct[k]] = Reading(rows[k].target, tuple(chosen[part]), tuple(top[part]))
-                start = part.stop
+        for k, log_probs, top in _foretold(self.model, rows, self.batches):
+            told = self._require_numbers(log_probs).tolist()
+            found[distinct[k]] = Reading(rows[k].target, tuple(told), tuple(top.tolist()))
         return [found[pair] for pair in pairs]
 
-    @torch.no_grad()
     def log_probs(self, inputs: dict[str, Tensor], where: Sequence[tuple[int, int]]) -> Tensor:
-        """Log-probabilities of the next token at (row, position) pairs, (pairs, vocab).
-
-        Args:
-            inputs: ``input_ids`` and ``attention_mask``, (batch, tokens).
-            where: which places; the head is run on these alone.
+        """As ``log_probs_at`` of this model.
 
         Raises:
             ValueError: the model gives NaN there.
         """
-        head = hooks.head_name(self.model)
-        gathering = (
-            nullcontext() if head is None else hooks.gathering_logits(self.model, head, where)
-        )
-        with hooks.evaluating(self.model), gathering:
-            logits = self.model(**inputs, use_cache=False).logits
-        if head is None:
-            rows, places = zip(*where, strict=True)
-            logits = logits[list(rows), list(places)][None]
-        logits = logits[0] if logits.dtype == torch.float64 else logits[0].float()
-        if logits.isnan().any():
-            raise ValueError(
-                f"{type(self.model).__name__} gives logits that are NaN; its weights hold NaN or "
-                "infinity, or its dtype is too narrow"
-            )
-        return logits.log_softmax(-1)
+        return self._require_numbers(log_probs_at(self.model, inputs, where))
 
     def text_batches(self, texts: Sequence[str]) -> Iterator[TextBatch]:
         """Batches over whole texts, every token foretold from those before it.
@@ -204,3 +310,11 @@ class Reader:
         find = getattr(self.model, "get_input_embeddings", None)
         vocabulary = len(find().weight) if find else largest + 1
         tokens.require_fit(ids, largest, text, (self.positions, vocabulary), ADVICE)
+
+    def _require_numbers(self, log_probs: Tensor) -> Tensor:
+        if log_probs.isnan().any():
+            raise ValueError(
+                f"{type(self.model).__name__} gives logits that are NaN; its weights hold NaN or "
+                "infinity, or its dtype is too narrow"
+            )
+        return log_probs

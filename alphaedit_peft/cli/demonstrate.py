@@ -28,9 +28,7 @@ from alphaedit_peft import (
     get_alphaedit_model,
     write_edits,
 )
-from alphaedit_peft.editing.prompts import Renderer
-from alphaedit_peft.editing.runner import Runner
-from alphaedit_peft.fingerprint import bare_model
+from alphaedit_peft.scoring import Reader, score
 
 EDITS = 10
 TEXTS = 2500
@@ -218,11 +216,11 @@ class Answer:
 def ask(model: Any, tokenizer: Any, questions: Sequence[Question]) -> list[Answer]:
     """Ask all questions; the model is left as it was."""
     texts = says(model, tokenizer, [question.prompt for question in questions])
-    config, architecture = AlphaEditConfig().resolve(bare_model(model))
-    runner = Runner(model, tokenizer, config, architecture, ())
-    row = Renderer(tokenizer, config).target_row
-    new = runner.score([row(q.prompt, q.new) for q in questions])
-    true = runner.score([row(q.prompt, q.true) for q in questions])
+    reader = Reader(model, tokenizer, AlphaEditConfig().tokens_per_batch)
+    new, true = (
+        score(model, [reader.encode(q.prompt, target(q)) for q in questions], reader.batches)
+        for target in (lambda q: q.new, lambda q: q.true)
+    )
     return [
         Answer(text, a.probability, b.probability)
         for text, a, b in zip(texts, new, true, strict=True)

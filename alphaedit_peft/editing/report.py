@@ -18,13 +18,14 @@ from alphaedit_peft.editing.capacity import Capacity
 from alphaedit_peft.editing.decide import Decision
 from alphaedit_peft.editing.groups import Group
 from alphaedit_peft.editing.prompts import EditRows
-from alphaedit_peft.editing.runner import Runner, Score, in_words
+from alphaedit_peft.editing.runner import Runner, in_words
 from alphaedit_peft.editing.solve_layers import SolvedLayers
 from alphaedit_peft.editing.targets import Targets
 from alphaedit_peft.edits import Edit
 from alphaedit_peft.factor import equal_rows
 from alphaedit_peft.metric import Metric, products_with
 from alphaedit_peft.nullspace.spectrum import LayerSpace, moment_quadratic, moment_times
+from alphaedit_peft.scoring import Score
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,6 @@ at the positions asked for.
 
 from __future__ import annotations
 
-import math
 import time
 import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -18,12 +17,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from alphaedit_peft import hooks
+from alphaedit_peft import hooks, scoring
 from alphaedit_peft.architecture import Architecture
 from alphaedit_peft.config import AlphaEditConfig
 from alphaedit_peft.devices import brings_to_gpu
 from alphaedit_peft.editing.prompts import Renderer, TokenRow
-from alphaedit_peft.hooks import gathering_logits
 from alphaedit_peft.tokens import PaddedBatch, batches
 
 PHASES = ("contexts", "keys", "targets", "solve", "write", "score")
@@ -183,7 +181,7 @@ class Runner:
                 found[index] = at_least_float32(state[i, rows[index].subject_last])
         return torch.stack([found[i] for i in range(len(rows))])
 
-    def score(self, rows: Sequence[TokenRow]) -> list[Score]:
+    def score(self, rows: Sequence[TokenRow]) -> list[scoring.Score]:
         """Log-probability of each row's target, and whether greedy decoding would say it.
 
         Raises:
@@ -192,51 +190,15 @@ class Runner:
         Warns:
             UserWarning: memory ran out, so that smaller passes are used.
         """
+        asked = [scoring.Continuation(row.ids, row.target) for row in rows]
         try:
-            return self._score(rows)
+            return scoring.score(self.model, asked, self.batches)
         except torch.OutOfMemoryError:
             half = self.tokens_per_batch // 2
             if half < min(len(row.scoring_ids) for row in rows):  # each has run by itself
                 raise
         tell_of_memory(f"{self.tokens_per_batch} tokens", half, "tokens_per_batch")
         return replace(self, limits=Limits(half, self.target_tokens)).score(rows)
-
-    @torch.no_grad()
-    def _score(self, rows: Sequence[TokenRow]) -> list[Score]:
-        scores: dict[int, Score] = {}
-        for batch in self.batches([row.scoring_ids for row in rows]):
-            where = [(i, p) for i, k in enumerate(batch.indices) for p in rows[k].target_positions]
-            with gathering_logits(self.model, self.head_name, where):
-                logits = self.model(**batch.inputs, use_cache=False).logits[0]
-            log_probs = at_least_float32(logits).log_softmax(-1)  # (all target tokens, vocab)
-            start = 0
-            for index in batch.indices:
-                target = torch.tensor(rows[index].target, device=log_probs.device)
-                part = log_probs[start : start + len(target)]
-                chosen = part.gather(1, target[:, None])
-                if chosen.isnan().any():
-                    raise ValueError(
-                        f"the model's logits for token ids {rows[index].ids} are not finite; the "
-                        "base model's weights hold NaN or infinity, or its dtype is too narrow"
-                    )
-                greedy = bool((part.argmax(-1) == target).all())
-                scores[index] = Score(float(chosen.sum()), len(target), greedy)
-                start += len(target)
-        return [scores[i] for i in range(len(rows))]
-
-
-@dataclass(frozen=True)
-class Score:
-    """How a model takes a target: summed log-probability, its length, greedy agreement."""
-
-    log_prob: float
-    num_tokens: int
-    greedy: bool
-
-    @property
-    def probability(self) -> float:
-        """P(target | prompt), the product over the target's tokens."""
-        return math.exp(self.log_prob)
 
 
 def tell_of_memory(what: str, most: int, setting: str) -> None:

@@ -1,8 +1,9 @@
 """The judge: runs any causal language model over cases and scores it.
 
 In: a model (edited by this package, by another, or not at all), its tokenizer, a suite of cases.
-Out: :class:`Scores`. Cases go through in groups; finished ones can be written to a file and are not
-judged again when the run is taken up.
+Out: :class:`Scores`. Cases go through in groups by their place in the suite, since the batches they
+share decide the last bits of their scores; finished ones can be written to a file, from which a run
+that was stopped goes on to the scores of one that was not.
 """
 
 from __future__ import annotations
@@ -12,21 +13,24 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
-from transformers import PreTrainedTokenizerBase
 
 from alphaedit_peft.evaluation import metrics
 from alphaedit_peft.evaluation.cases import Case, Question, Suite
 from alphaedit_peft.evaluation.drift import text_perplexity
 from alphaedit_peft.evaluation.generate import Sampling, greedy, sampled
-from alphaedit_peft.evaluation.metrics import Estimate, Reading, bootstrap
-from alphaedit_peft.evaluation.results import Results
+from alphaedit_peft.evaluation.metrics import Estimate, bootstrap
+from alphaedit_peft.evaluation.results import JsonLines
 from alphaedit_peft.evaluation.scores import CaseScores, Scores, gather
-from alphaedit_peft.scoring import Reader
+from alphaedit_peft.scoring import Reader, Reading
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 Progress = Callable[[int, int], None]
+Pair = tuple[str, str]
 
 SAME = 0.02  # largest difference of a probability between two runs of one model
 
@@ -89,7 +93,7 @@ def evaluate(
             answers are unchanged.
         generate: also let the model write: exact match, and fluency and consistency where a case
             has generation prompts and references. Much slower; needs ``model.generate``.
-        results: a JSON Lines file: cases in it are not judged again, those judged now are added.
+        results: a JSON Lines file: cases in it keep their scores, those judged now are added.
             It belongs to one model, which is checked on one case, and to one way of judging.
         progress: called with the number of cases done and of all, after each group.
         how: batches, lengths, seeds.
@@ -107,25 +111,33 @@ def evaluate(
     if not isinstance(model, nn.Module):
         raise TypeError(f"model={model!r} is a {type(model).__name__}; load it first")
     suite = cases if isinstance(cases, Suite) else Suite(cases)
-    vectorizer = _vectorizer(suite.cases) if generate else None
+    references = _references(suite.cases) if generate else []
     group = _Group(
         Reader(model, tokenizer, how.tokens_per_batch, how.separator),
         how,
         generate,
         _baseline(baseline, suite.cases),
-        vectorizer,
+        metrics.fit_tfidf(references) if references else None,
     )
-    file = Results(Path(results), _way(how, generate, baseline, suite)) if results else None
-    done = file.read() if file else {}
-    waiting = [case for case in suite.cases if case.digest not in done]
-    _require_same_model(group, [case for case in suite.cases if case.digest in done], done, results)
-    for start in range(0, len(waiting), how.cases_at_once):
-        found = group.judge(waiting[start : start + how.cases_at_once])
+    way = _way(how, generate, baseline is not None, references)
+    file = JsonLines(Path(results), "judging", way) if results else None
+    done = _finished(file) if file else {}
+    there = [case for case in suite.cases if case.digest in done]
+    if there:
+        _require_same_model(group, there[0], done[there[0].digest], results)
+    count = len(there)
+    for start in range(0, len(suite.cases), how.cases_at_once):
+        some = suite.cases[start : start + how.cases_at_once]
+        if all(case.digest in done for case in some):
+            continue
+        # whole, for the batches of a run that was not stopped here
+        found = [case for case in group.judge(some) if case.digest not in done]
         done |= {case.digest: case for case in found}
+        count += len(found)
         if file:
-            file.add(found)
+            file.add(case.to_json() for case in found)
         if progress:
-            progress(len(suite.cases) - len(waiting) + start + len(found), len(suite.cases))
+            progress(count, len(suite.cases))
     judged = [done[case.digest] for case in suite.cases]
     scores = gather(judged, how.level, how.seed, {**asdict(how), "generate": generate})
     return replace(scores, metrics={**scores.metrics, **_around(group.reader, suite, how)})
@@ -180,13 +192,8 @@ def _around(reader: Reader, suite: Suite, how: Judging) -> dict[str, Estimate]:
     return found
 
 
-def _vectorizer(cases: Sequence[Case]) -> Any:
-    """TF-IDF whose documents are the cases' references, None where there are none."""
-    texts = _references(cases)
-    return metrics.fit_tfidf(texts) if texts else None
-
-
 def _references(cases: Sequence[Case]) -> list[str]:
+    """The documents of TF-IDF."""
     return list(dict.fromkeys(text for case in cases for text in case.references))
 
 
@@ -209,36 +216,40 @@ def _baseline(
     return found
 
 
-def _way(
-    how: Judging, generate: bool, baseline: Scores | Iterable[CaseScores] | None, suite: Suite
-) -> dict[str, Any]:
+def _way(how: Judging, generate: bool, baseline: bool, references: list[str]) -> dict[str, Any]:
     """What a case's scores depend on, beside the case and the model."""
     way = {k: v for k, v in asdict(how).items() if k not in ("level", "cases_at_once")}
-    way |= {"generate": generate, "baseline": baseline is not None}
+    way |= {"generate": generate, "baseline": baseline}
     if generate:
-        texts = "\n".join(_references(suite.cases))
-        way["references"] = hashlib.sha256(texts.encode()).hexdigest()[:16]
+        way["references"] = hashlib.sha256("\n".join(references).encode()).hexdigest()[:16]
     return way
 
 
+def _finished(file: JsonLines) -> dict[str, CaseScores]:
+    """Scores in a results file, by case digest."""
+    entries = file.read()
+    try:
+        cases = [CaseScores.from_json(entry) for entry in entries]
+    except (ValueError, TypeError) as error:
+        raise ValueError(
+            f"{file.path} holds no results of an evaluation ({error}); name another file"
+        ) from error
+    return {case.digest: case for case in cases}
+
+
 def _require_same_model(
-    group: _Group, judged: Sequence[Case], done: dict[str, CaseScores], file: str | Path | None
+    group: _Group, case: Case, before: CaseScores, file: str | Path | None
 ) -> None:
     """Judge one finished case again, without free text, and compare."""
-    if not judged:
-        return
-    case = judged[0]
     again = replace(group, generate=False).judge([case])[0].metrics
-    before = done[case.digest].metrics
     for name in (name for name in again if name.endswith("_probability")):
-        if not math.isclose(again[name], before.get(name, math.inf), abs_tol=SAME):
+        there = before.metrics.get(name)
+        if there is None or not math.isclose(again[name], there, abs_tol=SAME):
             raise ValueError(
                 f"{file} was judged on another model: {name} of edit {case.id!r} is "
-                f"{again[name]:.3f} now and {before.get(name)} there; name another file"
+                f"{again[name]:.3f} now and {there} there; name another file"
             )
 
-
-Pair = tuple[str, str]
 
 # kinds of questions whose answers are looked at token by token, and compared with the base's
 KINDS = ("neighborhood", "locality", "same_subject", "portability")

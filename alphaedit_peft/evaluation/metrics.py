@@ -1,9 +1,10 @@
-"""The metrics, as pure functions of log-probabilities; the formula stands at each.
+"""The metrics, as pure functions; the formula stands at each.
 
-In: :class:`Reading`, what a model said about one continuation of one prompt, or lists of them.
-Out: numbers. Names are those of the papers (ROME, arXiv 2202.05262, section 3.3; MEMIT,
-arXiv 2210.07229; AlphaEdit, arXiv 2410.02355, appendix B). A continuation o of m tokens is taken by
-its mean log-probability, as the published evaluation code does:
+In: what a model said about a continuation of a prompt (:class:`~alphaedit_peft.scoring.Reading`),
+generated texts, values by case. Out: numbers, and their confidence intervals by the bootstrap over
+cases (Efron 1979). Names are those of the papers (ROME, arXiv 2202.05262, section 3.3; MEMIT, arXiv
+2210.07229; AlphaEdit, arXiv 2410.02355, appendix B). A continuation o of m tokens is taken by its
+mean log-probability, as the published evaluation code does:
 
     log p(o | x) = (1/m) sum_t log P(o_t | x, o_<t)
 """
@@ -15,60 +16,15 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-
-@dataclass(frozen=True)
-class Reading:
-    """What a model said about a continuation, token by token, with the true tokens before each.
-
-    Attributes:
-        target: the continuation's token ids, at least one.
-        log_probs: log P of each, natural logarithm.
-        top: the most probable id in the place of each.
-
-    Raises:
-        ValueError: fields of unequal length, or empty.
-    """
-
-    target: tuple[int, ...]
-    log_probs: tuple[float, ...]
-    top: tuple[int, ...]
-
-    def __post_init__(self) -> None:
-        lengths = (len(self.target), len(self.log_probs), len(self.top))
-        if len(set(lengths)) != 1 or not lengths[0]:
-            raise ValueError(
-                f"target, log_probs and top have lengths {lengths}; give each token all"
-            )
-
-    @property
-    def mean_log_prob(self) -> float:
-        """(1/m) sum_t log P(o_t | x, o_<t)."""
-        return sum(self.log_probs) / len(self.log_probs)
-
-    @property
-    def mean_probability(self) -> float:
-        """Exp of the mean log-probability: the geometric mean over the tokens."""
-        return math.exp(self.mean_log_prob)
-
-    @property
-    def recalled(self) -> bool:
-        """Whether greedy decoding says the whole continuation: o_t = argmax for all t.
-
-        If every argmax is right given the right tokens before it, greedy decoding goes that way.
-        """
-        return self.top == self.target
-
-    @property
-    def token_accuracy(self) -> float:
-        """(1/m) sum_t [o_t = argmax], each given the right tokens before it (zsRE's accuracy)."""
-        return agreement(self.top, self.target)
+if TYPE_CHECKING:
+    from alphaedit_peft.scoring import Reading
 
 
 def agreement(ids: Sequence[int], others: Sequence[int]) -> float:

@@ -149,15 +149,51 @@ def test_the_table_says_its_own_level(tokenizer):
 
 
 class TestResultsFile:
-    def test_a_run_is_taken_up_where_it_ended(self, tokenizer, tmp_path):
+    @pytest.mark.parametrize("at_once", [1, 2])
+    def test_a_run_is_taken_up_where_it_ended(self, tokenizer, tmp_path, at_once):
         model, path, steps = tiny_model("llama"), tmp_path / "results.jsonl", []
-        evaluate(model, tokenizer, CASES[:2], results=path)
+        how = Judging(cases_at_once=at_once)
+
+        def stop(done: int, _: int) -> None:
+            if done == 2:
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            evaluate(model, tokenizer, SUITE, results=path, progress=stop, how=how)
+        assert len(path.read_text().splitlines()) == 3
+        scores = evaluate(
+            model, tokenizer, SUITE, results=path, progress=lambda *s: steps.append(s), how=how
+        )
+        assert steps == [(3, 3)]
+        assert len(path.read_text().splitlines()) == 4
+        assert scores == evaluate(model, tokenizer, SUITE, how=how)
+
+    @pytest.mark.parametrize("kept", [1, 2, 3])
+    def test_a_group_that_was_written_in_part_is_finished_to_equal_scores(
+        self, tokenizer, tmp_path, kept
+    ):
+        model, path = tiny_model("llama"), tmp_path / "results.jsonl"
+        scores = evaluate(model, tokenizer, SUITE, results=path, generate=True)
+        whole = path.read_text()
+        path.write_text("".join(whole.splitlines(keepends=True)[:kept]))
+        assert evaluate(model, tokenizer, SUITE, results=path, generate=True) == scores
+        assert path.read_text() == whole
+
+    def test_cases_of_a_smaller_suite_keep_their_scores(self, tokenizer, tmp_path):
+        model, path, steps = tiny_model("llama"), tmp_path / "results.jsonl", []
+        smaller = evaluate(model, tokenizer, CASES[:2], results=path)
         scores = evaluate(
             model, tokenizer, SUITE, results=path, progress=lambda *step: steps.append(step)
         )
         assert steps == [(3, 3)]
         assert len(path.read_text().splitlines()) == 4
-        assert scores == evaluate(model, tokenizer, SUITE)
+        assert scores.cases[:2] == smaller.cases
+        # two cases shared other batches, which round otherwise; the third has those of its suite
+        whole = evaluate(model, tokenizer, SUITE)
+        assert scores.cases[2] == whole.cases[2]
+        for found, wanted in zip(scores.cases, whole.cases, strict=True):
+            assert found.tops == wanted.tops
+            assert found.metrics == pytest.approx(wanted.metrics, abs=1e-6)
 
     def test_finished_cases_are_not_judged_again(self, tokenizer, tmp_path, monkeypatch):
         monkeypatch.setitem(tokens.PASS_COST, "cpu", 1000)  # a case in one pass

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from alphaedit_peft.evaluation import metrics
-from alphaedit_peft.evaluation.metrics import Reading
+from alphaedit_peft.scoring import Reading
 
 
 def reading(*probabilities: float, top: tuple[int, ...] | None = None) -> Reading:

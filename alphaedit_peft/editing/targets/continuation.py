@@ -26,8 +26,9 @@ from alphaedit_peft.editing.prefixes import (
     take,
     unread,
 )
-from alphaedit_peft.editing.runner import Runner, gathering_logits
+from alphaedit_peft.editing.runner import Runner
 from alphaedit_peft.editing.targets.autocast import Autocast
+from alphaedit_peft.hooks import gathering_logits
 from alphaedit_peft.tokens import by_length, padded
 
 
