@@ -1,7 +1,8 @@
-"""Strict access to the fields of one record of a dataset.
+"""Records of datasets: where they are read from, strict access to their fields, what was found.
 
-In: a record as plain JSON values, and where it stands. Out: its fields as texts, lists and nested
-records, or a :class:`DataError` that names file, record and field.
+In: a file, a dataset of ``datasets``, or dicts. Out: :class:`Record`, whose fields are texts, lists
+and nested records, or a :class:`DataError` that names file, record and field; and what to know of
+all cases together, a :class:`DataReport`.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from typing import Any
 
 from alphaedit_peft.evaluation.cases import Case
 
-SHOWN = 60
+SHOWN = 60  # characters of a value in an error
+LISTED = 3  # entries in a report
 
 
 class DataError(ValueError):
@@ -198,23 +200,19 @@ def _whole(path: Path) -> list[Any]:
 
 
 def _lines(path: Path) -> list[Any]:
-    records = []
+    records, number = [], 0
     try:
         # newline="\n": JSON strings may hold other line separators
         with open(path, encoding="utf-8-sig", newline="\n") as file:
-            for number, line in enumerate(file, start=1):
+            for line in file:
+                number += 1
                 if line.strip():
-                    records.append(_line(path, number, line))
+                    records.append(json.loads(line))
     except UnicodeDecodeError as error:
         raise DataError(f"{path.name} is not text in UTF-8: {error}") from error
-    return records
-
-
-def _line(path: Path, number: int, line: str) -> Any:
-    try:
-        return json.loads(line)
     except ValueError as error:
         raise DataError(f"{path.name}, line {number} is not JSON: {error}") from error
+    return records
 
 
 def _dataset(name: str, split: str) -> list[Any]:
@@ -225,9 +223,6 @@ def _dataset(name: str, split: str) -> list[Any]:
             f"source={name!r} is no file, and to read it as a dataset needs `pip install datasets`"
         ) from error
     return list(load_dataset(name, split=split))
-
-
-LISTED = 3
 
 
 @dataclass(frozen=True)
