@@ -23,8 +23,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from alphaedit_peft.settings import THRESHOLD_MODES
-
 SMALL_PIVOT = 1e-13  # of a Cholesky factor, squared and to the largest diagonal entry
 
 
@@ -113,36 +111,6 @@ def spectrum(key_moment: Tensor) -> Spectrum:
         raise ValueError("the key moment holds NaN or infinity; check the base model's weights")
     values, vectors = torch.linalg.eigh((key_moment + key_moment.T) / 2)
     return Spectrum(values.clamp_min(0), vectors)
-
-
-def null_dimension(values: Tensor, threshold: float, mode: str = "absolute") -> int:
-    """How many of the smallest eigenvalues (ascending, (d_in,)) count as zero.
-
-    Modes: ``absolute``: eigenvalue < threshold (the paper; its code uses 2e-2);
-    ``relative``: eigenvalue < threshold * largest; ``energy``: the most directions whose sum stays
-    <= threshold * total; ``rank``: all but the ``threshold`` largest.
-
-    Raises:
-        ValueError: an unknown mode, or a threshold outside its range.
-    """
-    _check_threshold(threshold, mode, len(values))
-    if mode == "absolute":
-        return int((values < threshold).sum())
-    if mode == "relative":
-        return int((values < threshold * values[-1]).sum())
-    if mode == "energy":
-        cumulative = values.double().cumsum(0)
-        return int((cumulative <= threshold * cumulative[-1]).sum())
-    return len(values) - int(threshold)
-
-
-def null_basis(key_moment: Tensor, threshold: float, mode: str = "absolute") -> Tensor:
-    """Orthonormal basis Q (d_in, k) of the directions that preserved keys do not use.
-
-    P = Q Q^T is the paper's projector (section 3.2).
-    """
-    found = spectrum(key_moment)
-    return found.vectors[:, : null_dimension(found.values, threshold, mode)]
 
 
 def project(keys: Tensor, basis: Tensor, complement: bool = False) -> Tensor:
@@ -257,14 +225,6 @@ def solve_symmetric(matrix: Tensor, right: Tensor) -> Tensor:
     keep = values > 1e-12 * values[-1].clamp_min(torch.finfo(torch.float64).tiny)
     inverse = torch.where(keep, 1 / values.where(keep, torch.ones_like(values)), 0.0)
     return vectors @ (inverse[:, None] * (vectors.T @ right))
-
-
-def _check_threshold(threshold: float, mode: str, size: int) -> None:
-    if mode not in THRESHOLD_MODES:
-        raise ValueError(f"threshold_mode={mode!r} is unknown; use one of {THRESHOLD_MODES}")
-    top = {"absolute": float("inf"), "relative": 1.0, "energy": 1.0, "rank": float(size)}[mode]
-    if not 0 <= threshold <= top:
-        raise ValueError(f"threshold={threshold} is outside 0..{top} for mode {mode!r}")
 
 
 GUARD_FACTOR, GUARD_STEPS, GUARD_FIRST = 2.0, 20, 1e-4  # the ridge's growth, and first fraction

@@ -29,6 +29,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from alphaedit_peft import parallel
+
 try:
     import fcntl
 except ImportError:  # Windows
@@ -273,14 +275,16 @@ def write_artefact(
 ) -> None:
     """Write tensors and values, with the format's name and version, into a folder, in one step.
 
-    The folder's other files stay. A process killed at any moment leaves the old two files or the
-    new ones.
+    Of several processes the main one does. The folder's other files stay. A process killed at any
+    moment leaves the old two files or the new ones.
 
     Raises:
         FileExistsError: ``folder`` is a file.
         ValueError: ``folder`` is, or holds, the working directory.
         OSError: the disk is full, or a right is missing; what was there before is untouched.
     """
+    if not parallel.is_main():
+        return
     kept = {name: tensor.float().cpu().contiguous() for name, tensor in tensors.items()}
     text = json.dumps({"format": stem, "version": FORMAT_VERSION, **values}, indent=2)
     files: dict[str, Content] = {

@@ -11,6 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 from alphaedit_peft import algebra
 from alphaedit_peft.algebra import LowRankDelta
+from alphaedit_peft.nullspace.threshold import null_basis, null_dimension
 
 D_IN, D_OUT, NULL = 24, 10, 16
 RIDGE = 0.3
@@ -28,7 +29,7 @@ def moment(seed: int = 0, decay: float = 0.6) -> Tensor:
 
 def basis() -> Tensor:
     """Q, (d_in, NULL)."""
-    return algebra.null_basis(moment(), D_IN - NULL, "rank")
+    return null_basis(moment(), D_IN - NULL, "rank")
 
 
 def batches(*sizes: int) -> list[tuple[Tensor, Tensor]]:
@@ -117,7 +118,7 @@ def test_a_moment_that_memit_cannot_invert():
 def test_preserved_keys_keep_their_output():
     """P k0 = 0 for the keys the moment was made of, so Delta k0 = 0."""
     K0 = random(NULL // 2, D_IN, seed=7)
-    Q = algebra.null_basis(K0.T @ K0 / len(K0), 1e-10)
+    Q = null_basis(K0.T @ K0 / len(K0), 1e-10)
     assert Q.shape[1] == D_IN - len(K0)
     assert float(algebra.project(K0, Q).norm()) < 1e-12 * float(K0.norm())
     delta = solve_layers(empty(), *batches(6)[0], Q)
@@ -249,7 +250,7 @@ VALUES = torch.tensor([0.0, 1e-3, 0.01, 0.02, 1.0, 9.0])  # total 10.031
     ],
 )
 def test_thresholds(threshold, mode, expected):
-    assert algebra.null_dimension(VALUES, threshold, mode) == expected
+    assert null_dimension(VALUES, threshold, mode) == expected
 
 
 @given(
@@ -259,7 +260,7 @@ def test_thresholds(threshold, mode, expected):
 )
 def test_a_higher_threshold_never_keeps_less(values, fractions, mode):
     ascending = torch.tensor(sorted(values))
-    low, high = (algebra.null_dimension(ascending, t, mode) for t in sorted(fractions))
+    low, high = (null_dimension(ascending, t, mode) for t in sorted(fractions))
     assert 0 <= low <= high <= len(values)
 
 
@@ -276,7 +277,7 @@ def test_a_higher_threshold_never_keeps_less(values, fractions, mode):
 )
 def test_thresholds_that_cannot_be(threshold, mode, message):
     with pytest.raises(ValueError, match=message):
-        algebra.null_dimension(VALUES, threshold, mode)
+        null_dimension(VALUES, threshold, mode)
 
 
 def test_spectrum_gives_the_moment_back_in_ascending_order():

@@ -57,7 +57,7 @@ def test_the_threshold_becomes_the_least_disturbing_one(tokenizer):
     model = wrap(tokenizer, given)
     runner = runner_for(tiny_model("gpt2"), tokenizer, model.alphaedit_config)
     rows = [runner.renderer.edit_rows(edit, runner.contexts) for edit in EDITS]
-    wanted = least_disturbing(given, keys_around(runner, rows))[0]
+    wanted = least_disturbing(given.parts, given.threshold, keys_around(runner, rows))[0]
     assert wanted < given.threshold
     report = model.edit(EDITS, progress=False)
     state = (model.alphaedit_config.threshold, model.resources.null_space.threshold)

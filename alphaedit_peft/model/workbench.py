@@ -96,7 +96,7 @@ class WorkbenchModel(SavingModel):
         try:
             if given is not None and around:
                 with runner.phases.timed("keys"):
-                    config.threshold, tried = least_disturbing(given, around)
+                    config.threshold, tried = least_disturbing(given.parts, given.threshold, around)
                 objective = resources.find_metric(config, self.base_fingerprint)
                 self._moved = Moved(given, before, resources.null_space)
             with runner.phases.timed("keys"):

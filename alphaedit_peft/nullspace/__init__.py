@@ -11,8 +11,7 @@ from alphaedit_peft.nullspace.foreign import (
     read_projector,
     read_second_moments,
 )
-from alphaedit_peft.nullspace.moments import KeyMoments
-from alphaedit_peft.nullspace.space import NullSpace
+from alphaedit_peft.nullspace.space import KeyMoments, NullSpace
 
 __all__ = [
     "ForeignFileError",

@@ -2,7 +2,7 @@
 
 In: second moments of ROME and MEMIT (``.npz``, one file a layer), covariances in a safetensors
 file, or the projectors of AlphaEdit's reference code (``null_space_project.pt``). Out: a
-:class:`~alphaedit_peft.nullspace.moments.KeyMoments`, or a
+:class:`~alphaedit_peft.nullspace.space.KeyMoments`, or a
 :class:`~alphaedit_peft.nullspace.space.NullSpace` where only projectors are known. Nothing is
 unpickled, sizes are checked before memory is taken, and no number is used before it was checked.
 """
@@ -26,8 +26,7 @@ from alphaedit_peft.architecture import describe
 from alphaedit_peft.artefact import versions
 from alphaedit_peft.config import AlphaEditConfig
 from alphaedit_peft.fingerprint import BaseFingerprint, bare_model, fingerprint
-from alphaedit_peft.nullspace.moments import KeyMoments
-from alphaedit_peft.nullspace.space import NullSpace
+from alphaedit_peft.nullspace.space import KeyMoments, NullSpace
 from alphaedit_peft.nullspace.spectrum import PROJECTOR, LayerSpace
 
 MAX_WIDTH = 65_536  # of a matrix that is read; 17 GB in float32

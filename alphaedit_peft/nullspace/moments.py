@@ -1,233 +1,257 @@
-"""The second moment of a model's keys over a corpus: C0 = K0^T K0 / tokens, (d_in, d_in) a layer.
+"""Key moments C0 = K0^T K0 / tokens (paper section 3.2): one pass of a corpus through a model.
 
-In: a model and texts. Out: :class:`KeyMoments`, the full statistics for every rewrite layer. They
-are large (d_in^2 numbers a layer) and stay local: any threshold's null space can be made from
-them, and MEMIT's inverse needs them. The thin, shareable artefact is
-:class:`~alphaedit_peft.nullspace.space.NullSpace`.
+In: a model, the names of its rewrite modules and token batches. Out: :class:`Sums`, the sum of
+k k^T (d_in, d_in) for each module and how many tokens went in. The model runs in its own dtype on
+its own devices and stops in front of the last rewrite module; a pass that is interrupted can go on
+from a checkpoint file, and several processes take the batches in turn: all end with the same sums.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
+import os
+import signal
+import threading
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import nullcontext
-from dataclasses import dataclass, field
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from torch import Tensor
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from alphaedit_peft import hooks, parallel
-from alphaedit_peft.artefact import ORIGIN, Types, read_artefact, versions, write_artefact
-from alphaedit_peft.config import AlphaEditConfig
-from alphaedit_peft.devices import require_whole
-from alphaedit_peft.fingerprint import BaseFingerprint, bare_model, fingerprint
-from alphaedit_peft.nullspace.collect import Checkpoint, Sums, collect_sums
-from alphaedit_peft.nullspace.corpus import TokenBatch, corpus_label, read_texts, token_batches
+from alphaedit_peft.nullspace.corpus import TokenBatch
 
-if TYPE_CHECKING:
-    from alphaedit_peft.nullspace.space import NullSpace
-
-STEM = "key_moments"
-FIELDS: dict[str, Types] = {"modules": dict, **ORIGIN}
+BATCHES_PER_CHECKPOINT = 200
+BLOCK, MAX_BLOCKS = 256, 8  # of a sum: smallest width, and most to a side
 
 
-@dataclass(frozen=True, eq=False)
-class KeyMoments:
-    """Key moments of the rewrite layers of one model.
+@dataclass
+class Sums:
+    """Running sums: module name -> sum of k k^T (d_in, d_in), and what went into them.
 
-    Args:
-        moments: layer -> C0, (d_in, d_in), float32: the mean of k k^T over the tokens.
-        tokens: how many tokens went in.
-        modules: layer -> name of the rewrite module.
-        fingerprint: of the base model, up to the last of the layers.
-        provenance: corpus, texts read, a hash of the token ids, and versions.
+    float32 sums: over b batches rounding adds about 6e-8 sqrt(b) to an entry, which stays below
+    the corpus's own sampling error, 1 / sqrt(tokens), and takes half the memory of float64.
+    ``seen`` is a hash over all token ids, in order.
     """
 
-    moments: Mapping[int, Tensor]
-    tokens: int
-    modules: Mapping[int, str]
-    fingerprint: BaseFingerprint | None = None
-    provenance: Mapping[str, Any] = field(default_factory=dict)
+    matrices: dict[str, Tensor] = field(default_factory=dict)
+    tokens: int = 0
+    batches: int = 0
+    texts: int = 0
+    seen: str = ""
 
-    @property
-    def layers(self) -> tuple[int, ...]:
-        """The rewrite layers, ascending."""
-        return tuple(sorted(self.moments))
-
-    @classmethod
-    def collect(
-        cls,
-        model: Any,
-        tokenizer: Any,
-        texts: Iterable[Any] | str,
-        config: AlphaEditConfig,
-        *,
-        max_tokens: int | None = None,
-        progress: bool = True,
-        resume: str | Path | None = None,
-        text_column: str = "text",
-    ) -> KeyMoments:
-        """Collect the moments of all rewrite layers in one pass that stops at the last one.
-
-        Several processes (``accelerate launch``) share the work, and end with the same moments.
-
-        Args:
-            model: the base model; of a PEFT model, its base with adapters off.
-            tokenizer: of the model.
-            texts: the corpus, in any form that ``corpus.read_texts`` takes.
-            config: rewrite layers, and ``tokens_per_batch``, which bounds memory.
-            max_tokens: stop after this many tokens; at least ten times d_in is advised.
-            progress: whether to show a progress bar on stderr.
-            resume: a file for the sums: written now and then, on Ctrl-C and at the end, and gone
-                on from when it exists. On the same hardware this ends in the same bits as an
-                uninterrupted pass.
-            text_column: which column of a dataset holds the text.
+    def mean(self, name: str) -> Tensor:
+        """C0 of a module, (d_in, d_in), on the CPU.
 
         Raises:
-            ValueError: a model that cannot be edited or is split among processes, no tokens, keys
-                that are not finite, or a resume file of another run.
-            OtherProcessError: another of several processes failed.
+            ValueError: no tokens went in.
         """
-        if max_tokens is not None and max_tokens < 1:
-            raise ValueError(
-                f"max_tokens={max_tokens} leaves no token to collect; give at least 1, better ten "
-                "times d_in, or None for the whole corpus"
-            )
-        base = bare_model(model)
-        require_whole(base)
-        full, architecture = config.resolve(base)
-        modules = {layer: architecture.rewrite_name(layer) for layer in full.rewrite_layers or ()}
-        made_for = fingerprint(base, max(modules), architecture)
-        subject = {"fingerprint": made_for.to_json(), "modules": list(modules.values())}
-        corpus = read_texts(texts, text_column)
-        hidden = not (progress and parallel.is_main())
-        adapters_off = getattr(model, "disable_adapter", nullcontext)
-        bar = tqdm(total=max_tokens, unit="tok", desc="key moments", disable=hidden)
-        with adapters_off(), hooks.evaluating(base), bar:
-            sums = collect_sums(
-                base,
-                list(modules.values()),
-                _batches(base, tokenizer, corpus, full, max_tokens),
-                checkpoint=Checkpoint(Path(resume), subject) if resume else None,
-                bar=bar,
-            )
-        return cls(
-            moments={layer: _mean(sums, name) for layer, name in modules.items()},
-            tokens=sums.tokens,
-            modules=modules,
-            fingerprint=made_for,
-            provenance=_provenance(corpus_label(texts), sums, full.base_model_name_or_path),
-        )
+        if not self.tokens:
+            raise ValueError("the corpus holds 0 tokens; give texts that are not blank")
+        return (self.matrices[name] / self.tokens).cpu()
 
-    def null_space(
-        self,
-        threshold: float | None = None,
-        mode: str | None = None,
-        config: AlphaEditConfig | None = None,
-        *,
-        reach: float = 10.0,
-        progress: bool = True,
-    ) -> NullSpace:
-        """The null space for a threshold, given here or in a resolved config.
 
-        Args:
-            threshold: which eigenvalues count as zero, see ``algebra.null_dimension``.
-            mode: absolute, relative, energy or rank.
-            config: has both where they are not given.
-            reach: how far ``with_threshold`` can go from there, as a factor, either way. The
-                artefact holds eigenvectors for all of it: 1.0 makes the thinnest one, whose
-                threshold stays.
-            progress: whether to show a bar on stderr where it takes long.
+@dataclass(frozen=True)
+class Checkpoint:
+    """Where a pass keeps its sums, and what it must be about to be gone on with."""
 
-        Raises:
-            ValueError: no threshold or mode in either place, and as ``NullSpace.from_moments``.
-        """
-        from alphaedit_peft.nullspace.space import NullSpace
+    path: Path
+    subject: Mapping[str, Any]
 
-        if config is not None:
-            threshold = config.threshold if threshold is None else threshold
-            mode = mode or config.threshold_mode
-        if threshold is None or mode is None:
-            raise ValueError(
-                f"threshold={threshold} and mode={mode!r} leave one open; give both, or a config "
-                "that was resolved for the model"
-            )
-        return NullSpace.from_moments(self, threshold, mode, reach, progress=progress)
-
-    def digest(self) -> str:
-        """Sixteen hex digits that identify these moments, for provenance."""
-        found = hashlib.sha256()
-        for layer in self.layers:
-            moment = self.moments[layer].float().cpu().contiguous()
-            found.update(f"{layer} {tuple(moment.shape)}".encode())
-            found.update(moment.numpy().data)
-        return found.hexdigest()[:16]
-
-    def save_pretrained(self, save_directory: str | Path) -> None:
-        """Write ``key_moments.safetensors`` and ``key_moments.json``; the main process does."""
+    def write(self, sums: Sums) -> None:
+        """Replace the file in one step, so that a crash leaves the old one; in the main process."""
         if not parallel.is_main():
             return
-        tensors = {f"layers.{layer}.moment": self.moments[layer] for layer in self.layers}
-        values = {
-            "tokens": self.tokens,
-            "modules": {str(layer): self.modules[layer] for layer in self.layers},
-            "fingerprint": self.fingerprint.to_json() if self.fingerprint else None,
-            "provenance": dict(self.provenance),
-        }
-        write_artefact(save_directory, STEM, tensors, values)
+        counts = {name: getattr(sums, name) for name in ("tokens", "batches", "texts", "seen")}
+        notes = json.dumps({"subject": self.subject, "counts": counts}, sort_keys=True)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        partial = self.path.with_name(self.path.name + ".partial")
+        save_file({k: v.contiguous() for k, v in sums.matrices.items()}, partial, {"notes": notes})
+        os.replace(partial, self.path)
 
-    @classmethod
-    def from_pretrained(cls, save_directory: str | Path) -> KeyMoments:
-        """Read what ``save_pretrained`` wrote.
+    def read(self) -> Sums:
+        """The sums so far; empty ones where there is no file yet.
 
         Raises:
-            FileNotFoundError: a missing file.
-            ValueError: a damaged file.
+            ValueError: a file of another model, other layers, or not written here.
         """
-        tensors, values = read_artefact(save_directory, STEM, FIELDS)
-        modules = {int(layer): name for layer, name in values["modules"].items()}
-        wanted = {f"layers.{layer}.moment" for layer in modules}
-        if set(tensors) != wanted:
+        if not self.path.exists():
+            return Sums()
+        try:
+            with safe_open(self.path, "pt") as file:
+                notes = json.loads(file.metadata()["notes"])
+                matrices = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except Exception as error:
             raise ValueError(
-                f"{save_directory} holds {sorted(tensors)}, but its JSON names {sorted(wanted)}; "
-                "the files do not belong together"
+                f"{self.path} is no readable checkpoint ({error}); delete it"
+            ) from error
+        wanted = json.loads(json.dumps(self.subject))
+        if notes["subject"] != wanted:
+            raise ValueError(
+                f"{self.path} was made for {notes['subject']}, this pass is for {wanted}; delete "
+                "the file or give another path"
             )
-        for name, tensor in tensors.items():
-            if tensor.ndim != 2 or tensor.shape[0] != tensor.shape[1]:
-                raise ValueError(f"{name} {tuple(tensor.shape)} is not square; the file is damaged")
-        found = values["fingerprint"]
-        return cls(
-            moments={layer: tensors[f"layers.{layer}.moment"] for layer in modules},
-            tokens=values["tokens"],
-            modules=modules,
-            fingerprint=BaseFingerprint.from_json(found) if found else None,
-            provenance=values["provenance"],
+        return Sums(matrices, **notes["counts"])
+
+
+def collect_sums(
+    model: Any,
+    names: list[str],
+    batches: Iterable[TokenBatch],
+    *,
+    checkpoint: Checkpoint | None = None,
+    bar: tqdm,
+) -> Sums:
+    """Sum k k^T over all tokens of all batches.
+
+    Args:
+        model: the bare base model.
+        names: rewrite modules, the one that runs last at the end.
+        batches: the corpus; the same ones in the same order when going on from a checkpoint.
+        checkpoint: where to keep the sums; written now and then, on Ctrl-C and at the end.
+        bar: counts tokens.
+
+    Raises:
+        ValueError: activations that are not finite, or a checkpoint of other texts.
+        OtherProcessError: another of several processes failed.
+    """
+    with parallel.in_step():
+        sums = _begin(checkpoint)
+        bar.update(sums.tokens)
+        device = model.get_input_embeddings().weight.device
+        try:
+            for batch in _remaining(batches, sums):
+                # a batch half summed cannot be saved, so Ctrl-C waits for its end
+                with _interrupts_held() if checkpoint else nullcontext():
+                    if sums.batches % parallel.count() == parallel.rank():
+                        _add(model, names, batch, sums, device)
+                    sums.seen = _chained(sums.seen, batch)
+                    sums.tokens += batch.tokens
+                    sums.batches += 1
+                    sums.texts = batch.texts
+                bar.update(batch.tokens)
+                if checkpoint and sums.batches % BATCHES_PER_CHECKPOINT == 0:
+                    checkpoint.write(_combined(sums, names))
+        except KeyboardInterrupt:
+            if checkpoint and parallel.count() == 1:  # several stop at different batches
+                checkpoint.write(sums)
+            raise
+        whole = _combined(sums, names)
+    if checkpoint:
+        checkpoint.write(whole)
+    return whole
+
+
+def _begin(checkpoint: Checkpoint | None) -> Sums:
+    """What the checkpoint holds: its counts in every process, its sums in the main one."""
+    if checkpoint is None:
+        return Sums()
+    sums = checkpoint.read() if parallel.is_main() else Sums()
+    counts = parallel.gathered({**vars(sums), "matrices": {}})[0]
+    return replace(sums, **{**counts, "matrices": sums.matrices})
+
+
+def _combined(sums: Sums, names: list[str]) -> Sums:
+    """The sums of all processes together; some may have had no batch."""
+    if parallel.count() == 1:
+        return sums
+    shapes = parallel.gathered({name: matrix.shape for name, matrix in sums.matrices.items()})
+    known = {name: shape for found in shapes for name, shape in found.items()}
+    own = {name: sums.matrices.get(name, torch.zeros(known[name])) for name in names if known}
+    return replace(sums, matrices={name: parallel.summed(own[name]) for name in own})
+
+
+def _remaining(batches: Iterable[TokenBatch], sums: Sums) -> Iterator[TokenBatch]:
+    """The batches that are not in the sums yet, after a check that the others are."""
+    remaining = iter(batches)
+    seen = ""
+    for batch in islice(remaining, sums.batches):
+        seen = _chained(seen, batch)
+    if seen != sums.seen:
+        raise ValueError(
+            f"the checkpoint holds {sums.tokens} tokens of other texts, or of these in other "
+            "batches (tokens_per_batch, max_tokens); give the same ones or delete the file"
         )
+    return remaining
 
 
-def _batches(
-    base: Any, tokenizer: Any, texts: Iterable[str], config: AlphaEditConfig, limit: int | None
-) -> Iterator[TokenBatch]:
-    """Batches within the model's positions and the config's budget."""
-    most = config.tokens_per_batch
-    positions = getattr(base.config, "max_position_embeddings", None) or most
-    window = min(positions, most)
-    return token_batches(texts, tokenizer, window=window, tokens_per_batch=most, max_tokens=limit)
+def _add(
+    model: nn.Module, names: list[str], batch: TokenBatch, sums: Sums, device: torch.device
+) -> None:
+    padded = not bool(batch.mask.all())
+
+    def see(name: str, inputs: Tensor) -> None:
+        keys = inputs.reshape(-1, inputs.shape[-1])  # (rows * tokens, d_in)
+        if padded:
+            keys = keys[batch.mask.reshape(-1).to(keys.device)]  # (real tokens, d_in)
+        if name not in sums.matrices:
+            width = keys.shape[1]
+            sums.matrices[name] = torch.zeros(width, width, device=keys.device)
+        sums.matrices[name] = sums.matrices[name].to(keys.device)
+        add_products(sums.matrices[name], keys)
+        # squares of what is not finite are not finite
+        if not torch.isfinite(sums.matrices[name].diagonal()).all():
+            raise ValueError(
+                f"the keys of {name} hold NaN or infinity in {inputs.dtype}; load the model in "
+                "bfloat16 or float32, or check its weights"
+            )
+
+    # an offloaded embedding has no device of its own; accelerate moves the inputs then
+    to = torch.device("cpu") if device.type == "meta" else device
+    inputs = {"input_ids": batch.ids.to(to), "attention_mask": batch.mask.long().to(to)}
+    with torch.no_grad(), hooks.watching_inputs(model, names, see):
+        hooks.run_until(model, inputs, names[-1], entering=True)
 
 
-def _provenance(corpus: str, sums: Sums, model_name: str | None) -> dict[str, Any]:
-    return {
-        "corpus": corpus,
-        "texts": sums.texts,
-        "token_hash": sums.seen,
-        "model": model_name,
-        "versions": versions(),
-    }
+def add_products(total: Tensor, keys: Tensor) -> None:
+    """Add K^T K to a symmetric sum, in place, in float32.
+
+    Only blocks on and above the diagonal are multiplied, and mirrored: with b blocks a side this
+    is (b + 1) / 2b of the arithmetic. Products of bfloat16 and float16 keys are exact in float32;
+    a GPU multiplies them as they are.
+
+    Args:
+        total: (d_in, d_in), float32, symmetric.
+        keys: (tokens, d_in), any floating dtype, on the same device.
+    """
+    width = len(total)
+    narrow = keys.dtype in (torch.bfloat16, torch.float16) and keys.is_cuda
+    keys = keys if narrow else keys.float()
+    step = max(BLOCK, -(-width // MAX_BLOCKS))
+    for first in range(0, width, step):
+        left = keys[:, first : first + step].T
+        rows = slice(first, first + step)
+        if narrow:
+            total[rows, first:] += torch.mm(left, keys[:, first:], out_dtype=torch.float32)
+        else:
+            total[rows, first:].addmm_(left, keys[:, first:])
+        total[first + step :, rows] = total[rows, first + step :].T
 
 
-def _mean(sums: Sums, name: str) -> Tensor:
-    if not sums.tokens:
-        raise ValueError("the corpus holds 0 tokens; give texts that are not blank")
-    return (sums.matrices[name] / sums.tokens).cpu()
+def _chained(seen: str, batch: TokenBatch) -> str:
+    content = batch.ids.numpy().tobytes() + batch.mask.numpy().tobytes()
+    return hashlib.sha256(seen.encode() + content).hexdigest()
+
+
+@contextmanager
+def _interrupts_held() -> Iterator[None]:
+    """Let Ctrl-C take effect only at the end of the block; other threads never see it."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    pressed: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, _: pressed.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if pressed:
+        raise KeyboardInterrupt

@@ -9,23 +9,16 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-from huggingface_hub import ModelCardData
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
+from typing import Any, Protocol
 
 from alphaedit_peft import embedded
 from alphaedit_peft.artefact import left_aside
 from alphaedit_peft.fingerprint import BaseFingerprint
 from alphaedit_peft.hub import Destination, fetch_folder, push_folder
-from alphaedit_peft.nullspace.spectrum import STEM
-
-if TYPE_CHECKING:
-    from alphaedit_peft.nullspace.space import NullSpace
+from alphaedit_peft.nullspace.spectrum import STEM, LayerSummary
 
 HEADER = f"{STEM}.json"
 FILES = (HEADER, f"{STEM}.safetensors", "README.md")
@@ -63,6 +56,28 @@ null_space = NullSpace.from_pretrained({repo}, subfolder={subfolder})
 model = get_alphaedit_model(base, AlphaEditConfig(), tokenizer=tokenizer, null_space=null_space)"""
 
 
+class Shared(Protocol):
+    """What is shared: a null space that writes itself, and what its README says of it."""
+
+    @property
+    def tokens(self) -> int:
+        """Over which it was measured."""
+
+    @property
+    def fingerprint(self) -> BaseFingerprint | None:
+        """Of its base."""
+
+    @property
+    def provenance(self) -> Mapping[str, Any]:
+        """Corpus and model."""
+
+    def summary(self) -> Sequence[LayerSummary]:
+        """One row a layer."""
+
+    def save_pretrained(self, save_directory: str | Path) -> None:
+        """Write its two files."""
+
+
 def folder_name(fingerprint: BaseFingerprint) -> str:
     """The folder of a base's null space in a shared repository: its digest, cut to ``MAX_NAME``.
 
@@ -90,32 +105,30 @@ def find_folder(
     Args:
         path_or_repo: a folder, or a Hub repository.
         fingerprint: of the base; None takes the one at the root or in ``subfolder``.
-        revision: as in :func:`alphaedit_peft.hub.fetch_folder`.
-        token: likewise.
+        revision: as ``token``, for :func:`alphaedit_peft.hub.fetch_folder`.
+        token: of the Hub.
         subfolder: of the null space; then no other is looked for.
 
     Raises:
         FileNotFoundError: no null space for this base there.
         ValueError: several, so that one must be named.
-        OSError: as :func:`alphaedit_peft.hub.fetch_folder`.
+        OSError: as ``fetch_folder``.
     """
     root = left_aside(path_or_repo) or Path(path_or_repo)
-    where: dict[str, Any] = {"token": token, "subfolder": subfolder}
     if root.is_dir():
-        inside = subfolder or _choose(root, path_or_repo, fingerprint)
-        return root / (inside or "")
+        return root / (subfolder or _choose(root, path_or_repo, fingerprint) or "")
     if isinstance(path_or_repo, Path) or root.exists():
         raise FileNotFoundError(f"{path_or_repo} is no folder, and no Hub repository's name")
     if subfolder is None:
         wanted = (HEADER, f"*/{HEADER}")
         headers = fetch_folder(path_or_repo, wanted, revision=revision, token=token)
-        where["subfolder"] = _choose(headers, path_or_repo, fingerprint)
+        subfolder = _choose(headers, path_or_repo, fingerprint)
         revision = headers.name  # the commit of the headers, whatever was pushed since
-    return fetch_folder(path_or_repo, FILES, revision=revision, **where)
+    return fetch_folder(path_or_repo, FILES, revision=revision, token=token, subfolder=subfolder)
 
 
 def push_null_space(
-    space: NullSpace, to: Destination, *, by_fingerprint: bool, commit_message: str | None
+    space: Shared, to: Destination, *, by_fingerprint: bool, commit_message: str | None
 ) -> str:
     """Upload a null space with a README; see ``NullSpace.push_to_hub``.
 
@@ -143,8 +156,10 @@ def push_null_space(
         return push_folder(folder, to, FILES, message)
 
 
-def card(space: NullSpace, to: Destination, *, by_fingerprint: bool = False) -> str:
+def card(space: Shared, to: Destination, *, by_fingerprint: bool = False) -> str:
     """The README of a null space on the Hub: what it is, of which base, and how to use it."""
+    from huggingface_hub import ModelCardData
+
     name = space.provenance.get("model")
     data = ModelCardData(
         base_model=name if _is_hub_name(name) else None,
@@ -226,6 +241,9 @@ def _base(provenance: Mapping[str, Any]) -> str:
 def _is_hub_name(name: object) -> bool:
     if not isinstance(name, str) or name == embedded.NAME or Path(name).is_dir():
         return False
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
     try:
         validate_repo_id(name)
     except HFValidationError:

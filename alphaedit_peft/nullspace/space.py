@@ -1,9 +1,11 @@
-"""The null space of preserved knowledge, as a value: the projector P of the paper's section 3.2.
+"""What edits must not disturb, as users see it: key moments, and their null space.
 
-In: key moments C0 = U diag(values) U^T and a threshold. Out: :class:`NullSpace`, which projects
-keys, K P. For each layer it holds the thinner of Q, the eigenvectors that P keeps (P = Q Q^T), and
-U, those that it removes (P = I - U U^T), with the whole spectrum, and enough further eigenvectors
-to move the threshold by a factor of ten either way.
+In: a model and texts. Out: :class:`KeyMoments`, the second moments C0 of the keys of every rewrite
+layer (paper section 3.2), and :class:`NullSpace`, the projector P of a threshold. Moments are large
+(d_in^2 numbers a layer) and stay local: any threshold's null space can be made from them, and
+MEMIT's inverse needs them. A null space is thin and made to be shared: for each layer it holds the
+thinner of Q, the eigenvectors that P keeps (P = Q Q^T), and U, those that it removes
+(P = I - U U^T), with the whole spectrum, and enough further eigenvectors to move the threshold.
 """
 
 from __future__ import annotations
@@ -11,30 +13,203 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
+from tqdm import tqdm
 
-from alphaedit_peft import algebra
-from alphaedit_peft.artefact import ORIGIN, Types
-from alphaedit_peft.config import AlphaEditConfig
-from alphaedit_peft.fingerprint import BaseFingerprint, bare_model, require_same_base
+from alphaedit_peft import hooks, parallel
+from alphaedit_peft.artefact import ORIGIN, Types, read_artefact, versions, write_artefact
+from alphaedit_peft.devices import require_whole
+from alphaedit_peft.fingerprint import (
+    BaseFingerprint,
+    bare_model,
+    fingerprint,
+    require_same_base,
+)
 from alphaedit_peft.hub import Destination
-from alphaedit_peft.nullspace.moments import KeyMoments
+from alphaedit_peft.nullspace.corpus import corpus_label, read_texts, token_batches
+from alphaedit_peft.nullspace.moments import Checkpoint, collect_sums
 from alphaedit_peft.nullspace.sharing import find_folder, push_null_space
 from alphaedit_peft.nullspace.spectrum import (
-    REACH,
+    STEM,
     LayerSpace,
     LayerSummary,
-    decompose,
     moment_quadratic,
-    read_parts,
-    write_parts,
 )
+from alphaedit_peft.nullspace.threshold import REACH, check_reach, decompose, null_dimension
 
-FIELDS: dict[str, Types] = {"threshold": (int, float), "threshold_mode": str, **ORIGIN}
+if TYPE_CHECKING:
+    from alphaedit_peft.config import AlphaEditConfig
+
+MOMENTS_STEM = "key_moments"
+MOMENTS_FIELDS: dict[str, Types] = {"modules": dict, **ORIGIN}
+FIELDS: dict[str, Types] = {
+    "complement": dict,
+    "threshold": (int, float),
+    "threshold_mode": str,
+    **ORIGIN,
+}
+
+
+@dataclass(frozen=True, eq=False)
+class KeyMoments:
+    """Key moments of the rewrite layers of one model.
+
+    Args:
+        moments: layer -> C0, (d_in, d_in), float32: the mean of k k^T over the tokens.
+        tokens: how many tokens went in.
+        modules: layer -> name of the rewrite module.
+        fingerprint: of the base model, up to the last of the layers.
+        provenance: corpus, texts read, a hash of the token ids, and versions.
+    """
+
+    moments: Mapping[int, Tensor]
+    tokens: int
+    modules: Mapping[int, str]
+    fingerprint: BaseFingerprint | None = None
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The rewrite layers, ascending."""
+        return tuple(sorted(self.moments))
+
+    @classmethod
+    def collect(
+        cls,
+        model: Any,
+        tokenizer: Any,
+        texts: Iterable[Any] | str,
+        config: AlphaEditConfig,
+        *,
+        max_tokens: int | None = None,
+        progress: bool = True,
+        resume: str | Path | None = None,
+        text_column: str = "text",
+    ) -> KeyMoments:
+        """Collect the moments of all rewrite layers in one pass that stops at the last one.
+
+        Several processes (``accelerate launch``) share the work, and end with the same moments.
+
+        Args:
+            model: the base model; of a PEFT model, its base with adapters off.
+            tokenizer: of the model.
+            texts: the corpus, in any form that ``corpus.read_texts`` takes.
+            config: rewrite layers, and ``tokens_per_batch``, which bounds memory.
+            max_tokens: stop after this many tokens; at least ten times d_in is advised.
+            progress: whether to show a progress bar on stderr.
+            resume: a file for the sums: written now and then, on Ctrl-C and at the end, and gone
+                on from when it exists. On the same hardware this ends in the same bits as an
+                uninterrupted pass.
+            text_column: which column of a dataset holds the text.
+
+        Raises:
+            ValueError: a model that cannot be edited or is split among processes, no tokens, keys
+                that are not finite, or a resume file of another run.
+            OtherProcessError: another of several processes failed.
+        """
+        if max_tokens is not None and max_tokens < 1:
+            raise ValueError(
+                f"max_tokens={max_tokens} leaves no token to collect; give at least 1, better ten "
+                "times d_in, or None for the whole corpus"
+            )
+        base = bare_model(model)
+        require_whole(base)
+        full, architecture = config.resolve(base)
+        modules = {layer: architecture.rewrite_name(layer) for layer in full.rewrite_layers or ()}
+        names = list(modules.values())
+        made_for = fingerprint(base, max(modules), architecture)
+        subject = {"fingerprint": made_for.to_json(), "modules": names}
+        checkpoint = Checkpoint(Path(resume), subject) if resume else None
+        most = full.tokens_per_batch
+        window = min(getattr(base.config, "max_position_embeddings", None) or most, most)
+        corpus = read_texts(texts, text_column)
+        batches = token_batches(
+            corpus, tokenizer, window=window, tokens_per_batch=most, max_tokens=max_tokens
+        )
+        hidden = not (progress and parallel.is_main())
+        bar = tqdm(total=max_tokens, unit="tok", desc="key moments", disable=hidden)
+        adapters_off = getattr(model, "disable_adapter", nullcontext)
+        with adapters_off(), hooks.evaluating(base), bar:
+            sums = collect_sums(base, names, batches, checkpoint=checkpoint, bar=bar)
+        provenance = {
+            "corpus": corpus_label(texts),
+            "texts": sums.texts,
+            "token_hash": sums.seen,
+            "model": full.base_model_name_or_path,
+            "versions": versions(),
+        }
+        moments = {layer: sums.mean(name) for layer, name in modules.items()}
+        return cls(moments, sums.tokens, modules, made_for, provenance)
+
+    def null_space(
+        self,
+        threshold: float | None = None,
+        mode: str | None = None,
+        config: AlphaEditConfig | None = None,
+        *,
+        reach: float = 10.0,
+        progress: bool = True,
+    ) -> NullSpace:
+        """The null space for a threshold, given here or in a resolved config.
+
+        Args:
+            threshold: which eigenvalues count as zero, see ``threshold.null_dimension``.
+            mode: absolute, relative, energy or rank.
+            config: has both where they are not given.
+            reach: how far ``with_threshold`` can go from there, as a factor, either way. The
+                artefact holds eigenvectors for all of it: 1.0 makes the thinnest one, whose
+                threshold stays.
+            progress: whether to show a bar on stderr where it takes long.
+
+        Raises:
+            ValueError: no threshold or mode in either place, and as ``NullSpace.from_moments``.
+        """
+        if config is not None:
+            threshold = config.threshold if threshold is None else threshold
+            mode = mode or config.threshold_mode
+        if threshold is None or mode is None:
+            raise ValueError(
+                f"threshold={threshold} and mode={mode!r} leave one open; give both, or a config "
+                "that was resolved for the model"
+            )
+        return NullSpace.from_moments(self, threshold, mode, reach, progress=progress)
+
+    def digest(self) -> str:
+        """Sixteen hex digits that identify these moments, for provenance."""
+        found = hashlib.sha256()
+        for layer in self.layers:
+            moment = self.moments[layer].float().cpu().contiguous()
+            found.update(f"{layer} {tuple(moment.shape)}".encode())
+            found.update(moment.numpy().data)
+        return found.hexdigest()[:16]
+
+    def save_pretrained(self, save_directory: str | Path) -> None:
+        """Write ``key_moments.safetensors`` and ``key_moments.json``; the main process does."""
+        tensors = {f"layers.{layer}.moment": self.moments[layer] for layer in self.layers}
+        modules = {str(layer): self.modules[layer] for layer in self.layers}
+        values = {"tokens": self.tokens, "modules": modules, **_origin(self)}
+        write_artefact(save_directory, MOMENTS_STEM, tensors, values)
+
+    @classmethod
+    def from_pretrained(cls, save_directory: str | Path) -> KeyMoments:
+        """Read what ``save_pretrained`` wrote.
+
+        Raises:
+            FileNotFoundError: a missing file.
+            ValueError: a damaged file.
+        """
+        tensors, values = _read(
+            save_directory, MOMENTS_STEM, MOMENTS_FIELDS, "modules", ("moment",)
+        )
+        for name, tensor in tensors.items():
+            if tensor.ndim != 2 or tensor.shape[0] != tensor.shape[1]:
+                raise ValueError(f"{name} {tuple(tensor.shape)} is not square; the file is damaged")
+        return cls({n: tensors[f"layers.{n}.moment"] for n in values["modules"]}, **values)
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,7 +218,7 @@ class NullSpace:
 
     Args:
         parts: layer -> its eigenvectors and spectrum.
-        threshold: which eigenvalues count as zero, see ``algebra.null_dimension``.
+        threshold: which eigenvalues count as zero, see ``threshold.null_dimension``.
         threshold_mode: absolute, relative, energy or rank.
         tokens: how many tokens the moments were collected over.
         fingerprint: of the base model; None is for any model.
@@ -63,7 +238,7 @@ class NullSpace:
 
     def __post_init__(self) -> None:
         for layer in self.layers:
-            self.parts[layer].check_reach(layer, self.threshold, self.threshold_mode)
+            check_reach(self.parts[layer], layer, self.threshold, self.threshold_mode)
 
     @classmethod
     def from_texts(
@@ -142,7 +317,7 @@ class NullSpace:
 
     def null_dimension(self, layer: int) -> int:
         """How many directions of a layer P keeps."""
-        return algebra.null_dimension(self._part(layer).values, self.threshold, self.threshold_mode)
+        return null_dimension(self._part(layer).values, self.threshold, self.threshold_mode)
 
     def project(self, layer: int, keys: Tensor) -> Tensor:
         """Projected keys K P.
@@ -214,10 +389,18 @@ class NullSpace:
         return hashlib.sha256(state.encode() + b"".join(parts)).hexdigest()[:16]
 
     def save_pretrained(self, save_directory: str | Path) -> None:
-        """Write ``null_space.safetensors`` and ``null_space.json``."""
-        values = {name: getattr(self, name) for name in FIELDS}
-        values["fingerprint"] = self.fingerprint.to_json() if self.fingerprint else None
-        write_parts(save_directory, self.parts, values)
+        """Write ``null_space.safetensors`` and ``null_space.json``; the main process does."""
+        tensors = {
+            f"layers.{layer}.{name}": getattr(part, name)
+            for layer, part in self.parts.items()
+            for name in ("basis", "values")
+        }
+        values = {
+            "complement": {str(layer): part.complement for layer, part in self.parts.items()},
+            "threshold": self.threshold,
+            "threshold_mode": self.threshold_mode,
+        }
+        write_artefact(save_directory, STEM, tensors, {**values, **_origin(self)})
 
     @classmethod
     def from_pretrained(
@@ -241,10 +424,14 @@ class NullSpace:
         folder = find_folder(
             path_or_repo, fingerprint, revision=revision, token=token, subfolder=subfolder
         )
-        parts, values = read_parts(folder, FIELDS)
-        found = values.pop("fingerprint")
-        made_for = BaseFingerprint.from_json(found) if found else None
-        return cls(parts, fingerprint=made_for, **values)
+        tensors, values = _read(folder, STEM, FIELDS, "complement", ("basis", "values"))
+        parts = {
+            n: LayerSpace(tensors[f"layers.{n}.basis"], tensors[f"layers.{n}.values"], bool(side))
+            for n, side in values.pop("complement").items()
+        }
+        for layer, part in parts.items():
+            part.check(layer)
+        return cls(parts, **values)
 
     def push_to_hub(
         self,
@@ -281,3 +468,31 @@ class NullSpace:
                 f"(n, {self.width(layer)})"
             )
         return keys
+
+
+def _origin(what: KeyMoments | NullSpace) -> dict[str, Any]:
+    """What both artefacts say of where they come from, as plain JSON values."""
+    made_for = what.fingerprint.to_json() if what.fingerprint else None
+    return {"tokens": what.tokens, "fingerprint": made_for, "provenance": dict(what.provenance)}
+
+
+def _read(
+    folder: str | Path, stem: str, fields: Mapping[str, Types], by_layer: str, names: Sequence[str]
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors ``names`` of each layer, and values: ``by_layer`` names the one that has the layers.
+
+    Raises:
+        FileNotFoundError: a missing file.
+        ValueError: a damaged file, or two that do not belong together.
+    """
+    tensors, values = read_artefact(folder, stem, fields)
+    values[by_layer] = {int(layer): value for layer, value in values[by_layer].items()}
+    wanted = {f"layers.{layer}.{name}" for layer in values[by_layer] for name in names}
+    if set(tensors) != wanted:
+        raise ValueError(
+            f"{folder} holds {sorted(tensors)}, but its JSON names {sorted(wanted)}; the files do "
+            "not belong together"
+        )
+    found = values["fingerprint"]
+    values["fingerprint"] = BaseFingerprint.from_json(found) if found else None
+    return tensors, values

@@ -1,27 +1,24 @@
-"""One layer of a null space: some eigenvectors of its key moment, and all eigenvalues.
+"""One layer of a null space: some eigenvectors of its key moment C0, and all eigenvalues.
 
-In: C0 (d_in, d_in), or a stored basis and spectrum. Out: :class:`LayerSpace`, which projects keys
-onto the k smallest eigendirections (K P) for every k that its eigenvectors reach.
+In: C0 (d_in, d_in), a projector, or a stored basis and spectrum. Out: :class:`LayerSpace`, which
+projects keys onto the k smallest eigendirections (K P) for every k that its eigenvectors reach, and
+from which A C0 and A C0 A^T are had without C0.
 """
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
-from alphaedit_peft import algebra, parallel
-from alphaedit_peft.artefact import Types, read_artefact, write_artefact
+from alphaedit_peft import algebra
 
 STEM = "null_space"
-REACH = 10.0  # the threshold can be moved by this factor, either way
 WORKSPACE = 6  # float64 matrices of a moment's size that an eigen-decomposition takes on a GPU
+COLUMNS_AT_ONCE = 1024  # of a basis, made float64
 PROJECTOR_ERROR = 1e-2  # largest deviation of a projector's entries and eigenvalues
 PROJECTOR = (0.5, "absolute")  # threshold and mode where only P is known: values are 0 or 1
 
@@ -35,6 +32,20 @@ class LayerSummary(NamedTuple):
     largest_eigenvalue: float
     threshold: float
     threshold_mode: str
+
+
+def exact_spectrum(moment: Tensor) -> algebra.Spectrum:
+    """Eigen-decomposition of C0 (d_in, d_in) in float64, on a GPU where there is one with the room.
+
+    float64 because small eigenvalues are lost under a few huge ones otherwise, and some models
+    have keys whose squared norm is 1e6 times the others'.
+    """
+    device = moment.device
+    if device.type == "cpu" and torch.cuda.is_available():
+        free, _ = torch.cuda.mem_get_info()
+        if free > WORKSPACE * 8 * moment.numel():
+            device = torch.device("cuda", torch.cuda.current_device())
+    return algebra.spectrum(moment.to(device, torch.float64))
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,39 +69,16 @@ class LayerSpace:
         return cls(torch.zeros(width, 0), torch.zeros(width), True)
 
     @classmethod
-    def from_moment(
-        cls, moment: Tensor, threshold: float, mode: str, reach: float = REACH
-    ) -> LayerSpace:
-        """Decompose C0 in float64; keep the thinner side that reaches ``reach`` times either way.
+    def from_spectrum(cls, found: algebra.Spectrum, low: int, high: int) -> LayerSpace:
+        """The thinner side that can keep ``low`` to ``high`` directions: high or d_in - low wide.
 
-        Where thresholds within reach keep ``low`` to ``high`` directions, it stores the ``high``
-        smallest or the ``d_in - low`` largest eigenvectors, whichever are fewer. Fewer cannot do:
-        those between ``low`` and ``high`` are needed one by one, and one of the two ends besides.
-
-        float64 because small eigenvalues are lost under a few huge ones otherwise, and some models
-        have keys whose squared norm is 1e6 times the others'.
-
-        Raises:
-            ValueError: a ``reach`` below 1 or not finite.
+        Fewer eigenvectors cannot do: those between ``low`` and ``high`` are needed one by one, and
+        one of the two ends besides.
         """
-        if not 1 <= reach < float("inf"):
-            raise ValueError(
-                f"reach={reach} is no factor to move the threshold by; use 1 (not at all) or more"
-            )
-        found = _spectrum(moment)
         values = found.values.float().cpu()
-        width = len(values)
-        top = {"absolute": float("inf"), "rank": float(width)}.get(mode, 1.0)
-        reached = [
-            algebra.null_dimension(values, min(t, top), mode)
-            for t in (threshold / reach, threshold, threshold * reach)
-        ]
-        for_null, for_complement = max(reached), width - min(reached)
-        complement = for_complement <= for_null
-        columns = slice(width - for_complement, width) if complement else slice(for_null)
-        # row-major, as a saved one loads: the same products round the same way
-        basis = _signed(found.vectors[:, columns]).float().cpu().contiguous()
-        return cls(basis, values, complement)
+        complement = len(values) - low <= high
+        columns = slice(low, None) if complement else slice(high)
+        return cls(_stored(found.vectors[:, columns]), values, complement)
 
     @classmethod
     def from_projector(cls, projector: Tensor) -> LayerSpace:
@@ -114,10 +102,10 @@ class LayerSpace:
         removed = int((found < 0.5).sum())
         width = len(found)
         complement = removed <= width - removed
-        basis = _signed(vectors[:, :removed] if complement else vectors[:, removed:])
         values = torch.zeros(width)
         values[width - removed :] = 1
-        return cls(basis.float().cpu().contiguous(), values, complement)
+        basis = vectors[:, :removed] if complement else vectors[:, removed:]
+        return cls(_stored(basis), values, complement)
 
     @property
     def projector_only(self) -> bool:
@@ -130,34 +118,6 @@ class LayerSpace:
         """The fewest and the most directions that can be kept with the stored eigenvectors."""
         width, stored = self.basis.shape
         return (width - stored, width) if self.complement else (0, stored)
-
-    def check_reach(self, layer: int, threshold: float, mode: str) -> None:
-        """Refuse a threshold that keeps nothing, or that the stored eigenvectors do not reach.
-
-        Raises:
-            ValueError: either of them, or another threshold than a projector's.
-        """
-        if self.projector_only and (threshold, mode) != PROJECTOR:
-            raise ValueError(
-                f"threshold={threshold} ({mode}) cannot be used: layer {layer} was read from a "
-                f"projector, and its eigenvalues are not known; use {PROJECTOR[0]} "
-                f"({PROJECTOR[1]}), which is the projector as it is, or leave the threshold unset"
-            )
-        kept = algebra.null_dimension(self.values, threshold, mode)
-        low, high = self.reach
-        if kept == 0:
-            raise ValueError(
-                f"threshold={threshold} ({mode}) keeps none of layer {layer}'s {len(self.values)} "
-                f"directions (eigenvalues {float(self.values[0]):.3g} to "
-                f"{float(self.values[-1]):.3g}), so no edit could be made; use a threshold that "
-                "counts more of them as zero"
-            )
-        if not low <= kept <= high:
-            raise ValueError(
-                f"threshold={threshold} ({mode}) keeps {kept} directions of layer {layer}, but "
-                f"this null space stores eigenvectors for {low} to {high}; make another one with "
-                "KeyMoments.null_space"
-            )
 
     def project(self, keys: Tensor, kept: int) -> Tensor:
         """K P for keys (n, d_in), with the ``kept`` smallest directions, (n, d_in)."""
@@ -193,116 +153,6 @@ class LayerSpace:
             raise ValueError(
                 f"layer {layer}: basis is off orthonormal by {error:.2g}; damaged file"
             )
-
-
-def write_parts(
-    folder: str | Path, parts: Mapping[int, LayerSpace], values: Mapping[str, Any]
-) -> None:
-    """Write the layers of a null space and its plain values; of several processes the main does."""
-    if not parallel.is_main():
-        return
-    tensors = {
-        f"layers.{layer}.{name}": getattr(part, name)
-        for layer, part in parts.items()
-        for name in ("basis", "values")
-    }
-    sides = {str(layer): part.complement for layer, part in parts.items()}
-    write_artefact(folder, STEM, tensors, {"complement": sides, **values})
-
-
-def read_parts(
-    folder: str | Path, fields: Mapping[str, Types]
-) -> tuple[dict[int, LayerSpace], dict[str, Any]]:
-    """Read and check what ``write_parts`` wrote.
-
-    Raises:
-        FileNotFoundError: a missing file.
-        ValueError: a damaged file, or two that do not belong together.
-    """
-    tensors, values = read_artefact(folder, STEM, {"complement": dict, **fields})
-    sides = {int(layer): bool(side) for layer, side in values.pop("complement").items()}
-    wanted = {f"layers.{layer}.{name}" for layer in sides for name in ("basis", "values")}
-    if set(tensors) != wanted:
-        raise ValueError(
-            f"{folder} holds {sorted(tensors)}, but its JSON names {sorted(wanted)}; the files do "
-            "not belong together"
-        )
-    parts = {
-        layer: LayerSpace(tensors[f"layers.{layer}.basis"], tensors[f"layers.{layer}.values"], side)
-        for layer, side in sides.items()
-    }
-    for layer, part in parts.items():
-        part.check(layer)
-    return parts, values
-
-
-def _spectrum(moment: Tensor) -> algebra.Spectrum:
-    """Eigenvalues and eigenvectors in float64, on a GPU where there is one with the room."""
-    device = moment.device
-    if device.type == "cpu" and torch.cuda.is_available():
-        free, _ = torch.cuda.mem_get_info()
-        if free > WORKSPACE * 8 * moment.numel():
-            device = torch.device("cuda", torch.cuda.current_device())
-    return algebra.spectrum(moment.to(device, torch.float64))
-
-
-def _signed(vectors: Tensor) -> Tensor:
-    """Eigenvectors with their largest entry positive: the sign that a solver picks is arbitrary."""
-    if not vectors.shape[1]:
-        return vectors
-    largest = vectors.gather(0, vectors.abs().argmax(0, keepdim=True))  # (1, m)
-    return vectors * torch.where(largest < 0, -1.0, 1.0)
-
-
-LONG = 4096  # width from which on an eigen-decomposition takes so long that a bar is shown
-
-
-def decompose(
-    moments: Mapping[int, Tensor],
-    tokens: int,
-    wanted: tuple[float, str, float],
-    progress: bool = False,
-) -> dict[int, LayerSpace]:
-    """Every layer's part of a null space, from its moment C0 (d_in, d_in).
-
-    Args:
-        moments: by layer.
-        tokens: that they were collected over.
-        wanted: threshold, mode and reach.
-        progress: whether to show a bar on stderr where a layer takes seconds or more.
-
-    Raises:
-        ValueError: as ``check_tokens`` and ``LayerSpace.from_moment``.
-    """
-    for layer, moment in moments.items():
-        check_tokens(tokens, layer, len(moment))
-    long = any(len(moment) >= LONG for moment in moments.values())
-    shown = long and progress and parallel.is_main()
-    layers = tqdm(sorted(moments), desc="eigenvectors", unit="layer", disable=not shown)
-    return {layer: LayerSpace.from_moment(moments[layer], *wanted) for layer in layers}
-
-
-def check_tokens(tokens: int, layer: int, width: int) -> None:
-    """Refuse a moment over fewer tokens than it is wide; warn below ten tokens a direction.
-
-    Raises:
-        ValueError: fewer tokens than ``width``.
-    """
-    if tokens < width:
-        raise ValueError(
-            f"{tokens} tokens are fewer than layer {layer}'s width {width}, so directions would "
-            f"count as unused for want of data; collect at least {width - tokens} more, better "
-            f"{10 * width - tokens}"
-        )
-    if tokens < 10 * width:
-        warnings.warn(
-            f"{tokens} tokens are few for layer {layer}'s width {width}; ten for each direction "
-            f"are advised, {10 * width}",
-            stacklevel=5,
-        )
-
-
-COLUMNS_AT_ONCE = 1024  # of a basis, made float64
 
 
 def moment_quadratic(space: LayerSpace, rows: Tensor) -> Tensor:
@@ -344,3 +194,12 @@ def _some_columns(space: LayerSpace, like: Tensor) -> Iterator[tuple[slice, Tens
     for start in range(0, space.basis.shape[1], COLUMNS_AT_ONCE):
         some = slice(start, start + COLUMNS_AT_ONCE)
         yield some, space.basis[:, some].to(like)
+
+
+def _stored(vectors: Tensor) -> Tensor:
+    """Eigenvectors in float32 on the CPU, their largest entry positive: a solver picks any sign."""
+    if vectors.shape[1]:
+        largest = vectors.gather(0, vectors.abs().argmax(0, keepdim=True))  # (1, m)
+        vectors = vectors * torch.where(largest < 0, -1.0, 1.0)
+    # row-major, as a saved one loads: the same products round the same way
+    return vectors.float().cpu().contiguous()

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from alphaedit_peft.nullspace.spectrum import LayerSpace
+from alphaedit_peft.nullspace.threshold import layer_space
 from alphaedit_peft.studies.benchmark import machine
 
 THRESHOLD, MODE = 0.02, "energy"
@@ -32,7 +32,7 @@ def main(width=4096, out=None):
     moment, found = random_moment(width), []
     with machine.PeakMemory(torch.device("cpu")) as memory:
         seconds = machine.timed(
-            lambda: found.append(LayerSpace.from_moment(moment, THRESHOLD, MODE)), moment.device
+            lambda: found.append(layer_space(moment, THRESHOLD, MODE)), moment.device
         )
     kept = found[0].basis
     error = float((kept.T @ kept - torch.eye(kept.shape[1])).abs().max())

@@ -14,8 +14,8 @@ import torch
 from tqdm import tqdm
 
 from alphaedit_peft import AlphaEditConfig, hooks
-from alphaedit_peft.nullspace.collect import collect_sums
 from alphaedit_peft.nullspace.corpus import token_batches
+from alphaedit_peft.nullspace.moments import collect_sums
 from alphaedit_peft.studies.benchmark import machine, shapes
 from alphaedit_peft.studies.benchmark.subject import random_texts
 

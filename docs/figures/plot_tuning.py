@@ -46,7 +46,11 @@ def main() -> None:
     for color, n in zip(("C0", "C1", "C2"), names, strict=False):
         spectrum.semilogy(space.spectra[n].flip(0).clamp_min(1e-9), color=color, label=f"layer {n}")
         spectrum.axvline(space.width(n) - space.null_dimension(n), color=color, linestyle="--")
-        others.semilogx(ENERGIES, [*least_disturbing(space, {n: around[n]})[1].values()], "o-")
+        others.semilogx(
+            ENERGIES,
+            [*least_disturbing(space.parts, space.threshold, {n: around[n]})[1].values()],
+            "o-",
+        )
         shares.hist([r.shares[n] for r in report], 20, range=(0, 1.1), alpha=0.6)
         raw = torch.stack([key for key, _ in around[n]])
         for rows, style in ((raw, ":"), (space.project(n, raw), "-")):

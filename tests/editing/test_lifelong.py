@@ -10,7 +10,7 @@ import torch
 
 from alphaedit_peft import AlphaEditConfig, Edit, NullSpace, algebra, get_alphaedit_model
 from alphaedit_peft.algebra import LowRankDelta
-from alphaedit_peft.nullspace.spectrum import LayerSpace
+from alphaedit_peft.nullspace.threshold import layer_space
 from tests.conftest import tiny_model
 from tests.editing.test_river import CONTEXTS, key_moment, settings
 
@@ -72,7 +72,7 @@ def test_where_prior_keys_take_all_directions_nothing_moves():
 
 
 def wrapped(tokenizer, keep: float = 0.5, **changes):
-    parts = {i: LayerSpace.from_moment(key_moment(i), keep, "absolute") for i in (0, 1)}
+    parts = {i: layer_space(key_moment(i), keep, "absolute") for i in (0, 1)}
     space = NullSpace(parts, keep, "absolute", 10_000)
     config = settings(contexts=list(CONTEXTS), key_cosine=1.0, **changes)
     model = copy.deepcopy(tiny_model("gpt2", torch.float64))

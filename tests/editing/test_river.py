@@ -11,7 +11,7 @@ from alphaedit_peft import AlphaEditConfig, Edit, KeyMoments, NullSpace, get_alp
 from alphaedit_peft.editing.groups import Group
 from alphaedit_peft.editing.runner import Runner
 from alphaedit_peft.editing.targets import optimise_targets
-from alphaedit_peft.nullspace.spectrum import LayerSpace
+from alphaedit_peft.nullspace.threshold import layer_space
 from tests import oracle
 from tests.conftest import tiny_model
 
@@ -90,9 +90,7 @@ def test_sequential_batches_equal_the_oracle(family, tokenizer):
     plain = tiny_model(family, torch.float64)
     edited = copy.deepcopy(plain)
     moments = {layer: key_moment(layer) for layer in (0, 1)}
-    parts = {
-        layer: LayerSpace.from_moment(moment, 0.5, "absolute") for layer, moment in moments.items()
-    }
+    parts = {layer: layer_space(moment, 0.5, "absolute") for layer, moment in moments.items()}
     space = NullSpace(parts, 0.5, "absolute", 10_000)
     model = get_alphaedit_model(edited, settings(), tokenizer=tokenizer, null_space=space)
     model.alphaedit_config.key_cosine = 1.0

@@ -7,7 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from alphaedit_peft.nullspace import KeyMoments, collect
+from alphaedit_peft.nullspace import KeyMoments
+from alphaedit_peft.nullspace import moments as sums
 
 
 def interrupted(texts, after: int):
@@ -41,7 +42,7 @@ def test_going_on_after_an_interrupt_ends_in_the_same_bits(
             model, tokenizer, interrupted(texts, 64), small, progress=False, resume=path
         )
     assert path.exists()
-    assert 0 < collect.Checkpoint(path, subject_of(whole)).read().tokens < whole.tokens
+    assert 0 < sums.Checkpoint(path, subject_of(whole)).read().tokens < whole.tokens
     found = KeyMoments.collect(model, tokenizer, texts, small, progress=False, resume=path)
     assert_same(found, whole)
 
@@ -62,7 +63,7 @@ def test_ctrl_c_within_a_batch_waits_for_its_end(tmp_path, model, tokenizer, tex
     hook.remove()
     assert signal.getsignal(signal.SIGINT) is before
     assert len(runs) == 3
-    assert collect.Checkpoint(path, subject_of(whole)).read().batches == 3
+    assert sums.Checkpoint(path, subject_of(whole)).read().batches == 3
     found = KeyMoments.collect(model, tokenizer, texts, small, progress=False, resume=path)
     assert_same(found, whole)
 
@@ -70,7 +71,7 @@ def test_ctrl_c_within_a_batch_waits_for_its_end(tmp_path, model, tokenizer, tex
 def test_a_crash_leaves_the_last_checkpoint(
     tmp_path, model, tokenizer, texts, small, whole, monkeypatch
 ):
-    monkeypatch.setattr(collect, "BATCHES_PER_CHECKPOINT", 2)
+    monkeypatch.setattr(sums, "BATCHES_PER_CHECKPOINT", 2)
     path = tmp_path / "sums.safetensors"
     runs = []
 
@@ -83,7 +84,7 @@ def test_a_crash_leaves_the_last_checkpoint(
     with pytest.raises(RuntimeError, match="out of memory"):
         KeyMoments.collect(model, tokenizer, texts, small, progress=False, resume=path)
     hook.remove()
-    assert collect.Checkpoint(path, subject_of(whole)).read().batches == 2
+    assert sums.Checkpoint(path, subject_of(whole)).read().batches == 2
     found = KeyMoments.collect(model, tokenizer, texts, small, progress=False, resume=path)
     assert_same(found, whole)
     assert [file.name for file in tmp_path.iterdir()] == ["sums.safetensors"]
@@ -130,8 +131,8 @@ def test_products_of_blocks_add_up_to_the_whole_symmetric_product(width):
     generator = torch.Generator().manual_seed(0)
     keys = torch.randn(40, width, generator=generator)
     total = torch.eye(width)
-    collect.add_products(total, keys)
-    collect.add_products(total, keys[:3].bfloat16())
+    sums.add_products(total, keys)
+    sums.add_products(total, keys[:3].bfloat16())
     some = keys[:3].bfloat16().double()
     wanted = torch.eye(width).double() + keys.double().T @ keys.double() + some.T @ some
     torch.testing.assert_close(total.double(), wanted, rtol=1e-5, atol=1e-4)

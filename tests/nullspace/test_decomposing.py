@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from alphaedit_peft.nullspace import KeyMoments, spectrum
+from alphaedit_peft.nullspace import KeyMoments, threshold
 
 
 @pytest.fixture
@@ -17,7 +17,7 @@ def two_layers() -> KeyMoments:
 def test_a_bar_counts_layers_where_they_take_long_and_it_is_wanted(two_layers, capfd, monkeypatch):
     two_layers.null_space(1e-3, "relative")
     assert capfd.readouterr().err == ""
-    monkeypatch.setattr(spectrum, "LONG", 12)
+    monkeypatch.setattr(threshold, "LONG", 12)
     two_layers.null_space(1e-3, "relative", progress=False)
     assert capfd.readouterr().err == ""
     two_layers.null_space(1e-3, "relative")
@@ -25,13 +25,13 @@ def test_a_bar_counts_layers_where_they_take_long_and_it_is_wanted(two_layers, c
 
 
 def test_layers_are_those_of_each_moment_alone(two_layers):
-    found = spectrum.decompose(two_layers.moments, 400, (1e-3, "relative", 10.0))
+    found = threshold.decompose(two_layers.moments, 400, (1e-3, "relative", 10.0))
     for layer, moment in two_layers.moments.items():
-        alone = spectrum.LayerSpace.from_moment(moment, 1e-3, "relative", 10.0)
+        alone = threshold.layer_space(moment, 1e-3, "relative", 10.0)
         assert torch.equal(found[layer].basis, alone.basis)
 
 
 def test_too_few_tokens_are_told_before_any_layer_is_decomposed(two_layers, monkeypatch):
-    monkeypatch.setattr(spectrum, "LayerSpace", None)
+    monkeypatch.setattr(threshold, "LayerSpace", None)
     with pytest.raises(ValueError, match=r"11 tokens are fewer than layer 0's width 12"):
-        spectrum.decompose(two_layers.moments, 11, (1e-3, "relative", 10.0))
+        threshold.decompose(two_layers.moments, 11, (1e-3, "relative", 10.0))

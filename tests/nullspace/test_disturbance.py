@@ -7,7 +7,7 @@ import torch
 
 from alphaedit_peft.nullspace import NullSpace
 from alphaedit_peft.nullspace.spectrum import LayerSpace
-from alphaedit_peft.nullspace.threshold import ENERGIES, disturbance, least_disturbing
+from alphaedit_peft.nullspace.threshold import ENERGIES, KeysAround, disturbance, least_disturbing
 
 WIDTH, STORED = 40, 24
 # cumulative 0.0015, 0.004, 0.009, 0.018, 0.045, 0.09, 0.19, 1: ENERGIES keep 1, 2, ..., 7 of them
@@ -22,6 +22,10 @@ def draw(*shape: int, seed: int = 0) -> torch.Tensor:
 def stairs(own: float = 0.02, layers: int = 1) -> NullSpace:
     part = LayerSpace(torch.eye(8), STAIRS, False)
     return NullSpace(dict.fromkeys(range(layers), part), own, "energy", 1000)
+
+
+def chosen(space: NullSpace, keys: dict[int, KeysAround]) -> tuple[float, dict[float, float]]:
+    return least_disturbing(space.parts, space.threshold, keys)
 
 
 def around(*others: float) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -63,7 +67,7 @@ def test_a_key_that_projection_leaves_nothing_of_gives_a_finite_answer():
 
 
 def test_a_threshold_is_left_for_one_that_disturbs_clearly_less():
-    best, found = least_disturbing(stairs(), {0: around(1, 1, 1, 1, -1, 0)})
+    best, found = chosen(stairs(), {0: around(1, 1, 1, 1, -1, 0)})
     wanted = [1, 1, 1, 1, 3 / 5, 3 / 6, 4 / 7]
     assert found == pytest.approx(dict(zip(ENERGIES, wanted, strict=True)))
     assert best == 0.1
@@ -71,7 +75,7 @@ def test_a_threshold_is_left_for_one_that_disturbs_clearly_less():
 
 @pytest.mark.parametrize("own", [0.002, 0.02, 0.2])
 def test_its_own_threshold_is_kept_where_no_other_is_clearly_better(own):
-    best, found = least_disturbing(stairs(own), {0: around(1, 1, 1, 1, 0.5)})
+    best, found = chosen(stairs(own), {0: around(1, 1, 1, 1, 0.5)})
     assert min(found, key=lambda t: found[t]) == 0.05
     assert best == own
 
@@ -79,16 +83,16 @@ def test_its_own_threshold_is_kept_where_no_other_is_clearly_better(own):
 def test_layers_count_by_their_geometric_mean_and_edits_by_their_median():
     calm, wild = around(1, 1, 1, 1, -1, 0), around(1, 9, 9, 9, 9, 9, 9)
     keys = {0: calm, 1: [*calm, *wild, *calm]}
-    best, found = least_disturbing(stairs(layers=2), keys)
-    assert (best, found) == (0.1, pytest.approx(least_disturbing(stairs(), {0: calm})[1]))
-    found = least_disturbing(stairs(layers=2), {0: calm, 1: wild})[1]
+    best, found = chosen(stairs(layers=2), keys)
+    assert (best, found) == (0.1, pytest.approx(chosen(stairs(), {0: calm})[1]))
+    found = chosen(stairs(layers=2), {0: calm, 1: wild})[1]
     assert found[0.05] == pytest.approx((3 / 5 * 37 / 5) ** 0.5)
 
 
 def test_only_thresholds_within_reach_are_looked_at():
     part = LayerSpace(torch.eye(8)[:, :5], STAIRS, False)  # keeps 5 directions at most
     space = NullSpace({0: part}, 0.02, "energy", 1000)
-    best, found = least_disturbing(space, {0: around(1, 1, 1, 1, -1, 0)})
+    best, found = chosen(space, {0: around(1, 1, 1, 1, -1, 0)})
     assert (best, list(found)) == (0.05, list(ENERGIES[:5]))
 
 
@@ -98,4 +102,4 @@ def test_a_null_space_that_reaches_none_of_them_is_refused():
     with pytest.raises(
         ValueError, match=r"none of the energy thresholds \(0.002, .* set threshold"
     ):
-        least_disturbing(space, {0: around()})
+        chosen(space, {0: around()})

@@ -32,7 +32,7 @@ KILLED_ANYWHERE = """
 import os, random, signal, sys, time
 from pathlib import Path
 import torch
-from alphaedit_peft import storing
+from alphaedit_peft import artefact
 from alphaedit_peft.nullspace import KeyMoments, NullSpace
 
 def made(width):
@@ -41,8 +41,8 @@ def made(width):
     return moments, moments.null_space(0.5, "energy")
 
 def save(pair, folder):
-    for artefact in pair:
-        artefact.save_pretrained(folder)
+    for value in pair:
+        value.save_pretrained(folder)
 
 def save_and_kill(folder):
     save(pairs[0], folder)

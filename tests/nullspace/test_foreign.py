@@ -14,7 +14,6 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from alphaedit_peft.algebra import null_basis
 from alphaedit_peft.architecture import describe
 from alphaedit_peft.fingerprint import fingerprint
 from alphaedit_peft.nullspace import (
@@ -25,6 +24,7 @@ from alphaedit_peft.nullspace import (
     read_projector,
     read_second_moments,
 )
+from alphaedit_peft.nullspace.threshold import null_basis
 
 WIDTH, TOKENS = 24, 900
 NAME = "transformer.h.{}.mlp.c_proj_float32_mom2_100000.npz"

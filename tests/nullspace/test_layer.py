@@ -7,6 +7,7 @@ import torch
 
 from alphaedit_peft import algebra
 from alphaedit_peft.nullspace import KeyMoments
+from alphaedit_peft.nullspace.threshold import null_dimension
 
 WIDTH = 40
 
@@ -20,7 +21,7 @@ def moments() -> KeyMoments:
 
 def kept(threshold: float) -> int:
     values = algebra.spectrum(moments().moments[0].double()).values
-    return algebra.null_dimension(values, threshold, "absolute")
+    return null_dimension(values, threshold, "absolute")
 
 
 @pytest.mark.parametrize("threshold", [3e-4, 1.1e-2, 0.3])
