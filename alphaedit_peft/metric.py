@@ -22,7 +22,7 @@ from torch import Tensor
 
 from alphaedit_peft import algebra
 from alphaedit_peft.nullspace import KeyMoments, NullSpace
-from alphaedit_peft.settings import EditOptions
+from alphaedit_peft.settings import EditOptions, Settings
 
 COLUMNS_AT_ONCE = 1024  # of rows, made float64 for a product; fixed, as sums round by it
 KEPT = 0.02  # |P k|^2 / |k|^2 below which projection is to blame for what an edit lacks
@@ -51,7 +51,7 @@ class Metric(ABC):
     @abstractmethod
     def of(
         cls,
-        settings: EditOptions,
+        settings: Settings,
         null_space: NullSpace | None,
         key_moments: KeyMoments | None,
     ) -> Metric:
@@ -142,7 +142,7 @@ class Metric(ABC):
         raise NotImplementedError(name)
 
     @abstractmethod
-    def advice(self, settings: EditOptions) -> str:
+    def advice(self, settings: Settings) -> str:
         """What lets layers reach more of their residuals, as something to do."""
 
     def lost(self, kept: float) -> str:
@@ -164,12 +164,11 @@ class Projector(Metric):
     @classmethod
     def of(
         cls,
-        settings: EditOptions,
+        settings: Settings,
         null_space: NullSpace | None,
         key_moments: KeyMoments | None,
     ) -> Metric:
         """See :class:`Metric`; lambda is ``ridge``."""
-        assert settings.ridge is not None, "resolve the config first"
         if null_space is None:
             raise ValueError("objective='alphaedit' is the projection; projection=False is MEMIT's")
         return cls(null_space, settings.ridge, settings.ridge_mode == "relative")
@@ -241,7 +240,7 @@ class Projector(Metric):
         projected = self.rows(layer, keys).square().sum(1)
         return float((projected / keys.square().sum(1).clamp_min(1e-30)).mean())
 
-    def advice(self, settings: EditOptions) -> str:
+    def advice(self, settings: Settings) -> str:
         """A lower ridge."""
         return f"lower ridge (now {settings.ridge:g}, {settings.ridge_mode})"
 
@@ -269,12 +268,11 @@ class Moment(Metric):
     @classmethod
     def of(
         cls,
-        settings: EditOptions,
+        settings: Settings,
         null_space: NullSpace | None,
         key_moments: KeyMoments | None,
     ) -> Metric:
         """See :class:`Metric`; w is ``moment_weight``."""
-        assert settings.moment_weight is not None, "resolve the config first"
         assert key_moments is not None, "it was needed"
         if settings.projects and settings.history:
             raise ValueError(
@@ -319,7 +317,7 @@ class Moment(Metric):
         moments = _bytes(self.moments.moments.values())
         return 3 * moments + _bytes(part.basis for part in parts.values())
 
-    def advice(self, settings: EditOptions) -> str:
+    def advice(self, settings: Settings) -> str:
         """A lower w."""
         return f"lower moment_weight (now {settings.moment_weight:g})"
 
@@ -339,7 +337,7 @@ def kind(objective: str) -> type[Metric]:
 
 
 def make_metric(
-    settings: EditOptions, null_space: NullSpace | None, key_moments: KeyMoments | None
+    settings: Settings, null_space: NullSpace | None, key_moments: KeyMoments | None
 ) -> Metric:
     """The metric that settings ask for.
 

@@ -28,14 +28,14 @@ from transformers import (
 from transformers.generation import GenerationMode
 
 from alphaedit_peft import hooks
-from alphaedit_peft.config import AlphaEditConfig
+from alphaedit_peft.settings import EditOptions
 
 STARTS = ("The", "Therefore", "Because", "I", "You")
 MOST_ROWS = 64  # written together: each has logits over the whole vocabulary, several times
 
 
 def sample_contexts(
-    model: nn.Module, tokenizer: PreTrainedTokenizerBase, config: AlphaEditConfig
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, config: EditOptions
 ) -> tuple[str, ...]:
     """The configured contexts, or ``num_contexts`` texts that the model writes.
 
@@ -158,7 +158,7 @@ def _together(
     model: nn.Module,
     starts: Sequence[list[int]],
     settings: GenerationConfig,
-    config: AlphaEditConfig,
+    config: EditOptions,
 ) -> list[Tensor] | None:
     """Ids of all contexts; None, before anything is run, where ``_sample`` says so."""
     streams = _Streams(config.seed, len(starts), config.context_length)
@@ -172,7 +172,7 @@ def _together(
     return [found[i] for i in range(len(starts))]
 
 
-def _batches(lengths: Sequence[int], config: AlphaEditConfig) -> list[list[int]]:
+def _batches(lengths: Sequence[int], config: EditOptions) -> list[list[int]]:
     """Indices of starts to go on from together: equally long, and few enough for memory."""
     found = []
     for length in dict.fromkeys(lengths):

@@ -14,14 +14,13 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from alphaedit_peft.architecture import paper_preset
-from alphaedit_peft.config import AlphaEditConfig
 from alphaedit_peft.editing.keys import keys_by_layer
 from alphaedit_peft.editing.prompts import EditRows, TokenRow
 from alphaedit_peft.editing.runner import Runner
 from alphaedit_peft.metric import Metric, kind
 from alphaedit_peft.nullspace import NullSpace
 from alphaedit_peft.nullspace.threshold import KeysAround
-from alphaedit_peft.settings import PRESETS
+from alphaedit_peft.settings import PRESETS, EditOptions
 
 PROBED = 32  # edits whose prompts are looked at, of a batch
 
@@ -42,19 +41,19 @@ class Decision:
         return f"{self.name} {self.value}: {self.reason}"
 
 
-def shown(config: AlphaEditConfig, name: str) -> str:
+def shown(config: EditOptions, name: str) -> str:
     """A setting's value as text, with the mode that says how it is read."""
     value, mode = getattr(config, name), getattr(config, f"{name}_mode", None)
     text = f"{value:g}" if isinstance(value, float) else str(value)
     return text if mode is None else f"{text} ({mode})"
 
 
-def in_force(decided: Sequence[Mapping[str, Any]], config: AlphaEditConfig) -> list[Any]:
+def in_force(decided: Sequence[Mapping[str, Any]], config: EditOptions) -> list[Any]:
     """Stored decisions whose settings have not been changed since."""
     return [d for d in decided if shown(config, str(d["name"])) == d["value"]]
 
 
-def movable(null_space: NullSpace | None, config: AlphaEditConfig) -> bool:
+def movable(null_space: NullSpace | None, config: EditOptions) -> bool:
     """Whether ``auto`` may choose the threshold: nobody chose one, and the spectrum is known.
 
     A null space at another threshold than the preset's was made so by somebody, and is kept.
@@ -129,8 +128,6 @@ def _search(runner: Runner, edits: Sequence[EditRows]) -> list[Decision]:
     hidden = runner.hidden([rows.rows[0] for rows in edits], last)  # (n, d)
     norm = float(hidden.norm(dim=1).median())
     step = norm / hidden.shape[1] ** 0.5
-    assert config.clamp_factor is not None, "resolve the config first"
-    assert config.learning_rate is not None, "resolve the config first"
     relative = config.learning_rate_mode == "relative"
     rate = config.learning_rate * (step if relative else 1)
     return [

@@ -13,8 +13,8 @@ from dataclasses import dataclass, replace
 from transformers import PreTrainedTokenizerBase
 
 from alphaedit_peft import tokens
-from alphaedit_peft.config import AlphaEditConfig
 from alphaedit_peft.edits import SLOT, Edit
+from alphaedit_peft.settings import EditOptions
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class Renderer:
     """
 
     tokenizer: PreTrainedTokenizerBase
-    config: AlphaEditConfig
+    config: EditOptions
     limits: tuple[int | None, int] | None = None
 
     def __post_init__(self) -> None:

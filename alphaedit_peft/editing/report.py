@@ -13,7 +13,6 @@ from typing import Any
 from torch import Tensor
 
 from alphaedit_peft.algebra import LowRankDelta
-from alphaedit_peft.config import AlphaEditConfig
 from alphaedit_peft.editing.capacity import Capacity
 from alphaedit_peft.editing.decide import Decision
 from alphaedit_peft.editing.groups import Group
@@ -26,6 +25,7 @@ from alphaedit_peft.factor import equal_rows
 from alphaedit_peft.metric import Metric, products_with
 from alphaedit_peft.nullspace.spectrum import LayerSpace, moment_quadratic, moment_times
 from alphaedit_peft.scoring import Score
+from alphaedit_peft.settings import Settings
 
 
 @dataclass(frozen=True)
@@ -327,13 +327,11 @@ def score_after(
 
 
 def why_not(
-    config: AlphaEditConfig, metric: Metric, found: Targets, solution: SolvedLayers, group: int
+    config: Settings, metric: Metric, found: Targets, solution: SolvedLayers, group: int
 ) -> str:
     """Why a group's target is not the likeliest, as far as the numbers tell, and what to turn."""
     loss, steps = float(found.losses[group]), int(found.steps[group])
     said, size = float(found.said[group]), float(found.clamped[group])
-    assert config.clamp_factor is not None, "resolve the config first"
-    assert config.stop_loss is not None, "resolve the config first"
     if said < SAID and loss < config.stop_loss:
         return (
             f"its target value was taken at loss {loss:.2f}, before it says the target; lower "
@@ -360,7 +358,7 @@ def why_not(
     )
 
 
-def _remedy(config: AlphaEditConfig, metric: Metric, solution: SolvedLayers) -> str:
+def _remedy(config: Settings, metric: Metric, solution: SolvedLayers) -> str:
     """What keeps the layers from the residual, as something to do."""
     if solution.guarded:
         layers = ", ".join(map(str, solution.guarded))

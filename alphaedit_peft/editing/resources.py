@@ -13,10 +13,10 @@ from torch import nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from alphaedit_peft import embedded
-from alphaedit_peft.config import AlphaEditConfig
 from alphaedit_peft.fingerprint import BaseFingerprint, require_same_base
 from alphaedit_peft.metric import Metric, Statistics, make_metric
 from alphaedit_peft.nullspace import KeyMoments, NullSpace
+from alphaedit_peft.settings import EditOptions, Settings
 
 RELEVANT = (  # the settings that a metric depends on
     *("objective", "projection", "history", "moment_weight", "null_space"),
@@ -56,7 +56,7 @@ class Resources:
                 ) from error
         return self.tokenizer
 
-    def find_metric(self, config: AlphaEditConfig, base: BaseFingerprint) -> Metric:
+    def find_metric(self, config: EditOptions, base: BaseFingerprint) -> Metric:
         """The metric of a resolved config, on statistics checked to be of this base.
 
         Raises:
@@ -71,7 +71,7 @@ class Resources:
                 self.null_space = _at_threshold(self.null_space, config)
             if self.key_moments is not None:
                 _check_moments(self.key_moments, base, layers)
-            self._metric = make_metric(config, self.null_space, self.key_moments)
+            self._metric = make_metric(Settings.of(config), self.null_space, self.key_moments)
             self._made_of = self._ingredients(config, base)
         return self._metric
 
@@ -85,7 +85,7 @@ class Resources:
             self._digests[statistics] = statistics.digest()
         return self._digests[statistics]
 
-    def _ingredients(self, config: AlphaEditConfig, base: BaseFingerprint) -> tuple[object, ...]:
+    def _ingredients(self, config: EditOptions, base: BaseFingerprint) -> tuple[object, ...]:
         """What the metric is made of; statistics compare by identity."""
         settings = (getattr(config, name) for name in RELEVANT)
         layers = tuple(config.rewrite_layers or ())
@@ -103,7 +103,7 @@ def _check_moments(moments: KeyMoments, base: BaseFingerprint, layers: list[int]
         require_same_base(moments.fingerprint, base, "these key moments")
 
 
-def _at_threshold(null_space: NullSpace, config: AlphaEditConfig) -> NullSpace:
+def _at_threshold(null_space: NullSpace, config: EditOptions) -> NullSpace:
     """The null space at the config's threshold, or the config at the null space's if it has none.
 
     A threshold that the user set wins; where none was set, the artefact's own is recorded.

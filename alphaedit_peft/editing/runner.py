@@ -19,9 +19,9 @@ from transformers import PreTrainedTokenizerBase
 
 from alphaedit_peft import hooks, scoring
 from alphaedit_peft.architecture import Architecture
-from alphaedit_peft.config import AlphaEditConfig
 from alphaedit_peft.devices import brings_to_gpu
 from alphaedit_peft.editing.prompts import Renderer, TokenRow
+from alphaedit_peft.settings import Settings
 from alphaedit_peft.tokens import PaddedBatch, batches
 
 PHASES = ("contexts", "keys", "targets", "solve", "write", "score")
@@ -94,14 +94,14 @@ class Limits:
 
 @dataclass(frozen=True)
 class Runner:
-    """A model ready to be edited; ``config`` is resolved, ``contexts`` are texts put before.
+    """A model ready to be edited; ``config`` says what holds, ``contexts`` are texts put before.
 
     ``phases`` sums the time of what is done on it; ``limits`` take the place of the config's.
     """
 
     model: nn.Module
     tokenizer: PreTrainedTokenizerBase
-    config: AlphaEditConfig
+    config: Settings
     architecture: Architecture
     contexts: tuple[str, ...]
     phases: Phases = field(default_factory=Phases, compare=False)

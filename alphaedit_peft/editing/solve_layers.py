@@ -20,13 +20,13 @@ from torch import Tensor
 
 from alphaedit_peft import algebra
 from alphaedit_peft.algebra import LowRankDelta
-from alphaedit_peft.config import AlphaEditConfig
 from alphaedit_peft.editing.keys import EditKeys, keys_by_layer, read
 from alphaedit_peft.editing.prompts import EditRows
 from alphaedit_peft.editing.runner import Runner
 from alphaedit_peft.editing.state import EditState
 from alphaedit_peft.factor import KeptFactor
 from alphaedit_peft.metric import Metric
+from alphaedit_peft.settings import EditOptions
 
 Write = Callable[[int, LowRankDelta], None]
 
@@ -150,7 +150,7 @@ class Solved:
 
 
 def solve_layer(
-    config: AlphaEditConfig,
+    config: EditOptions,
     metric: Metric,
     layer: int,
     rows: Tensor,
@@ -166,7 +166,7 @@ def solve_layer(
     nearly alike would otherwise be told apart by enormous weights.
 
     Args:
-        config: resolved.
+        config: for ``prior_ridge`` and ``norm_guard``.
         metric: the metric.
         layer: block number.
         rows: K M of the new groups, (groups, d_in).
@@ -212,7 +212,7 @@ def _extended(
 
 
 def _ridges(
-    config: AlphaEditConfig, metric: Metric, factor: KeptFactor, protected: Sequence[bool]
+    config: EditOptions, metric: Metric, factor: KeptFactor, protected: Sequence[bool]
 ) -> Tensor:
     """D, (n + groups,): every row's own batch's ridge; infinite for rows no longer protected."""
     found: list[float] = []

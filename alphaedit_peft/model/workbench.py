@@ -30,6 +30,7 @@ from alphaedit_peft.nullspace import NullSpace
 from alphaedit_peft.nullspace.threshold import least_disturbing
 from alphaedit_peft.pack.compress import require_rows
 from alphaedit_peft.scoring import Reader
+from alphaedit_peft.settings import Settings
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,8 @@ class WorkbenchModel(SavingModel):
                 with self.disable_adapter(), phases.timed("contexts"):
                     sample = partial(sample_contexts, base, tokenizer, config)
                     contexts = parallel.from_main(sample)
-            yield Runner(base, tokenizer, config, self.architecture, contexts, phases), objective
+            settings = Settings.of(config)
+            yield Runner(base, tokenizer, settings, self.architecture, contexts, phases), objective
 
     @contextmanager
     def _settled(
@@ -100,7 +102,8 @@ class WorkbenchModel(SavingModel):
                 objective = resources.find_metric(config, self.base_fingerprint)
                 self._moved = Moved(given, before, resources.null_space)
             with runner.phases.timed("keys"):
-                found = decisions(runner, objective, edits, self._undecided, tried)
+                now = replace(runner, config=Settings.of(config))
+                found = decisions(now, objective, edits, self._undecided, tried)
             yield objective, found
         finally:
             if not self._journal().rank:

@@ -24,6 +24,7 @@ from alphaedit_peft.config import AlphaEditConfig
 from alphaedit_peft.editing.prompts import TokenRow
 from alphaedit_peft.editing.runner import Runner
 from alphaedit_peft.edits import Edit
+from alphaedit_peft.settings import Settings
 from alphaedit_peft.tokens import PaddedBatch, batches
 
 
@@ -87,7 +88,7 @@ def fine_tune(
     architecture.check_layers([layer])
     name = f"{architecture.rewrite_name(layer)}.weight"
     weight = model.get_parameter(name).detach()
-    runner = Runner(model, tokenizer, full, architecture, ())
+    runner = Runner(model, tokenizer, Settings.of(full), architecture, ())
     rows = [runner.renderer.edit_rows(edit, ()).rows[0] for edit in edits]
     change = torch.zeros_like(weight, dtype=torch.float32, requires_grad=True)
     adam = torch.optim.Adam([change], lr=settings.learning_rate)

@@ -11,6 +11,7 @@ from alphaedit_peft import AlphaEditConfig, NullSpace
 from alphaedit_peft.editing.resources import Resources
 from alphaedit_peft.fingerprint import BaseFingerprint
 from alphaedit_peft.nullspace import KeyMoments
+from alphaedit_peft.settings import PRESETS
 
 BASE = BaseFingerprint({}, None, 1)
 
@@ -22,7 +23,8 @@ def moments(seed: int = 0) -> KeyMoments:
 
 def settings(**changes) -> AlphaEditConfig:
     values = {"rewrite_layers": [1], "ridge": 0.1, "moment_weight": 10.0, "history": False}
-    return AlphaEditConfig(**(values | changes))
+    filled = PRESETS["auto"] | {"threshold": None, "threshold_mode": None}
+    return AlphaEditConfig(**(filled | values | changes))
 
 
 def test_provenance_of_a_null_space():

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from alphaedit_peft.config import AlphaEditConfig
 from alphaedit_peft.editing.groups import Group
 from alphaedit_peft.editing.runner import Runner
 from alphaedit_peft.editing.targets.continuation import Row
+from alphaedit_peft.settings import Settings
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Reads:
         )
 
 
-def rows_of(group: Group, slot: int, config: AlphaEditConfig) -> list[Row]:
+def rows_of(group: Group, slot: int, config: Settings) -> list[Row]:
     """The rows of a group: prompts in every context, the leader's KL row, every anchor once."""
     rows = []
     for member in group.members:

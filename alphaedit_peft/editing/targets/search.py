@@ -21,7 +21,6 @@ import torch
 from torch import Tensor
 
 from alphaedit_peft import hooks
-from alphaedit_peft.config import AlphaEditConfig
 from alphaedit_peft.editing.groups import Group
 from alphaedit_peft.editing.runner import Runner, tell_of_memory
 from alphaedit_peft.editing.targets.autocast import Autocast
@@ -33,6 +32,7 @@ from alphaedit_peft.editing.targets.continuation import (
     WholeRows,
 )
 from alphaedit_peft.editing.targets.loss import Reads, chunked, rows_of
+from alphaedit_peft.settings import Settings
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,6 @@ class _Chunk:
     def optimise(self) -> Targets:
         """Run Adam on all groups; each leaves when its loss is small or its steps are spent."""
         config = self.runner.config
-        assert config.steps is not None, "resolve the config first"
         adam = Adam(self.hidden, config)
         losses = self.hidden.new_full((self.num_groups,), float("inf"))
         steps = torch.zeros(self.num_groups, dtype=torch.long)
@@ -144,7 +143,6 @@ class _Chunk:
 
     def _done(self, loss: Tensor, said: Tensor) -> bool:
         config = self.runner.config
-        assert config.stop_loss is not None, "resolve the config first"
         likeliest = config.stop_when == "likeliest" and bool(said == 1)
         return likeliest or bool(loss < config.stop_loss)
 
@@ -245,9 +243,7 @@ EPSILON = 1e-8
 class Adam:
     """The deltas and what Adam remembers of their gradients."""
 
-    def __init__(self, hidden: Tensor, config: AlphaEditConfig) -> None:
-        assert config.learning_rate is not None, "resolve the config first"
-        assert config.clamp_factor is not None, "resolve the config first"
+    def __init__(self, hidden: Tensor, config: Settings) -> None:
         self.delta = torch.zeros_like(hidden)  # (groups, d)
         self.mean, self.square = torch.zeros_like(hidden), torch.zeros_like(hidden)
         self.bound = config.clamp_factor * hidden.norm(dim=1, keepdim=True)

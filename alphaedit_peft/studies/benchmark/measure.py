@@ -28,6 +28,7 @@ from alphaedit_peft.editing.state import EditState
 from alphaedit_peft.edits import Edit
 from alphaedit_peft.metric import kind
 from alphaedit_peft.model import AlphaEditModel, get_alphaedit_model, lora_layer
+from alphaedit_peft.settings import Settings
 from alphaedit_peft.studies.benchmark.machine import (
     CountedPhases,
     OperationCounter,
@@ -114,7 +115,7 @@ def _counted(
         with counter, phases.timed("contexts"):
             contexts = timed_runs.contexts(model)
         runner = timed_runs.runner(model, contexts, phases)
-        metric = model.resources.find_metric(runner.config, model.base_fingerprint)
+        metric = model.resources.find_metric(model.alphaedit_config, model.base_fingerprint)
         state = EditState(model.factors, (), torch.zeros(0, model.config.hidden_size))
         rows = [runner.renderer.edit_rows(edit, runner.contexts) for edit in edits]
         with hooks.evaluating(base), counting_tokens(base, architecture) as seen, counter:
@@ -131,7 +132,8 @@ class PlainWay:
         self._runner = timed_runs
         model = timed_runs.wrapped("alphaedit")
         try:
-            self._config, self._architecture = model.alphaedit_config, model.architecture
+            self._config = Settings.of(model.alphaedit_config)
+            self._architecture = model.architecture
             contexts = timed_runs.contexts(model)
             renderer = timed_runs.runner(model, contexts, Phases()).renderer
         finally:
@@ -327,7 +329,7 @@ class TimedRuns:
 
     def runner(self, model: AlphaEditModel, contexts: tuple[str, ...], phases: Phases) -> Runner:
         """What the river works with."""
-        config, base = model.alphaedit_config, self.subject.model
+        config, base = Settings.of(model.alphaedit_config), self.subject.model
         return Runner(base, self.subject.tokenizer, config, model.architecture, contexts, phases)
 
 

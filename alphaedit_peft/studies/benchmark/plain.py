@@ -18,11 +18,11 @@ from torch import Tensor, nn
 
 from alphaedit_peft import hooks
 from alphaedit_peft.architecture import Architecture
-from alphaedit_peft.config import AlphaEditConfig
 from alphaedit_peft.devices import computes_on, held, in_place
 from alphaedit_peft.editing.prompts import EditRows, TokenRow
 from alphaedit_peft.editing.runner import Phases
 from alphaedit_peft.nullspace import NullSpace
+from alphaedit_peft.settings import Settings
 from alphaedit_peft.tokens import padded
 
 ROWS_AT_ONCE = 512  # prompts in one forward for keys
@@ -37,7 +37,7 @@ class PlainModel:
     """
 
     model: nn.Module
-    config: AlphaEditConfig
+    config: Settings
     architecture: Architecture
     projectors: Mapping[int, Tensor]
     caches: Mapping[int, Tensor]
@@ -46,7 +46,7 @@ class PlainModel:
     def of(
         cls,
         model: nn.Module,
-        config: AlphaEditConfig,
+        config: Settings,
         architecture: Architecture,
         null_space: NullSpace,
     ) -> PlainModel:
@@ -125,7 +125,6 @@ class PlainModel:
         Solves (P (Kp Kp^T + K K^T) + lambda I) X = P K R^T, with keys as columns; Delta = X^T.
         """
         P, ridge = self.projectors[layer], self.config.ridge
-        assert ridge is not None, "resolve the config first"
         K = keys.T.to(P)  # (d_in, n)
         left = P @ (K @ K.T + self.caches[layer])  # (d_in, d_in)
         left.diagonal().add_(ridge)
@@ -170,9 +169,6 @@ class PlainModel:
     def target_value(self, rows: EditRows) -> Tensor:
         """z of one edit, (d,): Adam on a vector added at the subject (MEMIT Eq. 16)."""
         config = self.config
-        assert config.steps is not None, "resolve the config first"
-        assert config.learning_rate is not None, "resolve the config first"
-        assert config.clamp_factor is not None, "resolve the config first"
         search = _Search(self, rows)
         loss = search.loss()  # tells h, which the learning rate may depend on
         size = search.start.norm()
