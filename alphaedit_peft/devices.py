@@ -13,7 +13,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from accelerate.hooks import AlignDevicesHook, SequentialHook
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
@@ -131,6 +130,10 @@ def _how_split(model: nn.Module) -> str | None:
 def _offloading(module: nn.Module) -> Any:
     """The hook that brings a module's own weights in; None where they stay in place."""
     hook = getattr(module, "_hf_hook", None)
+    if hook is None:
+        return None
+    from accelerate.hooks import AlignDevicesHook, SequentialHook
+
     hooks = hook.hooks if isinstance(hook, SequentialHook) else (hook,)
     found = (h for h in hooks if isinstance(h, AlignDevicesHook) and h.offload)
     return next(found, None)

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers.activations import NewGELUActivation
 
 
 class _Stop(Exception):
@@ -129,6 +128,8 @@ def fused_gelu(model: nn.Module) -> Iterator[None]:
 
     It is 0.5 x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))) in both, to rounding.
     """
+    from transformers.activations import NewGELUActivation
+
     with ExitStack() as stack:
         for module in model.modules():
             if type(module) is NewGELUActivation:

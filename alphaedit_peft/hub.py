@@ -13,17 +13,11 @@ from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, snapshot_download
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HfHubHTTPError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
 
 LOGIN = "log in with 'hf auth login' or pass token="
 _MAIN = "main"
@@ -86,6 +80,8 @@ def push_folder(folder: Path, to: Destination, owned: Collection[str], message: 
         RuntimeError: someone else's push came in between.
         ConnectionError: the Hub cannot be reached, or fails.
     """
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+
     api = HfApi(token=to.token)
     prefix = f"{to.subfolder.strip('/')}/" if to.subfolder else ""
     local = sorted(path for path in folder.rglob("*") if path.is_file())
@@ -141,6 +137,8 @@ def fetch_folder(
         PermissionError: a gated repository.
         ConnectionError: the Hub fails.
     """
+    from huggingface_hub import snapshot_download
+
     check_subfolder(subfolder)
     inside = subfolder.strip("/") if subfolder else ""
     start = glob.escape(f"{inside}/") if inside else ""
@@ -187,20 +185,22 @@ def _ensure_branch(api: HfApi, repo_id: str, to: Destination) -> None:
 @contextmanager
 def _pushing(to: Destination) -> Iterator[None]:
     """What goes wrong in a push, in plain words."""
+    from huggingface_hub import errors
+
     try:
         yield
-    except HFValidationError as error:
+    except errors.HFValidationError as error:
         raise ValueError(f"repo_id={to.repo_id!r} is no repository's name: {error}") from error
-    except RevisionNotFoundError as error:
+    except errors.RevisionNotFoundError as error:
         raise FileNotFoundError(f"{to.repo_id} has no revision {to.revision!r}") from error
-    except HfHubHTTPError as error:
+    except errors.HfHubHTTPError as error:
         status = error.response.status_code
         if status in _CONFLICTS:
             raise RuntimeError(
                 f"{to.repo_id} changed while this was pushed, and was left as it is then; look at "
                 "what is there, and push again"
             ) from error
-        if status in (401, 403) or isinstance(error, RepositoryNotFoundError):
+        if status in (401, 403) or isinstance(error, errors.RepositoryNotFoundError):
             raise PermissionError(
                 f"{to.repo_id}: the Hub lets this token not write there (status {status}); {LOGIN} "
                 "of someone who may, or propose the change with create_pr=True"
@@ -218,32 +218,34 @@ def _pushing(to: Destination) -> Iterator[None]:
 @contextmanager
 def _reading(repo_id: str, revision: str | None) -> Iterator[None]:
     """What goes wrong in a download, in plain words."""
+    from huggingface_hub import errors
+
     try:
         yield
-    except HFValidationError as error:
+    except errors.HFValidationError as error:
         raise FileNotFoundError(
             f"{repo_id} is no folder here, and no Hub repository name either; check the path"
         ) from error
-    except GatedRepoError as error:
+    except errors.GatedRepoError as error:
         raise PermissionError(
             f"{repo_id} is gated: ask for access on its page, then {LOGIN}"
         ) from error
-    except RepositoryNotFoundError as error:
+    except errors.RepositoryNotFoundError as error:
         raise FileNotFoundError(
             f"{repo_id}: no such folder here, and no Hub repository of that name that may be read; "
             f"check the name, or {LOGIN} if it is private"
         ) from error
-    except RevisionNotFoundError as error:
+    except errors.RevisionNotFoundError as error:
         raise FileNotFoundError(
             f"{repo_id} on the Hub has no revision {revision!r}; give one of its branches, tags "
             "or commits"
         ) from error
-    except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
+    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as error:
         raise FileNotFoundError(
             f"{repo_id}: no such folder here, nothing of it in the Hub's cache, and no Hub "
             "repository that could be asked for; check the path or the connection"
         ) from error
-    except HfHubHTTPError as error:
+    except errors.HfHubHTTPError as error:
         raise ConnectionError(f"{repo_id} was not downloaded: {_answered(error)}") from error
     except Exception as error:
         if not _is_network(error):

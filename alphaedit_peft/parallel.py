@@ -14,7 +14,6 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from accelerate import PartialState
 from torch import Tensor
 
 T = TypeVar("T")
@@ -34,6 +33,8 @@ def count() -> int:
     if not dist.is_initialized():
         if not all(name in os.environ for name in LAUNCHED) or os.environ["WORLD_SIZE"] == "1":
             return 1
+        from accelerate import PartialState
+
         PartialState()  # chooses the backend and this process's device
     return dist.get_world_size()
 
