@@ -172,6 +172,20 @@ def check_subfolder(subfolder: str | None) -> None:
         )
 
 
+def repository_name(name: object) -> str | None:
+    """What can be a repository's name, as it is; None for anything else, such as a folder here."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    if not isinstance(name, str):
+        return None
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return None
+    return None if Path(name).is_dir() else name
+
+
 def _ensure_branch(api: HfApi, repo_id: str, to: Destination) -> None:
     if to.revision in (None, _MAIN) or to.create_pr or str(to.revision).startswith("refs/"):
         return

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 from alphaedit_peft import embedded
 from alphaedit_peft.artefact import left_aside
 from alphaedit_peft.fingerprint import BaseFingerprint
-from alphaedit_peft.hub import Destination, fetch_folder, push_folder
+from alphaedit_peft.hub import Destination, fetch_folder, push_folder, repository_name
 from alphaedit_peft.nullspace.spectrum import STEM, LayerSummary
 
 HEADER = f"{STEM}.json"
@@ -160,9 +160,8 @@ def card(space: Shared, to: Destination, *, by_fingerprint: bool = False) -> str
     """The README of a null space on the Hub: what it is, of which base, and how to use it."""
     from huggingface_hub import ModelCardData
 
-    name = space.provenance.get("model")
     data = ModelCardData(
-        base_model=name if _is_hub_name(name) else None,
+        base_model=repository_name(space.provenance.get("model")),
         library_name="alphaedit_peft",
         tags=["alphaedit", "knowledge-editing", "null-space"],
     )
@@ -234,21 +233,7 @@ def _made_for(header: Path) -> BaseFingerprint | None:
 
 def _base(provenance: Mapping[str, Any]) -> str:
     name = provenance.get("model")
-    known = name == embedded.NAME or _is_hub_name(name)
-    return str(name) if known else "a local model"
-
-
-def _is_hub_name(name: object) -> bool:
-    if not isinstance(name, str) or name == embedded.NAME or Path(name).is_dir():
-        return False
-    from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id
-
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        return False
-    return True
+    return str(name) if name == embedded.NAME else repository_name(name) or "a local model"
 
 
 def _one_line(text: object) -> str:

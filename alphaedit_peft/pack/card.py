@@ -11,15 +11,14 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path, PureWindowsPath
+from pathlib import PureWindowsPath
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import ModelCardData
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
 
 from alphaedit_peft import embedded
+from alphaedit_peft.hub import repository_name
 from alphaedit_peft.pack.parents import stands_on
 from alphaedit_peft.pack.record import ROLES, EditRecord
 from alphaedit_peft.pack.wording import compressed, parent_in_words
@@ -143,6 +142,7 @@ from transformers import AutoModelForCausalLM
 base = AutoModelForCausalLM.from_pretrained({base})"""
 _LOADING_EMBEDDED = """\
 from alphaedit_peft import embedded
+from alphaedit_peft.hub import repository_name
 
 base, tokenizer = embedded.load()"""
 _ABOUT_EMBEDDED = """
@@ -202,7 +202,7 @@ def card(
         texts: whether to show the edits' texts; without them the card says where they are.
     """
     base = pack.config.base_model_name_or_path
-    on_hub = _hub_name(base)
+    on_hub = repository_name(base)
     data = ModelCardData(
         base_model=on_hub,
         base_model_relation="adapter" if on_hub else None,
@@ -257,7 +257,7 @@ def summary(pack: EditPack) -> str:
 def base_name(pack: EditPack) -> str:
     """What strangers may be told of the base: its name on the Hub, never a path."""
     name = pack.config.base_model_name_or_path
-    return embedded.NAME if name == embedded.NAME else _hub_name(name) or "a local model"
+    return embedded.NAME if name == embedded.NAME else repository_name(name) or "a local model"
 
 
 def _mixed(pack: EditPack) -> bool:
@@ -332,25 +332,7 @@ def loading_code(base: str | None) -> str:
     """The lines of Python that load a base of this name or path."""
     if base == embedded.NAME:
         return _LOADING_EMBEDDED
-    return _LOADING.format(base=json.dumps(_hub_name(base) or "path/of/the/base/model"))
-
-
-def _hub_name(base: str | None) -> str | None:
-    """The base's repository on the Hub; None for a local path, which no reader could use.
-
-    The embedded model's name is of this package, not of the Hub.
-    """
-    if not base or base == embedded.NAME:
-        return None
-    if Path(base).is_absolute() or PureWindowsPath(base).is_absolute():
-        return None
-    if Path(base).is_dir():
-        return None
-    try:
-        validate_repo_id(base)
-    except HFValidationError:
-        return None
-    return base
+    return _LOADING.format(base=json.dumps(repository_name(base) or "path/of/the/base/model"))
 
 
 def _escaped(text: str) -> str:
