@@ -142,7 +142,6 @@ from transformers import AutoModelForCausalLM
 base = AutoModelForCausalLM.from_pretrained({base})"""
 _LOADING_EMBEDDED = """\
 from alphaedit_peft import embedded
-from alphaedit_peft.hub import repository_name
 
 base, tokenizer = embedded.load()"""
 _ABOUT_EMBEDDED = """
