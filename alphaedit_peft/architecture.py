@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
-from transformers import PretrainedConfig
 
 
 @dataclass(frozen=True)
@@ -129,6 +128,8 @@ def describe(
     Raises:
         ValueError: a family that is unknown or refused, or names that the model does not have.
     """
+    from transformers import PretrainedConfig  # whoever holds such a model has paid for it
+
     config = getattr(model, "config", None)
     if not isinstance(config, PretrainedConfig):
         raise ValueError(f"{type(model).__name__} has no transformers config; pass a causal LM")
@@ -146,7 +147,7 @@ def describe(
     return Architecture(config.model_type, block_names, rewrite, conv1d, num_blocks)
 
 
-def paper_preset(config: PretrainedConfig) -> PaperPreset | None:
+def paper_preset(config: Any) -> PaperPreset | None:
     """The paper's settings if the model has the shape of one of the paper's three models."""
     hidden = getattr(config, "hidden_size", 0)
     width = getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None)
@@ -165,9 +166,7 @@ def default_rewrite_layers(num_blocks: int) -> tuple[int, ...]:
     return tuple(range(max(0, last - count + 1), last + 1))
 
 
-def _family(
-    config: PretrainedConfig, block_module: str | None, rewrite_module: str | None
-) -> Family:
+def _family(config: Any, block_module: str | None, rewrite_module: str | None) -> Family:
     kind = config.model_type
     reason = REFUSED.get(kind) or _structural_reason(config)
     if reason:

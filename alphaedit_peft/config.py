@@ -60,10 +60,13 @@ class AlphaEditConfig(EditOptions, PeftConfig):
         return full, architecture
 
     def lora_config(self, architecture: Architecture, rank: int) -> LoraConfig:
-        """The plain LoRA config of the live adapter: scaling 1, full module names, no patterns."""
-        assert self.rewrite_layers is not None, "resolve the config first"
-        modules = [architecture.rewrite_name(layer) for layer in self.rewrite_layers]
-        return self._lora(modules, rank, architecture.conv1d)
+        """The plain LoRA config of an adapter: scaling 1, full module names, no patterns.
+
+        Raises:
+            ValueError: rewrite layers that are open, or outside the model.
+        """
+        layers = architecture.check_layers(self.rewrite_layers or ())
+        return self._lora([*map(architecture.rewrite_name, layers)], rank, architecture.conv1d)
 
     def adapter_config(
         self, modules: Collection[str], rank: int, fan_in_fan_out: bool

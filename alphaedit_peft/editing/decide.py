@@ -117,7 +117,7 @@ def decisions(
 
 def _layers(runner: Runner) -> Decision:
     blocks = runner.architecture.num_blocks
-    known = paper_preset(runner.model.config) is not None  # type: ignore[arg-type]
+    known = paper_preset(runner.model.config) is not None
     reason = "the paper's" if known else f"by depth: the last one lies at 30 % of {blocks} blocks"
     return Decision("rewrite_layers", shown(runner.config, "rewrite_layers"), reason)
 
