@@ -127,7 +127,7 @@ class Metric(ABC):
     def reason(
         self,
         name: str,
-        settings: EditOptions,
+        settings: Settings,
         keys: Mapping[int, Tensor],
         disturbances: Mapping[float, float],
     ) -> str:
@@ -202,7 +202,7 @@ class Projector(Metric):
     def reason(
         self,
         name: str,
-        settings: EditOptions,
+        settings: Settings,
         keys: Mapping[int, Tensor],
         disturbances: Mapping[float, float],
     ) -> str:

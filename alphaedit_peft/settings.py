@@ -293,14 +293,20 @@ class Settings(EditOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        left = [name for name in get_annotations(Settings) if getattr(self, name) is None]
-        if left:
-            raise ValueError(f"{left} are open; take what AlphaEditConfig.resolve(model) gives")
+        self._require_settled()
 
     @classmethod
     def of(cls, options: EditOptions) -> Settings:
-        """A copy, once nothing is open."""
-        return cls(**options.to_json())
+        """A copy, once nothing is open; values set since the options were made go unchecked."""
+        settings = cls.__new__(cls)
+        vars(settings).update(options.to_json())
+        settings._require_settled()
+        return settings
+
+    def _require_settled(self) -> None:
+        left = [name for name in get_annotations(Settings) if getattr(self, name) is None]
+        if left:
+            raise ValueError(f"{left} are open; take what AlphaEditConfig.resolve(model) gives")
 
 
 # of each preset, by field: what it puts where the user has left None

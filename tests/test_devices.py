@@ -26,6 +26,7 @@ from alphaedit_peft.editing.runner import Runner
 from alphaedit_peft.fingerprint import fingerprint
 from alphaedit_peft.model import lora_layer
 from alphaedit_peft.scoring import Reader
+from alphaedit_peft.settings import Settings
 from tests.conftest import CORPUS, tiny_model
 
 CPU = torch.device("cpu")
@@ -159,7 +160,10 @@ def test_a_plain_lora_is_loaded_onto_an_offloaded_base(how, plain, tmp_path):
 def test_few_passes_are_made_where_each_brings_weights_to_a_gpu(where, dear, tokenizer):
     model = tiny_model("llama")
     full, architecture = AlphaEditConfig(**CONFIG).resolve(model)
-    runner, reader = Runner(model, tokenizer, full, architecture, ()), Reader(model, tokenizer)
+    runner, reader = (
+        Runner(model, tokenizer, Settings.of(full), architecture, ()),
+        Reader(model, tokenizer),
+    )
     rows = [[5]] * 90 + [[5] * 40]
     assert [len(list(owner.batches(rows))) for owner in (runner, reader)] == [2, 2]
     for block in model.model.layers:

@@ -119,12 +119,12 @@ def _still_protected(
     """Rows in place that keep their output: neither replaced nor taken over by a group."""
     taken = {row for group in groups for row in group.old_rows}
     kept = [r for r in state.standing if r.edit.id not in replaced and r.row not in taken]
-    return protects(kept if runner.config.history else (), state.rank)
+    return protects(kept if runner.settings.history else (), state.rank)
 
 
 def _oversized(runner: Runner, edits: Sequence[EditRows], hidden: Tensor) -> dict[str, str]:
     """Edits whose hidden state (of ``hidden``, (edits, d)) would wreck the solve by its size."""
-    last, ratio = runner.layers[-1], runner.config.max_hidden_ratio
+    last, ratio = runner.layers[-1], runner.settings.max_hidden_ratio
     norms = hidden.norm(dim=1)
     if not norms.isfinite().all():
         first = edits[int((~norms.isfinite()).nonzero()[0])].edit
@@ -160,7 +160,7 @@ def _groups(
         keys,
         [(record.row, record.prefix) for record in standing],
         state.factors[first].A.to(keys),
-        runner.config.key_cosine,
+        runner.settings.key_cosine,
     )
     groups = []
     for indices, old_rows in found:

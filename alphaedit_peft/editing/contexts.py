@@ -35,13 +35,13 @@ MOST_ROWS = 64  # written together: each has logits over the whole vocabulary, s
 
 
 def sample_contexts(
-    model: nn.Module, tokenizer: PreTrainedTokenizerBase, config: EditOptions
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, options: EditOptions
 ) -> tuple[str, ...]:
     """The configured contexts, or ``num_contexts`` texts that the model writes.
 
     Each begins with one of ``STARTS`` in turn and ends in a full stop. The random numbers come from
-    ``config.seed`` alone, and a context's own do not depend on which others are written with it;
-    ``config.tokens_per_batch`` bounds how many are.
+    ``options.seed`` alone, and a context's own do not depend on which others are written with it;
+    ``options.tokens_per_batch`` bounds how many are.
 
     Returns:
         Distinct texts; fewer than asked for where the model repeats itself or writes nothing.
@@ -49,10 +49,10 @@ def sample_contexts(
     Raises:
         ValueError: a model whose probabilities are not finite.
     """
-    if config.contexts is not None:
-        return tuple(config.contexts)
-    device, length = _device(model), config.context_length
-    starts = [_opening(tokenizer, STARTS[i % len(STARTS)]) for i in range(config.num_contexts)]
+    if options.contexts is not None:
+        return tuple(options.contexts)
+    device, length = _device(model), options.context_length
+    starts = [_opening(tokenizer, STARTS[i % len(STARTS)]) for i in range(options.num_contexts)]
     settings = GenerationConfig(
         do_sample=True,
         top_k=5,
@@ -65,8 +65,8 @@ def sample_contexts(
         torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
         hooks.evaluating(model),
     ):
-        _seed(device, config.seed)
-        rows = _together(model, starts, settings, config)
+        _seed(device, options.seed)
+        rows = _together(model, starts, settings, options)
         if rows is None:
             rows = [_continued(model, [start], settings)[0] for start in starts]
     texts = [_sentence(tokenizer, row) for row in rows]
@@ -158,12 +158,12 @@ def _together(
     model: nn.Module,
     starts: Sequence[list[int]],
     settings: GenerationConfig,
-    config: EditOptions,
+    options: EditOptions,
 ) -> list[Tensor] | None:
     """Ids of all contexts; None, before anything is run, where ``_sample`` says so."""
-    streams = _Streams(config.seed, len(starts), config.context_length)
+    streams = _Streams(options.seed, len(starts), options.context_length)
     found: dict[int, Tensor] = {}
-    for numbers in _batches([len(start) for start in starts], config):
+    for numbers in _batches([len(start) for start in starts], options):
         decode = partial(_sample, streams, numbers)
         rows = _continued(model, [starts[i] for i in numbers], settings, decode)
         if rows is None:
@@ -172,12 +172,12 @@ def _together(
     return [found[i] for i in range(len(starts))]
 
 
-def _batches(lengths: Sequence[int], config: EditOptions) -> list[list[int]]:
+def _batches(lengths: Sequence[int], options: EditOptions) -> list[list[int]]:
     """Indices of starts to go on from together: equally long, and few enough for memory."""
     found = []
     for length in dict.fromkeys(lengths):
         alike = [i for i, other in enumerate(lengths) if other == length]
-        step = config.tokens_per_batch // (length + config.context_length)
+        step = options.tokens_per_batch // (length + options.context_length)
         step = min(max(1, step), MOST_ROWS)
         found += [alike[i : i + step] for i in range(0, len(alike), step)]
     return found

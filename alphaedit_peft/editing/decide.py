@@ -41,26 +41,26 @@ class Decision:
         return f"{self.name} {self.value}: {self.reason}"
 
 
-def shown(config: EditOptions, name: str) -> str:
+def shown(settings: EditOptions, name: str) -> str:
     """A setting's value as text, with the mode that says how it is read."""
-    value, mode = getattr(config, name), getattr(config, f"{name}_mode", None)
+    value, mode = getattr(settings, name), getattr(settings, f"{name}_mode", None)
     text = f"{value:g}" if isinstance(value, float) else str(value)
     return text if mode is None else f"{text} ({mode})"
 
 
-def in_force(decided: Sequence[Mapping[str, Any]], config: EditOptions) -> list[Any]:
+def in_force(decided: Sequence[Mapping[str, Any]], settings: EditOptions) -> list[Any]:
     """Stored decisions whose settings have not been changed since."""
-    return [d for d in decided if shown(config, str(d["name"])) == d["value"]]
+    return [d for d in decided if shown(settings, str(d["name"])) == d["value"]]
 
 
-def movable(null_space: NullSpace | None, config: EditOptions) -> bool:
+def movable(null_space: NullSpace | None, settings: EditOptions) -> bool:
     """Whether ``auto`` may choose the threshold: nobody chose one, and the spectrum is known.
 
     A null space at another threshold than the preset's was made so by somebody, and is kept.
     """
     preset = PRESETS["auto"]
-    decides = "threshold" in kind(config.objective).decides
-    if null_space is None or config.preset != "auto" or not decides:
+    decides = "threshold" in kind(settings.objective).decides
+    if null_space is None or settings.preset != "auto" or not decides:
         return False
     given = (null_space.threshold, null_space.threshold_mode)
     known = not any(part.projector_only for part in null_space.parts.values())
@@ -104,13 +104,13 @@ def decisions(
         undecided: names of the settings that the user left open.
         disturbances: from ``least_disturbing``; empty where the threshold was not chosen here.
     """
-    config = runner.config
+    settings = runner.settings
     keys = keys_by_layer(runner, edits)
     found = [_layers(runner)]
     for name in metric.decides:
-        if name != "threshold" or disturbances or movable(metric.null_space, config):
-            reason = metric.reason(name, config, keys, disturbances)
-            found.append(Decision(name, shown(config, name), reason))
+        if name != "threshold" or disturbances or movable(metric.null_space, settings):
+            reason = metric.reason(name, settings, keys, disturbances)
+            found.append(Decision(name, shown(settings, name), reason))
     found += _search(runner, edits)
     return tuple(decision for decision in found if decision.name in undecided)
 
@@ -119,32 +119,32 @@ def _layers(runner: Runner) -> Decision:
     blocks = runner.architecture.num_blocks
     known = paper_preset(runner.model.config) is not None
     reason = "the paper's" if known else f"by depth: the last one lies at 30 % of {blocks} blocks"
-    return Decision("rewrite_layers", shown(runner.config, "rewrite_layers"), reason)
+    return Decision("rewrite_layers", shown(runner.settings, "rewrite_layers"), reason)
 
 
 def _search(runner: Runner, edits: Sequence[EditRows]) -> list[Decision]:
     """Clamp, learning rate and stopping, relative to |h| at the last rewrite layer."""
-    config, last = runner.config, runner.layers[-1]
+    settings, last = runner.settings, runner.layers[-1]
     hidden = runner.hidden([rows.rows[0] for rows in edits], last)  # (n, d)
     norm = float(hidden.norm(dim=1).median())
     step = norm / hidden.shape[1] ** 0.5
-    relative = config.learning_rate_mode == "relative"
-    rate = config.learning_rate * (step if relative else 1)
+    relative = settings.learning_rate_mode == "relative"
+    rate = settings.learning_rate * (step if relative else 1)
     return [
         Decision(
             "clamp_factor",
-            shown(config, "clamp_factor"),
-            f"|z - h| up to {config.clamp_factor * norm:.3g}; the edits' median |h| after block "
+            shown(settings, "clamp_factor"),
+            f"|z - h| up to {settings.clamp_factor * norm:.3g}; the edits' median |h| after block "
             f"{last} is {norm:.3g}",
         ),
         Decision(
             "learning_rate",
-            shown(config, "learning_rate"),
+            shown(settings, "learning_rate"),
             f"steps of {rate:.3g} a coordinate, whose size |h| / sqrt(d) is {step:.3g}",
         ),
         Decision(
             "stop_loss",
-            shown(config, "stop_loss"),
+            shown(settings, "stop_loss"),
             "a target value goes no further than the target needs, which spares the subject's "
             "other facts",
         ),

@@ -1,7 +1,7 @@
 """How much memory a batch of edits takes, and the chunk sizes that keep it within a budget.
 
 In: a runner, a metric, tokenised edits, what is in place. Out: bytes, or a runner whose chunk
-sizes are set from ``config.memory_budget``. All of it counts above the base's weights. With n rows
+sizes are set from ``settings.memory_budget``. All of it counts above the base's weights. With n rows
 after the batch, u edits of c rows each for keys, rows of up to p tokens before the subject and q
 from it on (q' in the edit that has fewest), t tokens of a target, r of the row with most of its
 tokens read, b rewrite layers, N blocks, N' of them above the last rewrite layer, width d, MLP f,
@@ -79,10 +79,10 @@ class Need:
 def within_budget(
     runner: Runner, metric: Metric, edits: Sequence[EditRows], batch_size: int, rank: int
 ) -> Runner:
-    """The runner with chunk sizes from ``config.memory_budget``; as it is where there is none.
+    """The runner with chunk sizes from ``settings.memory_budget``; as it is where there is none.
 
     Args:
-        runner: its config may hold a budget.
+        runner: its settings may hold a budget.
         metric: whose statistics count.
         edits: all that are to be made.
         batch_size: at most so many at once.
@@ -91,7 +91,7 @@ def within_budget(
     Raises:
         ValueError: a budget that is too small for one edit; says how much it takes.
     """
-    budget = byte_count("memory_budget", runner.config.memory_budget)
+    budget = byte_count("memory_budget", runner.settings.memory_budget)
     if budget is None or not edits:
         return runner
     need = estimate(runner, metric, edits, min(batch_size, len(edits)), rank + len(edits))

@@ -67,13 +67,13 @@ class Renderer:
     """
 
     tokenizer: PreTrainedTokenizerBase
-    config: EditOptions
+    settings: EditOptions
     limits: tuple[int | None, int] | None = None
 
     def __post_init__(self) -> None:
         name = type(self.tokenizer).__name__
         tokens.require_offsets(self.tokenizer)
-        if self.config.chat_template and not self.tokenizer.chat_template:
+        if self.settings.chat_template and not self.tokenizer.chat_template:
             raise ValueError(
                 f"chat_template=True, but tokenizer {name} has no chat template; set one or use "
                 "chat_template=False"
@@ -88,7 +88,7 @@ class Renderer:
         """
         prompts = [edit.prompt] + [f"{context} {edit.prompt}" for context in contexts]
         rows = tuple(self._row(prompt, edit.subject, edit.target_new) for prompt in prompts)
-        kl_row = self._row(self.config.kl_prompt, edit.subject, None).key_row
+        kl_row = self._row(self.settings.kl_prompt, edit.subject, None).key_row
         text, start = self._render(edit.prompt, edit.subject)
         anchors = [text for text in self._anchors(edit) if text != edit.prompt]
         kept = tuple(self._row(anchor, edit.subject, None) for anchor in anchors)
@@ -96,7 +96,7 @@ class Renderer:
 
     def _anchors(self, edit: Edit) -> tuple[str, ...]:
         """The edit's own anchors and then the config's, each once."""
-        return tuple(dict.fromkeys([*edit.anchors, *(self.config.anchors or ())]))
+        return tuple(dict.fromkeys([*edit.anchors, *(self.settings.anchors or ())]))
 
     def target_row(self, question: str, target: str) -> TokenRow:
         """Tokenise a whole prompt with its continuation, for scoring; no subject in it.
@@ -110,7 +110,7 @@ class Renderer:
         """The text the model reads, and the character at which the subject starts."""
         text = prompt.replace(SLOT, subject)
         start = prompt.index(SLOT)
-        if not self.config.chat_template:
+        if not self.settings.chat_template:
             return text, start
         message = [{"role": "user", "content": text}]
         rendered = self.tokenizer.apply_chat_template(
@@ -125,7 +125,7 @@ class Renderer:
         end = start + len(subject)
         suffix = "" if target is None else self._separator(text, target) + target
         # a chat template brings its own BOS
-        special = not self.config.chat_template
+        special = not self.settings.chat_template
         ids, offsets, border = tokens.joined(self.tokenizer, text, suffix, special)
         within = [i for i, (a, b) in enumerate(offsets) if a < end and b > max(start, a)]
         if not within:
@@ -146,6 +146,6 @@ class Renderer:
         return row
 
     def _separator(self, text: str, target: str) -> str:
-        if self.config.chat_template:
+        if self.settings.chat_template:
             return ""
-        return tokens.separator_between(text, target, self.config.separator)
+        return tokens.separator_between(text, target, self.settings.separator)

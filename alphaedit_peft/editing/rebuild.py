@@ -64,7 +64,7 @@ def repour_state(
         if partial:
             anew = optimise_targets(runner, [groups[i] for i in partial])
             values[partial] = anew.values.to(values)
-        protected = state.protected if runner.config.history else [False] * state.rank
+        protected = state.protected if runner.settings.history else [False] * state.rank
         leaders = [group.leader for group in groups]
         solution = solve_layers(runner, metric, leaders, values, state, protected, write)
         moved = [replace(r, row=state.rank + i) for i, rs in enumerate(of_row) for r in rs]

@@ -304,7 +304,7 @@ def outcome(
                 paraphrases=tuple(found.greedy for found in score.paraphrases),
                 why_not=""
                 if score.after.greedy
-                else why_not(runner.config, metric, found, solution, g),
+                else why_not(runner.settings, metric, found, solution, g),
             )
     return results
 
@@ -327,20 +327,20 @@ def score_after(
 
 
 def why_not(
-    config: Settings, metric: Metric, found: Targets, solution: SolvedLayers, group: int
+    settings: Settings, metric: Metric, found: Targets, solution: SolvedLayers, group: int
 ) -> str:
     """Why a group's target is not the likeliest, as far as the numbers tell, and what to turn."""
     loss, steps = float(found.losses[group]), int(found.steps[group])
     said, size = float(found.said[group]), float(found.clamped[group])
-    if said < SAID and loss < config.stop_loss:
+    if said < SAID and loss < settings.stop_loss:
         return (
             f"its target value was taken at loss {loss:.2f}, before it says the target; lower "
-            f"stop_loss (now {config.stop_loss:g})"
+            f"stop_loss (now {settings.stop_loss:g})"
         )
-    if said < SAID and size >= 0.99 * config.clamp_factor:
+    if said < SAID and size >= 0.99 * settings.clamp_factor:
         return (
             f"its target value stopped at the clamp with loss {loss:.2f}; raise clamp_factor (now "
-            f"{config.clamp_factor:g})"
+            f"{settings.clamp_factor:g})"
         )
     if said < SAID:
         return (
@@ -350,7 +350,7 @@ def why_not(
     share, lost = float(solution.total[group]), metric.lost(float(solution.kept[:, group].min()))
     if share < REACHED:
         also = f", and {lost}, or" if lost else ";"
-        remedy = _remedy(config, metric, solution)
+        remedy = _remedy(settings, metric, solution)
         return f"the layers reached {share:.0%} of its residual{also} {remedy}"
     return (
         f"its target value was reached ({share:.0%}), but the batch also moves the prompt's other "
@@ -358,12 +358,12 @@ def why_not(
     )
 
 
-def _remedy(config: Settings, metric: Metric, solution: SolvedLayers) -> str:
+def _remedy(settings: Settings, metric: Metric, solution: SolvedLayers) -> str:
     """What keeps the layers from the residual, as something to do."""
     if solution.guarded:
         layers = ", ".join(map(str, solution.guarded))
         return (
             f"the norm guard raised the ridge of layers {layers}, so make edits with nearly one "
-            f"key apart, or raise norm_guard (now {config.norm_guard:g})"
+            f"key apart, or raise norm_guard (now {settings.norm_guard:g})"
         )
-    return metric.advice(config)
+    return metric.advice(settings)

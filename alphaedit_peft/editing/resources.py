@@ -56,23 +56,23 @@ class Resources:
                 ) from error
         return self.tokenizer
 
-    def find_metric(self, config: EditOptions, base: BaseFingerprint) -> Metric:
-        """The metric of a resolved config, on statistics checked to be of this base.
+    def find_metric(self, settings: EditOptions, base: BaseFingerprint) -> Metric:
+        """The metric of settings, on statistics checked to be of this base.
 
         Raises:
             ValueError: statistics are missing, of another model, or lack a rewrite layer.
         """
-        if self._metric is None or self._made_of != self._ingredients(config, base):
-            layers = config.rewrite_layers or []
-            if self.null_space is None and config.projects and config.null_space is not None:
-                self.null_space = NullSpace.from_pretrained(config.null_space, fingerprint=base)
+        if self._metric is None or self._made_of != self._ingredients(settings, base):
+            layers = settings.rewrite_layers or []
+            if self.null_space is None and settings.projects and settings.null_space is not None:
+                self.null_space = NullSpace.from_pretrained(settings.null_space, fingerprint=base)
             if self.null_space is not None:
                 self.null_space.check_base(base, layers)
-                self.null_space = _at_threshold(self.null_space, config)
+                self.null_space = _at_threshold(self.null_space, settings)
             if self.key_moments is not None:
                 _check_moments(self.key_moments, base, layers)
-            self._metric = make_metric(Settings.of(config), self.null_space, self.key_moments)
-            self._made_of = self._ingredients(config, base)
+            self._metric = make_metric(Settings.of(settings), self.null_space, self.key_moments)
+            self._made_of = self._ingredients(settings, base)
         return self._metric
 
     def provenance(self) -> dict[str, object] | None:
@@ -85,11 +85,11 @@ class Resources:
             self._digests[statistics] = statistics.digest()
         return self._digests[statistics]
 
-    def _ingredients(self, config: EditOptions, base: BaseFingerprint) -> tuple[object, ...]:
+    def _ingredients(self, settings: EditOptions, base: BaseFingerprint) -> tuple[object, ...]:
         """What the metric is made of; statistics compare by identity."""
-        settings = (getattr(config, name) for name in RELEVANT)
-        layers = tuple(config.rewrite_layers or ())
-        return (self.null_space, self.key_moments, base, layers, *settings)
+        chosen = (getattr(settings, name) for name in RELEVANT)
+        layers = tuple(settings.rewrite_layers or ())
+        return (self.null_space, self.key_moments, base, layers, *chosen)
 
 
 def _check_moments(moments: KeyMoments, base: BaseFingerprint, layers: list[int]) -> None:
@@ -103,15 +103,15 @@ def _check_moments(moments: KeyMoments, base: BaseFingerprint, layers: list[int]
         require_same_base(moments.fingerprint, base, "these key moments")
 
 
-def _at_threshold(null_space: NullSpace, config: EditOptions) -> NullSpace:
+def _at_threshold(null_space: NullSpace, settings: EditOptions) -> NullSpace:
     """The null space at the config's threshold, or the config at the null space's if it has none.
 
     A threshold that the user set wins; where none was set, the artefact's own is recorded.
     """
-    if config.threshold is None:
-        config.threshold = null_space.threshold
-        config.threshold_mode = null_space.threshold_mode
-    mode = config.threshold_mode or null_space.threshold_mode
-    if (config.threshold, mode) == (null_space.threshold, null_space.threshold_mode):
+    if settings.threshold is None:
+        settings.threshold = null_space.threshold
+        settings.threshold_mode = null_space.threshold_mode
+    mode = settings.threshold_mode or null_space.threshold_mode
+    if (settings.threshold, mode) == (null_space.threshold, null_space.threshold_mode):
         return null_space
-    return null_space.with_threshold(config.threshold, mode)
+    return null_space.with_threshold(settings.threshold, mode)

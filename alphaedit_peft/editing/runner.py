@@ -1,6 +1,6 @@
 """What an edit run works with: model, tokenizer, layout and settings, under one name.
 
-In: the base model (its rewrite modules may be LoRA layers), a full config. Out: :class:`Runner`,
+In: the base model (its rewrite modules may be LoRA layers), settled settings. Out: :class:`Runner`,
 which runs rows of tokens through the model and hands back keys, hidden states and log-probabilities
 at the positions asked for.
 """
@@ -94,14 +94,14 @@ class Limits:
 
 @dataclass(frozen=True)
 class Runner:
-    """A model ready to be edited; ``config`` says what holds, ``contexts`` are texts put before.
+    """A model ready to be edited; ``contexts`` are texts put before.
 
-    ``phases`` sums the time of what is done on it; ``limits`` take the place of the config's.
+    ``phases`` sums the time of what is done on it; ``limits`` take the place of the settings'.
     """
 
     model: nn.Module
     tokenizer: PreTrainedTokenizerBase
-    config: Settings
+    settings: Settings
     architecture: Architecture
     contexts: tuple[str, ...]
     phases: Phases = field(default_factory=Phases, compare=False)
@@ -110,24 +110,24 @@ class Runner:
     @property
     def layers(self) -> tuple[int, ...]:
         """The rewrite layers, ascending; z is optimised after the last one."""
-        return tuple(self.config.rewrite_layers or ())
+        return tuple(self.settings.rewrite_layers)
 
     @property
     def tokens_per_batch(self) -> int:
         """Most tokens in one forward pass."""
-        return (self.limits or self.config).tokens_per_batch
+        return (self.limits or self.settings).tokens_per_batch
 
     @property
     def target_tokens(self) -> int:
         """Most tokens optimised at once."""
-        return (self.limits or self.config).target_tokens
+        return (self.limits or self.settings).target_tokens
 
     @property
     def renderer(self) -> Renderer:
         """Writes out and tokenises prompts for this model."""
         positions = getattr(self.model.config, "max_position_embeddings", None)
         vocabulary = len(self.model.get_input_embeddings().weight)  # type: ignore[operator]
-        return Renderer(self.tokenizer, self.config, (positions, vocabulary))
+        return Renderer(self.tokenizer, self.settings, (positions, vocabulary))
 
     @property
     def device(self) -> torch.device:

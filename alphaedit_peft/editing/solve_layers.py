@@ -86,7 +86,7 @@ def solve_layers(
         with timed("solve"):
             rows = metric.rows(layer, now.keys)  # (groups, d_in)
             solved[layer] = solve_layer(
-                runner.config, metric, layer, rows, residuals, state, protected
+                runner.settings, metric, layer, rows, residuals, state, protected
             )
         if solved[layer].doubled:
             _tell_of_guard(runner, layer, solved[layer].doubled)
@@ -110,7 +110,7 @@ def solve_layers(
 
 def _tell_of_guard(runner: Runner, layer: int, doubled: int) -> None:
     warnings.warn(
-        f"norm_guard={runner.config.norm_guard:g} raised the ridge of layer {layer} "
+        f"norm_guard={runner.settings.norm_guard:g} raised the ridge of layer {layer} "
         f"{GUARD_FACTOR**doubled:g}-fold, since edits in this batch have nearly the same key; they "
         "reach less of their residuals: leave some of them out, or lower key_cosine, from which on "
         "edits share a row",
@@ -126,7 +126,7 @@ def _parts(runner: Runner, metric: Metric, leaders: Sequence[EditRows]) -> list[
     keys.
     """
     weights = [1.0] * len(runner.layers)
-    if runner.config.layer_shares == "disturbance" and metric.rows_are_keys:
+    if runner.settings.layer_shares == "disturbance" and metric.rows_are_keys:
         for position, (layer, keys) in enumerate(keys_by_layer(runner, leaders).items()):
             weights[position] = 1 / metric.disturbance(layer, keys)
     return [weight / sum(weights[i:]) for i, weight in enumerate(weights)]
@@ -150,7 +150,7 @@ class Solved:
 
 
 def solve_layer(
-    config: EditOptions,
+    settings: EditOptions,
     metric: Metric,
     layer: int,
     rows: Tensor,
@@ -166,7 +166,7 @@ def solve_layer(
     nearly alike would otherwise be told apart by enormous weights.
 
     Args:
-        config: for ``prior_ridge`` and ``norm_guard``.
+        settings: of prior ridge and norm guard.
         metric: the metric.
         layer: block number.
         rows: K M of the new groups, (groups, d_in).
@@ -183,10 +183,10 @@ def solve_layer(
         raise ValueError("keys or residuals hold NaN or infinity; check the base model's weights")
     A = torch.cat([before.A, metric.stored(layer, rows).to(before.A)])
     whole = _extended(metric, layer, before.A, rows.to(before.A), state, A)
-    ridges = _ridges(config, metric, whole, protected)
+    ridges = _ridges(settings, metric, whole, protected)
     whole = whole.factored(ridges)
     columns = whole.columns(count)  # (n + groups, groups)
-    guard, doubled = config.norm_guard or float("inf"), 0
+    guard, doubled = settings.norm_guard or float("inf"), 0
     while doubled < GUARD_STEPS and _grows(whole, columns, residuals, guard):
         doubled += 1
         columns = whole.at_once(ridges * GUARD_FACTOR**doubled).columns(count)
@@ -212,7 +212,7 @@ def _extended(
 
 
 def _ridges(
-    config: EditOptions, metric: Metric, factor: KeptFactor, protected: Sequence[bool]
+    settings: EditOptions, metric: Metric, factor: KeptFactor, protected: Sequence[bool]
 ) -> Tensor:
     """D, (n + groups,): every row's own batch's ridge; infinite for rows no longer protected."""
     found: list[float] = []
@@ -221,8 +221,8 @@ def _ridges(
         found += [metric.ridge(some if len(some) else squares)] * len(squares)
     ridges = factor.ridges.new_tensor(found)
     prior = len(found) - factor.blocks[-1]
-    if config.prior_ridge is not None:
-        ridges[:prior] *= config.prior_ridge
+    if settings.prior_ridge is not None:
+        ridges[:prior] *= settings.prior_ridge
     ridges[:prior][~torch.tensor(protected, dtype=torch.bool, device=ridges.device)] = torch.inf
     return ridges
 

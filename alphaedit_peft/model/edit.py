@@ -85,10 +85,10 @@ class EditableModel(WorkbenchModel):
             others, journal = self._others(), self._journal()
             new = new_parents(journal.parents, others, self._active)
             refuse_common(self.edits, new, self._active)
-            refuse_contradictions(given, others, runner.config.on_conflict)
+            refuse_contradictions(given, others, runner.settings.on_conflict)
             adopted = adopt(self._state(), new)
             standing = [record.edit for record in adopted.standing]
-            plan = sort_out(given, standing, runner.config.on_conflict)
+            plan = sort_out(given, standing, runner.settings.on_conflict)
             with runner.phases.timed("contexts"):
                 rows = [runner.renderer.edit_rows(edit, runner.contexts) for edit in plan.to_make]
             runner = within_budget(runner, objective, rows, batch_size, adopted.rank)

@@ -102,7 +102,7 @@ class WorkbenchModel(SavingModel):
                 objective = resources.find_metric(config, self.base_fingerprint)
                 self._moved = Moved(given, before, resources.null_space)
             with runner.phases.timed("keys"):
-                now = replace(runner, config=Settings.of(config))
+                now = replace(runner, settings=Settings.of(config))
                 found = decisions(now, objective, edits, self._undecided, tried)
             yield objective, found
         finally:

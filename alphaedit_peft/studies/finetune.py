@@ -117,7 +117,7 @@ def _losses(
 ) -> Iterator[Tensor]:
     """The mean over rows of -log P(target), each batch's part of it on its own."""
     ids = [row.scoring_ids for row in rows]
-    for batch in batches(ids, runner.config.tokens_per_batch, runner.device):
+    for batch in batches(ids, runner.settings.tokens_per_batch, runner.device):
         yield _loss(runner, rows, batch, {name: (weight.float() + change).to(weight.dtype)})
 
 

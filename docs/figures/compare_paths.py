@@ -17,7 +17,7 @@ from measure_settings import load
 
 import alphaedit_peft as ae
 from alphaedit_peft.editing.contexts import sample_contexts
-from alphaedit_peft.editing.runner import Runner
+from alphaedit_peft.editing.prompts import Renderer
 from alphaedit_peft.evaluation import evaluate
 from alphaedit_peft.studies.benchmark.plain import PlainModel
 
@@ -44,9 +44,7 @@ def main() -> None:
             start = time.perf_counter()
             model = ae.get_alphaedit_model(base, cast, tokenizer=tok, null_space=space)
             if way == "plain":
-                renderer = Runner(
-                    base, tok, model.alphaedit_config, model.architecture, ()
-                ).renderer
+                renderer = Renderer(tok, model.alphaedit_config)
                 contexts = sample_contexts(base, tok, model.alphaedit_config)
                 full, architecture, base = (
                     model.alphaedit_config,

@@ -83,7 +83,7 @@ def test_too_small_a_budget_names_what_one_edit_takes(tokenizer):
     need = bytes_in_words(estimate(runner, OBJECTIVE, edits, len(edits), len(edits)).least)
     with pytest.raises(ValueError, match=f"memory_budget=10kiB is too small .* takes {need}; "):
         within_budget(runner, OBJECTIVE, edits, 100, 0)
-    runner.config.memory_budget = need
+    runner.settings.memory_budget = need
     assert within_budget(runner, OBJECTIVE, edits, 100, 0).target_tokens > 0
 
 

@@ -34,7 +34,7 @@ def runner(tokenizer, **changes):
 
 def metric_of(runner, null_space: NullSpace | None):
     moments = KeyMoments({layer: key_moment(layer) for layer in (0, 1)}, 10_000, {0: "", 1: ""})
-    return make_metric(runner.config, null_space, moments)
+    return make_metric(runner.settings, null_space, moments)
 
 
 def rows_of(runner, edits):

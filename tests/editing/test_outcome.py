@@ -5,12 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from alphaedit_peft import AlphaEditConfig, Edit, NullSpace, get_alphaedit_model
+from alphaedit_peft import Edit, NullSpace, get_alphaedit_model
 from alphaedit_peft.editing.report import EditReport, EditResult, score_after, why_not
 from alphaedit_peft.editing.solve_layers import SolvedLayers, _parts
 from alphaedit_peft.editing.targets import Targets
 from alphaedit_peft.metric import Moment, Projector
 from alphaedit_peft.nullspace import KeyMoments
+from alphaedit_peft.settings import PRESETS, Settings
 from tests import oracle
 from tests.conftest import tiny_model
 from tests.editing.targets.test_anchors import easy_edits
@@ -34,7 +35,7 @@ def reason(clamped=0.3, said=1.0, total=1.0, kept=0.5, **changes) -> str:
         "ridge_mode": "absolute",
         "moment_weight": 100.0,
     }
-    config = AlphaEditConfig(**(known | changes))
+    config = Settings(**(PRESETS["auto"] | {"rewrite_layers": [0]} | known | changes))
     space = NullSpace.identity({0: 96})
     metric = {"alphaedit": Projector(space, 7.0, False), "memit": Moment(moments(), 100.0)}
     return why_not(config, metric[config.objective], found, solution, 1)

@@ -9,6 +9,7 @@ from torch import nn
 from alphaedit_peft import AlphaEditConfig, hooks, tokens
 from alphaedit_peft.editing.keys import keys_by_layer, read
 from alphaedit_peft.editing.runner import Runner
+from alphaedit_peft.settings import Settings
 from tests import oracle
 from tests.editing.test_river import CONTEXTS, EDITS
 from tests.test_architecture import OVERRIDDEN, VARIANTS, build
@@ -26,7 +27,7 @@ def runner_for(name: str, tokenizer, layers, contexts=CONTEXTS, **changes) -> Ru
         rewrite_layers=list(layers), block_module=names[0], rewrite_module=names[1], **changes
     )
     full, architecture = config.resolve(model)
-    return Runner(model, tokenizer, full, architecture, tuple(contexts))
+    return Runner(model, tokenizer, Settings.of(full), architecture, tuple(contexts))
 
 
 def tokenised(runner: Runner):

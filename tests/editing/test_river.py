@@ -12,6 +12,7 @@ from alphaedit_peft.editing.groups import Group
 from alphaedit_peft.editing.runner import Runner
 from alphaedit_peft.editing.targets import optimise_targets
 from alphaedit_peft.nullspace.threshold import layer_space
+from alphaedit_peft.settings import Settings
 from tests import oracle
 from tests.conftest import tiny_model
 
@@ -43,7 +44,7 @@ def settings(**changes) -> AlphaEditConfig:
 
 def runner_for(model, tokenizer, config) -> Runner:
     full, architecture = config.resolve(model)
-    return Runner(model, tokenizer, full, architecture, tuple(full.contexts))
+    return Runner(model, tokenizer, Settings.of(full), architecture, tuple(full.contexts))
 
 
 @pytest.mark.parametrize("family", ["gpt2", "gptj", "llama"])
@@ -55,7 +56,7 @@ def test_targets_equal_the_oracle(family, target_tokens, tokenizer):
     found = optimise_targets(runner, [Group((r,)) for r in rows])
     block = runner.architecture.block_name(1)
     for i, row in enumerate(rows):
-        expected = oracle.target_value(model, block, row, runner.config)
+        expected = oracle.target_value(model, block, row, runner.settings)
         assert (found.values[i] - expected).norm() <= TOLERANCE[family] * expected.norm()
     assert found.steps.tolist() == [6] * len(EDITS)
 
@@ -101,7 +102,7 @@ def test_sequential_batches_equal_the_oracle(family, tokenizer):
         model.edit(batch, progress=False)
         rows = [runner.renderer.edit_rows(edit, runner.contexts) for edit in batch]
         block = runner.architecture.block_name(1)
-        z = [oracle.target_value(plain, block, row, runner.config) for row in rows]
+        z = [oracle.target_value(plain, block, row, runner.settings) for row in rows]
         oracle.write_batch(plain, runner.architecture, [0, 1], rows, z, prior, projectors, 0.3)
     model.merge()
     for layer in (0, 1):
@@ -137,7 +138,7 @@ def test_memit_equals_its_dense_formula(history, projection, tokenizer):
         model.edit(batch, progress=False)
         rows = [runner.renderer.edit_rows(edit, runner.contexts) for edit in batch]
         block = runner.architecture.block_name(1)
-        z = [oracle.target_value(plain, block, row, runner.config) for row in rows]
+        z = [oracle.target_value(plain, block, row, runner.settings) for row in rows]
         kept, within = (prior if history else None), (space if projection else None)
         oracle.write_memit(plain, runner.architecture, [0, 1], rows, z, kept, moments, within)
     model.merge()

@@ -9,6 +9,7 @@ import torch
 
 from alphaedit_peft import Edit, get_alphaedit_model
 from alphaedit_peft.editing.runner import Runner
+from alphaedit_peft.settings import Settings
 from alphaedit_peft.studies.benchmark import Subject, benchmark_config, collect_statistics
 from alphaedit_peft.studies.benchmark.plain import PlainModel
 from tests.conftest import tiny_model
@@ -38,7 +39,7 @@ def edited_both_ways(subject: Subject):
     ours = {layer: delta.dense() for layer, delta in model.factors.items()}
     targets, full = model.to_pack().targets, model.alphaedit_config
     base, architecture = model.unload(), model.architecture
-    runner = Runner(base, subject.tokenizer, full, architecture, tuple(CONTEXTS))
+    runner = Runner(base, subject.tokenizer, Settings.of(full), architecture, tuple(CONTEXTS))
     rows = [runner.renderer.edit_rows(edit, CONTEXTS) for edit in edits]
     plain = PlainModel.of(base, full, architecture, space)
     before = {layer: plain.weight(layer).detach().clone() for layer in LAYERS}

@@ -7,6 +7,7 @@ import torch
 
 from alphaedit_peft import AlphaEditConfig, Edit
 from alphaedit_peft.editing.runner import Runner
+from alphaedit_peft.settings import Settings
 from alphaedit_peft.studies import METHODS, FineTuned, FineTuning, Method, find_methods, fine_tune
 from alphaedit_peft.studies.methods import opened
 from tests import oracle
@@ -19,10 +20,10 @@ def test_rome_is_its_rank_one_constraint(study):
     """Delta = (v - W k) (C^-1 k)^T / (k^T C^-1 k): ROME Eq. 2."""
     base, edit = study.base, EDITS[1]
     with opened(base, METHODS["rome"], study.config) as editor:
-        config = editor.model.alphaedit_config
-        (layer,) = config.rewrite_layers
+        settings = Settings.of(editor.model.alphaedit_config)
+        (layer,) = settings.rewrite_layers
         runner = Runner(
-            base.model, base.tokenizer, config, editor.model.architecture, tuple(CONFIG.contexts)
+            base.model, base.tokenizer, settings, editor.model.architecture, tuple(CONFIG.contexts)
         )
         rows = runner.renderer.edit_rows(edit, runner.contexts)
         k = oracle.mean_key(base.model, f"model.layers.{layer}.mlp.down_proj", rows).double()
@@ -89,7 +90,7 @@ def test_fine_tuning_makes_the_targets_likelier(study):
     method = METHODS["finetuning"].with_settings(learning_rate=1e-2, bound=1.0, layer=2)
     config = method.config(study.base.model, study.config)
     with opened(study.base, method, study.config) as editor:
-        runner = Runner(study.base.model, study.base.tokenizer, config, None, ())
+        runner = Runner(study.base.model, study.base.tokenizer, Settings.of(config), None, ())
         rows = [runner.renderer.edit_rows(edit, ()).rows[0] for edit in EDITS]
         before = [score.log_prob for score in runner.score(rows)]
         editor.edit(EDITS)

@@ -1,6 +1,6 @@
 """The search for z in a smaller dtype: what runs above the last rewrite layer, under autocast.
 
-In: a runner whose config may name a dtype. Out: :class:`Autocast`. Only a float32 model is autocast:
+In: a runner whose settings may name a dtype. Out: :class:`Autocast`. Only a float32 model is autocast:
 one in half precision gains nothing, and autocast leaves float64 as it is. torch's autocast casts a
 weight that needs no gradient at every product anew, so the weights above the last rewrite layer L
 are copied once, and the copies stand in for them while the upper blocks run. The model's own
@@ -24,7 +24,7 @@ from alphaedit_peft.editing.runner import Runner
 
 
 class Autocast:
-    """Runs the upper blocks in the dtype of ``config.autocast``; as they are where it is None.
+    """Runs the upper blocks in the dtype of ``settings.autocast``; as they are where it is None.
 
     ``dtype`` is what they run in, None where that is the model's own.
     """
@@ -116,8 +116,8 @@ def autocast_bytes(runner: Runner) -> int:
 
 
 def _dtype(runner: Runner) -> torch.dtype | None:
-    """What ``config.autocast`` names, for a float32 model; None for any other."""
-    name = runner.config.autocast
+    """What ``settings.autocast`` names, for a float32 model; None for any other."""
+    name = runner.settings.autocast
     return None if name is None or _own(runner) != torch.float32 else getattr(torch, name)
 
 

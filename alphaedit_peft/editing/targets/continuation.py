@@ -174,7 +174,7 @@ class _Part:
         """
         architecture, last = self.runner.architecture, self.runner.architecture.num_blocks - 1
         name = architecture.rewrite_name(last).rpartition(".")[0]
-        if self.runner.config.rewrite_module is not None or name == architecture.block_name(last):
+        if self.runner.settings.rewrite_module is not None or name == architecture.block_name(last):
             return nullcontext()
         return hooks.running_at(self.runner.model, name, where)
 

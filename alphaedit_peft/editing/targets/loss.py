@@ -52,7 +52,7 @@ class Reads:
         )
 
 
-def rows_of(group: Group, slot: int, config: Settings) -> list[Row]:
+def rows_of(group: Group, slot: int, settings: Settings) -> list[Row]:
     """The rows of a group: prompts in every context, the leader's KL row, every anchor once."""
     rows = []
     for member in group.members:
@@ -61,13 +61,13 @@ def rows_of(group: Group, slot: int, config: Settings) -> list[Row]:
             reads = tuple(row.target_positions)
             rows.append(Row(slot, row.scoring_ids, row.subject_last, reads, row.target, weight))
     kl = group.leader.kl_row
-    rows.append(Row(slot, kl.ids, kl.subject_last, (kl.subject_last,), (), config.kl_factor))
+    rows.append(Row(slot, kl.ids, kl.subject_last, (kl.subject_last,), (), settings.kl_factor))
     asked = {member.rows[0].ids for member in group.members}  # an edit's prompt is no anchor
     anchors = [a for member in group.members for a in member.anchors if a.ids not in asked]
     anchors = list(dict.fromkeys(anchors))
     for anchor in anchors:
         reads = tuple(anchor.target_positions) or (len(anchor.ids) - 1,)
-        weight = config.anchor_factor / len(anchors)
+        weight = settings.anchor_factor / len(anchors)
         rows.append(Row(slot, anchor.scoring_ids, anchor.subject_last, reads, (), weight))
     return rows
 
@@ -79,7 +79,8 @@ def chunked(runner: Runner, groups: Sequence[Group]) -> Iterator[list[int]]:
     like length keeps below.
     """
     suffixes = [
-        [len(row.ids) - row.subject for row in rows_of(group, 0, runner.config)] for group in groups
+        [len(row.ids) - row.subject for row in rows_of(group, 0, runner.settings)]
+        for group in groups
     ]
     order = sorted(range(len(groups)), key=lambda g: max(suffixes[g]))
     chunk: list[int] = []

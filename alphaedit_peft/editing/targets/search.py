@@ -91,7 +91,9 @@ def optimise_targets(
 
 def _optimised(runner: Runner, autocast: Autocast, groups: Sequence[Group]) -> Targets | None:
     """A chunk's target values; None where it does not fit in memory and could be made smaller."""
-    rows = [row for slot, group in enumerate(groups) for row in rows_of(group, slot, runner.config)]
+    rows = [
+        row for slot, group in enumerate(groups) for row in rows_of(group, slot, runner.settings)
+    ]
     longest = max(len(row.ids) for row in rows)
     try:
         with hooks.short_position_tables(runner.model, longest), hooks.fused_gelu(runner.model):
@@ -124,14 +126,14 @@ class _Chunk:
 
     def optimise(self) -> Targets:
         """Run Adam on all groups; each leaves when its loss is small or its steps are spent."""
-        config = self.runner.config
-        adam = Adam(self.hidden, config)
+        settings = self.runner.settings
+        adam = Adam(self.hidden, settings)
         losses = self.hidden.new_full((self.num_groups,), float("inf"))
         steps = torch.zeros(self.num_groups, dtype=torch.long)
         said = torch.zeros(self.num_groups)
         active = list(range(self.num_groups))
-        for step in range(config.steps):
-            last = step == config.steps - 1
+        for step in range(settings.steps):
+            last = step == settings.steps - 1
             losses[active], said[active], gradient = self._loss(adam.delta[active], active, last)
             steps[active] = step + 1
             going = [k for k, g in enumerate(active) if not self._done(losses[g], said[g])]
@@ -142,9 +144,9 @@ class _Chunk:
         return Targets(self.hidden + adam.delta, self.hidden, losses, steps, said)
 
     def _done(self, loss: Tensor, said: Tensor) -> bool:
-        config = self.runner.config
-        likeliest = config.stop_when == "likeliest" and bool(said == 1)
-        return likeliest or bool(loss < config.stop_loss)
+        settings = self.runner.settings
+        likeliest = settings.stop_when == "likeliest" and bool(said == 1)
+        return likeliest or bool(loss < settings.stop_loss)
 
     def _continuation(self) -> Continuation:
         if max(row.subject for row in self.rows) == 0:
@@ -181,13 +183,13 @@ class _Chunk:
         self, delta: Tensor, active: Sequence[int], last: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
         """See ``_loss``. Rows that run together are done with before the next ones begin."""
-        config = self.runner.config
+        settings = self.runner.settings
         slot = {g: k for k, g in enumerate(active)}
         moved = delta.detach().requires_grad_(not last)
         said: list[list[bool]] = [[] for _ in active]
         lengths = self.hidden[list(active)].norm(dim=1)
         with torch.set_grad_enabled(not last):
-            loss = config.weight_decay * moved.norm(dim=1) / lengths**2
+            loss = settings.weight_decay * moved.norm(dim=1) / lengths**2
             if not last:
                 loss.sum().backward(inputs=[moved])
             for rows in self.continuation.together(
@@ -243,13 +245,13 @@ EPSILON = 1e-8
 class Adam:
     """The deltas and what Adam remembers of their gradients."""
 
-    def __init__(self, hidden: Tensor, config: Settings) -> None:
+    def __init__(self, hidden: Tensor, settings: Settings) -> None:
         self.delta = torch.zeros_like(hidden)  # (groups, d)
         self.mean, self.square = torch.zeros_like(hidden), torch.zeros_like(hidden)
-        self.bound = config.clamp_factor * hidden.norm(dim=1, keepdim=True)
+        self.bound = settings.clamp_factor * hidden.norm(dim=1, keepdim=True)
         scale = hidden.norm(dim=1, keepdim=True) / hidden.shape[1] ** 0.5  # (groups, 1)
-        relative = config.learning_rate_mode == "relative"
-        self.rate = config.learning_rate * (scale if relative else torch.ones_like(scale))
+        relative = settings.learning_rate_mode == "relative"
+        self.rate = settings.learning_rate * (scale if relative else torch.ones_like(scale))
         self.count = 0
 
     def update(self, active: Sequence[int], gradient: Tensor) -> None:

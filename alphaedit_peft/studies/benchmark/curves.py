@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from alphaedit_peft.algebra import LowRankDelta
-from alphaedit_peft.config import AlphaEditConfig
 from alphaedit_peft.editing.solve_layers import Solved, solve_layer
 from alphaedit_peft.editing.state import EditState
 from alphaedit_peft.edits import Edit
@@ -24,6 +23,7 @@ from alphaedit_peft.factor import KeptFactor
 from alphaedit_peft.metric import Projector
 from alphaedit_peft.nullspace import NullSpace
 from alphaedit_peft.pack import EditRecord
+from alphaedit_peft.settings import EditOptions
 from alphaedit_peft.studies.benchmark.machine import PeakMemory, describe_machine, timed
 from alphaedit_peft.studies.benchmark.measure import benchmark
 from alphaedit_peft.studies.benchmark.shapes import (
@@ -211,8 +211,8 @@ class System:
         state = replace(self.state, kept={} if kept is None else {0: kept})
         rows = self.metric.rows(0, self.keys)
         protected = [True] * state.rank
-        config = AlphaEditConfig(norm_guard=0.0)
-        return solve_layer(config, self.metric, 0, rows, self.residuals, state, protected)
+        settings = EditOptions(norm_guard=0.0)
+        return solve_layer(settings, self.metric, 0, rows, self.residuals, state, protected)
 
     def dense(self) -> tuple[Tensor, Tensor]:
         """P and the sum of k k^T over the keys in place, (d_in, d_in) each."""

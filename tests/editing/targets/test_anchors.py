@@ -59,7 +59,7 @@ def test_the_loss_gains_the_anchors_mean_divergence_at_their_ends(steps, tokeniz
     rows = runner.renderer.edit_rows(EDIT, ())
     assert all(row.subject_last < len(row.ids) - 1 for row in rows.anchors)
     found = optimise_targets(runner, [Group((rows,))])
-    delta, loss = plain_search(model, runner.architecture.block_name(1), rows, runner.config)
+    delta, loss = plain_search(model, runner.architecture.block_name(1), rows, runner.settings)
     assert float(found.losses[0]) == pytest.approx(loss, rel=1e-9)
     torch.testing.assert_close(found.values[0] - found.hidden[0], delta, rtol=1e-7, atol=1e-10)
 

@@ -25,7 +25,9 @@ LAYERS = [0, 1]
 
 def all_rows(runner):
     groups = [Group((rows,)) for rows in tokenised(runner)]
-    return [row for slot, group in enumerate(groups) for row in rows_of(group, slot, runner.config)]
+    return [
+        row for slot, group in enumerate(groups) for row in rows_of(group, slot, runner.settings)
+    ]
 
 
 def everything(continuation, rows, moved):
@@ -68,7 +70,7 @@ def test_every_familys_float32_targets_are_the_plain_oracles(name, tokenizer):
     rows = tokenised(runner)[1]
     found = optimise_targets(runner, [Group((rows,))])
     block = runner.architecture.block_name(LAYERS[-1])
-    expected = oracle.target_value(runner.model, block, rows, runner.config)
+    expected = oracle.target_value(runner.model, block, rows, runner.settings)
     assert found.values.dtype == torch.float32
     moved = (found.values - found.hidden).norm()
     assert moved > 0.01 * found.hidden.norm()
@@ -133,7 +135,7 @@ def test_a_family_that_needs_another_kind_of_cache_runs_whole_rows(tokenizer):
     with pytest.warns(UserWarning, match="its cache does not continue to the same numbers"):
         found = optimise_targets(runner, [Group((rows,)) for rows in edits])
     for value, rows in zip(found.values, edits, strict=True):
-        expected = oracle.target_value(model, "model.layers.1", rows, runner.config)
+        expected = oracle.target_value(model, "model.layers.1", rows, runner.settings)
         assert (value - expected).norm() <= 1e-4 * expected.norm()
 
 
