@@ -8,12 +8,14 @@ models do by themselves (see docs/figures/train_embedded_model.py), so edits tak
 on others of its size.
 """
 
+from __future__ import annotations
+
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .world import Fact, World
+from alphaedit_peft.embedded.world import Fact, World
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -29,9 +31,7 @@ def folder() -> Path:
     return Path(__file__).parent / "model"
 
 
-def load(
-    dtype: torch.dtype = torch.float32,
-) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
+def load(dtype: torch.dtype = torch.float32) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load the embedded model, in evaluation mode on the CPU, and its tokenizer.
 
     Both call themselves `NAME` rather than by a path of this machine, so that what is saved from

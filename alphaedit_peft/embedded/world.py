@@ -14,7 +14,7 @@ from itertools import islice, product
 from random import Random
 from typing import Any
 
-from .grammar import plain_sentence
+from alphaedit_peft.embedded.grammar import plain_sentence
 
 PARAPHRASES = 2
 
@@ -187,14 +187,7 @@ class World:
 
     @classmethod
     def from_seed(cls, seed: int) -> World:
-        """Make the world of a seed; the same seed always gives an equal world.
-
-        Args:
-            seed: any integer.
-
-        Returns:
-            The world: 304 subjects, 1,824 facts, 400 held-out plain sentences.
-        """
+        """The world of a seed: 304 subjects, 1,824 facts, 400 held-out plain sentences."""
         subjects = _names(Random(f"{seed} names"))
         random = Random(f"{seed} facts")
         dealt = {

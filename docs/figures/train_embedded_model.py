@@ -30,7 +30,6 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from alphaedit_peft.embedded.grammar import plain_sentence
-from alphaedit_peft.embedded.measure import perplexity, recalled
 from alphaedit_peft.embedded.world import World, fill, relation_of
 
 SPECIAL = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
@@ -38,6 +37,7 @@ SPECIAL_IDS = {f"{name}_id": index for index, name in enumerate(SPECIAL)}
 BOS, EOS, PAD = SPECIAL_IDS.values()
 TOKENS_PER_STEP = 3072
 ROWS_PER_POOL = 4096
+ROWS_AT_ONCE = 256
 PAIRS = 96
 SWAP_BLOCKS = (1, 2, 3)
 DEFAULTS = {"seed": 0, "steps": 1000, "threads": 1, "lr": 4e-3, "stop_weight": 3.0}
@@ -288,6 +288,42 @@ def evaluate(world: World, tokenizer: PreTrainedTokenizerFast, args: argparse.Na
         "recall_by_phrasing": {p: round(sum(h) / len(h), 4) for p, h in phrasings.items()},
         "perplexity": round(perplexity(model, tokenizer, world.plain_sentences), 3),
     }
+
+
+@torch.no_grad()
+def recalled(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, asked: list[tuple[str, str]]
+) -> list[bool]:
+    """Whether greedy decoding continues each prompt by its object, all tokens of it.
+
+    Rows are padded on the right, which causal attention never looks at.
+    """
+    hits = []
+    for start in range(0, len(asked), ROWS_AT_ONCE):
+        chunk = asked[start : start + ROWS_AT_ONCE]
+        heads = [tokenizer(prompt)["input_ids"] for prompt, _ in chunk]
+        wholes = [tokenizer(f"{prompt} {answer}")["input_ids"] for prompt, answer in chunk]
+        longest = max(map(len, wholes))
+        pad = tokenizer.pad_token_id
+        rows = torch.tensor([whole + [pad] * (longest - len(whole)) for whole in wholes])  # (b, t)
+        guesses = model(input_ids=rows.to(model.device)).logits.argmax(-1).tolist()  # (b, t)
+        for guess, head, whole in zip(guesses, heads, wholes, strict=True):
+            hits.append(guess[len(head) - 1 : len(whole) - 1] == whole[len(head) :])
+    return hits
+
+
+@torch.no_grad()
+def perplexity(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, sentences: list[str]
+) -> float:
+    """exp of the mean loss per token of the sentences, each alone and with the end token."""
+    total, count = 0.0, 0
+    for sentence in sentences:
+        row = [*tokenizer(sentence)["input_ids"], tokenizer.eos_token_id]
+        ids = torch.tensor([row], device=model.device)  # (1, t)
+        total += model(input_ids=ids, labels=ids).loss.item() * (len(row) - 1)
+        count += len(row) - 1
+    return math.exp(total / count)
 
 
 def main() -> None:
