@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from alphaedit_peft import hooks, tokens
 from alphaedit_peft.scoring import Reader
@@ -44,7 +43,7 @@ def greedy(reader: Reader, prompts: Sequence[str], max_new_tokens: int) -> list[
         ValueError: a prompt without tokens, or one that leaves no room for new ones.
     """
     lengths = {prompt: len(_ids(reader, prompt)) + max_new_tokens for prompt in prompts}
-    found = _generate(reader, [(prompt, prompt) for prompt in lengths], lengths, None, False)
+    found = _generate(reader, [(prompt, prompt) for prompt in lengths], lengths)
     return [found[prompt] for prompt in prompts]
 
 
@@ -66,35 +65,17 @@ def sampled(
     if len(dict(prompts)) != len(prompts):
         raise ValueError("prompts share a name, so they would share their draws; name them apart")
     lengths = {name: length for name, _ in prompts}
-    found = _generate(reader, prompts, lengths, sampling, True)
+    found = _generate(reader, prompts, lengths, sampling)
     return [prompt + found[name] for name, prompt in prompts]
-
-
-class _TopKNoise(LogitsProcessor):
-    """Keeps the k largest logits of each row and adds Gumbel noise to them."""
-
-    def __init__(self, names: Sequence[str], sampling: Sampling) -> None:
-        self.top_k = sampling.top_k
-        self.draws = [torch.Generator().manual_seed(_seed(sampling.seed, n)) for n in names]
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        best, where = scores.float().topk(min(self.top_k, scores.shape[-1]), -1)  # (rows, k)
-        uniform = torch.stack(
-            [torch.rand(best.shape[1], generator=draw, dtype=torch.float64) for draw in self.draws]
-        )
-        noise = -(-uniform.clamp_min(1e-300).log()).log()
-        noisy = best + noise.to(best)
-        return torch.full_like(scores, -torch.inf).scatter(-1, where, noisy.to(scores.dtype))
 
 
 def _generate(
     reader: Reader,
     prompts: Sequence[tuple[str, str]],
     lengths: dict[str, int],
-    sampling: Sampling | None,
-    full: bool,
+    sampling: Sampling | None = None,
 ) -> dict[str, str]:
-    """Continuations by name; ``full`` forbids EOS before the length is reached."""
+    """Continuations by name, of prompts of equal length together."""
     waiting: dict[tuple[int, int], list[tuple[str, tuple[int, ...]]]] = {}
     for name, prompt in prompts:
         ids = _ids(reader, prompt)
@@ -104,57 +85,8 @@ def _generate(
     for (start, length), rows in waiting.items():
         step = max(1, reader.tokens_per_batch // length)
         for i in range(0, len(rows), step):
-            batch = rows[i : i + step]
-            found |= _batch(reader, batch, length - start, sampling, full)
+            found |= _batch(reader, rows[i : i + step], length - start, sampling)
     return found
-
-
-@torch.no_grad()
-def _batch(
-    reader: Reader,
-    rows: Sequence[tuple[str, tuple[int, ...]]],
-    new: int,
-    sampling: Sampling | None,
-    full: bool,
-) -> dict[str, str]:
-    ids = torch.tensor([row for _, row in rows], device=reader.device)  # (rows, tokens)
-    names = [name for name, _ in rows]
-    processors = LogitsProcessorList([_TopKNoise(names, sampling)] if sampling else [])
-    model: Any = reader.model
-    if not hasattr(model, "generate"):
-        raise ValueError(
-            f"{type(model).__name__} has no generate; judge it with generate=False, or pass a "
-            "model of transformers"
-        )
-    own = getattr(model.generation_config, "eos_token_id", None)
-    ends = reader.tokenizer.eos_token_id if own is None else own
-    first = ends[0] if isinstance(ends, list) else ends
-    config = GenerationConfig(
-        max_new_tokens=new,
-        min_new_tokens=new if full and first is not None else None,
-        do_sample=False,
-        # given, so that the model's own defaults do not fill them in
-        repetition_penalty=1.0,
-        no_repeat_ngram_size=0,
-        eos_token_id=ends,
-        pad_token_id=first if first is not None else 0,
-    )
-    with hooks.evaluating(model):
-        out = model.generate(
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
-            generation_config=config,
-            logits_processor=processors,
-        )
-    texts = [_continuation(reader, row, ids.shape[1]) for row in out.tolist()]
-    return dict(zip(names, texts, strict=True))
-
-
-def _continuation(reader: Reader, row: list[int], start: int) -> str:
-    """The text after ``start`` tokens, decoded whole: its first token may bring a space."""
-    parts = (row, row[:start], row[start:])
-    whole, head, tail = (str(reader.tokenizer.decode(p, skip_special_tokens=True)) for p in parts)
-    return whole[len(head) :] if whole.startswith(head) else tail
 
 
 def _ids(reader: Reader, prompt: str) -> tuple[int, ...]:
@@ -177,5 +109,68 @@ def _require_room(reader: Reader, prompt: str, start: int, length: int) -> None:
         )
 
 
-def _seed(seed: int, name: str) -> int:
-    return int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest()[:7], "big")
+@torch.no_grad()
+def _batch(
+    reader: Reader,
+    rows: Sequence[tuple[str, tuple[int, ...]]],
+    new: int,
+    sampling: Sampling | None,
+) -> dict[str, str]:
+    """Continuations by name; samples go on after EOS, until they have ``new`` tokens."""
+    from transformers import GenerationConfig, LogitsProcessorList
+
+    ids = torch.tensor([row for _, row in rows], device=reader.device)  # (rows, tokens)
+    names = [name for name, _ in rows]
+    model: Any = reader.model
+    if not hasattr(model, "generate"):
+        raise ValueError(
+            f"{type(model).__name__} has no generate; judge it with generate=False, or pass a "
+            "model of transformers"
+        )
+    own = getattr(model.generation_config, "eos_token_id", None)
+    ends = reader.tokenizer.eos_token_id if own is None else own
+    first = ends[0] if isinstance(ends, list) else ends
+    config = GenerationConfig(
+        max_new_tokens=new,
+        min_new_tokens=new if sampling and first is not None else None,
+        do_sample=False,
+        # given, so that the model's own defaults do not fill them in
+        repetition_penalty=1.0,
+        no_repeat_ngram_size=0,
+        eos_token_id=ends,
+        pad_token_id=first if first is not None else 0,
+    )
+    with hooks.evaluating(model):
+        out = model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            generation_config=config,
+            logits_processor=LogitsProcessorList([_TopKNoise(names, sampling)] if sampling else []),
+        )
+    texts = [_continuation(reader, row, ids.shape[1]) for row in out.tolist()]
+    return dict(zip(names, texts, strict=True))
+
+
+class _TopKNoise:
+    """A logits processor that keeps each row's k largest and adds Gumbel noise to them."""
+
+    def __init__(self, names: Sequence[str], sampling: Sampling) -> None:
+        self.top_k = sampling.top_k
+        seeds = [hashlib.sha256(f"{sampling.seed} {name}".encode()).digest()[:7] for name in names]
+        self.draws = [torch.Generator().manual_seed(int.from_bytes(s, "big")) for s in seeds]
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        best, where = scores.float().topk(min(self.top_k, scores.shape[-1]), -1)  # (rows, k)
+        uniform = torch.stack(
+            [torch.rand(best.shape[1], generator=draw, dtype=torch.float64) for draw in self.draws]
+        )
+        noise = -(-uniform.clamp_min(1e-300).log()).log()
+        noisy = best + noise.to(best)
+        return torch.full_like(scores, -torch.inf).scatter(-1, where, noisy.to(scores.dtype))
+
+
+def _continuation(reader: Reader, row: list[int], start: int) -> str:
+    """The text after ``start`` tokens, decoded whole: its first token may bring a space."""
+    parts = (row, row[:start], row[start:])
+    whole, head, tail = (str(reader.tokenizer.decode(p, skip_special_tokens=True)) for p in parts)
+    return whole[len(head) :] if whole.startswith(head) else tail
