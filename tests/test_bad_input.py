@@ -115,9 +115,8 @@ def test_going_on_with_another_null_space(model, tokenizer, tmp_path):
         tokenizer=tokenizer,
         null_space=_moments(0, 1).null_space(0.0, "rank"),
     )
-    loaded._keep(
-        replace(loaded._journal(), null_space={**loaded._journal().null_space, "digest": "0"})
-    )
+    adapter = loaded.edit_adapters["default"]
+    adapter.keep(replace(adapter.journal, null_space={**adapter.journal.null_space, "digest": "0"}))
     with pytest.raises(ValueError, match="rows of two projectors do not go together"):
         loaded.edit(EDITS[1:], progress=False)
     assert loaded.edits == EDITS[:1]

@@ -139,16 +139,16 @@ def test_settings_are_open_again_where_every_edit_was_set_aside(tokenizer):
 def test_settings_are_open_again_where_the_batch_failed(tokenizer, monkeypatch):
     given = moving(tokenizer)
     model = wrap(tokenizer, given)
-    calls = []
+    adapter, calls = model.edit_adapters["default"], []
 
     def fail_at_second_layer(layer, delta):
         calls.append(layer)
         if len(calls) == 2:
             raise KeyboardInterrupt
-        AlphaEditModel._write(model, layer, delta)
+        type(adapter).write(adapter, layer, delta)
 
     with monkeypatch.context() as patch:
-        patch.setattr(model, "_write", fail_at_second_layer)
+        patch.setattr(adapter, "write", fail_at_second_layer)
         with pytest.raises(KeyboardInterrupt):
             model.edit(EDITS, progress=False)
     check_open_again(model, given)

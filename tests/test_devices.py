@@ -25,6 +25,7 @@ from alphaedit_peft.devices import (
 from alphaedit_peft.editing.runner import Runner
 from alphaedit_peft.fingerprint import fingerprint
 from alphaedit_peft.model import lora_layer
+from alphaedit_peft.model.prepare import weight_norm
 from alphaedit_peft.scoring import Reader
 from alphaedit_peft.settings import Settings
 from tests.conftest import CORPUS, tiny_model
@@ -115,7 +116,8 @@ def test_an_offloaded_base_is_merged_unmerged_and_unloaded_exactly(pair):
         with model.disable_adapter():
             assert torch.equal(model(IDS).logits, bare)
         assert torch.equal(model(IDS).logits, wanted(IDS).logits)
-        assert model._weight_norm(1) == wanted._weight_norm(1)
+        norms = [weight_norm(m.edit_adapters["default"], 1) for m in (model, wanted)]
+        assert norms[0] == norms[1]
     finally:
         wanted.unmerge()
     model.unmerge()
@@ -174,7 +176,7 @@ def test_few_passes_are_made_where_each_brings_weights_to_a_gpu(where, dear, tok
 
 def test_an_adapter_that_peft_left_without_numbers_is_refused(plain, tmp_path):
     model = get_alphaedit_model(placed("llama", "cpu", tmp_path), AlphaEditConfig(**CONFIG))
-    layer = model._lora_layer(1)
+    layer = model.edit_adapters["default"].layers[1]
     layer.lora_A["default"] = nn.Linear(96, 1, bias=False, device="meta")
     with pytest.raises(ValueError, match=r"adapter 'default' changes .*layers\.1\.mlp\.down_proj"):
         lora_layer.require_factors(model, "default")

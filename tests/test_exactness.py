@@ -201,7 +201,7 @@ def test_the_embedded_models_edits_survive_rounding():
     for dtype, bound in ((torch.bfloat16, 5e-2), (torch.float16, 6e-3), (torch.float32, 1e-6)):
         rounded = type(model)(embedded.load(dtype)[0], pack.config)
         for layer, delta in model.factors.items():
-            lora_layer.write_factors(rounded._lora_layer(layer), "default", delta)
+            rounded.edit_adapters["default"].write(layer, delta)
         assert max(rounded.merge_errors().values()) < bound
         plain = rounded.merge_and_unload()
         for edit in edits:

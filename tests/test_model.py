@@ -261,15 +261,15 @@ def test_repour_gives_the_same_model_and_removes(model, tokenizer):
 def test_failed_batch_leaves_no_trace(model, tokenizer, monkeypatch):
     model.edit(EDITS[:1], progress=False)
     before, records, plain = weights(model), model.records, logits(model, tokenizer)
-    calls = []
+    adapter, calls = model.edit_adapters["default"], []
 
     def fail_at_second_layer(layer, delta):
         calls.append(layer)
         if len(calls) == 2:
             raise KeyboardInterrupt
-        type(model)._write(model, layer, delta)
+        type(adapter).write(adapter, layer, delta)
 
-    monkeypatch.setattr(model, "_write", fail_at_second_layer)
+    monkeypatch.setattr(adapter, "write", fail_at_second_layer)
     with pytest.raises(KeyboardInterrupt):
         model.edit(EDITS[1:], progress=False)
     assert same_bits(weights(model), before)

@@ -196,7 +196,7 @@ def test_loading_over_an_adapter_replaces_its_edits(tokenizer, second):
     model = edited(tokenizer, EDITS[:2])
     model.load_adapter(second, "default")
     assert model.edits == EDITS[2:]
-    assert "default" not in model._snapshots
+    assert model.edit_adapters["default"].snapshots == []
     assert torch.equal(
         logits(model, tokenizer), logits(load(tiny_model("llama"), second), tokenizer)
     )

@@ -12,6 +12,7 @@ from alphaedit_peft import Edit, EditPack
 from alphaedit_peft.algebra import LowRankDelta
 from alphaedit_peft.editing.solve_layers import solve_layers
 from alphaedit_peft.editing.state import EditState
+from alphaedit_peft.model.prepare import running
 from tests.conftest import tiny_model
 from tests.test_model import EDITS, logits, same_bits, weights, wrap
 from tests.test_several_packs import assert_close, deltas, double, on_top
@@ -37,8 +38,9 @@ def packs(tokenizer) -> tuple[EditPack, EditPack]:
 
 def poured_in_turn(model, packs) -> None:
     """Pour the packs' batches one by one with the stored z: what joining has to equal."""
-    state = model._state()
-    with torch.no_grad(), model._runner(packs[0].contexts) as (runner, objective):
+    adapter = model.edit_adapters["default"]
+    state = adapter.state()
+    with torch.no_grad(), running(model, adapter, packs[0].contexts) as (runner, objective):
         for pack in packs:
             for batch in pack.batches:
                 records = [record for record in pack.records if record.batch == batch]
@@ -46,7 +48,7 @@ def poured_in_turn(model, packs) -> None:
                 values = pack.targets[[record.row for record in records]]
                 keep, number = [True] * state.rank, state.next_batch
                 solution = solve_layers(
-                    runner, objective, leaders, values, state, keep, model._write
+                    runner, objective, leaders, values, state, keep, adapter.write
                 )
                 new = [
                     replace(record, row=state.rank + i, batch=number)
@@ -62,7 +64,7 @@ def test_joining_equals_pouring_the_packs_in_turn(packs, tokenizer):
     poured_in_turn(reference, packs)
     wanted = {
         layer: LowRankDelta(layer_of.lora_A["default"].weight, layer_of.lora_B["default"].weight)
-        for layer, layer_of in ((i, reference._lora_layer(i)) for i in (0, 1))
+        for layer, layer_of in ((i, reference.edit_adapters["default"].layers[i]) for i in (0, 1))
     }
     assert_close(deltas(model, "default"), {k: v.dense().detach() for k, v in wanted.items()})
     assert report.joined == tuple(EDITS)
@@ -206,16 +208,17 @@ def test_a_join_that_is_interrupted_leaves_no_trace(packs, tokenizer, monkeypatc
     model = double(tokenizer)
     model.edit([BORN], progress=False)
     before, plain = weights(model), logits(model, tokenizer)
-    write, calls = type(model)._write, []
+    adapter, calls = model.edit_adapters["default"], []
+    write = adapter.write
 
     def fail_at_the_end(layer, delta):
         calls.append(layer)
         if delta.rank == 5:
             monkeypatch.undo()
             raise KeyboardInterrupt
-        write(model, layer, delta)
+        write(layer, delta)
 
-    monkeypatch.setattr(model, "_write", fail_at_the_end)
+    monkeypatch.setattr(adapter, "write", fail_at_the_end)
     with pytest.raises(KeyboardInterrupt):
         model.join(packs)
     assert len(calls) > 2
@@ -245,10 +248,10 @@ def test_packs_are_joined_on_top_of_an_active_one(packs, tokenizer):
     for above in ([BORN], []):
         chain = on_top(tokenizer, below=FIRST, above=above)
         chain.join([packs[1]], adapter_name="b")
-        with chain._on("b"):
-            assert chain.edits == [*above, *SECOND]
-            assert [r.edit for r in chain.records if r.role == "protected"] == FIRST
-            assert chain.records[0].row == 0
+        joined = chain.edit_adapters["b"]
+        assert joined.edits == [*above, *SECOND]
+        assert [r.edit for r in joined.journal.records if r.role == "protected"] == FIRST
+        assert joined.journal.records[0].row == 0
     assert chain.to_pack("default").edits == FIRST
 
 

@@ -45,8 +45,8 @@ def load(folder: Path, tokenizer, **options) -> AlphaEditModel:
 
 
 def deltas(model, name: str) -> dict[int, torch.Tensor]:
-    with model._on(name):
-        return {layer: delta.dense() for layer, delta in model.factors.items()}
+    factors = model.edit_adapters[name].factors
+    return {layer: delta.dense() for layer, delta in factors.items()}
 
 
 def both(model) -> dict[int, torch.Tensor]:
@@ -177,9 +177,9 @@ def test_editing_on_top_equals_editing_one_pack(tokenizer, batch_size):
     assert_close(both(model), deltas(one, "default"))
     assert_close(deltas(model, "default"), parent, 1e-30)
     assert model.edits == EDITS
-    with model._on("b"):
-        assert model.edits == CHILDREN
-        assert [r.edit for r in model.records if r.role == "protected"] == PARENTS
+    child = model.edit_adapters["b"]
+    assert child.edits == CHILDREN
+    assert [r.edit for r in child.journal.records if r.role == "protected"] == PARENTS
 
 
 def test_parents_keep_their_outputs_on_their_stored_keys(tokenizer):
@@ -192,8 +192,7 @@ def test_parents_keep_their_outputs_on_their_stored_keys(tokenizer):
     unprotected.edit(PARENTS, progress=False)
     unprotected.edit(CHILDREN, progress=False)
     for layer, delta in deltas(model, "default").items():
-        with model._on("default"):
-            keys = model.factors[layer].A
+        keys = model.edit_adapters["default"].factors[layer].A
         wanted = keys @ delta.T
         kept = keys @ both(model)[layer].T
         moved = keys @ unprotected.factors[layer].dense().T
@@ -306,7 +305,7 @@ def test_what_is_taken_back_on_top_leaves_the_parents_protected(tokenizer, take_
         model.remove_edits(["smith"], adapter_name="b")
     else:
         if take_back == "repour":
-            model._snapshots.clear()
+            model.edit_adapters["b"].snapshots.clear()
         model.rollback(adapter_name="b")
     assert_close(deltas(model, "b"), before, 1e-6)
     assert model.to_pack("b").records == records
@@ -323,15 +322,16 @@ def test_a_failed_edit_on_top_leaves_no_trace(tokenizer, monkeypatch):
     model.add_adapter("c")
     model.set_adapter(["default", "b", "c"])
     before = weights(model)
-    write = type(model)._write
+    adapter = model.edit_adapters["c"]
+    write = adapter.write
 
     def fail_at_second_layer(layer, delta):
         if layer == 1:
             monkeypatch.undo()
             raise KeyboardInterrupt
-        write(model, layer, delta)
+        write(layer, delta)
 
-    monkeypatch.setattr(model, "_write", fail_at_second_layer)
+    monkeypatch.setattr(adapter, "write", fail_at_second_layer)
     with pytest.raises(KeyboardInterrupt):
         model.edit([BORN], into="c", progress=False)
     assert same_bits(weights(model), before)

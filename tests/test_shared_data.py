@@ -7,6 +7,7 @@ import torch
 from peft import PeftModel
 
 from alphaedit_peft import AlphaEditConfig, AlphaEditModel, NullSpace, get_alphaedit_model
+from alphaedit_peft.model.prepare import running
 from tests import shared
 
 pytestmark = [pytest.mark.shared_data, pytest.mark.slow]
@@ -28,7 +29,7 @@ def edited(folder, name: str, edits, tokens: int, **settings):
 
 def prefers_new(model, prompts) -> float:
     """Share of (prompt, new, true) where the new target has the higher mean log-probability."""
-    with model._runner() as (runner, _):
+    with running(model, model.edit_adapters["default"]) as (runner, _):
         rows = [
             [runner.renderer.target_row(prompt, target) for prompt, *targets in prompts
              for target in [targets[i]]]

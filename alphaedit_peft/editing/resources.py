@@ -22,6 +22,7 @@ RELEVANT = (  # the settings that a metric depends on
     *("objective", "projection", "history", "moment_weight", "null_space"),
     *("ridge", "ridge_mode", "threshold", "threshold_mode"),
 )
+_OR_NAME = ", or name the path in config.null_space"
 
 
 @dataclass
@@ -37,6 +38,15 @@ class Resources:
     _metric: Metric | None = None
     _made_of: tuple[object, ...] = ()
     _digests: WeakKeyDictionary[Statistics, str] = field(default_factory=WeakKeyDictionary)
+
+    def __post_init__(self) -> None:
+        for name, kind in (("null_space", NullSpace), ("key_moments", KeyMoments)):
+            value = getattr(self, name)
+            if not isinstance(value, kind | None):
+                raise TypeError(
+                    f"{name}={value!r} is a {type(value).__name__}, not a {kind.__name__}; pass "
+                    f"{kind.__name__}.from_pretrained(path){_OR_NAME if kind is NullSpace else ''}"
+                )
 
     def find_tokenizer(self, model: nn.Module) -> PreTrainedTokenizerBase:
         """The tokenizer, loaded from the model's own name where it was not given.

@@ -36,6 +36,11 @@ class EditState:
         """Rows of every ``lora_A``."""
         return self.targets.shape[0]
 
+    def emptied(self) -> EditState:
+        """The same layers without a row."""
+        factors = {layer: delta.first(0) for layer, delta in self.factors.items()}
+        return EditState(factors, (), self.targets[:0])
+
     @property
     def standing(self) -> tuple[EditRecord, ...]:
         """Records whose row is in force: not superseded."""

@@ -1,223 +1,290 @@
-"""An adapter that knows its edits: PEFT's LoRA layers, and the journal that goes with them.
+"""One adapter and its edits: PEFT's LoRA layers, and everything that goes with them.
 
-In: a PEFT model. Out: what an adapter holds, as values (edits, records, factors), and the one place
-that writes factors into its layers, keeps its journal, and puts both back when something fails.
-``editable`` decides what to write. It is the active adapter, or where several are active the one
-that a call names.
+In: the LoRA layers of a model's rewrite modules. Out: :class:`Adapter`, the one object that holds
+what belongs to one adapter; it reads and writes the factors and puts them back when something
+fails. :class:`EditedModel` is what the verbs of this folder ask of a model.
 """
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import replace
-from typing import Any
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
 
 import torch
-from peft import PeftModelForCausalLM
 from torch import Tensor
 
 from alphaedit_peft.algebra import LowRankDelta
 from alphaedit_peft.architecture import Architecture
 from alphaedit_peft.config import AlphaEditConfig
-from alphaedit_peft.editing.decide import in_force
 from alphaedit_peft.editing.report import MomentProducts
 from alphaedit_peft.editing.resources import Resources
 from alphaedit_peft.editing.state import EditState, Journal, Snapshot
 from alphaedit_peft.edits import Edit
 from alphaedit_peft.factor import KeptFactor
 from alphaedit_peft.fingerprint import BaseFingerprint
-from alphaedit_peft.metric import kind
 from alphaedit_peft.model import lora_layer
-from alphaedit_peft.pack import EditRecord
+from alphaedit_peft.nullspace import NullSpace
+from alphaedit_peft.pack import EditPack
 from alphaedit_peft.pack.compress import Compression, require_rows
 
 
-class AdapterModel(PeftModelForCausalLM):
-    """The state of :class:`~alphaedit_peft.model.AlphaEditModel`."""
+@dataclass(eq=False)
+class Adapter:
+    """An adapter whose edits are known.
 
-    alphaedit_config: AlphaEditConfig
-    architecture: Architecture
-    base_fingerprint: BaseFingerprint
-    resources: Resources
-    _journals: dict[str, Journal]
-    _snapshots: dict[str, deque[Snapshot]]
-    _stamps: dict[str, tuple[int, ...]]  # of the factors that a journal belongs to
-    _sources: dict[str, str]  # where adapters were loaded from
-    _solvers: dict[str, Mapping[int, KeptFactor]]  # what the next batch's solve begins with
-    _moments: dict[str, Mapping[int, MomentProducts]]  # of the last call's rows, for its figures
-    _compressions: dict[str, Compression]
-    _undecided: frozenset[str]  # settings that the user left open
-    _chosen: str | None = None  # the adapter that the call under way names
-    base_model: Any  # PEFT's LoraModel
-    config: Any  # the base model's
+    Args:
+        name: PEFT's name of it.
+        layers: by rewrite layer PEFT's LoRA layer, which holds the factors.
+        lora_config: PEFT's config of it.
+        journal: records, target values and contexts of the factors as they were last written.
+        source: the folder's name or the repository that it was loaded from; else its name.
+        compression: of the pack that it was loaded from.
+        snapshots: what the last batches can be taken back with.
+        kept: by layer, what the next batch's solve begins with.
+        moment_products: by layer, A C0 A^T of the last call's rows, for its figures.
+        stamp: numbers of the factors that the journal belongs to.
+    """
 
-    @property
-    def edits(self) -> list[Edit]:
-        """The edits in the active adapters, in the order they were made; each has its id.
+    name: str
+    layers: Mapping[int, Any]
+    lora_config: Any
+    journal: Journal
+    source: str = ""
+    compression: Compression | None = None
+    snapshots: list[Snapshot] = field(default_factory=list)
+    kept: Mapping[int, KeptFactor] = field(default_factory=dict)
+    moment_products: Mapping[int, MomentProducts] = field(default_factory=dict)
+    stamp: tuple[int, ...] = ()
 
-        Raises:
-            RuntimeError: an adapter's factors were changed behind this model's back.
-        """
-        names = self.active_adapters if self._chosen is None else [self._chosen]
-        journals = [journal for journal in map(self._known_journal, names) if journal is not None]
-        return [r.edit for journal in journals for r in journal.records if r.role == "own"]
-
-    @property
-    def records(self) -> tuple[EditRecord, ...]:
-        """The active adapter's journal: every edit with its row, batch and role."""
-        journal = self._known_journal(self._active)
-        return () if journal is None else journal.records
+    def __post_init__(self) -> None:
+        self.source = self.source or self.name
+        self.keep(self.journal)
 
     @property
     def factors(self) -> dict[int, LowRankDelta]:
-        """The active adapter's update by rewrite layer: A (n, d_in), B (d_out, n)."""
-        rank = self._journal().rank
+        """The update by rewrite layer: A (n, d_in), B (d_out, n)."""
+        rank = self.journal.rank
         return {
-            layer: lora_layer.read_factors(self._lora_layer(layer), self._active, rank)
-            for layer in self.alphaedit_config.rewrite_layers or ()
+            number: lora_layer.read_factors(layer, self.name, rank)
+            for number, layer in self.layers.items()
         }
 
     @property
-    def merged(self) -> bool:
-        """Whether edits are written into the base weights at the moment."""
-        return any(layer.merged for layer in lora_layer.lora_layers(self).values())
+    def unchanged(self) -> bool:
+        """Whether the factors are still those that the journal belongs to."""
+        return self.stamp == self._stamp()
+
+    def known_journal(self) -> Journal:
+        """The journal, known to go with the factors.
+
+        Raises:
+            RuntimeError: something else has changed the factors.
+        """
+        if not self.unchanged:
+            name = self.name
+            raise RuntimeError(
+                f"the factors of adapter {name!r} are not those its edits were written to: "
+                "hotswap_adapter, training or something else changed them, so its edits are no "
+                f"longer known; load the pack with load_adapter(folder, {name!r}), or drop "
+                f"the adapter with delete_adapter({name!r})"
+            )
+        return self.journal
 
     @property
-    def _active(self) -> str:
-        """The adapter that is read and written."""
-        if self._chosen is not None:
-            return self._chosen
-        names = self.active_adapters
-        if len(names) != 1:
-            raise RuntimeError(
-                f"adapters {names} are active; name the one that is meant: edit(edits, into=...), "
-                "save_pretrained(folder, selected_adapters=[...]), adapter_name=... elsewhere; or "
-                "choose one with set_adapter(name)"
-            )
-        return names[0]
+    def edits(self) -> list[Edit]:
+        """The adapter's own edits, in the order they were made."""
+        return [record.edit for record in self.known_journal().records if record.role == "own"]
 
-    @contextmanager
-    def _on(self, adapter_name: str | None) -> Iterator[None]:
-        """Read and write the adapter of that name; None: the only active one."""
-        name = self._active if adapter_name is None else adapter_name
-        if name not in self.peft_config:
-            raise ValueError(
-                f"adapter {name!r} is not loaded; this model has {[*self.peft_config]}"
-            )
-        before, self._chosen = self._chosen, name
-        try:
-            yield
-        finally:
-            self._chosen = before
+    def state(self) -> EditState:
+        """Factors, records and target values as one value; z is NaN where it was not saved."""
+        factors, targets = self.factors, self.journal.targets
+        if targets is None:  # editing goes on from such a pack, repour cannot
+            width = next(iter(factors.values())).B.shape[0]
+            targets = torch.full((self.journal.rank, width), torch.nan)
+        return EditState(factors, self.journal.records, targets, self.kept)
 
-    def _journal(self) -> Journal:
-        name = self._active
-        if name not in self._journals:
-            raise RuntimeError(
-                f"adapter {name!r} is a plain LoRA: without the sidecar folder "
-                "'alphaedit/' of a pack of this model's rewrite layers its edits are not known, so "
-                "it can be used but not edited"
-            )
-        return self._journals[name]
-
-    def _known_journal(self, adapter_name: str) -> Journal | None:
-        """An adapter's journal, known to go with its factors; None for a plain LoRA."""
-        journal = self._journals.get(adapter_name)
-        if journal is not None and self._stamps[adapter_name] != self._stamp(adapter_name):
-            raise RuntimeError(
-                f"the factors of adapter {adapter_name!r} are not those its edits were written to: "
-                "hotswap_adapter, training or something else changed them, so its edits are no "
-                f"longer known; load the pack with load_adapter(folder, {adapter_name!r}), or drop "
-                f"the adapter with delete_adapter({adapter_name!r})"
-            )
-        return journal
-
-    def _stamp(self, adapter_name: str) -> tuple[int, ...]:
-        layers = self.alphaedit_config.rewrite_layers or ()
-        return tuple(n for i in layers for n in lora_layer.stamp(self._lora_layer(i), adapter_name))
-
-    def _lora_layer(self, layer: int) -> Any:
-        return self.get_base_model().get_submodule(self.architecture.rewrite_name(layer))
-
-    def _require_editable(self) -> None:
-        self._journal()
-        self._known_journal(self._active)
-        require_rows(self._compressions.get(self._active), "edit it or take edits out of it")
-        if torch.is_inference_mode_enabled():
-            raise RuntimeError("torch.inference_mode() is on; edit outside of it, or in no_grad()")
-        if self.merged:
-            raise RuntimeError("the edits are merged into the base weights; call unmerge() first")
-        if any(layer.disable_adapters for layer in lora_layer.lora_layers(self).values()):
-            raise RuntimeError("the adapter is disabled; edit outside of disable_adapter()")
-
-    def _state(self) -> EditState:
-        journal = self._journal()
-        factors = self.factors
-        targets = journal.targets
-        if targets is None:  # a pack saved without them: editing goes on, repour cannot
-            targets = torch.full((journal.rank, self.config.hidden_size), torch.nan)
-        return EditState(factors, journal.records, targets, self._solvers.get(self._active, {}))
-
-    def _grams(self, factors: Mapping[int, LowRankDelta]) -> dict[int, Tensor]:
+    def grams(self, factors: Mapping[int, LowRankDelta]) -> dict[int, Tensor]:
         """A A^T (n, n) by layer, as far as the last solves have it for these factors."""
-        if not kind(self.alphaedit_config.objective).rows_are_keys:
-            return {}  # G is another one
-        kept = self._solvers.get(self._active, {})
-        found = {layer: kept[layer].gram_of(factors[layer].A) for layer in kept.keys() & factors}
+        both = self.kept.keys() & factors
+        found = {layer: self.kept[layer].gram_of(factors[layer].A) for layer in both}
         return {layer: gram for layer, gram in found.items() if gram is not None}
 
-    def _write(self, layer: int, delta: LowRankDelta) -> None:
-        lora_layer.write_factors(self._lora_layer(layer), self._active, delta)
+    def write(self, layer: int, delta: LowRankDelta) -> None:
+        """Put a rewrite layer's factors into the model."""
+        lora_layer.write_factors(self.layers[layer], self.name, delta)
 
     @contextmanager
-    def _all_or_nothing(self, before: EditState) -> Iterator[None]:
+    def all_or_nothing(self, before: EditState) -> Iterator[None]:
         """Put the factors back if the block does not end, whatever the reason."""
         try:
             yield
         except BaseException:
             for layer, delta in before.factors.items():
-                self._write(layer, delta)
+                self.write(layer, delta)
             raise
 
-    def _commit(
-        self,
-        state: EditState,
-        contexts: tuple[str, ...],
-        parents: tuple[dict[str, Any], ...],
-    ) -> None:
-        journal = self._journal()
-        self._compressions.pop(self._active, None)
-        self._solvers[self._active] = state.kept
-        self._keep(
+    def keep(self, journal: Journal) -> None:
+        """Hold a journal for the factors as they are now."""
+        self.journal, self.stamp = journal, self._stamp()
+        self.lora_config.r = self.lora_config.lora_alpha = max(1, journal.rank)
+
+    def commit(self, state: EditState, **changes: Any) -> None:
+        """Hold the state that was written; ``changes`` are further fields of the journal."""
+        self.compression, self.kept = None, state.kept
+        targets = state.targets if state.targets.isfinite().all() else None
+        self.keep(
             replace(
-                journal,
+                self.journal,
                 records=state.records,
-                targets=state.targets if state.targets.isfinite().all() else None,
+                targets=targets,
                 rank=state.rank,
-                contexts=contexts,
-                null_space=self.resources.provenance() or journal.null_space,
-                parents=parents,
-                decisions=tuple(in_force(journal.decisions, self.alphaedit_config)),
+                **changes,
             )
         )
 
-    def _keep(self, journal: Journal) -> None:
-        """Hold a journal for the factors as they are now."""
-        name = self._active
-        self._journals[name], self._stamps[name] = journal, self._stamp(name)
-        lora_config: Any = self.peft_config[name]
-        lora_config.r = lora_config.lora_alpha = max(1, journal.rank)
+    def remember(self, snapshot: Snapshot, depth: int) -> None:
+        """Keep what a batch can be taken back with, of the last ``depth`` batches."""
+        self.snapshots.append(snapshot)
+        del self.snapshots[: max(0, len(self.snapshots) - depth)]
 
-    def _forget(self, adapter_name: str) -> None:
-        """Drop all that is known of an adapter's edits."""
-        for known in (self._journals, self._snapshots, self._stamps, self._sources):
-            known.pop(adapter_name, None)
-        self._compressions.pop(adapter_name, None)
-        self._solvers.pop(adapter_name, None)
-        self._moments.pop(adapter_name, None)
+    def _stamp(self) -> tuple[int, ...]:
+        return tuple(
+            n for layer in self.layers.values() for n in lora_layer.stamp(layer, self.name)
+        )
 
-    def _remember(self, snapshot: Snapshot) -> None:
-        depth = self.alphaedit_config.rollback_depth
-        self._snapshots.setdefault(self._active, deque(maxlen=depth)).append(snapshot)
+
+@dataclass(frozen=True)
+class Moved:
+    """A threshold that was decided: the null space and setting before, and the null space since."""
+
+    given: NullSpace | None
+    threshold: tuple[float | None, str | None]
+    now: NullSpace | None
+
+
+class EditedModel(Protocol):
+    """What the verbs ask of a model with edits: :class:`~alphaedit_peft.model.AlphaEditModel`.
+
+    ``edit_adapters`` are the adapters whose edits are known, by name; ``left_open`` names the
+    settings that the user left open, and ``moved`` is the threshold that was decided for them.
+    """
+
+    alphaedit_config: AlphaEditConfig
+    architecture: Architecture
+    base_fingerprint: BaseFingerprint
+    resources: Resources
+    edit_adapters: dict[str, Adapter]
+    left_open: frozenset[str]
+    moved: Moved | None
+
+    @property
+    def peft_config(self) -> Any:
+        """PEFT's configs by name."""
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """Names of PEFT's active adapters."""
+
+    def get_base_model(self) -> Any:
+        """The transformers model, with LoRA layers in it."""
+
+    def disable_adapter(self) -> AbstractContextManager[None]:
+        """Compute with the base alone inside the ``with`` block."""
+
+
+def make_adapter(model: EditedModel, name: str, journal: Journal, **known: Any) -> Adapter:
+    """Hold an adapter's edits in the model: the one place where an :class:`Adapter` is made.
+
+    Args:
+        model: whose LoRA layers hold the factors that the journal belongs to.
+        name: PEFT's name of the adapter.
+        journal: of its edits.
+        **known: further fields of :class:`Adapter`.
+    """
+    base, layers = model.get_base_model(), model.alphaedit_config.rewrite_layers or ()
+    found = {layer: base.get_submodule(model.architecture.rewrite_name(layer)) for layer in layers}
+    adapter = Adapter(name, found, model.peft_config[name], journal, **known)
+    model.edit_adapters[name] = adapter
+    return adapter
+
+
+def name_of(model: EditedModel, adapter_name: str | None) -> str:
+    """The adapter that a call means: the one it names, or the only active one.
+
+    Raises:
+        RuntimeError: several are active and none is named.
+        ValueError: a name that is not loaded.
+    """
+    active = model.active_adapters
+    if adapter_name is None and len(active) != 1:
+        raise RuntimeError(
+            f"adapters {active} are active; name the one that is meant: edit(edits, into=...), "
+            "save_pretrained(folder, selected_adapters=[...]), adapter_name=... elsewhere; or "
+            "choose one with set_adapter(name)"
+        )
+    name = active[0] if adapter_name is None else adapter_name
+    if name not in model.peft_config:
+        raise ValueError(f"adapter {name!r} is not loaded; this model has {[*model.peft_config]}")
+    return name
+
+
+def adapter_of(model: EditedModel, adapter_name: str | None) -> Adapter:
+    """The adapter that a call means, with its edits.
+
+    Raises:
+        RuntimeError: a plain LoRA, whose edits are not known; and as ``name_of``.
+        ValueError: as ``name_of``.
+    """
+    name = name_of(model, adapter_name)
+    if name not in model.edit_adapters:
+        raise RuntimeError(
+            f"adapter {name!r} is a plain LoRA: without the sidecar folder "
+            "'alphaedit/' of a pack of this model's rewrite layers its edits are not known, so "
+            "it can be used but not edited"
+        )
+    return model.edit_adapters[name]
+
+
+def require_editable(model: EditedModel, adapter: Adapter) -> None:
+    """Refuse to edit where it cannot be done now.
+
+    Raises:
+        RuntimeError: factors that something else has changed, inference mode, a merged or a
+            disabled adapter.
+        ValueError: a pack that was compressed to a lower rank.
+    """
+    adapter.known_journal()
+    require_rows(adapter.compression, "edit it or take edits out of it")
+    if torch.is_inference_mode_enabled():
+        raise RuntimeError("torch.inference_mode() is on; edit outside of it, or in no_grad()")
+    layers = lora_layer.lora_layers(model.get_base_model()).values()
+    if any(layer.merged for layer in layers):
+        raise RuntimeError("the edits are merged into the base weights; call unmerge() first")
+    if any(layer.disable_adapters for layer in layers):
+        raise RuntimeError("the adapter is disabled; edit outside of disable_adapter()")
+
+
+def to_pack(model: EditedModel, adapter: Adapter) -> EditPack:
+    """An adapter as a pack: a value that stands without the model.
+
+    Raises:
+        RuntimeError: something else has changed the factors.
+    """
+    journal, name = adapter.journal, model.architecture.rewrite_name
+    pack = EditPack(
+        factors={name(layer): delta.to("cpu") for layer, delta in adapter.factors.items()},
+        config=model.alphaedit_config,
+        records=journal.records,
+        targets=None if journal.targets is None else journal.targets.float().cpu(),
+        contexts=journal.contexts or (),
+        fan_in_fan_out=model.architecture.conv1d,
+        base=model.base_fingerprint,
+        null_space=journal.null_space,
+        parents=journal.parents,
+        compression=adapter.compression,
+        decisions=journal.decisions,
+    )
+    adapter.known_journal()
+    return pack

@@ -17,14 +17,19 @@ from torch import Tensor
 
 from alphaedit_peft.editing.state import EditState
 from alphaedit_peft.edits import Edit
+from alphaedit_peft.model.adapter import Adapter, EditedModel
+from alphaedit_peft.model.edit import rebuild
 from alphaedit_peft.model.fitting import check_beside
-from alphaedit_peft.model.load import SeveralModel
+from alphaedit_peft.model.load import edits_same_modules
+from alphaedit_peft.model.prepare import running
 from alphaedit_peft.model.stack import (
     Parent,
     adopt,
     describe,
+    loaded,
     needed,
     new_parents,
+    others,
     refuse_common,
 )
 from alphaedit_peft.pack import EditPack, EditRecord
@@ -41,128 +46,105 @@ class JoinReport:
     set_aside: tuple[tuple[Edit, str], ...]
 
 
-class JoinableModel(SeveralModel):
-    """The joining part of :class:`~alphaedit_peft.model.AlphaEditModel`."""
-
-    @torch.no_grad()
-    def join(
-        self,
-        packs: Sequence[EditPack | str | Path],
-        *,
-        on_conflict: str = "error",
-        adapter_name: str | None = None,
-    ) -> JoinReport:
-        """Pour packs into an adapter, after the edits that it has; wholly or not at all.
-
-        Key passes and solves only, with this model's settings and contexts (in a model without
-        edits, the first pack's contexts). Edits that share a key are in conflict too: each has a
-        target value made without the other. Making one of them again with ``edit`` solves them
-        together.
-
-        Args:
-            packs: values, folders or Hub repositories, poured in this order.
-            on_conflict: ``error``, or keep what came ``first`` or ``last``.
-            adapter_name: the adapter; needed where several are active.
-
-        Raises:
-            ValueError: a pack of another base, null space or layers, or without target values; a
-                conflict under ``error``; one id for two edits. Names the pack.
-            PackError: a damaged pack.
-        """
-        if isinstance(packs, str | Path | EditPack):
-            raise TypeError(f"packs={packs!r} is one pack; pass a list of packs")
-        if on_conflict not in RULES:
-            raise ValueError(f"on_conflict={on_conflict!r} is unknown; use one of {RULES}")
-        named = [_named(pack, i) for i, pack in enumerate(packs, 1)]
-        if not named:
-            raise ValueError("packs=[] names no pack; pass one or more")
-        with self._on(adapter_name), self._runner(named[0][1].contexts):
-            others = self._others()
-            for i, (name, pack) in enumerate(named):
-                self._check_joinable(name, pack)
-                self._check_parents_joined(name, pack, named[:i])
-            union = self._packs_to_join(others)
-            module = self.architecture.rewrite_name(self._first_layer)
-            for name, pack in named:
-                union = with_pack(union, name, pack, module, on_conflict, self._key_bound)
-            joined = [record.edit for record in union.pouring if record.role == "own"]
-            ancestors = [
-                {
-                    "operation": "join",
-                    "name": name,
-                    "digest": pack.digest(),
-                    "edits": len(pack.edits),
-                }
-                for name, pack in named
-            ]
-            self._repour(union.pouring, union.stored, ancestors, named[0][1].contexts)
-        return JoinReport(tuple(joined), union.set_aside)
-
-    @property
-    def _first_layer(self) -> int:
-        return (self.alphaedit_config.rewrite_layers or [0])[0]
-
-    @property
-    def _key_bound(self) -> float:
-        return self.alphaedit_config.key_cosine
-
-    def _packs_to_join(self, others: Sequence[Parent]) -> PacksToJoin:
-        """The adapter's own edits, which come first, and those of the packs it stands on."""
-        new = new_parents(self._journal().parents, others, self._active)
-        refuse_common(self.edits, new, self._active)
-        state = adopt(self._state(), new)
-        if not state.targets.isfinite().all():
-            raise ValueError(
-                f"adapter {self._active!r} was saved without target values, which joining pours "
-                "again; make its edits anew with edit()"
-            )
-        names = {r.edit.id: f"adapter {self._active!r}" for r in state.records}
-        names |= {r.edit.id: f"adapter {other.name!r}" for other in others for r in other.own}
-        return PacksToJoin(state, state.factors[self._first_layer].A, state.records, names)
-
-    def _check_joinable(self, name: str, pack: EditPack) -> None:
-        require_rows(pack.compression, f"join it ({name})")
-        try:
-            check_beside(pack, self.get_base_model(), self.base_fingerprint, False)
-        except ValueError as error:
-            raise ValueError(f"{name} cannot be joined: {error}") from None
-        if not self._edits_same_modules(pack):
-            layers = self.alphaedit_config.rewrite_layers
-            raise ValueError(
-                f"{name} changes {list(pack.modules)}, and this model's rewrite layers are "
-                f"{layers}; join packs of the same layers, or make its edits anew with edit()"
-            )
-        if pack.targets is None and pack.records:
-            raise ValueError(
-                f"{name} was saved without target values, which joining pours again; make its "
-                "edits anew with edit(), or join the files with EditPack.join"
-            )
-        given = self.resources.provenance()
-        if pack.null_space is None or given is None or not pack.records:
-            return
-        differ = [
-            key for key in ("digest", "threshold", "mode") if pack.null_space.get(key) != given[key]
+@torch.no_grad()
+def join(
+    model: EditedModel,
+    adapter: Adapter,
+    packs: Sequence[EditPack | str | Path],
+    on_conflict: str,
+) -> JoinReport:
+    """Pour packs into an adapter; see :meth:`AlphaEditModel.join`."""
+    if isinstance(packs, str | Path | EditPack):
+        raise TypeError(f"packs={packs!r} is one pack; pass a list of packs")
+    if on_conflict not in RULES:
+        raise ValueError(f"on_conflict={on_conflict!r} is unknown; use one of {RULES}")
+    named = [_named(pack, i) for i, pack in enumerate(packs, 1)]
+    if not named:
+        raise ValueError("packs=[] names no pack; pass one or more")
+    contexts = named[0][1].contexts
+    with running(model, adapter, contexts):
+        parents = others(model, adapter)
+        for i, (name, pack) in enumerate(named):
+            _check_joinable(model, name, pack)
+            _check_parents_joined(model, name, pack, named[:i])
+        first = (model.alphaedit_config.rewrite_layers or [0])[0]
+        beside = _own_edits(adapter, parents, first)
+        module, bound = model.architecture.rewrite_name(first), model.alphaedit_config.key_cosine
+        for name, pack in named:
+            beside = with_pack(beside, name, pack, module, on_conflict, bound)
+        joined = [record.edit for record in beside.pouring if record.role == "own"]
+        ancestors = [
+            {
+                "operation": "join",
+                "name": name,
+                "digest": pack.digest(),
+                "edits": len(pack.edits),
+            }
+            for name, pack in named
         ]
-        if differ:
-            raise ValueError(
-                f"{name} was made with null space {pack.null_space}, and this model has {given}: "
-                f"{differ} differ; pass null_space= the pack's own, or make its edits anew"
-            )
+        rebuild(model, adapter, beside.pouring, beside.stored, ancestors, contexts)
+    return JoinReport(tuple(joined), beside.set_aside)
 
-    def _check_parents_joined(
-        self, name: str, pack: EditPack, earlier: Sequence[tuple[str, EditPack]]
-    ) -> None:
-        """A pack's parents are joined before it, or are active beside the adapter."""
-        missing = needed(pack.parents)
-        if missing:
-            there = {p.digest for p in self._loaded() if p.name in self.active_adapters}
-            there |= {value.digest() for _, value in earlier}
-            missing = [parent for parent in missing if parent.get("digest") not in there]
-        if missing:
-            raise ValueError(
-                f"{name} stands on {describe(missing[0])}, which is neither joined before it nor "
-                f"active; give that pack too, before {name}"
-            )
+
+def _own_edits(adapter: Adapter, parents: Sequence[Parent], first: int) -> PacksBeside:
+    """The adapter's own edits, which come first, and those of the packs it stands on."""
+    new = new_parents(adapter.journal.parents, parents, adapter.name)
+    refuse_common(adapter.edits, new, adapter.name)
+    state = adopt(adapter.state(), new)
+    if not state.targets.isfinite().all():
+        raise ValueError(
+            f"adapter {adapter.name!r} was saved without target values, which joining pours "
+            "again; make its edits anew with edit()"
+        )
+    names = {r.edit.id: f"adapter {adapter.name!r}" for r in state.records}
+    names |= {r.edit.id: f"adapter {other.name!r}" for other in parents for r in other.own}
+    return PacksBeside(state, state.factors[first].A, state.records, names)
+
+
+def _check_joinable(model: EditedModel, name: str, pack: EditPack) -> None:
+    require_rows(pack.compression, f"join it ({name})")
+    try:
+        check_beside(pack, model.get_base_model(), model.base_fingerprint, False)
+    except ValueError as error:
+        raise ValueError(f"{name} cannot be joined: {error}") from None
+    if not edits_same_modules(model, pack):
+        layers = model.alphaedit_config.rewrite_layers
+        raise ValueError(
+            f"{name} changes {list(pack.modules)}, and this model's rewrite layers are "
+            f"{layers}; join packs of the same layers, or make its edits anew with edit()"
+        )
+    if pack.targets is None and pack.records:
+        raise ValueError(
+            f"{name} was saved without target values, which joining pours again; make its "
+            "edits anew with edit(), or join the files with EditPack.join"
+        )
+    given = model.resources.provenance()
+    if pack.null_space is None or given is None or not pack.records:
+        return
+    differ = [
+        key for key in ("digest", "threshold", "mode") if pack.null_space.get(key) != given[key]
+    ]
+    if differ:
+        raise ValueError(
+            f"{name} was made with null space {pack.null_space}, and this model has {given}: "
+            f"{differ} differ; pass null_space= the pack's own, or make its edits anew"
+        )
+
+
+def _check_parents_joined(
+    model: EditedModel, name: str, pack: EditPack, earlier: Sequence[tuple[str, EditPack]]
+) -> None:
+    """A pack's parents are joined before it, or are active beside the adapter."""
+    missing = needed(pack.parents)
+    if missing:
+        there = {p.digest for p in loaded(model) if p.name in model.active_adapters}
+        there |= {value.digest() for _, value in earlier}
+        missing = [parent for parent in missing if parent.get("digest") not in there]
+    if missing:
+        raise ValueError(
+            f"{name} stands on {describe(missing[0])}, which is neither joined before it nor "
+            f"active; give that pack too, before {name}"
+        )
 
 
 def _named(pack: EditPack | str | Path, number: int) -> tuple[str, EditPack]:
@@ -178,13 +160,13 @@ def _named(pack: EditPack | str | Path, number: int) -> tuple[str, EditPack]:
 
 
 @dataclass(frozen=True)
-class PacksToJoin:
-    """Packs laid beside each other, for one pour.
+class PacksBeside:
+    """Packs laid beside each other, to be poured as one.
 
     Args:
         stored: all records, with rows counted through, and their target values; no factors.
         keys: (n, d_in), the rows of A at the first rewrite layer.
-        pouring: the records that are solution.
+        pouring: the records that are poured.
         names: edit id -> pack that it came with.
         set_aside: edits left out, with the reason.
     """
@@ -197,15 +179,15 @@ class PacksToJoin:
 
 
 def with_pack(
-    union: PacksToJoin, name: str, pack: EditPack, module: str, rule: str, bound: float
-) -> PacksToJoin:
+    beside: PacksBeside, name: str, pack: EditPack, module: str, rule: str, bound: float
+) -> PacksBeside:
     """Lay a pack beside those before it.
 
     A parent's edit that the pack solved anew, with one of its own of the same key, is poured as the
     pack has it.
 
     Args:
-        union: what is there.
+        beside: what is there.
         name: of the pack, for messages.
         pack: its own edits are added.
         module: whose rows of A tell which keys are alike.
@@ -215,7 +197,7 @@ def with_pack(
     Raises:
         ValueError: a conflict under ``error``, or one id for two edits.
     """
-    rank, batch = union.stored.rank, union.stored.next_batch
+    rank, batch = beside.stored.rank, beside.stored.next_batch
     rows = {record.row for record in pack.records if record.role == "own"}
     new = [
         replace(record, row=record.row + rank, batch=record.batch + batch)
@@ -223,23 +205,23 @@ def with_pack(
         if record.role != "superseded" and record.row in rows
     ]
     carried = {record.edit.id for record in new if record.role == "protected"}
-    anew = carried & {record.edit.id for record in union.pouring if record.role == "own"}
-    old = [record for record in union.pouring if record.edit.id not in carried]
+    anew = carried & {record.edit.id for record in beside.pouring if record.role == "own"}
+    old = [record for record in beside.pouring if record.edit.id not in carried]
     new = [replace(r, role="own") if r.edit.id in anew else r for r in new]
-    keys = torch.cat([union.keys, pack.factors[module].A.to(union.keys)])
-    names = {**{record.edit.id: name for record in new}, **union.names}
+    keys = torch.cat([beside.keys, pack.factors[module].A.to(beside.keys)])
+    names = {**{record.edit.id: name for record in new}, **beside.names}
     here = {record.edit.id: name for record in new}
-    found = _same_or_contrary(old, new, union.names, here, rule)
+    found = _same_or_contrary(old, new, beside.names, here, rule)
     rest, left = ([r for r in part if r not in found] for part in (old, new))
-    found |= _same_key(rest, left, keys, (union.names, here), rule, bound)
+    found |= _same_key(rest, left, keys, (beside.names, here), rule, bound)
     assert pack.targets is not None or not pack.records, "checked before"
-    targets = union.stored.targets
+    targets = beside.stored.targets
     if pack.targets is not None:
         targets = torch.cat([targets, pack.targets.to(targets)])
-    stored = EditState({}, (*union.stored.records, *new), targets)
+    stored = EditState({}, (*beside.stored.records, *new), targets)
     pouring = tuple(record for record in (*old, *new) if record not in found)
     aside = tuple((record.edit, reason) for record, reason in found.items())
-    return PacksToJoin(stored, keys, pouring, names, (*union.set_aside, *aside))
+    return PacksBeside(stored, keys, pouring, names, (*beside.set_aside, *aside))
 
 
 def _same_or_contrary(
@@ -287,13 +269,13 @@ def _same_key(
     before, after = _by_row(old), _by_row(new)
     found: dict[EditRecord, str] = {}
     for row, members in after.items():
-        for other, others in before.items():
+        for other, theirs in before.items():
             cosine = float(unit[row] @ unit[other])
-            prefixes = {record.prefix for record in others} - {""}
+            prefixes = {record.prefix for record in theirs} - {""}
             alike = cosine >= bound or prefixes & {record.prefix for record in members}
-            if alike and not found.keys() & {*members, *others}:
+            if alike and not found.keys() & {*members, *theirs}:
                 why = f"have one key (cosine {cosine:.4f}), and a target value each"
-                found |= _settled(others, members, *names, why, rule)
+                found |= _settled(theirs, members, *names, why, rule)
     return found
 
 

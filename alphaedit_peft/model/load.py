@@ -1,257 +1,175 @@
-"""Several adapters in one model: added, loaded, made active together, deleted.
+"""Adapters in a model: packs and other LoRAs added, loaded, made active together, deleted.
 
-In: packs and other LoRAs beside those that the model has. Out: the same model with its journals in
-step, or, where loading fails, as it was. A pack that was made on top of others acts beside them:
-that they are there is seen to here.
+In: packs and other LoRAs beside those that the model has. Out: the same model, its adapters' edits
+in step with PEFT's layers, or, where loading fails, as it was. A pack that was made on top of
+others acts beside them: that they are there is seen to here.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+from peft import LoraConfig, PeftModelForCausalLM
+from torch import nn
 
 from alphaedit_peft.algebra import LowRankDelta
+from alphaedit_peft.config import AlphaEditConfig
 from alphaedit_peft.devices import keeps_elsewhere
 from alphaedit_peft.editing.state import Journal
 from alphaedit_peft.model import lora_layer
-from alphaedit_peft.model.fitting import check_beside
-from alphaedit_peft.model.merge import MergeableModel
-from alphaedit_peft.model.stack import Loaded, needed, require_parents
+from alphaedit_peft.model.adapter import EditedModel, make_adapter
+from alphaedit_peft.model.fitting import check_beside, check_fit, check_plain
+from alphaedit_peft.model.stack import loaded, needed, require_parents, require_top
 from alphaedit_peft.pack import EditPack
+from alphaedit_peft.pack.files import locate, read_steadily
+from alphaedit_peft.pack.format import ADAPTER_CONFIG, PackError
+from alphaedit_peft.pack.lora import read_lora
+
+Wrapped = TypeVar("Wrapped", bound=EditedModel)
 
 
-class SeveralModel(MergeableModel):
-    """What :class:`~alphaedit_peft.model.AlphaEditModel` does with more than one adapter."""
+def wrap_with_pack(
+    wrap: Callable[..., Wrapped],
+    base: nn.Module,
+    model_id: str | Path,
+    where: Mapping[str, Any],
+    *,
+    allow_base_mismatch: bool,
+    missing_parents: str,
+) -> Wrapped:
+    """A bare model with a pack on it; see :meth:`AlphaEditModel.from_pretrained`.
 
-    def add_adapter(
-        self,
-        adapter_name: str,
-        peft_config: Any = None,
-        low_cpu_mem_usage: bool = False,
-        autocast_adapter_dtype: bool = True,
-    ) -> None:
-        """Add an adapter: an empty pack to edit into, or as in PEFT what a config describes.
+    Args:
+        wrap: makes the edited model of a base and a config; ``plain_lora=`` for a LoRA without
+            edits.
+        base: the bare model.
+        model_id: a pack's folder, or a Hub repository.
+        where: revision, token and subfolder.
+        allow_base_mismatch: whether another base of the same shapes will do.
+        missing_parents: ``error`` or ``warn``.
+    """
+    require_path(model_id)
+    try:
+        pack = EditPack.from_pretrained(model_id, **where)
+    except FileNotFoundError as error:
+        return _wrap_with_plain_lora(wrap, base, model_id, where, error)
+    check_fit(pack, base, allow_base_mismatch)
+    require_parents("this pack", pack.parents, [], [], missing_parents)
+    model = wrap(base, pack.config)
+    name = model.active_adapters[0]
+    for module, delta in pack.factors.items():
+        lora_layer.write_factors(model.get_base_model().get_submodule(module), name, delta)
+    _hold_pack(model, name, pack, model_id)
+    return model
 
-        Args:
-            adapter_name: a new name.
-            peft_config: a PEFT config; None: a pack without edits.
-            low_cpu_mem_usage: as in PEFT.
-            autocast_adapter_dtype: as in PEFT.
 
-        Raises:
-            ValueError: a name that is taken.
-        """
-        config = peft_config or self.alphaedit_config.lora_config(self.architecture, 1)
-        with self._whole_or_not(adapter_name):
-            super().add_adapter(adapter_name, config, low_cpu_mem_usage, autocast_adapter_dtype)
-            lora_layer.make_exact(self)
-            if peft_config is None:
-                self._start(adapter_name, Journal.empty(self.config.hidden_size))
-
-    def load_adapter(  # type: ignore[override]
-        self,
-        model_id: str | Path,
-        adapter_name: str,
-        is_trainable: bool = False,
-        torch_device: str | None = None,
-        *,
-        allow_base_mismatch: bool = False,
-        missing_parents: str = "error",
-        **kwargs: Any,
-    ) -> Any:
-        """Load another adapter beside those the model has, as PEFT does; wholly or not at all.
-
-        A pack that edits this model's rewrite layers brings its edits along, so that after
-        ``set_adapter(adapter_name)`` they can be read, saved and gone on from. Any other LoRA, and
-        one that is to be trained, can be used but not edited. A pack that was made on top of others
-        needs them active.
-
-        Args:
-            model_id: a folder, or a Hub repository.
-            adapter_name: PEFT's name of the adapter; one that is there is replaced.
-            is_trainable: as in PEFT.
-            torch_device: as in PEFT.
-            allow_base_mismatch: load a pack that was made for another base.
-            missing_parents: ``error``, or ``warn`` to load a pack without those it stands on.
-            **kwargs: as in PEFT.
-
-        Returns:
-            What PEFT returns: missing and unexpected keys.
-
-        Raises:
-            PackError: a damaged pack.
-            ValueError: a pack of another base, unless ``allow_base_mismatch``; one whose parents
-                are not active, unless ``missing_parents="warn"``; one of other modules than the
-                adapter that it would replace.
-        """
-        require_path(model_id)
-        where = {key: kwargs[key] for key in kwargs.keys() & {"revision", "token", "subfolder"}}
-        pack = _pack_or_none(model_id, where)
-        self._require_top(adapter_name)
-        if pack is not None:
-            check_beside(pack, self.get_base_model(), self.base_fingerprint, allow_base_mismatch)
-            self._require_same_place(pack, adapter_name)
-            beside = [name for name in self.active_adapters if name != adapter_name]
-            self._require_parents("this pack", pack.parents, beside, missing_parents)
-        with self._whole_or_not(adapter_name):
-            if pack is not None and adapter_name in self.peft_config:
-                self._make_room(pack, adapter_name)
-            if keeps_elsewhere(self.get_base_model()):
-                self.hf_device_map: dict[str, Any] = {}  # or PEFT would place the base anew
-            found = super().load_adapter(
-                model_id, adapter_name, is_trainable, torch_device, **kwargs
-            )
-            lora_layer.make_exact(self)
-            lora_layer.require_factors(self, adapter_name)
-            self._forget(adapter_name)
-            if pack is not None and not is_trainable and self._edits_same_modules(pack):
-                self._take_in(pack, adapter_name, model_id)
-        return found
-
-    def set_adapter(
-        self,
-        adapter_name: str | Sequence[str],
-        inference_mode: bool = False,
-        *,
-        missing_parents: str = "error",
-    ) -> None:
-        """Make one adapter active, or several: their updates then add up.
-
-        Args:
-            adapter_name: a name, or a list of names; a pack comes after those it stands on.
-            inference_mode: as in PEFT.
-            missing_parents: ``error``, or ``warn`` to use a pack without those it stands on.
-
-        Raises:
-            ValueError: a name that is not loaded or named twice, none at all, or a pack whose
-                parents are not named before it.
-        """
-        names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
-        unknown = [name for name in names if name not in self.peft_config]
-        if unknown or not names or len(set(names)) < len(names):
-            raise ValueError(
-                f"adapter_name={adapter_name!r} cannot be made active; name one or more of "
-                f"{[*self.peft_config]}, each once"
-            )
-        for i, name in enumerate(names):
-            if name in self._journals:
-                parents = self._journals[name].parents
-                self._require_parents(f"adapter {name!r}", parents, names[:i], missing_parents)
-        self.active_adapter = names[0]  # PEFT looks up one config by it
-        self.base_model.set_adapter(names if len(names) > 1 else names[0], inference_mode)
-
-    def delete_adapter(self, adapter_name: str) -> None:
-        """Take an adapter out of the model, with its edits; the others stay as they are.
-
-        Raises:
-            ValueError: an adapter that is not loaded, or that an active one stands on.
-        """
-        self._require_top(adapter_name)
-        super().delete_adapter(adapter_name)
-        self._forget(adapter_name)
-        self.active_adapter = next(iter(self.active_adapters), self.active_adapter)
-
-    def _require_parents(
-        self,
-        what: str,
-        recorded: Sequence[dict[str, Any]],
-        before: Sequence[str],
-        rule: str,
-    ) -> None:
-        known = self._loaded() if needed(recorded) else []
-        there = [pack for pack in known if pack.name in before]
-        others = [pack for pack in known if pack.name not in before]
-        require_parents(what, recorded, there, others, rule)
-
-    def _loaded(self) -> list[Loaded]:
-        """The packs in the model; not those whose factors were changed behind its back."""
-        known = [name for name in self._journals if self._stamps[name] == self._stamp(name)]
-        return [
-            Loaded(name, self._sources.get(name, name), self.to_pack(name).digest())
-            for name in known
-        ]
-
-    @contextmanager
-    def _whole_or_not(self, adapter_name: str) -> Iterator[None]:
-        """Put an adapter back as it was, or take it out, if the block does not end."""
-        base = self.get_base_model()
-        before = lora_layer.remembered(base, adapter_name)
-        config: Any = self.peft_config.get(adapter_name)
-        rank = None if config is None else config.r
-        try:
-            yield
-        except BaseException:
-            lora_layer.put_back(base, adapter_name, before)
-            self.peft_config.pop(adapter_name, None)
-            if config is not None:
-                self.peft_config[adapter_name] = config
-                config.r = rank
-            raise
-
-    def _require_same_place(self, pack: EditPack, adapter_name: str) -> None:
-        layers = lora_layer.lora_layers(self.get_base_model())
-        there = sorted(name for name, layer in layers.items() if adapter_name in layer.lora_A)
-        if there and there != sorted(pack.modules):
-            raise ValueError(
-                f"adapter {adapter_name!r} changes {there} and this pack {list(pack.modules)}; "
-                f"load it under another name, or call delete_adapter({adapter_name!r}) first"
-            )
-
-    def _make_room(self, pack: EditPack, adapter_name: str) -> None:
-        """Give an adapter that is replaced the rank of the pack, since PEFT loads no other."""
-        base = self.get_base_model()
-        for name in pack.modules:
-            layer: Any = base.get_submodule(name)
-            old = lora_layer.read_factors(layer, adapter_name, 0)
-            rank = max(1, pack.rank)
-            A, B = old.A.new_zeros(rank, old.A.shape[1]), old.B.new_zeros(old.B.shape[0], rank)
-            lora_layer.write_factors(layer, adapter_name, LowRankDelta(A, B))
-
-    def _take_in(self, pack: EditPack, adapter_name: str, model_id: str | Path) -> None:
-        """Hold a loaded pack's journal; and its factors, which PEFT may have rounded."""
-        for name, delta in pack.factors.items():
-            layer: Any = self.get_base_model().get_submodule(name)
-            dtype = torch.promote_types(layer.lora_A[adapter_name].weight.dtype, torch.float32)
-            lora_layer.write_factors(layer, adapter_name, delta.to(dtype))
-        with self._on(adapter_name):
-            self._keep_pack(pack, model_id)
-
-    def _keep_pack(self, pack: EditPack, model_id: str | Path) -> None:
-        """Hold what a pack knows, for the adapter whose factors are the pack's."""
-        name = self._active
-        contexts = pack.contexts if pack.records else None
-        self._keep(
-            Journal(
-                pack.records,
-                pack.targets,
-                pack.rank,
-                contexts,
-                pack.null_space,
-                pack.parents,
-                pack.decisions,
-            )
+def add_adapter(
+    model: Any,
+    adapter_name: str,
+    peft_config: Any,
+    low_cpu_mem_usage: bool,
+    autocast_adapter_dtype: bool,
+) -> None:
+    """Add an adapter; see :meth:`AlphaEditModel.add_adapter`."""
+    config = peft_config or model.alphaedit_config.lora_config(model.architecture, 1)
+    with _whole_or_not(model, adapter_name):
+        PeftModelForCausalLM.add_adapter(
+            model, adapter_name, config, low_cpu_mem_usage, autocast_adapter_dtype
         )
-        here = Path(model_id)
-        self._sources[name] = here.resolve().name if here.is_dir() else str(model_id)
-        if pack.compression is not None:
-            self._compressions[name] = pack.compression
+        lora_layer.make_exact(model)
+        if peft_config is None:
+            begin(model, adapter_name)
 
-    def _start(self, adapter_name: str, journal: Journal) -> None:
-        """Begin an adapter without edits."""
-        with self._on(adapter_name):
-            for layer in self.alphaedit_config.rewrite_layers or ():
-                empty = lora_layer.read_factors(self._lora_layer(layer), adapter_name, 0)
-                self._write(layer, empty)
-            self._keep(journal)
 
-    def _edits_same_modules(self, pack: EditPack) -> bool:
-        layers = self.alphaedit_config.rewrite_layers or ()
-        return set(pack.modules) == {self.architecture.rewrite_name(layer) for layer in layers}
+def begin(model: EditedModel, adapter_name: str) -> None:
+    """Let an adapter that PEFT has just made hold no edit."""
+    base, layers = model.get_base_model(), model.alphaedit_config.rewrite_layers or ()
+    for layer in layers:
+        lora: Any = base.get_submodule(model.architecture.rewrite_name(layer))
+        empty = lora_layer.read_factors(lora, adapter_name, 0)
+        lora_layer.write_factors(lora, adapter_name, empty)
+    make_adapter(model, adapter_name, Journal.empty(base.config.hidden_size))
+
+
+def load_adapter(
+    model: Any,
+    model_id: str | Path,
+    adapter_name: str,
+    is_trainable: bool,
+    torch_device: str | None,
+    *,
+    allow_base_mismatch: bool,
+    missing_parents: str,
+    **kwargs: Any,
+) -> Any:
+    """Load an adapter beside the others; see :meth:`AlphaEditModel.load_adapter`."""
+    require_path(model_id)
+    where = {key: kwargs[key] for key in kwargs.keys() & {"revision", "token", "subfolder"}}
+    pack = _pack_or_none(model_id, where)
+    require_top(model, adapter_name)
+    base = model.get_base_model()
+    if pack is not None:
+        check_beside(pack, base, model.base_fingerprint, allow_base_mismatch)
+        _require_same_place(base, pack, adapter_name)
+        beside = [name for name in model.active_adapters if name != adapter_name]
+        _require_parents(model, "this pack", pack.parents, beside, missing_parents)
+    with _whole_or_not(model, adapter_name):
+        if pack is not None and adapter_name in model.peft_config:
+            _make_room(base, pack, adapter_name)
+        if keeps_elsewhere(base):
+            model.hf_device_map = {}  # or PEFT would place the base anew
+        found = PeftModelForCausalLM.load_adapter(
+            model, model_id, adapter_name, is_trainable, torch_device, **kwargs
+        )
+        lora_layer.make_exact(model)
+        lora_layer.require_factors(model, adapter_name)
+        model.edit_adapters.pop(adapter_name, None)
+        if pack is not None and not is_trainable and edits_same_modules(model, pack):
+            for module, delta in pack.factors.items():  # PEFT may have rounded them
+                layer: Any = base.get_submodule(module)
+                dtype = torch.promote_types(layer.lora_A[adapter_name].weight.dtype, torch.float32)
+                lora_layer.write_factors(layer, adapter_name, delta.to(dtype))
+            _hold_pack(model, adapter_name, pack, model_id)
+    return found
+
+
+def set_adapter(
+    model: Any, adapter_name: str | Sequence[str], inference_mode: bool, missing_parents: str
+) -> None:
+    """Make adapters active; see :meth:`AlphaEditModel.set_adapter`."""
+    names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
+    unknown = [name for name in names if name not in model.peft_config]
+    if unknown or not names or len(set(names)) < len(names):
+        raise ValueError(
+            f"adapter_name={adapter_name!r} cannot be made active; name one or more of "
+            f"{[*model.peft_config]}, each once"
+        )
+    for i, name in enumerate(names):
+        if name in model.edit_adapters:
+            parents = model.edit_adapters[name].journal.parents
+            _require_parents(model, f"adapter {name!r}", parents, names[:i], missing_parents)
+    model.active_adapter = names[0]  # PEFT looks up one config by it
+    model.base_model.set_adapter(names if len(names) > 1 else names[0], inference_mode)
+
+
+def delete_adapter(model: Any, adapter_name: str) -> None:
+    """Take an adapter out; see :meth:`AlphaEditModel.delete_adapter`."""
+    require_top(model, adapter_name)
+    PeftModelForCausalLM.delete_adapter(model, adapter_name)
+    model.edit_adapters.pop(adapter_name, None)
+    model.active_adapter = next(iter(model.active_adapters), model.active_adapter)
+
+
+def edits_same_modules(model: EditedModel, pack: EditPack) -> bool:
+    """Whether a pack changes just the model's rewrite modules."""
+    layers = model.alphaedit_config.rewrite_layers or ()
+    return set(pack.modules) == {model.architecture.rewrite_name(layer) for layer in layers}
 
 
 def require_path(model_id: object) -> None:
@@ -267,8 +185,100 @@ def require_path(model_id: object) -> None:
         )
 
 
-def _pack_or_none(model_id: str | Path, where: dict[str, Any]) -> EditPack | None:
+def _wrap_with_plain_lora(
+    wrap: Callable[..., Wrapped],
+    base: nn.Module,
+    model_id: str | Path,
+    where: Mapping[str, Any],
+    error: FileNotFoundError,
+) -> Wrapped:
+    folder = locate(model_id, **where)
+    if not (folder / ADAPTER_CONFIG).is_file():
+        raise error
+    factors, _ = read_steadily(folder, read_lora)
+    check_plain(factors, base, folder)
+    lora_config = LoraConfig.from_pretrained(str(folder))
+    lora_config.inference_mode = True
+    lora_config.target_modules = set(factors)
+    model: Any = wrap(base, AlphaEditConfig(), plain_lora=lora_config)
+    try:
+        found = model.load_adapter(str(folder), model.active_adapters[0])
+        if found.missing_keys or found.unexpected_keys:
+            raise PackError(f"{folder}: its tensors changed while they were read; load again")
+    except BaseException:
+        model.unload()
+        raise
+    warnings.warn(
+        f"{model_id} has no sidecar folder 'alphaedit/': it is loaded as a plain LoRA, which "
+        "can be used and merged but not edited",
+        stacklevel=4,
+    )
+    return model
+
+
+def _hold_pack(model: EditedModel, name: str, pack: EditPack, model_id: str | Path) -> None:
+    """Hold what a pack knows, for the adapter whose factors are the pack's."""
+    contexts = pack.contexts if pack.records else None
+    what = (pack.records, pack.targets, pack.rank, contexts)
+    journal = Journal(*what, pack.null_space, pack.parents, pack.decisions)
+    here = Path(model_id)
+    source = here.resolve().name if here.is_dir() else str(model_id)
+    make_adapter(model, name, journal, source=source, compression=pack.compression)
+
+
+def _pack_or_none(model_id: str | Path, where: Mapping[str, Any]) -> EditPack | None:
     try:
         return EditPack.from_pretrained(model_id, **where)
     except FileNotFoundError:
         return None
+
+
+def _require_parents(
+    model: EditedModel,
+    what: str,
+    recorded: Sequence[dict[str, Any]],
+    before: Sequence[str],
+    rule: str,
+) -> None:
+    known = loaded(model) if needed(recorded) else []
+    there = [pack for pack in known if pack.name in before]
+    rest = [pack for pack in known if pack.name not in before]
+    require_parents(what, recorded, there, rest, rule)
+
+
+@contextmanager
+def _whole_or_not(model: EditedModel, adapter_name: str) -> Iterator[None]:
+    """Put an adapter back as it was, or take it out, if the block does not end."""
+    base = model.get_base_model()
+    before = lora_layer.remembered(base, adapter_name)
+    config: Any = model.peft_config.get(adapter_name)
+    rank = None if config is None else config.r
+    try:
+        yield
+    except BaseException:
+        lora_layer.put_back(base, adapter_name, before)
+        model.peft_config.pop(adapter_name, None)
+        if config is not None:
+            model.peft_config[adapter_name] = config
+            config.r = rank
+        raise
+
+
+def _require_same_place(base: nn.Module, pack: EditPack, adapter_name: str) -> None:
+    layers = lora_layer.lora_layers(base)
+    there = sorted(name for name, layer in layers.items() if adapter_name in layer.lora_A)
+    if there and there != sorted(pack.modules):
+        raise ValueError(
+            f"adapter {adapter_name!r} changes {there} and this pack {list(pack.modules)}; "
+            f"load it under another name, or call delete_adapter({adapter_name!r}) first"
+        )
+
+
+def _make_room(base: nn.Module, pack: EditPack, adapter_name: str) -> None:
+    """Give an adapter that is replaced the rank of the pack, since PEFT loads no other."""
+    for name in pack.modules:
+        layer: Any = base.get_submodule(name)
+        old = lora_layer.read_factors(layer, adapter_name, 0)
+        rank = max(1, pack.rank)
+        A, B = old.A.new_zeros(rank, old.A.shape[1]), old.B.new_zeros(old.B.shape[0], rank)
+        lora_layer.write_factors(layer, adapter_name, LowRankDelta(A, B))

@@ -19,7 +19,9 @@ import torch
 from alphaedit_peft.algebra import LowRankDelta
 from alphaedit_peft.editing.state import EditState
 from alphaedit_peft.edits import Edit
+from alphaedit_peft.model.adapter import Adapter, EditedModel, to_pack
 from alphaedit_peft.pack import EditRecord
+from alphaedit_peft.pack.compress import require_rows
 
 BESIDE = "beside"  # the operation that a pack records of a parent it stands on
 
@@ -66,6 +68,70 @@ class Parent(Loaded):
             "digest": self.digest,
             "edits": len(self.own),
         }
+
+
+def loaded(model: EditedModel) -> list[Loaded]:
+    """The packs in a model; not those whose factors were changed behind its back."""
+    return [
+        Loaded(adapter.name, adapter.source, to_pack(model, adapter).digest())
+        for adapter in model.edit_adapters.values()
+        if adapter.unchanged
+    ]
+
+
+def others(model: EditedModel, adapter: Adapter) -> tuple[Parent, ...]:
+    """The packs that are active beside the one that is edited, as its parents.
+
+    Raises:
+        ValueError: that one is not active, or one of the others stands on it.
+        RuntimeError: a plain LoRA is active, whose keys are not known.
+    """
+    target, active = adapter.name, model.active_adapters
+    if target not in active:
+        raise ValueError(
+            f"adapter {target!r} is not active, and edits go into the model as it computes; "
+            f"call set_adapter({target!r}), or with a list the packs it stands on and it"
+        )
+    if len(active) == 1:
+        return ()
+    require_top(model, target)
+    found = (_as_parent(model, name) for name in active if name != target)
+    return tuple(parent for parent in found if parent.own)
+
+
+def require_top(model: EditedModel, target: str) -> None:
+    """Refuse to change an adapter that an active one stands on.
+
+    Raises:
+        ValueError: names the one that does.
+    """
+    known = model.edit_adapters
+    on_packs = {
+        name: needed(known[name].journal.parents)
+        for name in model.active_adapters
+        if name != target and name in known
+    }
+    if target not in known or not any(on_packs.values()):
+        return
+    own = to_pack(model, known[target]).digest()
+    for name, parents in on_packs.items():
+        if any(parent.get("digest") == own for parent in parents):
+            raise ValueError(
+                f"adapter {name!r} was made on top of {target!r}, which would change under it; "
+                f"edit into {name!r}, or first make {target!r} active alone"
+            )
+
+
+def _as_parent(model: EditedModel, name: str) -> Parent:
+    if name not in model.edit_adapters:
+        raise RuntimeError(
+            f"adapter {name!r} is active and no pack of edits in this model's rewrite "
+            "layers, so what it does for its keys cannot be protected; leave it out of "
+            "set_adapter, or merge it into the base before wrapping that for edits"
+        )
+    adapter = model.edit_adapters[name]
+    require_rows(adapter.compression, "edit on top of it")
+    return Parent(name, adapter.source, to_pack(model, adapter).digest(), adapter.state())
 
 
 def needed(parents: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
@@ -234,7 +300,7 @@ def require_parents(
             remedy = f"{where}, or use it without, by missing_parents='warn'"
             raise MissingParentError(missing, remedy)
         warnings.warn(
-            f"{missing}, {where}; until then it acts otherwise than it was made", stacklevel=4
+            f"{missing}, {where}; until then it acts otherwise than it was made", stacklevel=5
         )
 
 

@@ -136,7 +136,7 @@ def test_factors_that_something_else_changed_are_not_measured_as_if_they_were_th
     model = wrapped(tokenizer)
     model.edit(EDITS, progress=False)
     with torch.no_grad():
-        model._lora_layer(0).lora_A["default"].weight.mul_(3)
+        model.edit_adapters["default"].layers[0].lora_A["default"].weight.mul_(3)
     with pytest.raises(RuntimeError, match="are not those its edits were written to"):
         model.capacity()
 
