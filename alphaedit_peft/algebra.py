@@ -1,6 +1,7 @@
 """The mathematics of AlphaEdit, with torch alone: keys and residuals in, a low-rank update out.
 
-The paper writes the update of a rewrite weight W (d_out x d_in) with edits as columns (Eq. 14):
+P projects onto the null space of the key moment C0 (Eq. 8 and 9). The paper writes the update of a
+rewrite weight W (d_out x d_in) with edits as columns (Eq. 14):
 
     Delta = R K1^T P (Kp Kp^T P + K1 K1^T P + lambda I)^-1
 
@@ -10,13 +11,15 @@ With edits as rows, and A the projected keys of all edits so far (old ones first
 
 where E (u x n) picks this batch's u rows and D holds one ridge a row. So Delta is a LoRA whose
 ``lora_A`` is A: exact, rank n, and n^2 d_in instead of d_in^3 to compute. MEMIT (Meng et al., 2023,
-Eq. 14) is the same solve with A = K (w C0)^-1, G = A K^T and D = I.
+Eq. 14) is the same solve with A = K (w C0)^-1, G = A K^T and D = I. From A and the outputs on its
+rows alone, finished updates are taken apart, joined and compressed.
 
 Everything is row-wise: keys (n, d_in), residuals (n, d_out). Solves run in float64.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -24,6 +27,8 @@ import torch
 from torch import Tensor
 
 SMALL_PIVOT = 1e-13  # of a Cholesky factor, squared and to the largest diagonal entry
+GUARD_FACTOR, GUARD_STEPS, GUARD_FIRST = 2.0, 20, 1e-4  # the ridge's growth, and first fraction
+GUARD_ROUNDING = 1e-9  # relative: |Delta| of one part alone is its own to float64 rounding only
 
 
 @dataclass(frozen=True)
@@ -180,6 +185,18 @@ def solve(gram: Tensor, residuals: Tensor, ridge: float | Tensor, new: Tensor) -
     return solution
 
 
+def solve_symmetric(matrix: Tensor, right: Tensor) -> Tensor:
+    """Solve with a symmetric positive semi-definite matrix; the least-norm one where singular."""
+    factor, info = torch.linalg.cholesky_ex(matrix)
+    scale = matrix.diagonal().amax() if len(matrix) else 1.0
+    if int(info) == 0 and bool((factor.diagonal().square() > SMALL_PIVOT * scale).all()):
+        return torch.cholesky_solve(right, factor)
+    values, vectors = torch.linalg.eigh(matrix)
+    keep = values > 1e-12 * values[-1].clamp_min(torch.finfo(torch.float64).tiny)
+    inverse = torch.where(keep, 1 / values.where(keep, torch.ones_like(values)), 0.0)
+    return vectors @ (inverse[:, None] * (vectors.T @ right))
+
+
 def relative_ridge(gram: Tensor, fraction: float) -> float:
     """The ridge that is ``fraction`` of the mean |P k|^2, the mean of G's diagonal."""
     return fraction * float(gram.diagonal().double().mean())
@@ -215,25 +232,9 @@ def residual_share(wanted: Tensor, achieved: Tensor) -> Tensor:
     return torch.where(size > 0, share, torch.ones_like(share))
 
 
-def solve_symmetric(matrix: Tensor, right: Tensor) -> Tensor:
-    """Solve with a symmetric positive semi-definite matrix; the least-norm one where singular."""
-    factor, info = torch.linalg.cholesky_ex(matrix)
-    scale = matrix.diagonal().amax() if len(matrix) else 1.0
-    if int(info) == 0 and bool((factor.diagonal().square() > SMALL_PIVOT * scale).all()):
-        return torch.cholesky_solve(right, factor)
-    values, vectors = torch.linalg.eigh(matrix)
-    keep = values > 1e-12 * values[-1].clamp_min(torch.finfo(torch.float64).tiny)
-    inverse = torch.where(keep, 1 / values.where(keep, torch.ones_like(values)), 0.0)
-    return vectors @ (inverse[:, None] * (vectors.T @ right))
-
-
-GUARD_FACTOR, GUARD_STEPS, GUARD_FIRST = 2.0, 20, 1e-4  # the ridge's growth, and first fraction
-GUARD_ROUNDING = 1e-9  # relative: |Delta| of one part alone is its own to float64 rounding only
-
-
 def outputs(delta: LowRankDelta, rows: Tensor) -> Tensor:
     """What an update puts out for projected keys: rows (m, d_in) give (m, d_out), float64."""
-    return (rows.double() @ delta.A.double().T) @ delta.B.double().T
+    return delta.to(torch.float64).apply(rows.double())
 
 
 def without_rows(
@@ -299,16 +300,15 @@ def join(parts: Sequence[tuple[Tensor, Tensor]], ridge: float, guard: float) -> 
     A = torch.cat([rows for rows, _ in parts]).double()  # (n, d_in)
     T = torch.cat([out for _, out in parts]).double()  # (n, d_out)
     G, every = A @ A.T, torch.arange(len(A))
-    alone = sum(_squared_norm(rows.double(), out.double()) for rows, out in parts) ** 0.5
-    first = GUARD_FIRST * float(G.diagonal().mean()) if len(A) else 0.0
-    X = solve(G, T, ridge, every)  # (n, d_out)
-    growth = _growth(G, X, alone)
-    for _ in range(GUARD_STEPS if guard > 0 else 0):
+    alone = sum(_least_square(rows.double(), out.double()) for rows, out in parts) ** 0.5
+    first = relative_ridge(G, GUARD_FIRST) if len(A) else 0.0
+    for step in range(GUARD_STEPS + 1 if guard > 0 else 1):
+        if step:
+            ridge = max(GUARD_FACTOR * ridge, first)
+        X = solve(G, T, ridge, every)  # (n, d_out)
+        growth = math.sqrt(_square(G, X)) / alone if alone > 0 else 0.0
         if growth <= guard * (1 + GUARD_ROUNDING):
             break
-        ridge = max(GUARD_FACTOR * ridge, first)
-        X = solve(G, T, ridge, every)
-        growth = _growth(G, X, alone)
     dtype = parts[0][0].dtype
     delta = LowRankDelta(A.to(dtype), X.T.to(dtype))
     off, size = (outputs(delta, A) - T).norm(dim=1), T.norm(dim=1)
@@ -359,12 +359,12 @@ def _core(delta: LowRankDelta) -> tuple[Tensor, Tensor, Tensor]:
     return Qb, Rb @ Ra.T, Qa
 
 
-def _squared_norm(rows: Tensor, out: Tensor) -> float:
+def _least_square(rows: Tensor, out: Tensor) -> float:
     """|Delta|_F^2 of the smallest update with these outputs on these rows."""
     G = rows @ rows.T
-    X = solve(G, out, 0.0, torch.arange(len(rows)))
+    return _square(G, solve(G, out, 0.0, torch.arange(len(rows))))
+
+
+def _square(G: Tensor, X: Tensor) -> float:
+    """|X^T A|_F^2, with G = A A^T."""
     return float((X * (G @ X)).sum().clamp_min(0))
-
-
-def _growth(G: Tensor, X: Tensor, alone: float) -> float:
-    return float((X * (G @ X)).sum().clamp_min(0).sqrt()) / alone if alone > 0 else 0.0
