@@ -15,6 +15,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
@@ -22,8 +23,6 @@ from alphaedit_peft.config import AlphaEditConfig
 from alphaedit_peft.evaluation import Judging, Scores, Suite, evaluate
 from alphaedit_peft.fingerprint import fingerprint
 from alphaedit_peft.nullspace import KeyMoments, NullSpace
-
-LIBRARIES = ("alphaedit_peft", "torch", "transformers", "peft", "numpy")
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,10 +100,9 @@ class Study:
         space, moments = self.base.null_space, self.base.key_moments
         weights = next(self.base.model.parameters())
         return {
-            "versions": {name: version(name) for name in LIBRARIES}
-            | {"python": platform.python_version()},
+            "versions": versions(),
             "base": made_for.to_json(),
-            "dtype": str(weights.dtype).removeprefix("torch."),
+            "dtype": dtype_name(weights.dtype),
             "device": weights.device.type,
             "null_space": None if space is None else space.digest(),
             "key_moments": None if moments is None else moments.digest(),
@@ -112,6 +110,17 @@ class Study:
             "cases": len(self.suite.cases),
             "judging": {**asdict(self.how), "generate": self.generate},
         }
+
+
+def versions() -> dict[str, str]:
+    """Of this package, of the libraries that numbers depend on, and of Python."""
+    libraries = ("alphaedit_peft", "torch", "transformers", "peft", "numpy")
+    return {name: version(name) for name in libraries} | {"python": platform.python_version()}
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Such as ``float32``."""
+    return str(dtype).removeprefix("torch.")
 
 
 def suite_digest(suite: Suite) -> str:

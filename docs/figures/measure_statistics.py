@@ -16,8 +16,7 @@ from tqdm import tqdm
 from alphaedit_peft import AlphaEditConfig, hooks
 from alphaedit_peft.nullspace.corpus import token_batches
 from alphaedit_peft.nullspace.moments import collect_sums
-from alphaedit_peft.studies.benchmark import machine, shapes
-from alphaedit_peft.studies.benchmark.subject import random_texts
+from alphaedit_peft.studies.benchmark import machine, subject
 
 RUNS, WINDOW = 5, 128
 
@@ -30,12 +29,12 @@ def forward(model, names, batches):
 
 
 def main(shape="lab-gptj", tokens=16384):
-    shape, cpu = shapes.read_shape(shape), torch.device("cpu")
-    model = shapes.random_model(shapes.shape_config(shape), torch.float32, cpu)
-    tokenizer = shapes.stand_in_tokenizer(model.config.vocab_size)
+    shape, cpu = subject.read_shape(shape), torch.device("cpu")
+    model = subject.random_model(subject.shape_config(shape), torch.float32, cpu)
+    tokenizer = subject.stand_in_tokenizer(model.config.vocab_size)
     config, layout = AlphaEditConfig(rewrite_layers=list(shape.rewrite_layers)).resolve(model)
     names = [layout.rewrite_name(layer) for layer in config.rewrite_layers]
-    texts = random_texts(tokenizer, tokens)
+    texts = subject.random_texts(tokenizer, tokens)
     limits = {"window": WINDOW, "tokens_per_batch": config.tokens_per_batch, "max_tokens": tokens}
     batches = list(token_batches(texts, tokenizer, **limits))
     whole = partial(collect_sums, model, names, batches, bar=tqdm(disable=True))

@@ -30,7 +30,7 @@ from alphaedit_peft.studies.benchmark import (
     stand_in_tokenizer,
 )
 from alphaedit_peft.studies.benchmark.measure import forward_times
-from alphaedit_peft.studies.benchmark.shapes import Shape
+from alphaedit_peft.studies.benchmark.subject import Shape
 from alphaedit_peft.studies.benchmark.timings import Batch, Floor, Session
 from alphaedit_peft.tokens import encode
 from tests.conftest import tiny_config, tiny_model

@@ -7,21 +7,19 @@ and sizes.
 
 from alphaedit_peft.studies.benchmark.curves import FULL, SMALL, Grid, Growth, growth
 from alphaedit_peft.studies.benchmark.measure import benchmark
-from alphaedit_peft.studies.benchmark.shapes import (
-    SHAPES,
-    random_model,
-    read_shape,
-    shape_config,
-    stand_in_tokenizer,
-)
 from alphaedit_peft.studies.benchmark.subject import (
     LENGTHS,
+    SHAPES,
     Statistics,
     Subject,
     benchmark_config,
     collect_statistics,
     made_up_edits,
+    random_model,
     random_statistics,
+    read_shape,
+    shape_config,
+    stand_in_tokenizer,
 )
 from alphaedit_peft.studies.benchmark.timings import (
     OBJECTIVES,

@@ -8,7 +8,7 @@ weights.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -24,22 +24,20 @@ from alphaedit_peft.metric import Projector
 from alphaedit_peft.nullspace import NullSpace
 from alphaedit_peft.pack import EditRecord
 from alphaedit_peft.settings import EditOptions
-from alphaedit_peft.studies.benchmark.machine import PeakMemory, describe_machine, timed
-from alphaedit_peft.studies.benchmark.measure import benchmark
-from alphaedit_peft.studies.benchmark.shapes import (
+from alphaedit_peft.studies.benchmark.machine import PeakMemory, clocked, describe_machine, timed
+from alphaedit_peft.studies.benchmark.measure import Say, benchmark
+from alphaedit_peft.studies.benchmark.subject import (
     ENDS,
     Shape,
-    random_model,
-    shape_config,
-    stand_in_tokenizer,
-)
-from alphaedit_peft.studies.benchmark.subject import (
     Subject,
     benchmark_config,
     made_up_edits,
     random_half,
+    random_model,
     random_statistics,
     random_texts,
+    shape_config,
+    stand_in_tokenizer,
 )
 from alphaedit_peft.studies.benchmark.timings import Plan
 
@@ -129,9 +127,7 @@ class Growth:
 
 
 def growth(
-    grid: Grid,
-    device: torch.device | str = "cpu",
-    progress: Callable[[str], object] = lambda text: None,
+    grid: Grid, device: torch.device | str = "cpu", progress: Say = lambda text: None
 ) -> Growth:
     """Measure every point of a grid once, after a warm-up.
 
@@ -162,10 +158,9 @@ def _solves(grid: Grid, curve: str, rows: int, width: int, device: torch.device)
     """One layer's solve with ``rows`` rows in place, here and the plain way."""
     system = System.drawn(rows, grid.new, width, grid.d_out, device)
     at = rows if curve == "edits" else width
-    solved: list[Solved] = []
     with PeakMemory(device) as memory:
-        seconds = timed(lambda: solved.append(system.ours()), device)
-    delta, kept = system.state.factors[0], solved[0].kept
+        solved, seconds = clocked(system.ours, device)
+    delta, kept = system.state.factors[0], solved.kept
     factors = delta.A.nbytes + delta.B.nbytes
     yield Point(curve, at, "anew", seconds, factors, memory.above)
     with PeakMemory(device) as memory:
@@ -239,6 +234,5 @@ def _batch(curve: str, at: int, depth: int, hidden: int, device: torch.device) -
     plan = Plan(edits=EDITS, objectives=("alphaedit",))
     edits = made_up_edits(tokenizer, EDITS)
     found = benchmark(subject, random_statistics(subject), edits, plan).sessions[0]
-    batch, floor = found.batches[0], found.floor
-    least = None if floor is None else floor.total
+    batch, least = found.batches[0], found.floor and found.floor.total
     return Point(curve, at, "batch", batch.without_contexts, 0, batch.memory, least)

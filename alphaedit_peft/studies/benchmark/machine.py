@@ -1,7 +1,8 @@
-"""The machine a figure was measured on: its name, its matrix rate, and how much memory work took.
+"""The machine a figure was measured on: its matrix rate, and what work takes of time and memory.
 
-In: a device and a dtype. Out: a description as plain values, operations a second of a large matrix
-product (which sets the floor under every time), and the peak of memory above what was there before.
+In: a device, some work. Out: the machine as plain values, operations a second of a large matrix
+product (which sets the floor under every time), wall seconds, the peak of memory above what was
+there before, and the operations and tokens of the work.
 """
 
 from __future__ import annotations
@@ -16,10 +17,8 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
-from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -29,13 +28,9 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 from alphaedit_peft import hooks
 from alphaedit_peft.architecture import Architecture
 from alphaedit_peft.editing.runner import Phases
-from alphaedit_peft.studies.base import LIBRARIES
+from alphaedit_peft.studies.base import dtype_name, versions
 
-SMALLEST, LARGEST = 512, 8192  # matrices that are multiplied to find the rate
-ENOUGH = 0.02  # seconds of a product from which on its start plays no part
-PRODUCTS = 8  # the best of so many counts
-STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-RESET_PEAK = "5"  # proc(5): what to write into clear_refs
+T = TypeVar("T")
 
 
 def describe_machine(device: torch.device) -> dict[str, Any]:
@@ -45,8 +40,7 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "device": str(device),
-        "versions": {name: version(name) for name in LIBRARIES}
-        | {"python": platform.python_version()},
+        "versions": versions(),
     }
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
@@ -54,6 +48,20 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
         found["gpu_bytes"] = properties.total_memory
         found["cuda"] = torch.version.cuda
     return found
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+SMALLEST, LARGEST = 512, 8192  # matrices that are multiplied to find the rate
+ENOUGH = 0.02  # seconds of a product from which on its start plays no part
+PRODUCTS = 8  # the best of so many counts
 
 
 def matrix_rate(dtype: torch.dtype, device: torch.device) -> float:
@@ -69,8 +77,7 @@ def matrix_rate(dtype: torch.dtype, device: torch.device) -> float:
     size = SMALLEST
     while True:
         left = torch.randn(size, size, device=device).to(dtype)
-        right = left.T.contiguous()
-        work = partial(torch.matmul, left, right)
+        work = partial(torch.matmul, left, left.T.contiguous())
         timed(work, device)  # libraries set themselves up
         if size >= LARGEST or timed(work, device) >= ENOUGH:
             return 2 * size**3 / min(timed(work, device) for _ in range(PRODUCTS))
@@ -79,11 +86,16 @@ def matrix_rate(dtype: torch.dtype, device: torch.device) -> float:
 
 def timed(work: Callable[[], object], device: torch.device) -> float:
     """Wall seconds of some work, waited for on a GPU."""
+    return clocked(work, device)[1]
+
+
+def clocked(work: Callable[[], T], device: torch.device) -> tuple[T, float]:
+    """What some work gives, and its wall seconds, waited for on a GPU."""
     wait(device)
     start = time.perf_counter()
-    work()
+    found = work()
     wait(device)
-    return time.perf_counter() - start
+    return found, time.perf_counter() - start
 
 
 def wait(device: torch.device) -> None:
@@ -114,27 +126,13 @@ class PeakMemory:
             self._before = torch.cuda.memory_allocated(self.device)
         else:
             self.exact = _reset_peak()
-            self._before = _resident() if self.exact else _peak()
+            self._before = _status("VmRSS") if self.exact else _peak()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         gpu = self.device.type == "cuda"
         peak = torch.cuda.max_memory_allocated(self.device) if gpu else _peak()
         self.above = max(0, peak - self._before)
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def _give_back() -> None:
@@ -145,16 +143,12 @@ def _give_back() -> None:
 
 
 def _reset_peak() -> bool:
-    """Set the peak of resident memory back to what it is; whether that could be done."""
+    """Set the peak of resident memory back to what it is (proc(5)); whether that could be done."""
     try:
-        CLEAR.write_text(RESET_PEAK, encoding="ascii")
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
         return _status("VmHWM") > 0
     except (OSError, ValueError):
         return False
-
-
-def _resident() -> int:
-    return _status("VmRSS")
 
 
 def _peak() -> int:
@@ -175,56 +169,14 @@ def _status(name: str) -> int:
         OSError: no such file.
         ValueError: the name is not in it.
     """
-    for line in STATUS.read_text(encoding="utf-8").splitlines():
+    for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
         key, _, value = line.partition(":")
         if key == name:
             return 1024 * int(value.split()[0])
-    raise ValueError(f"{STATUS} has no {name}")
+    raise ValueError(f"/proc/self/status has no {name}")
 
 
 OUTSIDE = "other"  # work in no phase
-Formula = Callable[[Any, tuple[Any, ...]], int]
-
-
-def _cholesky(out: Any, args: tuple[Any, ...]) -> int:
-    return _batch(args[0]) * args[0].shape[-1] ** 3 // 3
-
-
-def _triangular_twice(out: Any, args: tuple[Any, ...]) -> int:
-    return 2 * args[0].numel() * args[0].shape[-2]
-
-
-def _triangular(out: Any, args: tuple[Any, ...]) -> int:
-    return out.numel() * args[0].shape[-1]
-
-
-def _general(out: Any, args: tuple[Any, ...]) -> int:
-    n = args[0].shape[-1]
-    return _batch(args[0]) * 2 * n**3 // 3 + 2 * n * args[1].numel()
-
-
-def _eigen(out: Any, args: tuple[Any, ...]) -> int:
-    return _batch(args[0]) * 9 * args[0].shape[-1] ** 3  # values and vectors, roughly
-
-
-def _attention(out: Any, args: tuple[Any, ...]) -> int:
-    return sdpa_flop_count(*(value.shape for value in args[:3]))
-
-
-def _attention_back(out: Any, args: tuple[Any, ...]) -> int:
-    return sdpa_backward_flop_count(*(value.shape for value in args[:4]))
-
-
-# Golub and Van Loan, Matrix Computations; attention as torch counts it on GPUs
-FORMULAS: dict[str, Formula] = {
-    "aten::linalg_cholesky_ex": _cholesky,
-    "aten::cholesky_solve": _triangular_twice,
-    "aten::linalg_solve_triangular": _triangular,
-    "aten::_linalg_solve_ex": _general,
-    "aten::_linalg_eigh": _eigen,
-    "aten::_scaled_dot_product_flash_attention_for_cpu": _attention,
-    "aten::_scaled_dot_product_flash_attention_for_cpu_backward": _attention_back,
-}
 
 
 class OperationCounter(TorchDispatchMode):
@@ -250,7 +202,7 @@ class OperationCounter(TorchDispatchMode):
         out = func(*args, **kwargs)
         dtype = next((a.dtype for a in args if isinstance(a, Tensor)), torch.float32)
         if own is not None:
-            self.operations[self.phase, dtype] += own(out, args)
+            self.operations[self.phase, dtype] += own(out, *args)
         elif packet in flop_registry:
             self.operations[self.phase, dtype] += int(
                 flop_registry[packet](*args, **kwargs, out_val=out)
@@ -263,8 +215,39 @@ class OperationCounter(TorchDispatchMode):
         found: dict[str, dict[str, int]] = {}
         for (phase, dtype), count in self.operations.items():
             if count:
-                found.setdefault(phase, {})[str(dtype).removeprefix("torch.")] = count
+                found.setdefault(phase, {})[dtype_name(dtype)] = count
         return found
+
+
+def _matrices(a: Tensor) -> int:
+    """How many matrices (..., n, n) there are."""
+    return a[..., 0, 0].numel()
+
+
+def _general(_: Any, a: Tensor, b: Tensor, *__: Any) -> int:
+    n = a.shape[-1]
+    return _matrices(a) * 2 * n**3 // 3 + 2 * n * b.numel()
+
+
+def _attention(_: Any, *args: Any) -> int:
+    return sdpa_flop_count(*(value.shape for value in args[:3]))
+
+
+def _attention_back(_: Any, *args: Any) -> int:
+    return sdpa_backward_flop_count(*(value.shape for value in args[:4]))
+
+
+# operator -> operations from its output and its arguments: Golub and Van Loan, Matrix Computations;
+# eigenvalues and vectors roughly; attention as torch counts it on GPUs
+FORMULAS: dict[str, Callable[..., int]] = {
+    "aten::linalg_cholesky_ex": lambda out, a, *_: _matrices(a) * a.shape[-1] ** 3 // 3,
+    "aten::cholesky_solve": lambda out, b, *_: 2 * b.numel() * b.shape[-2],
+    "aten::linalg_solve_triangular": lambda out, a, *_: out.numel() * a.shape[-1],
+    "aten::_linalg_solve_ex": _general,
+    "aten::_linalg_eigh": lambda out, a, *_: _matrices(a) * 9 * a.shape[-1] ** 3,
+    "aten::_scaled_dot_product_flash_attention_for_cpu": _attention,
+    "aten::_scaled_dot_product_flash_attention_for_cpu_backward": _attention_back,
+}
 
 
 class CountedPhases(Phases):
@@ -306,8 +289,3 @@ def floor_seconds(operations: Mapping[str, int], rates: Mapping[str, float]) -> 
     """The least time that operations by dtype can take; dtypes without a rate at the highest."""
     highest = max(rates.values())
     return sum(count / rates.get(dtype, highest) for dtype, count in operations.items())
-
-
-def _batch(matrices: Tensor) -> int:
-    """How many matrices (..., n, n) there are."""
-    return matrices[..., 0, 0].numel()

@@ -2,13 +2,15 @@
 
 In: a subject, its statistics, edits, a plan. Out: :class:`Findings`: the time of each batch by
 phase (the paper's Table 7 has the sum), AlphaEdit and MEMIT in turn, the plain way on some of the
-edits. Operations are counted in runs of their own.
+edits, and forward passes without a pack, with one beside the weights and with it merged. Operations
+are counted in runs of their own.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from statistics import mean, median
 from typing import Any
@@ -29,10 +31,12 @@ from alphaedit_peft.edits import Edit
 from alphaedit_peft.metric import kind
 from alphaedit_peft.model import AlphaEditModel, get_alphaedit_model, lora_layer
 from alphaedit_peft.settings import Settings
+from alphaedit_peft.studies.base import dtype_name
 from alphaedit_peft.studies.benchmark.machine import (
     CountedPhases,
     OperationCounter,
     PeakMemory,
+    clocked,
     counting_tokens,
     describe_machine,
     floor_seconds,
@@ -50,6 +54,8 @@ from alphaedit_peft.studies.benchmark.timings import (
     Plan,
     Session,
 )
+
+Say = Callable[[str], object]
 
 
 def benchmark(
@@ -72,10 +78,10 @@ def benchmark(
         ValueError: too few edits, or a model, edits or statistics that cannot be used.
     """
     chosen = plan.take(edits)
-    timed_runs = TimedRuns(subject, statistics, plan, progress)
-    timed_runs.warm_up(chosen)
+    runs = TimedRuns(subject, statistics, plan, progress)
+    runs.warm_up(chosen)
     found: dict[str, list[list[Timing]]] = {name: [] for name in plan.objectives}
-    plain = PlainWay(timed_runs, chosen[: plan.plain_edits]) if plan.plain_edits else None
+    plain = PlainWay(runs, chosen[: plan.plain_edits]) if plan.plain_edits else None
     for repeat in range(plan.repeats):
         turns = [*plan.objectives, *(["plain"] if plain else [])]
         for name in turns[:: -1 if repeat % 2 else 1]:  # there and back: machines change with time
@@ -83,150 +89,17 @@ def benchmark(
             if plain and name == "plain":
                 plain.run()
             else:
-                found[name].append(timed_runs.run(name, chosen))
-    rates = timed_runs.rates()
+                found[name].append(runs.run(name, chosen))
+    rates = runs.rates()
     sessions = []
-    for objective, runs in found.items():
-        batches = tuple(_batch(plan.edits, parts) for parts in zip(*runs, strict=True))
-        floor = _counted(timed_runs, objective, chosen[: plan.edits], rates) if plan.floor else None
+    for objective, timings in found.items():
+        batches = tuple(_batch(plan.edits, parts) for parts in zip(*timings, strict=True))
+        floor = runs.counted(objective, chosen[: plan.edits], rates) if plan.floor else None
         sessions.append(Session(objective, batches, floor))
     beside = plain.session(rates) if plain else None
     inference = forward_times(subject, progress) if plan.inference else ()
-    head = _head(subject, statistics, plan, timed_runs)
-    made = {**statistics.seconds, **timed_runs.first_use}
-    return Findings(head, rates, made, tuple(sessions), beside, inference)
-
-
-@torch.no_grad()
-def _counted(
-    timed_runs: TimedRuns, objective: str, edits: Sequence[Edit], rates: Mapping[str, float]
-) -> Floor:
-    """Count a batch's operations in a run of its own."""
-    timed_runs.say(f"{objective}, counting operations")
-    model, counter = timed_runs.wrapped(objective), OperationCounter()
-    base, architecture = timed_runs.subject.model, model.architecture
-
-    def write(layer: int, delta: LowRankDelta) -> None:
-        module = base.get_submodule(architecture.rewrite_name(layer))
-        lora_layer.write_factors(module, "default", delta)
-
-    phases = CountedPhases(counter)
-    try:
-        with counter, phases.timed("contexts"):
-            contexts = timed_runs.contexts(model)
-        runner = timed_runs.runner(model, contexts, phases)
-        metric = model.resources.find_metric(model.alphaedit_config, model.base_fingerprint)
-        state = EditState(model.factors, (), torch.zeros(0, model.config.hidden_size))
-        rows = [runner.renderer.edit_rows(edit, runner.contexts) for edit in edits]
-        with hooks.evaluating(base), counting_tokens(base, architecture) as seen, counter:
-            edit_batch(runner, metric, state, rows, write)
-    finally:
-        model.unload()
-    return _floor(counter, seen.total() / architecture.num_blocks, rates)
-
-
-class PlainWay:
-    """Some of the edits the plain way: timed as often as asked, then counted."""
-
-    def __init__(self, timed_runs: TimedRuns, edits: Sequence[Edit]) -> None:
-        self._runner = timed_runs
-        model = timed_runs.wrapped("alphaedit")
-        try:
-            self._config = Settings.of(model.alphaedit_config)
-            self._architecture = model.architecture
-            contexts = timed_runs.contexts(model)
-            renderer = timed_runs.runner(model, contexts, Phases()).renderer
-        finally:
-            model.unload()
-        self._rows = [renderer.edit_rows(edit, contexts) for edit in edits]
-        self._runs: list[Mapping[str, float]] = []
-        self._memory = 0
-
-    def run(self) -> None:
-        """Make the edits once, and take the time."""
-        phases = Phases.of(self._runner.subject.model)
-        with PeakMemory(self._runner.subject.device) as peak:  # dense matrices count
-            self._edit(phases)
-        self._runs.append(phases.seconds)
-        self._memory = max(self._memory, peak.above)
-
-    def session(self, rates: Mapping[str, float]) -> PlainSession:
-        """What was measured, with its floor where the plan asks for one."""
-        plan, floor = self._runner.plan, None
-        if plan.floor:
-            self._runner.say("the plain way, counting operations")
-            counter = OperationCounter()
-            counted = counting_tokens(self._runner.subject.model, self._architecture)
-            with counted as seen, counter:
-                self._edit(CountedPhases(counter))
-            floor = _floor(counter, seen.total() / self._architecture.num_blocks, rates)
-        return PlainSession(len(self._rows), plan.edits, tuple(self._runs), self._memory, floor)
-
-    def _edit(self, phases: Phases) -> None:
-        model, space = self._runner.subject.model, self._runner.statistics.null_space
-        plain = PlainModel.of(model, self._config, self._architecture, space)
-        with hooks.evaluating(model), plain.weights_kept():
-            plain.edit_batch(self._rows, phases)
-
-
-def _floor(counter: OperationCounter, tokens: float, rates: Mapping[str, float]) -> Floor:
-    operations = counter.by_phase
-    seconds = {phase: floor_seconds(counts, rates) for phase, counts in operations.items()}
-    return Floor(operations, seconds, tokens)
-
-
-def _batch(edits: int, parts: Sequence[Timing]) -> Batch:
-    """One batch from its timings in all repeats."""
-    first = parts[0].report
-    return Batch(
-        edits=edits,
-        rows_before=parts[0].rows_before,
-        made=len(first.made),
-        rows=len({result.row for result in first.made}),
-        steps=mean(result.steps or 0 for result in first.made) if first.made else 0.0,
-        seconds={name: median(part.report.seconds[name] for part in parts) for name in PHASES},
-        totals=tuple(part.total for part in parts),
-        contexts=tuple(part.report.seconds["contexts"] for part in parts),
-        memory=max(part.memory for part in parts),
-    )
-
-
-def _head(
-    subject: Subject, statistics: Statistics, plan: Plan, timed_runs: TimedRuns
-) -> dict[str, Any]:
-    full, architecture = subject.config.resolve(subject.model)
-    weights = list(subject.model.parameters())
-    autocast = getattr(full, "autocast", None)
-    return {
-        "machine": describe_machine(subject.device),
-        "model": {
-            "name": subject.name,
-            "random": subject.random,
-            "type": architecture.model_type,
-            "blocks": architecture.num_blocks,
-            "parameters": sum(weight.numel() for weight in weights),
-            "bytes": sum(weight.nbytes for weight in weights),
-            "dtype": str(subject.weights.dtype).removeprefix("torch."),
-            "autocast": autocast,
-        },
-        "settings": {
-            "rewrite_layers": full.rewrite_layers,
-            "steps": full.steps,
-            "stop_loss": full.stop_loss,
-            "learning_rate": full.learning_rate,
-            "num_contexts": full.num_contexts,
-            "context_length": full.context_length,
-            "tokens_per_batch": full.tokens_per_batch,
-            "target_tokens": full.target_tokens,
-            "seed": full.seed,
-        },
-        "statistics": statistics.origin,
-        "plan": asdict(plan),
-        "exact_memory": timed_runs.exact_memory,
-    }
-
-
-Say = Callable[[str], object]
+    made = {**statistics.seconds, **runs.first_use}
+    return Findings(_head(runs), rates, made, tuple(sessions), beside, inference)
 
 
 @dataclass(frozen=True)
@@ -241,7 +114,7 @@ class Timing:
 
 @dataclass
 class TimedRuns:
-    """Runs batches on one subject, each with a fresh wrapper around its base."""
+    """Batches on one subject, each session with a fresh wrapper around its base."""
 
     subject: Subject
     statistics: Statistics
@@ -250,8 +123,11 @@ class TimedRuns:
     first_use: dict[str, float] = field(default_factory=dict)  # seconds, by what was used
     exact_memory: bool = True
 
-    def wrapped(self, objective: str, config: AlphaEditConfig | None = None) -> AlphaEditModel:
-        """A fresh wrapper around the base, its statistics ready for use."""
+    @contextmanager
+    def wrapped(
+        self, objective: str, config: AlphaEditConfig | None = None
+    ) -> Iterator[AlphaEditModel]:
+        """A fresh wrapper around the base, its statistics ready for use; unloaded at the end."""
         given, subject = self.statistics, self.subject
         config = replace(config or subject.config, objective=objective)
         needed = kind(objective).needs(config)
@@ -267,70 +143,182 @@ class TimedRuns:
             null_space=space,
             key_moments=given.key_moments if "key_moments" in needed else None,
         )
-        seconds = timed(lambda: self._use(model), subject.device)
+        seconds = timed(lambda: _use(model), subject.device)
         self.first_use.setdefault(f"first use by {objective}", seconds)
-        return model
-
-    def _use(self, model: AlphaEditModel) -> None:
-        """What a metric does once: check and digest its statistics, factorise the moments."""
-        resources = model.resources
-        metric = resources.find_metric(model.alphaedit_config, model.base_fingerprint)
-        resources.provenance()
-        for layer, delta in model.factors.items():
-            metric.rows(layer, delta.A.new_ones(1, delta.A.shape[1]))
+        try:
+            yield model
+        finally:
+            model.unload()
 
     def warm_up(self, edits: Sequence[Edit]) -> None:
         """Two edits, not timed: libraries choose their kernels at the first products."""
         self.say("warming up")
-        config = replace(self.subject.config, steps=2)
         for objective in self.plan.objectives:
-            model = self.wrapped(objective, config)
-            try:
+            with self.wrapped(objective, replace(self.subject.config, steps=2)) as model:
                 model.edit(edits[:2], progress=False)
-            finally:
-                model.unload()
 
     def run(self, objective: str, edits: Sequence[Edit]) -> list[Timing]:
         """All batches with one objective."""
-        model = self.wrapped(objective)
         timings = []
-        try:
+        with self.wrapped(objective) as model:
             for start in range(0, len(edits), self.plan.edits):
                 batch = edits[start : start + self.plan.edits]
-                reports: list[EditReport] = []
                 with PeakMemory(self.subject.device) as memory:
-                    total = timed(
-                        lambda batch=batch, reports=reports: reports.append(  # type: ignore[misc]
-                            model.edit(batch, len(batch), progress=False)
-                        ),
+                    report, total = clocked(
+                        lambda batch=batch: model.edit(batch, len(batch), progress=False),  # type: ignore[misc]
                         self.subject.device,
                     )
-                rows = max((layer.rank for layer in reports[0].layers), default=0)
-                new = len({result.row for result in reports[0].made})
-                timings.append(Timing(reports[0], total, memory.above, rows - new))
+                rows = max((layer.rank for layer in report.layers), default=0)
+                timings.append(Timing(report, total, memory.above, rows - _new_rows(report)))
                 self.exact_memory = self.exact_memory and memory.exact
-        finally:
-            model.unload()
         return timings
+
+    @torch.no_grad()
+    def counted(self, objective: str, edits: Sequence[Edit], rates: Mapping[str, float]) -> Floor:
+        """The floor of a batch, whose operations are counted in a run of its own."""
+        self.say(f"{objective}, counting operations")
+        counter, base = OperationCounter(), self.subject.model
+        phases = CountedPhases(counter)
+        with self.wrapped(objective) as model:
+            architecture = model.architecture
+
+            def write(layer: int, delta: LowRankDelta) -> None:
+                module = base.get_submodule(architecture.rewrite_name(layer))
+                lora_layer.write_factors(module, "default", delta)
+
+            with counter, phases.timed("contexts"):
+                contexts = self.contexts(model)
+            runner = self.runner(model, contexts, phases)
+            metric = model.resources.find_metric(model.alphaedit_config, model.base_fingerprint)
+            state = EditState(model.factors, (), torch.zeros(0, model.config.hidden_size))
+            rows = [runner.renderer.edit_rows(edit, runner.contexts) for edit in edits]
+            with hooks.evaluating(base), counting_tokens(base, architecture) as seen, counter:
+                edit_batch(runner, metric, state, rows, write)
+        return _floor(counter, seen.total() / architecture.num_blocks, rates)
+
+    def contexts(self, model: AlphaEditModel) -> tuple[str, ...]:
+        """The contexts that the timed runs sample too."""
+        base, config = self.subject.model, model.alphaedit_config
+        with hooks.evaluating(base), model.disable_adapter():
+            return sample_contexts(base, self.subject.tokenizer, config)
+
+    def runner(self, model: AlphaEditModel, contexts: tuple[str, ...], phases: Phases) -> Runner:
+        """What a batch is made with."""
+        config, base = Settings.of(model.alphaedit_config), self.subject.model
+        return Runner(base, self.subject.tokenizer, config, model.architecture, contexts, phases)
 
     def rates(self) -> dict[str, float]:
         """Matrix rates in the model's dtype, in autocast's, and in those of the solves."""
-        names = {str(self.subject.weights.dtype).removeprefix("torch."), "float32", "float64"}
+        names = {dtype_name(self.subject.weights.dtype), "float32", "float64"}
         autocast = getattr(self.subject.config, "autocast", None)
         names |= {autocast} if autocast else set()
         return {n: matrix_rate(getattr(torch, n), self.subject.device) for n in sorted(names)}
 
-    def contexts(self, model: AlphaEditModel) -> tuple[str, ...]:
-        """The contexts that the timed runs sample too."""
-        with hooks.evaluating(self.subject.model), model.disable_adapter():
-            return sample_contexts(
-                self.subject.model, self.subject.tokenizer, model.alphaedit_config
-            )
 
-    def runner(self, model: AlphaEditModel, contexts: tuple[str, ...], phases: Phases) -> Runner:
-        """What the river works with."""
-        config, base = Settings.of(model.alphaedit_config), self.subject.model
-        return Runner(base, self.subject.tokenizer, config, model.architecture, contexts, phases)
+def _use(model: AlphaEditModel) -> None:
+    """What a metric does once: check and digest its statistics, factorise the moments."""
+    resources = model.resources
+    metric = resources.find_metric(model.alphaedit_config, model.base_fingerprint)
+    resources.provenance()
+    for layer, delta in model.factors.items():
+        metric.rows(layer, delta.A.new_ones(1, delta.A.shape[1]))
+
+
+def _new_rows(report: EditReport) -> int:
+    return len({result.row for result in report.made})
+
+
+class PlainWay:
+    """Some of the edits the plain way: timed as often as asked, then counted."""
+
+    def __init__(self, runs: TimedRuns, edits: Sequence[Edit]) -> None:
+        self._over = runs
+        with runs.wrapped("alphaedit") as model:
+            self._config = Settings.of(model.alphaedit_config)
+            self._architecture = model.architecture
+            contexts = runs.contexts(model)
+            renderer = runs.runner(model, contexts, Phases()).renderer
+        self._rows = [renderer.edit_rows(edit, contexts) for edit in edits]
+        self._runs: list[Mapping[str, float]] = []
+        self._memory = 0
+
+    def run(self) -> None:
+        """Make the edits once, and take the time."""
+        phases = Phases.of(self._over.subject.model)
+        with PeakMemory(self._over.subject.device) as peak:  # dense matrices count
+            self._edit(phases)
+        self._runs.append(phases.seconds)
+        self._memory = max(self._memory, peak.above)
+
+    def session(self, rates: Mapping[str, float]) -> PlainSession:
+        """What was measured, with its floor where the plan asks for one."""
+        plan, floor = self._over.plan, None
+        if plan.floor:
+            self._over.say("the plain way, counting operations")
+            counter = OperationCounter()
+            counted = counting_tokens(self._over.subject.model, self._architecture)
+            with counted as seen, counter:
+                self._edit(CountedPhases(counter))
+            floor = _floor(counter, seen.total() / self._architecture.num_blocks, rates)
+        return PlainSession(len(self._rows), plan.edits, tuple(self._runs), self._memory, floor)
+
+    def _edit(self, phases: Phases) -> None:
+        model, space = self._over.subject.model, self._over.statistics.null_space
+        plain = PlainModel.of(model, self._config, self._architecture, space)
+        with hooks.evaluating(model), plain.weights_kept():
+            plain.edit_batch(self._rows, phases)
+
+
+def _floor(counter: OperationCounter, tokens: float, rates: Mapping[str, float]) -> Floor:
+    operations = counter.by_phase
+    seconds = {phase: floor_seconds(counts, rates) for phase, counts in operations.items()}
+    return Floor(operations, seconds, tokens)
+
+
+def _batch(edits: int, parts: Sequence[Timing]) -> Batch:
+    """One batch from its timings in all repeats."""
+    first, reports = parts[0].report, [part.report for part in parts]
+    return Batch(
+        edits=edits,
+        rows_before=parts[0].rows_before,
+        made=len(first.made),
+        rows=_new_rows(first),
+        steps=mean(result.steps or 0 for result in first.made) if first.made else 0.0,
+        seconds={name: median(report.seconds[name] for report in reports) for name in PHASES},
+        totals=tuple(part.total for part in parts),
+        contexts=tuple(report.seconds["contexts"] for report in reports),
+        memory=max(part.memory for part in parts),
+    )
+
+
+SETTINGS = (
+    *("rewrite_layers", "steps", "stop_loss", "learning_rate", "num_contexts", "context_length"),
+    *("tokens_per_batch", "target_tokens", "seed"),
+)
+
+
+def _head(runs: TimedRuns) -> dict[str, Any]:
+    """All that the figures depend on."""
+    subject = runs.subject
+    full, architecture = subject.config.resolve(subject.model)
+    weights = list(subject.model.parameters())
+    return {
+        "machine": describe_machine(subject.device),
+        "model": {
+            "name": subject.name,
+            "random": subject.random,
+            "type": architecture.model_type,
+            "blocks": architecture.num_blocks,
+            "parameters": sum(weight.numel() for weight in weights),
+            "bytes": sum(weight.nbytes for weight in weights),
+            "dtype": dtype_name(subject.weights.dtype),
+            "autocast": getattr(full, "autocast", None),
+        },
+        "settings": {name: getattr(full, name) for name in SETTINGS},
+        "statistics": runs.statistics.origin,
+        "plan": asdict(runs.plan),
+        "exact_memory": runs.exact_memory,
+    }
 
 
 RANKS = (1, 100, 1000)
@@ -339,7 +327,7 @@ TOKENS, PASSES = 256, 9
 
 def forward_times(
     subject: Subject,
-    progress: Callable[[str], object] = lambda text: None,
+    progress: Say = lambda text: None,
     *,
     ranks: Sequence[int] = RANKS,
     tokens: int = TOKENS,

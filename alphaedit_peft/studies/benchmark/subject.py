@@ -1,42 +1,40 @@
-"""What a benchmark needs before the clock runs: settings, contexts and statistics of a model.
+"""What a benchmark measures, made before the clock runs: a model, its edits, its statistics.
 
-In: a model, a tokenizer. Out: an ``AlphaEditConfig`` with the paper's settings, and
-:class:`Statistics`: key moments and a null space, collected over texts of random words or drawn at
-random, with the seconds that each part took.
+In: a model, or the shape of one (time depends on the shape, not on what a model knows). Out:
+:class:`Subject`, with the paper's settings; edits of random words, with the lengths of CounterFact
+or zsRE; and :class:`Statistics`, key moments and a null space, collected over texts of random words
+or drawn at random, with the seconds that each part took.
 """
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from random import Random
+from typing import Any
 
 import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    PretrainedConfig,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
 
 from alphaedit_peft.config import AlphaEditConfig
 from alphaedit_peft.devices import computes_on
+from alphaedit_peft.editing.contexts import STARTS
 from alphaedit_peft.edits import Edit
 from alphaedit_peft.nullspace import KeyMoments, NullSpace
 from alphaedit_peft.nullspace.spectrum import LayerSpace
-from alphaedit_peft.studies.benchmark.machine import timed
+from alphaedit_peft.studies.benchmark.machine import clocked
 from alphaedit_peft.tokens import encode, require_offsets
-
-TOKENS_PER_DIRECTION = 2  # enough for a moment that can be inverted; its quality plays no part
-RAISED = 1e-3  # of the mean eigenvalue, added to every one
-MODE = "rank"
-
-
-@dataclass(frozen=True, eq=False)
-class Statistics:
-    """A null space and key moments of one model, and the seconds that making them took."""
-
-    null_space: NullSpace
-    key_moments: KeyMoments | None = None
-    origin: str = "given"
-    seconds: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,6 +66,16 @@ class Subject:
         return computes_on(self.model.get_input_embeddings())  # type: ignore[operator]
 
 
+@dataclass(frozen=True, eq=False)
+class Statistics:
+    """A null space and key moments of one model, and the seconds that making them took."""
+
+    null_space: NullSpace
+    key_moments: KeyMoments | None = None
+    origin: str = "given"
+    seconds: Mapping[str, float] = field(default_factory=dict)
+
+
 def benchmark_config(
     rewrite_layers: Sequence[int] | None = None,
     *,
@@ -76,10 +84,10 @@ def benchmark_config(
     autocast: str | None = None,
     seed: int = 0,
 ) -> AlphaEditConfig:
-    """The paper's settings, but that every step is run.
+    """The paper's settings, but that every step is run, and nothing is warned of.
 
-    No edit of a random model would reach the paper's ``stop_loss``, so the loss at which an edit is
-    done is 0 by default, for every model and on both sides of a comparison. Nothing is warned of.
+    No edit of a random model would reach the paper's ``stop_loss``, so it is 0 by default, for
+    every model and on both sides of a comparison.
 
     Args:
         rewrite_layers: None: the paper's of a model of that shape, or by depth.
@@ -92,9 +100,8 @@ def benchmark_config(
         ValueError: as ``AlphaEditConfig``.
     """
     values = {"autocast": autocast} if autocast else {}
-    config = AlphaEditConfig.from_json({"preset": "paper", **values})
     return replace(
-        config,
+        AlphaEditConfig.from_json({"preset": "paper", **values}),
         rewrite_layers=None if rewrite_layers is None else list(rewrite_layers),
         steps=steps,
         stop_loss=stop_loss,
@@ -104,97 +111,157 @@ def benchmark_config(
     )
 
 
-def collect_statistics(subject: Subject, tokens: int | None = None, seed: int = 0) -> Statistics:
-    """Key moments over texts of random words, and the null space that keeps half the directions.
+@dataclass(frozen=True)
+class Shape:
+    """A table row: a transformers config's type and fields, and the rewrite layers if not known."""
 
-    Half is the dearest choice: a thinner null space, or a thinner complement, projects in less. A
-    thousandth of the mean eigenvalue is added to each, so that MEMIT can invert moments of so few
-    and such even texts.
+    model_type: str
+    fields: dict[str, Any] = field(default_factory=dict)
+    rewrite_layers: tuple[int, ...] | None = None
+
+
+ENDS = {"bos_token_id": 0, "eos_token_id": 0}
+
+# The lab shapes are small ones of the same families: five rewrite layers that end at the depth of
+# the large model's, and as many token ids as give the output head the large model's share of the
+# arithmetic.
+SHAPES: dict[str, Shape] = {
+    "gpt2-xl": Shape("gpt2", {"n_embd": 1600, "n_layer": 48, "n_head": 25}),
+    "gpt-j-6b": Shape("gptj", {"n_embd": 4096, "n_layer": 28, "n_head": 16}),
+    "llama-3-8b": Shape(
+        "llama",
+        {
+            "hidden_size": 4096,
+            "intermediate_size": 14336,
+            "num_hidden_layers": 32,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+            "max_position_embeddings": 8192,
+            "vocab_size": 128256,
+        },
+    ),
+    "lab-gpt2": Shape(
+        "gpt2",
+        {"n_embd": 512, "n_layer": 16, "n_head": 8, "vocab_size": 5120, **ENDS},
+        (1, 2, 3, 4, 5),
+    ),
+    "lab-gptj": Shape(
+        "gptj",
+        {"n_embd": 512, "n_layer": 14, "n_head": 8, "rotary_dim": 32, "vocab_size": 3072, **ENDS},
+        (0, 1, 2, 3, 4),
+    ),
+    "lab-llama": Shape(
+        "llama",
+        {
+            "hidden_size": 512,
+            "intermediate_size": 1792,
+            "num_hidden_layers": 16,
+            "num_attention_heads": 8,
+            "num_key_value_heads": 2,
+            "vocab_size": 7168,
+            **ENDS,
+        },
+        (0, 1, 2, 3, 4),
+    ),
+}
+
+
+def read_shape(shape: str | Path) -> Shape:
+    """A shape by its name, or from a ``config.json`` or the folder that holds one.
+
+    Raises:
+        FileNotFoundError: neither a name nor a file.
+        ValueError: a file that is no model's config.
+    """
+    if str(shape) in SHAPES:
+        return SHAPES[str(shape)]
+    path = Path(shape)
+    path = path / "config.json" if path.is_dir() else path
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"shape {str(shape)!r} is neither one of {sorted(SHAPES)} nor a config.json or a "
+            "folder with one"
+        )
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        return Shape(values.pop("model_type"), values)
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise ValueError(
+            f"{path} is no model's config ({type(error).__name__}: {error}); it needs JSON with a "
+            "model_type"
+        ) from error
+
+
+def shape_config(shape: Shape) -> PretrainedConfig:
+    """The transformers config of a shape.
+
+    Raises:
+        ValueError: a family or fields that transformers does not know.
+    """
+    try:
+        return AutoConfig.for_model(shape.model_type, **shape.fields)
+    except Exception as error:  # each family checks its fields in its own way
+        raise ValueError(
+            f"model_type={shape.model_type!r} makes no config: {_shortly(error)}"
+        ) from error
+
+
+def random_model(
+    config: PretrainedConfig, dtype: torch.dtype, device: torch.device | str, seed: int = 0
+) -> nn.Module:
+    """A causal language model with random weights, in evaluation mode.
+
+    Every weight is made in its own dtype on its own device, so no larger copy of the model ever
+    exists. torch's random state is left as it was.
 
     Args:
-        subject: the model.
-        tokens: how many; None: twice the width of the rewrite modules.
-        seed: of the texts.
+        config: of transformers.
+        dtype: of the weights.
+        device: where they are made.
+        seed: of the weights; the same on the same device gives the same bits.
 
     Raises:
-        ValueError: fewer tokens than the rewrite modules are wide, or a model or tokenizer that
-            cannot be used.
+        ValueError: a config that makes no causal language model.
     """
-    width = _width(subject)
-    wanted = TOKENS_PER_DIRECTION * width if tokens is None else tokens
-    texts = random_texts(subject.tokenizer, wanted, seed=seed)
-    moments: list[KeyMoments] = []
-    spaces: list[NullSpace] = []
-
-    def collect() -> None:
-        moments.append(
-            KeyMoments.collect(
-                subject.model,
-                subject.tokenizer,
-                texts,
-                subject.config,
-                max_tokens=wanted,
-                progress=False,
-            )
-        )
-        for moment in moments[0].moments.values():
-            moment.diagonal().add_(RAISED * moment.diagonal().mean())
-
-    def decompose() -> None:
-        with warnings.catch_warnings():  # that ten tokens for each direction are advised
-            warnings.simplefilter("ignore", UserWarning)
-            spaces.append(moments[0].null_space(width // 2, MODE, reach=1.0))
-
-    seconds = {
-        "collected": timed(collect, subject.device),
-        "decomposed": timed(decompose, subject.device),
-    }
-    return Statistics(spaces[0], moments[0], f"{moments[0].tokens} tokens, random words", seconds)
+    place = torch.device(device)
+    gpus = [place] if place.type == "cuda" else []
+    with torch.random.fork_rng(devices=gpus), place:
+        torch.manual_seed(seed)
+        try:
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        except (ValueError, TypeError) as error:
+            raise ValueError(
+                f"model_type={config.model_type!r} makes no causal language model: "
+                f"{_shortly(error)}"
+            ) from error
+    return model.eval().requires_grad_(False)
 
 
-def random_statistics(subject: Subject, seed: int = 0) -> Statistics:
-    """A random half of all directions as null space, and moments of random keys: made quickly.
+def _shortly(error: Exception, most: int = 200) -> str:
+    """An error of transformers, which may be long, in one line of so many characters."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= most else text[: most - 3] + "..."
 
-    For widths whose eigenvectors take long. The shapes, and so the times of edits, are those of
-    collected statistics.
+
+WORDS = ("</s>", "<unk>", ".", "is", "a", *STARTS)
+
+
+def stand_in_tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
+    """A tokenizer whose every id is one made-up word, so that a text has a known number of tokens.
 
     Raises:
-        ValueError: a model that cannot be edited.
+        ValueError: fewer ids than edits can be made of.
     """
-    full, architecture = subject.config.resolve(subject.model)
-    width, layers = _width(subject), full.rewrite_layers or []
-    random = torch.Generator(subject.device).manual_seed(seed)
-    moments, parts = {}, {}
-
-    def make() -> None:
-        for layer in layers:
-            keys = torch.randn(2 * width, width, generator=random, device=subject.device)
-            parts[layer] = random_half(width, random)
-            moments[layer] = (keys.T @ keys / (2 * width)).cpu()
-
-    seconds = {"drawn": timed(make, subject.device)}
-    names = {layer: architecture.rewrite_name(layer) for layer in layers}
-    space = NullSpace(parts, width - width // 2, MODE, 2 * width)
-    return Statistics(space, KeyMoments(moments, 2 * width, names), "random keys", seconds)
-
-
-def random_half(width: int, random: torch.Generator) -> LayerSpace:
-    """A random half of all directions, drawn where the generator is, and rising eigenvalues."""
-    drawn = torch.randn(width, width // 2, generator=random, device=random.device)
-    return LayerSpace(torch.linalg.qr(drawn).Q.cpu(), torch.linspace(0, 1, width), False)
-
-
-def _width(subject: Subject) -> int:
-    """d_in of the rewrite modules."""
-    full, architecture = subject.config.resolve(subject.model)
-    first = (full.rewrite_layers or [0])[0]
-    weight: Tensor = subject.model.get_submodule(architecture.rewrite_name(first)).weight  # type: ignore[assignment]
-    return int(weight.shape[0 if architecture.conv1d else 1])
-
-
-FEWEST, ENOUGH = 8, 2000  # words to make edits of
-SPACES = "ĠĊ▁"  # what stands for white space in vocabularies
-BEFORE = "is"  # a word to put in front when words are tried
+    least = len(WORDS) + 8
+    if vocabulary < least:
+        raise ValueError(f"a vocabulary of {vocabulary} ids is too small; {least} are needed")
+    words = [*WORDS, *(f"w{number}" for number in range(len(WORDS), vocabulary))]
+    ids = {word: number for number, word in enumerate(words)}
+    tokenizer = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="</s>", unk_token="<unk>", padding_side="right"
+    )
 
 
 @dataclass(frozen=True)
@@ -232,7 +299,7 @@ def made_up_edits(
     if requests not in LENGTHS:
         raise ValueError(f"requests={requests!r} is unknown; use one of {sorted(LENGTHS)}")
     lengths, random = LENGTHS[requests], Random(seed)
-    words = known_words(tokenizer, random)
+    words = _known_words(tokenizer, random)
     possible = sum(len(words) ** length for length in set(lengths.subject))
     if 2 * count > possible:
         raise ValueError(
@@ -254,11 +321,16 @@ def random_texts(
 ) -> list[str]:
     """Texts of ``length`` random words, at least ``tokens`` in all."""
     random = Random(seed)
-    words = known_words(tokenizer, random)
+    words = _known_words(tokenizer, random)
     return [" ".join(random.choices(words, k=length)) for _ in range(-(-tokens // length))]
 
 
-def known_words(tokenizer: PreTrainedTokenizerBase, random: Random) -> list[str]:
+FEWEST, ENOUGH = 8, 2000  # words to make edits of
+SPACES = "ĠĊ▁"  # what stands for white space in vocabularies
+BEFORE = "is"  # a word to put in front when words are tried
+
+
+def _known_words(tokenizer: PreTrainedTokenizerBase, random: Random) -> list[str]:
     """Up to 2,000 words that are one token each behind another word.
 
     Raises:
@@ -283,3 +355,90 @@ def known_words(tokenizer: PreTrainedTokenizerBase, random: Random) -> list[str]
             "make edits up; give edits of your own"
         )
     return found
+
+
+TOKENS_PER_DIRECTION = 2  # enough for a moment that can be inverted; its quality plays no part
+RAISED = 1e-3  # of the mean eigenvalue, added to every one
+MODE = "rank"
+
+
+def collect_statistics(subject: Subject, tokens: int | None = None, seed: int = 0) -> Statistics:
+    """Key moments over texts of random words, and the null space that keeps half the directions.
+
+    Half is the dearest choice: a thinner null space, or a thinner complement, projects in less. A
+    thousandth of the mean eigenvalue is added to each, so that MEMIT can invert moments of so few
+    and such even texts.
+
+    Args:
+        subject: the model.
+        tokens: how many; None: twice the width of the rewrite modules.
+        seed: of the texts.
+
+    Raises:
+        ValueError: fewer tokens than the rewrite modules are wide, or a model or tokenizer that
+            cannot be used.
+    """
+    _, width = _rewritten(subject)
+    wanted = TOKENS_PER_DIRECTION * width if tokens is None else tokens
+    texts = random_texts(subject.tokenizer, wanted, seed=seed)
+
+    def collect() -> KeyMoments:
+        found = KeyMoments.collect(
+            subject.model,
+            subject.tokenizer,
+            texts,
+            subject.config,
+            max_tokens=wanted,
+            progress=False,
+        )
+        for moment in found.moments.values():
+            moment.diagonal().add_(RAISED * moment.diagonal().mean())
+        return found
+
+    moments, collected = clocked(collect, subject.device)
+    with warnings.catch_warnings():  # that ten tokens for each direction are advised
+        warnings.simplefilter("ignore", UserWarning)
+        space, decomposed = clocked(
+            lambda: moments.null_space(width // 2, MODE, reach=1.0), subject.device
+        )
+    seconds = {"collected": collected, "decomposed": decomposed}
+    return Statistics(space, moments, f"{moments.tokens} tokens, random words", seconds)
+
+
+def random_statistics(subject: Subject, seed: int = 0) -> Statistics:
+    """A random half of all directions as null space, and moments of random keys: made quickly.
+
+    For widths whose eigenvectors take long. The shapes, and so the times of edits, are those of
+    collected statistics.
+
+    Raises:
+        ValueError: a model that cannot be edited.
+    """
+    names, width = _rewritten(subject)
+    random = torch.Generator(subject.device).manual_seed(seed)
+    moments, parts = {}, {}
+
+    def draw() -> None:
+        for layer in names:
+            keys = torch.randn(2 * width, width, generator=random, device=subject.device)
+            parts[layer] = random_half(width, random)
+            moments[layer] = (keys.T @ keys / (2 * width)).cpu()
+
+    _, drawn = clocked(draw, subject.device)
+    space = NullSpace(parts, width - width // 2, MODE, 2 * width)
+    key_moments = KeyMoments(moments, 2 * width, names)
+    return Statistics(space, key_moments, "random keys", {"drawn": drawn})
+
+
+def random_half(width: int, random: torch.Generator) -> LayerSpace:
+    """A random half of all directions, drawn where the generator is, and rising eigenvalues."""
+    drawn = torch.randn(width, width // 2, generator=random, device=random.device)
+    return LayerSpace(torch.linalg.qr(drawn).Q.cpu(), torch.linspace(0, 1, width), False)
+
+
+def _rewritten(subject: Subject) -> tuple[dict[int, str], int]:
+    """The rewrite modules' names by layer, and their d_in."""
+    full, architecture = subject.config.resolve(subject.model)
+    names = {layer: architecture.rewrite_name(layer) for layer in full.rewrite_layers or [0]}
+    weight: Tensor = subject.model.get_submodule(next(iter(names.values()))).weight  # type: ignore[assignment]
+    return names, int(weight.shape[0 if architecture.conv1d else 1])

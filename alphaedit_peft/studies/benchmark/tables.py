@@ -1,12 +1,13 @@
-"""A benchmark's figures as Markdown, from the JSON that it wrote, so that pages hold no others.
+"""A benchmark's figures in tables, for a terminal and as Markdown, from the JSON that it wrote.
 
-In: what ``Findings.to_json`` gave, a page with two marks. Out: tables, and the page with these
-between its marks.
+In: what ``Findings.to_json`` or ``Growth.to_json`` gave, with the ``requests`` of its edits; for
+Markdown, a page with two marks. Out: tables as values and sentences, or the page with its tables
+between the marks, so that pages hold no figures but these.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from alphaedit_peft.editing.runner import PHASES
@@ -17,12 +18,22 @@ Values = Mapping[str, Any]
 
 
 class Line(NamedTuple):
-    """A batch, or a floor: its name, seconds by phase and in all, peak memory where known."""
+    """A batch, or a floor: its name on pages, and a short one for terminals.
+
+    Seconds are by phase and in all; peak memory where it is known.
+    """
 
     name: str
+    short: str
     seconds: Mapping[str, float]
     total: float
     memory: int | None
+
+    def cells(self, write: Callable[[float], str]) -> list[str]:
+        """Seconds of each phase and in all, as ``write`` has them, and MiB."""
+        each = (self.seconds.get(phase) for phase in PHASES)
+        memory = "" if self.memory is None else f"{self.memory / MEBI:,.0f}"
+        return [*(write(value) if value else "" for value in each), write(self.total), memory]
 
 
 def lines(found: Values) -> list[Line]:
@@ -30,38 +41,164 @@ def lines(found: Values) -> list[Line]:
     rows = []
     for session in found["sessions"]:
         for number, batch in enumerate(session["batches"], start=1):
-            name = f"{session['objective']}, batch {number}"
-            rows.append(Line(name, batch["seconds"], batch["total"], batch["memory"]))
-            if number == 1 and session["floor"]:
-                floor = session["floor"]
-                rows.append(Line("its floor", floor["seconds"], floor["total"], None))
+            own = session["objective"]
+            names = f"{own}, batch {number}", f"{own} {number}"
+            rows.append(Line(*names, batch["seconds"], batch["total"], batch["memory"]))
+            if number == 1 and (floor := session["floor"]):
+                rows.append(Line("its floor", "  floor", floor["seconds"], floor["total"], None))
     if plain := found["plain"]:
         name = f"plain, {plain['edits']} of {plain['of']} edits, scaled"
-        rows.append(Line(name, plain["scaled"], plain["total"], plain["memory"]))
+        own = plain["scaled"], plain["total"], plain["memory"]
+        rows.append(Line(name, "plain, scaled", *own))
         if floor := plain["scaled_floor"]:
-            rows.append(Line("its floor", floor, sum(floor.values()), None))
+            rows.append(Line("its floor", "  floor", floor, sum(floor.values()), None))
     return rows
 
 
-def tables(found: Values) -> str:
-    """All tables of one model: seconds by phase, shares of the first batch, forward passes."""
-    parts = [_about(found), _seconds(found), _remarks(found)]
-    if any(session["floor"] for session in found["sessions"]):
-        parts.append(_profile(found))
+def _forwards(found: Values, rank: str = "") -> list[list[str]]:
+    """A row for each model whose forward pass was timed; ``rank`` is how its number is written."""
+    base = found["inference"][0]["milliseconds"]
+    return [
+        [
+            one["model"] + (f", rank {one['rank']:{rank}}" if one["rank"] else ""),
+            f"{one['milliseconds']:,.1f}",
+            f"{one['tokens_per_second']:,.0f}",
+            f"{one['milliseconds'] / base:.2f}",
+        ]
+        for one in found["inference"]
+    ]
+
+
+FORWARD = ("ms", "tokens/s", "to base")
+
+
+def ratio_in_words(found: Values | float) -> str:
+    """A ratio's median, and the range of its runs where there are several: "6.1 (5.8 to 6.3)".
+
+    Earlier versions wrote the ratio alone.
+    """
+    if not isinstance(found, Mapping):
+        return f"{found:.3g}"
+    runs = found["runs"]
+    text = f"{found['median']:.3g}"
+    return f"{text} ({min(runs):.3g} to {max(runs):.3g})" if len(runs) > 1 else text
+
+
+class Table(NamedTuple):
+    """A table for a terminal; columns whose heading begins with ``>`` are set to the right."""
+
+    title: str
+    heads: Sequence[str]
+    rows: Sequence[Sequence[Any]]
+
+
+def measured(found: Values) -> Iterator[Table | str]:
+    """Everything that was measured on a model."""
+    plan, model, machine = (found["head"][name] for name in ("plan", "model", "machine"))
+    yield _about(found)
+    what = f"Seconds for {_count(plan['edits'], 'edit')}; MiB: peak above what was there before"
+    heads = ["run", *(f">{name}" for name in (*PHASES, "total", "MiB"))]
+    yield Table(what, heads, [[line.short, *line.cells(_seconds)] for line in lines(found)])
+    yield from _remarks(found)
+    rates = ", ".join(f"{name} {rate / GIGA:.3g}" for name, rate in found["rates"].items())
+    place = machine.get("gpu", machine["processor"])
+    yield (
+        f"Matrix rates of this machine ({place}, {_count(machine['threads'], 'thread')}), "
+        f"measured in this run, in 10^9 operations a second: {rates}"
+    )
+    if found["statistics"]:
+        yield f"Statistics, made once a model: {found['head']['statistics']}"
+        rows = list(found["statistics"].items())
+        yield Table("Seconds of statistics", ["what", ">seconds"], rows)
     if found["inference"]:
-        base = found["inference"][0]["milliseconds"]
+        what = f"A forward pass of {found['inference'][0]['tokens']} tokens, {model['dtype']}"
+        yield Table(what, ["model", *(f">{name}" for name in FORWARD)], _forwards(found))
+
+
+def _seconds(value: float) -> str:
+    return f"{value:.3f}" if value < 10 else f"{value:.1f}"
+
+
+def _about(found: Values) -> str:
+    model, settings = found["head"]["model"], found["head"]["settings"]
+    layers = ",".join(map(str, settings["rewrite_layers"]))
+    stop = settings["stop_loss"]
+    runs = f"down to a loss of {stop:g}" if stop else "all of them run (stop_loss 0)"
+    return (
+        f"{model['name']}: {_size(model)}, {_number(model)}, {_weights(model)}; rewrite "
+        f"layers {layers}; {_count(settings['steps'], 'step')}, {runs}; edits {found['requests']}"
+    )
+
+
+def _size(model: Values) -> str:
+    return f"{model['parameters'] / 1e6:,.1f}M parameters"
+
+
+def _weights(model: Values) -> str:
+    return "random weights" if model["random"] else "its own weights"
+
+
+def _number(model: Values) -> str:
+    """A model's dtype, and autocast's."""
+    return model["dtype"] + (f", autocast {model['autocast']}" if model["autocast"] else "")
+
+
+def _remarks(found: Values) -> Iterator[str]:
+    if found["alphaedit_to_memit"]:
+        yield f"AlphaEdit takes {ratio_in_words(found['alphaedit_to_memit'])} times MEMIT's time."
+    if found["plain_to_ours"]:
+        plain = found["plain"]
+        yield (
+            f"The plain way takes {ratio_in_words(found['plain_to_ours'])} times the time, without "
+            f"contexts; its targets and keys are those of {_count(plain['edits'], 'edit')}, scaled "
+            f"to {plain['of']}."
+        )
+    for session in found["sessions"]:
+        own, first, floor = session["objective"], session["batches"][0], session["floor"]
+        if floor:
+            total = sum(n for counts in floor["operations"].values() for n in counts.values())
+            rest = first["total"] - first["seconds"]["contexts"]
+            yield (
+                f"{own}: {total:.3g} operations over {floor['tokens']:,.0f} tokens through the "
+                f"model take at least {floor['total']:.3g} s at the matrix rate; the batch takes "
+                f"{rest / floor['total']:.2f} times that, without contexts."
+            )
+        for batch in session["batches"]:
+            if batch["rows"] < batch["edits"]:
+                yield (
+                    f"{own}: {batch['made']} of {batch['edits']} edits were made, in "
+                    f"{batch['rows']} rows, so the times are of less work."
+                )
+
+
+def _count(total: int, one: str) -> str:
+    return f"{total} {one}{'' if total == 1 else 's'}"
+
+
+def grown(found: Values) -> Iterator[Table]:
+    """The points of each growth curve."""
+    grid = found["grid"]
+    titles = {
+        "edits": f"A solve at d_in {grid['d_in']:,}, over rows in place",
+        "widths": f"A solve with {grid['rows']:,} rows in place, over d_in",
+        "depths": f"A batch at hidden size {grid['hidden'][0]}, over blocks",
+        "hidden": f"A batch with {grid['depths'][0]} blocks, over the hidden size",
+    }
+    heads = [">at", "how", ">seconds", ">floor", ">kept, MiB", ">peak, MiB"]
+    for name, title in titles.items():
         rows = [
             [
-                one["model"] + (f", rank {one['rank']:,}" if one["rank"] else ""),
-                f"{one['milliseconds']:,.1f}",
-                f"{one['tokens_per_second']:,.0f}",
-                f"{one['milliseconds'] / base:.2f}",
+                f"{p['at']:,}",
+                p["method"],
+                _seconds(p["seconds"]),
+                None if p["floor"] is None else _seconds(p["floor"]),
+                f"{p['state'] / MEBI:,.1f}" if p["method"] != "batch" else None,
+                f"{p['memory'] / MEBI:,.0f}",
             ]
-            for one in found["inference"]
+            for p in found["points"]
+            if p["curve"] == name
         ]
-        head = f"forward pass of {found['inference'][0]['tokens']} tokens"
-        parts.append(_table([head, "ms", "tokens/s", "to base"], rows))
-    return "\n\n".join(parts)
+        yield Table(title, heads, rows)
 
 
 def page_with(page: str, models: Iterable[Values]) -> str:
@@ -78,39 +215,51 @@ def page_with(page: str, models: Iterable[Values]) -> str:
     return f"{head}{BEGIN}\n\n{body}\n\n{END}{tail}"
 
 
+def tables(found: Values) -> str:
+    """All tables of one model: seconds by phase, shares of the first batch, forward passes."""
+    rows = [[line.name, *line.cells("{:.3f}".format)] for line in lines(found)]
+    seconds = _markdown(["seconds", *PHASES, "total", "MiB"], rows)
+    parts = [_heading(found), seconds, _sentence(found)]
+    if any(session["floor"] for session in found["sessions"]):
+        parts.append(_profile(found))
+    if found["inference"]:
+        head = f"forward pass of {found['inference'][0]['tokens']} tokens"
+        parts.append(_markdown([head, *FORWARD], _forwards(found, rank=",")))
+    return "\n\n".join(parts)
+
+
 def title(found: Values) -> str:
     """Which model, dtype, edits: "lab-llama, float32, 20 edits made up as counterfact"."""
     model = found["head"]["model"]
-    cast = f", autocast {model['autocast']}" if model["autocast"] else ""
     edits = f"{found['head']['plan']['edits']} edits {found['requests']}"
-    return f"{model['name']}, {model['dtype']}{cast}, {edits}"
+    return f"{model['name']}, {_number(model)}, {edits}"
 
 
-def _about(found: Values) -> str:
-    model, machine = found["head"]["model"], found["head"]["machine"]
-    settings, plan = found["head"]["settings"], found["head"]["plan"]
+def _heading(found: Values) -> str:
+    parts = ("model", "settings", "plan", "machine")
+    model, settings, plan, machine = (found["head"][name] for name in parts)
     place = machine.get("gpu") or f"{machine['processor']}, threads: {machine['threads']}"
-    weights = "random weights" if model["random"] else "its own weights"
-    stop = f"stop_loss {settings['stop_loss']:g}"
     return (
-        f"### {title(found)}\n\n"
-        f"{model['parameters'] / 1e6:,.1f}M parameters, {weights}; "
-        f"{settings['steps']} steps, {stop}; median of runs: "
-        f"{plan['repeats']}. {place}, torch {machine['versions']['torch']}."
+        f"### {title(found)}\n\n{_size(model)}, {_weights(model)}; {settings['steps']} steps, "
+        f"stop_loss {settings['stop_loss']:g}; median of runs: {plan['repeats']}. {place}, torch "
+        f"{machine['versions']['torch']}."
     )
 
 
-def _seconds(found: Values) -> str:
-    rows = [
-        [
-            line.name,
-            *(f"{line.seconds[p]:.3f}" if line.seconds.get(p) else "" for p in PHASES),
-            f"{line.total:.3f}",
-            "" if line.memory is None else f"{line.memory / MEBI:,.0f}",
-        ]
-        for line in lines(found)
-    ]
-    return _table(["seconds", *PHASES, "total", "MiB"], rows)
+def _sentence(found: Values) -> str:
+    said = []
+    if found["alphaedit_to_memit"]:
+        times = ratio_in_words(found["alphaedit_to_memit"])
+        said.append(f"AlphaEdit takes {times} times MEMIT's seconds")
+    if found["plain_to_ours"]:
+        times = ratio_in_words(found["plain_to_ours"])
+        said.append(f"the plain way takes {times} times AlphaEdit's, without contexts")
+    rates = ", ".join(f"{name} {rate / GIGA:,.0f}" for name, rate in found["rates"].items())
+    said.append(f"matrix rates in 10^9 operations a second: {rates}")
+    made = ", ".join(f"{what} {value:.2f}" for what, value in found["statistics"].items())
+    said += [f"statistics ({found['head']['statistics']}), seconds: {made}"] if made else []
+    text = "; ".join(said)
+    return f"{text[0].upper()}{text[1:]}."
 
 
 def _profile(found: Values) -> str:
@@ -127,37 +276,9 @@ def _profile(found: Values) -> str:
             near = f", {seconds / least[phase]:.1f} x" if least.get(phase) else ""
             cells.append(share + near)
         rows.append([session["objective"], *cells])
-    return _table(["share of batch 1, times its floor", *PHASES], rows)
+    return _markdown(["share of batch 1, times its floor", *PHASES], rows)
 
 
-def _remarks(found: Values) -> str:
-    said = []
-    if found["alphaedit_to_memit"]:
-        times = ratio_in_words(found["alphaedit_to_memit"])
-        said.append(f"AlphaEdit takes {times} times MEMIT's seconds")
-    if found["plain_to_ours"]:
-        times = ratio_in_words(found["plain_to_ours"])
-        said.append(f"the plain way takes {times} times AlphaEdit's, without contexts")
-    rates = ", ".join(f"{name} {rate / GIGA:,.0f}" for name, rate in found["rates"].items())
-    said.append(f"matrix rates in 10^9 operations a second: {rates}")
-    made = ", ".join(f"{what} {value:.2f}" for what, value in found["statistics"].items())
-    said += [f"statistics ({found['head']['statistics']}), seconds: {made}"] if made else []
-    text = "; ".join(said)
-    return f"{text[0].upper()}{text[1:]}."
-
-
-def ratio_in_words(found: Values | float) -> str:
-    """A ratio's median, and the range of its runs where there are several: "6.1 (5.8 to 6.3)".
-
-    Earlier versions wrote the ratio alone.
-    """
-    if not isinstance(found, Mapping):
-        return f"{found:.3g}"
-    runs = found["runs"]
-    text = f"{found['median']:.3g}"
-    return f"{text} ({min(runs):.3g} to {max(runs):.3g})" if len(runs) > 1 else text
-
-
-def _table(head: list[str], rows: list[list[str]]) -> str:
+def _markdown(head: list[str], rows: list[list[str]]) -> str:
     cells = [head, ["---"] * len(head), *rows]
     return "\n".join(f"| {' | '.join(row)} |" for row in cells)

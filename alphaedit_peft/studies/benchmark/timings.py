@@ -1,245 +1,17 @@
-"""What a benchmark found, as values: times by phase, their floors, memory, ratios.
+"""What a benchmark measures and what it found, as values: times, their floors, memory, ratios.
 
-In: measurements. Out: :class:`Findings`, which gives all of it as plain JSON values. Times are in
-seconds, memory in bytes, operations count two for a multiply-add.
+In: a :class:`Plan`, then measurements. Out: :class:`Findings`, which gives all of it as plain JSON
+values. Times are in seconds, memory in bytes, operations count two for a multiply-add.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, fields
 from statistics import median
-from typing import Any
+from typing import Any, ClassVar
 
 from alphaedit_peft.edits import Edit
-
-
-@dataclass(frozen=True)
-class Batch:
-    """One batch of edits, over all repeats.
-
-    Attributes:
-        edits: asked for.
-        rows_before: rows of ``lora_A`` in place when it began.
-        made: edits that were written.
-        rows: new rows; fewer than edits where some share a key.
-        steps: loss evaluations of a target value, the mean over edits.
-        seconds: by phase, medians.
-        totals: wall seconds of the whole call, one for each repeat; the phases and what is between.
-        contexts: seconds of sampling and tokenising contexts, likewise.
-        memory: peak above what was there before, the largest of the repeats.
-    """
-
-    edits: int
-    rows_before: int
-    made: int
-    rows: int
-    steps: float
-    seconds: Mapping[str, float]
-    totals: tuple[float, ...]
-    contexts: tuple[float, ...]
-    memory: int
-
-    @property
-    def total(self) -> float:
-        """Seconds of the batch, the median over repeats."""
-        return median(self.totals)
-
-    @property
-    def without_contexts(self) -> float:
-        """Seconds without contexts, which only the first batch samples, the median over repeats."""
-        return median(self.bare)
-
-    @property
-    def bare(self) -> tuple[float, ...]:
-        """Seconds without contexts, one for each repeat."""
-        return tuple(a - b for a, b in zip(self.totals, self.contexts, strict=True))
-
-    def to_json(self) -> dict[str, Any]:
-        """As plain JSON values, with the total."""
-        return {**asdict(self), "total": self.total}
-
-
-@dataclass(frozen=True)
-class Floor:
-    """The arithmetic of the first batch: what was counted, and the least time it can take.
-
-    Attributes:
-        operations: phase -> dtype -> operations.
-        seconds: phase -> seconds at the matrix rates of that machine.
-        tokens: padding too, as passes of one token through all blocks.
-    """
-
-    operations: Mapping[str, Mapping[str, int]]
-    seconds: Mapping[str, float]
-    tokens: float
-
-    @property
-    def total(self) -> float:
-        """Seconds of all phases."""
-        return sum(self.seconds.values())
-
-    def to_json(self) -> dict[str, Any]:
-        """As plain JSON values, with the total."""
-        return {**asdict(self), "total": self.total}
-
-
-@dataclass(frozen=True)
-class Session:
-    """Batches one after another with one objective."""
-
-    objective: str
-    batches: tuple[Batch, ...]
-    floor: Floor | None = None
-
-    def to_json(self) -> dict[str, Any]:
-        """As plain JSON values."""
-        return {
-            "objective": self.objective,
-            "batches": [batch.to_json() for batch in self.batches],
-            "floor": None if self.floor is None else self.floor.to_json(),
-        }
-
-
-@dataclass(frozen=True)
-class PlainSession:
-    """One batch the plain way, of some of the edits.
-
-    Attributes:
-        edits: how many were made.
-        of: how many edits a batch has.
-        runs: seconds by phase, as measured, one for each repeat.
-        memory: peak above what was there before.
-        floor: of these edits.
-    """
-
-    edits: int
-    of: int
-    runs: tuple[Mapping[str, float], ...]
-    memory: int
-    floor: Floor | None = None
-
-    @property
-    def seconds(self) -> dict[str, float]:
-        """Seconds by phase, medians over repeats."""
-        return {name: median(run[name] for run in self.runs) for name in self.runs[0]}
-
-    @property
-    def scaled(self) -> dict[str, float]:
-        """Seconds by phase for a whole batch: targets and keys in proportion to the edits.
-
-        The systems of d_in equations and the writes are per layer, and stay as they were measured.
-        """
-        return self._scaled(self.seconds)
-
-    @property
-    def scaled_floor(self) -> dict[str, float]:
-        """The floor by phase for a whole batch, likewise; empty where nothing was counted."""
-        return {} if self.floor is None else self._scaled(self.floor.seconds)
-
-    def _scaled(self, seconds: Mapping[str, float]) -> dict[str, float]:
-        factor = self.of / self.edits
-        return {k: v * (factor if k in ("targets", "keys") else 1) for k, v in seconds.items()}
-
-    @property
-    def totals(self) -> tuple[float, ...]:
-        """Seconds of a whole batch, scaled, one for each repeat."""
-        return tuple(sum(self._scaled(run).values()) for run in self.runs)
-
-    @property
-    def total(self) -> float:
-        """Seconds of a whole batch, scaled, the median over repeats."""
-        return median(self.totals)
-
-    def to_json(self) -> dict[str, Any]:
-        """As plain JSON values, with what is derived."""
-        floor = None if self.floor is None else self.floor.to_json()
-        derived = {
-            "seconds": self.seconds,
-            "scaled": self.scaled,
-            "scaled_floor": self.scaled_floor,
-            "total": self.total,
-        }
-        return {**asdict(self), **derived, "floor": floor}
-
-
-@dataclass(frozen=True)
-class Forward:
-    """A forward pass of some tokens: which model, and milliseconds."""
-
-    model: str
-    rank: int
-    tokens: int
-    milliseconds: float
-
-    @property
-    def tokens_per_second(self) -> float:
-        """How many tokens go through in a second."""
-        return 1000 * self.tokens / self.milliseconds
-
-    def to_json(self) -> dict[str, Any]:
-        """As plain JSON values, with the rate."""
-        return {**asdict(self), "tokens_per_second": self.tokens_per_second}
-
-
-@dataclass(frozen=True)
-class Findings:
-    """Everything a benchmark found.
-
-    Attributes:
-        head: the machine, the model, the settings, the edits: all that the figures depend on.
-        rates: matrix rates by dtype, operations a second.
-        statistics: seconds of making statistics, and of their first use by an objective.
-        sessions: one for each objective.
-        plain: the same edits the plain way.
-        inference: what unmerged and merged packs cost in use.
-    """
-
-    head: Mapping[str, Any]
-    rates: Mapping[str, float]
-    statistics: Mapping[str, float]
-    sessions: tuple[Session, ...]
-    plain: PlainSession | None = None
-    inference: tuple[Forward, ...] = field(default=())
-
-    @property
-    def alphaedit_to_memit(self) -> tuple[float, ...]:
-        """Seconds of AlphaEdit's batches to MEMIT's, run by run; empty without one of them."""
-        batches = {session.objective: session.batches for session in self.sessions}
-        if not {"alphaedit", "memit"} <= {*batches}:
-            return ()
-        ours, theirs = (
-            [sum(run) for run in zip(*(batch.totals for batch in batches[name]), strict=True)]
-            for name in ("alphaedit", "memit")
-        )
-        return tuple(a / b for a, b in zip(ours, theirs, strict=True))
-
-    @property
-    def plain_to_ours(self) -> tuple[float, ...]:
-        """Seconds of a batch the plain way to those here, both without contexts, run by run."""
-        first = next((s.batches[0] for s in self.sessions if s.objective == "alphaedit"), None)
-        if first is None or self.plain is None:
-            return ()
-        return tuple(a / b for a, b in zip(self.plain.totals, first.bare, strict=True))
-
-    def to_json(self) -> dict[str, Any]:
-        """As plain JSON values, with the ratios."""
-        return {
-            "head": dict(self.head),
-            "rates": dict(self.rates),
-            "statistics": dict(self.statistics),
-            "sessions": [session.to_json() for session in self.sessions],
-            "plain": None if self.plain is None else self.plain.to_json(),
-            "inference": [forward.to_json() for forward in self.inference],
-            "alphaedit_to_memit": _ratio(self.alphaedit_to_memit),
-            "plain_to_ours": _ratio(self.plain_to_ours),
-        }
-
-
-def _ratio(runs: Sequence[float]) -> dict[str, Any] | None:
-    """The median of ratios taken run by run, and all of them: other programs come and go."""
-    return {"median": median(runs), "runs": list(runs)} if runs else None
-
 
 OBJECTIVES = ("alphaedit", "memit")
 
@@ -298,3 +70,219 @@ class Plan:
                 f"{self.needed}, or ask for fewer"
             )
         return tuple(edits[: self.needed])
+
+
+class Figures:
+    """A dataclass that is written with what is derived from it."""
+
+    DERIVED: ClassVar[tuple[str, ...]] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """Its fields and ``DERIVED``, as plain JSON values."""
+        names = [field.name for field in fields(self)]  # type: ignore[arg-type]
+        return {name: _plain(getattr(self, name)) for name in (*names, *self.DERIVED)}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Figures):
+        return value.to_json()
+    if isinstance(value, Mapping):
+        return {name: _plain(one) for name, one in value.items()}
+    return [_plain(one) for one in value] if isinstance(value, tuple) else value
+
+
+@dataclass(frozen=True)
+class Batch(Figures):
+    """One batch of edits, over all repeats.
+
+    Attributes:
+        edits: asked for.
+        rows_before: rows of ``lora_A`` in place when it began.
+        made: edits that were written.
+        rows: new rows; fewer than edits where some share a key.
+        steps: loss evaluations of a target value, the mean over edits.
+        seconds: by phase, medians.
+        totals: wall seconds of the whole call, one for each repeat; the phases and what is between.
+        contexts: seconds of sampling and tokenising contexts, likewise.
+        memory: peak above what was there before, the largest of the repeats.
+    """
+
+    DERIVED = ("total",)
+
+    edits: int
+    rows_before: int
+    made: int
+    rows: int
+    steps: float
+    seconds: Mapping[str, float]
+    totals: tuple[float, ...]
+    contexts: tuple[float, ...]
+    memory: int
+
+    @property
+    def total(self) -> float:
+        """Seconds of the batch, the median over repeats."""
+        return median(self.totals)
+
+    @property
+    def without_contexts(self) -> float:
+        """Seconds without contexts, which only the first batch samples, the median over repeats."""
+        return median(self.bare)
+
+    @property
+    def bare(self) -> tuple[float, ...]:
+        """Seconds without contexts, one for each repeat."""
+        return tuple(a - b for a, b in zip(self.totals, self.contexts, strict=True))
+
+
+@dataclass(frozen=True)
+class Floor(Figures):
+    """The arithmetic of the first batch: what was counted, and the least time it can take.
+
+    Attributes:
+        operations: phase -> dtype -> operations.
+        seconds: phase -> seconds at the matrix rates of that machine.
+        tokens: padding too, as passes of one token through all blocks.
+    """
+
+    DERIVED = ("total",)
+
+    operations: Mapping[str, Mapping[str, int]]
+    seconds: Mapping[str, float]
+    tokens: float
+
+    @property
+    def total(self) -> float:
+        """Seconds of all phases."""
+        return sum(self.seconds.values())
+
+
+@dataclass(frozen=True)
+class Session(Figures):
+    """Batches one after another with one objective, and the floor of the first."""
+
+    objective: str
+    batches: tuple[Batch, ...]
+    floor: Floor | None = None
+
+
+@dataclass(frozen=True)
+class PlainSession(Figures):
+    """One batch the plain way, of some of the edits.
+
+    Scaled to a whole batch, targets and keys are in proportion to the edits; the systems of d_in
+    equations and the writes are per layer, and stay as they were measured.
+
+    Attributes:
+        edits: how many were made.
+        of: how many edits a batch has.
+        runs: seconds by phase, as measured, one for each repeat.
+        memory: peak above what was there before.
+        floor: of these edits.
+    """
+
+    DERIVED = ("seconds", "scaled", "scaled_floor", "total")
+
+    edits: int
+    of: int
+    runs: tuple[Mapping[str, float], ...]
+    memory: int
+    floor: Floor | None = None
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Seconds by phase, medians over repeats."""
+        return {name: median(run[name] for run in self.runs) for name in self.runs[0]}
+
+    @property
+    def scaled(self) -> dict[str, float]:
+        """Seconds by phase for a whole batch."""
+        return self._scaled(self.seconds)
+
+    @property
+    def scaled_floor(self) -> dict[str, float]:
+        """The floor by phase for a whole batch; empty where nothing was counted."""
+        return {} if self.floor is None else self._scaled(self.floor.seconds)
+
+    @property
+    def totals(self) -> tuple[float, ...]:
+        """Seconds of a whole batch, one for each repeat."""
+        return tuple(sum(self._scaled(run).values()) for run in self.runs)
+
+    @property
+    def total(self) -> float:
+        """Seconds of a whole batch, the median over repeats."""
+        return median(self.totals)
+
+    def _scaled(self, seconds: Mapping[str, float]) -> dict[str, float]:
+        factor = self.of / self.edits
+        return {k: v * (factor if k in ("targets", "keys") else 1) for k, v in seconds.items()}
+
+
+@dataclass(frozen=True)
+class Forward(Figures):
+    """A forward pass of some tokens: which model, and milliseconds."""
+
+    DERIVED = ("tokens_per_second",)
+
+    model: str
+    rank: int
+    tokens: int
+    milliseconds: float
+
+    @property
+    def tokens_per_second(self) -> float:
+        """How many tokens go through in a second."""
+        return 1000 * self.tokens / self.milliseconds
+
+
+@dataclass(frozen=True)
+class Findings(Figures):
+    """Everything a benchmark found.
+
+    Attributes:
+        head: the machine, the model, the settings, the edits: all that the figures depend on.
+        rates: matrix rates by dtype, operations a second.
+        statistics: seconds of making statistics, and of their first use by an objective.
+        sessions: one for each objective.
+        plain: the same edits the plain way.
+        inference: what unmerged and merged packs cost in use.
+    """
+
+    head: Mapping[str, Any]
+    rates: Mapping[str, float]
+    statistics: Mapping[str, float]
+    sessions: tuple[Session, ...]
+    plain: PlainSession | None = None
+    inference: tuple[Forward, ...] = ()
+
+    @property
+    def alphaedit_to_memit(self) -> tuple[float, ...]:
+        """Seconds of AlphaEdit's batches to MEMIT's, run by run; empty without one of them."""
+        batches = {session.objective: session.batches for session in self.sessions}
+        if not {*OBJECTIVES} <= {*batches}:
+            return ()
+        ours, theirs = (
+            [sum(run) for run in zip(*(batch.totals for batch in batches[name]), strict=True)]
+            for name in OBJECTIVES
+        )
+        return tuple(a / b for a, b in zip(ours, theirs, strict=True))
+
+    @property
+    def plain_to_ours(self) -> tuple[float, ...]:
+        """Seconds of a batch the plain way to those here, both without contexts, run by run."""
+        first = next((s.batches[0] for s in self.sessions if s.objective == "alphaedit"), None)
+        if first is None or self.plain is None:
+            return ()
+        return tuple(a / b for a, b in zip(self.plain.totals, first.bare, strict=True))
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain JSON values, with the ratios: their median, and all runs (programs come and go).
+
+        None in place of a ratio where one of its two sides was not measured.
+        """
+        ratios = {name: getattr(self, name) for name in ("alphaedit_to_memit", "plain_to_ours")}
+        return super().to_json() | {
+            name: {"median": median(runs), "runs": list(runs)} if runs else None
+            for name, runs in ratios.items()
+        }
