@@ -1,7 +1,12 @@
-"""Arguments and options that several commands share, and the values they are read into."""
+"""Arguments and options that several commands share, and what they are read into.
+
+In: words of a command line. Out: values, checked before hours of work; models, null spaces and
+cases by their names. torch and transformers are imported only when something is loaded.
+"""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from enum import Enum
@@ -10,15 +15,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from alphaedit_peft.cli import printing
+
 if TYPE_CHECKING:
+    from alphaedit_peft.evaluation import Suite
     from alphaedit_peft.fingerprint import BaseFingerprint
     from alphaedit_peft.nullspace import KeyMoments, NullSpace
 
-
+EMBEDDED = "embedded"
+EMBEDDED_CASES = 50
+STATISTICS_TEXTS = 2500  # of the embedded world, where a command makes its statistics
 PAGES = (".html", ".htm")
-PageOption = Annotated[
-    Path | None, typer.Option("--html", metavar="PAGE.html", help="Write a page to look at.")
-]
 
 
 class Dtype(str, Enum):
@@ -30,11 +37,21 @@ class Dtype(str, Enum):
     FLOAT16 = "float16"
 
 
+class Target(str, Enum):
+    """zsRE's field that is taught."""
+
+    ANSWERS = "answers"
+    ALT = "alt"
+
+
 ModelArgument = Annotated[
     str, typer.Argument(metavar="MODEL", help="A model's folder or Hub id, or 'embedded'.")
 ]
 PackArgument = Annotated[str, typer.Argument(metavar="PACK", help="A pack's folder or Hub id.")]
 OutOption = Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder to write.")]
+PageOption = Annotated[
+    Path | None, typer.Option("--html", metavar="PAGE.html", help="Write a page to look at.")
+]
 DtypeOption = Annotated[
     Dtype, typer.Option("--dtype", help="Of the weights in memory; auto: the checkpoint's own.")
 ]
@@ -59,6 +76,34 @@ MomentsOption = Annotated[
     Path | None,
     typer.Option("--key-moments", metavar="DIR", help="Key moments, for objective memit."),
 ]
+DataOption = Annotated[
+    str | None,
+    typer.Option(
+        "--data",
+        metavar="FILE",
+        help="Cases: CounterFact, zsRE, KnowEdit or edits.jsonl; or the word 'embedded'.",
+    ),
+]
+SplitOption = Annotated[
+    str | None,
+    typer.Option("--split", help="Read --data as a dataset (Hub id or folder), and this of it."),
+]
+TargetOption = Annotated[Target, typer.Option("--target", help="For zsRE: which answer is taught.")]
+SnippetsOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--snippets",
+        metavar="FILE",
+        help="CounterFact's attribute_snippets.json, which consistency needs.",
+    ),
+]
+TextsOption = Annotated[
+    Path | None,
+    typer.Option("--texts", metavar="FILE", help="Texts for perplexity, one a line."),
+]
+GenerateOption = Annotated[
+    bool, typer.Option("--generate", help="Let the model write too: fluency, consistency; slow.")
+]
 
 
 def parse_layers(text: str | None) -> list[int] | None:
@@ -78,6 +123,14 @@ def parse_layers(text: str | None) -> list[int] | None:
     if not layers:
         raise typer.BadParameter(f"--layers {text!r} counts backwards; write 4-8")
     return layers
+
+
+def parse_value(text: str) -> Any:
+    """The VALUE of ``--set``: JSON, else the text itself."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
 
 
 def check_folder(path: Path) -> None:
@@ -117,7 +170,65 @@ def check_file(option: str, path: Path | None, suffixes: Sequence[str] = ()) -> 
         raise FileNotFoundError(f"{option} {path}: there is no folder {path.parent}; make it first")
 
 
-EMBEDDED = "embedded"
+def data_for(model: str, data: str | None) -> str:
+    """The data that were named; the embedded world's for its own model.
+
+    Raises:
+        typer.BadParameter: none were named for another model.
+    """
+    if data is None and model != EMBEDDED:
+        raise typer.BadParameter("give --data FILE")
+    return data or EMBEDDED
+
+
+def check_ways(data: str | None, split: str | None, target: Target, snippets: Path | None) -> None:
+    """Refuse ways of reading records where no records are read.
+
+    Raises:
+        typer.BadParameter: one that was given for nothing.
+    """
+    ways = {"--split": split, "--snippets": snippets}
+    ways["--target"] = None if target is Target.ANSWERS else target.value
+    given = [f"{name} {value}" for name, value in ways.items() if value is not None]
+    if given and data in (None, EMBEDDED):
+        raise typer.BadParameter(f"{given[0]} is for records; give them with --data")
+
+
+def read_suite(
+    data: str,
+    limit: int | None,
+    rest: int = 0,
+    *,
+    split: str | None = None,
+    target: Target = Target.ANSWERS,
+    snippets: Path | None = None,
+) -> Suite:
+    """Cases and what stands around them; ``rest`` more records give facts that should stay.
+
+    Raises:
+        typer.BadParameter: options that ``data`` has no use for.
+        ValueError: as ``read_cases``, or fewer cases than asked for.
+    """
+    from alphaedit_peft.evaluation import Suite, embedded_suite, facts_of, read_cases
+
+    check_ways(data, split, target, snippets)
+    if data == EMBEDDED:
+        return embedded_suite(limit or EMBEDDED_CASES)
+    most = None if limit is None else limit + rest
+    cases, report = read_cases(
+        data, split=split, limit=most, target=target.value, snippets=snippets
+    )
+    if rest and limit is not None and len(cases) < limit:
+        raise ValueError(f"{data} holds {len(cases)} distinct cases, fewer than --edits {limit}")
+    printing.say(" ".join(str(report).split()))
+    return Suite(cases[:limit], facts_of(cases[limit:] if limit else ()))
+
+
+def read_lines(path: Path | None) -> tuple[str, ...]:
+    """The lines of a text file that are not blank; none without a file."""
+    if path is None:
+        return ()
+    return tuple(line for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
 
 
 def load_model(model: str, dtype: Dtype, device: str | None) -> tuple[Any, Any]:
@@ -183,6 +294,19 @@ def load_model_and_space(
     return base, tokenizer, found
 
 
+def _holds_several(path: str) -> bool:
+    """Whether a folder or repository has null spaces in folders, to be chosen by fingerprint."""
+    from alphaedit_peft.hub import fetch_folder
+    from alphaedit_peft.nullspace.sharing import HEADER
+
+    inside = f"*/{HEADER}"
+    with finding(path):
+        root = Path(path)
+        if not root.exists():
+            root = fetch_folder(path, (HEADER, inside))
+        return any(root.glob(inside))
+
+
 def fingerprint_of(base: Any) -> BaseFingerprint:
     """A model's fingerprint, up to the last block that is edited by default."""
     from alphaedit_peft import AlphaEditConfig
@@ -202,17 +326,11 @@ def load_null_space(path: str | None) -> NullSpace | None:
         return NullSpace.from_pretrained(path)
 
 
-def _holds_several(path: str) -> bool:
-    """Whether a folder or repository has null spaces in folders, to be chosen by fingerprint."""
-    from alphaedit_peft.hub import fetch_folder
-    from alphaedit_peft.nullspace.sharing import HEADER
+def load_moments(path: Path | None) -> KeyMoments | None:
+    """The key moments of a folder; None where none was given."""
+    from alphaedit_peft.nullspace import KeyMoments
 
-    inside = f"*/{HEADER}"
-    with finding(path):
-        root = Path(path)
-        if not root.exists():
-            root = fetch_folder(path, (HEADER, inside))
-        return any(root.glob(inside))
+    return None if path is None else KeyMoments.from_pretrained(path)
 
 
 @contextmanager
@@ -231,15 +349,8 @@ def finding(path: str) -> Iterator[None]:
         RepositoryNotFoundError,
     )
 
-    from alphaedit_peft.model.stack import MissingParentError
-
     try:
         yield
-    except MissingParentError as error:
-        raise ValueError(
-            f"{path}: {error.missing} and acts as made only beside it; join the two first: "
-            f"alphaedit join PARENT {path} --out both"
-        ) from error
     except (EntryNotFoundError, HfHubHTTPError, OfflineModeIsEnabled) as error:
         if isinstance(error, (LocalEntryNotFoundError, OfflineModeIsEnabled)):
             why = " that could be asked for; check the path or the connection"
@@ -250,10 +361,12 @@ def finding(path: str) -> Iterator[None]:
         raise FileNotFoundError(
             f"{path}: no such folder here, and no Hub repository{why}"
         ) from error
+    except ValueError as error:
+        from alphaedit_peft.model.stack import MissingParentError  # loads torch, PEFT and all
 
-
-def load_moments(path: Path | None) -> KeyMoments | None:
-    """The key moments of a folder; None where none was given."""
-    from alphaedit_peft.nullspace import KeyMoments
-
-    return None if path is None else KeyMoments.from_pretrained(path)
+        if not isinstance(error, MissingParentError):
+            raise
+        raise ValueError(
+            f"{path}: {error.missing} and acts as made only beside it; join the two first: "
+            f"alphaedit join PARENT {path} --out both"
+        ) from error

@@ -13,38 +13,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from alphaedit_peft.cli import printing
-from alphaedit_peft.cli.arguments import (
-    EMBEDDED,
-    DeviceOption,
-    Dtype,
-    DtypeOption,
-    JsonOption,
-    ModelArgument,
-    MomentsOption,
-    NullSpaceOption,
-    OutOption,
-    check_folder,
-    load_model_and_space,
-    load_moments,
-)
-from alphaedit_peft.cli.evaluate_command import (
-    DataOption,
-    GenerateOption,
-    SnippetsOption,
-    SplitOption,
-    Target,
-    TargetOption,
-    TextsOption,
-    read_lines,
-    read_suite,
-)
+from alphaedit_peft.cli import arguments, printing
 
 if TYPE_CHECKING:
     from alphaedit_peft.studies import Base, Comparison, Method
 
 
-STATISTICS_TEXTS = 2500  # of the embedded world
 REST = 200  # records behind the edited ones, whose facts should stay
 # settings that were made for models of billions of parameters, and weaker demands
 STRENGTHS = {
@@ -54,10 +28,10 @@ STRENGTHS = {
 
 
 def compare(  # noqa: PLR0913
-    model: ModelArgument,
+    model: arguments.ModelArgument,
     *,
-    data: DataOption = None,
-    out: OutOption,
+    data: arguments.DataOption = None,
+    out: arguments.OutOption,
     methods: Annotated[
         str, typer.Option(help="Of alphaedit, memit, memit-history, memit-projection, rome, ...")
     ] = "alphaedit,memit",
@@ -73,16 +47,16 @@ def compare(  # noqa: PLR0913
             "--set", metavar="NAME=VALUE", help="For all, or METHOD.NAME=VALUE; can be repeated."
         ),
     ] = None,
-    split: SplitOption = None,
-    target: TargetOption = Target.ANSWERS,
-    snippets: SnippetsOption = None,
-    texts: TextsOption = None,
-    generate: GenerateOption = False,
-    null_space: NullSpaceOption = None,
-    key_moments: MomentsOption = None,
-    dtype: DtypeOption = Dtype.AUTO,
-    device: DeviceOption = None,
-    as_json: JsonOption = False,
+    split: arguments.SplitOption = None,
+    target: arguments.TargetOption = arguments.Target.ANSWERS,
+    snippets: arguments.SnippetsOption = None,
+    texts: arguments.TextsOption = None,
+    generate: arguments.GenerateOption = False,
+    null_space: arguments.NullSpaceOption = None,
+    key_moments: arguments.MomentsOption = None,
+    dtype: arguments.DtypeOption = arguments.Dtype.AUTO,
+    device: arguments.DeviceOption = None,
+    as_json: arguments.JsonOption = False,
 ) -> None:
     """Compare editing methods on one model: the same edits, in batches, over several orders.
 
@@ -95,30 +69,20 @@ def compare(  # noqa: PLR0913
     projections are made of the key moments where only these are given. A comparison that was
     stopped goes on where it was.
     """
-    check_folder(out)
+    arguments.check_folder(out)
     orders = _seeds(seeds)
-    data = data or (EMBEDDED if model == EMBEDDED else None)
-    if data is None:
-        raise typer.BadParameter("give --data FILE")
+    data = arguments.data_for(model, data)
 
     from alphaedit_peft import AlphaEditConfig, studies
 
     common, own = _assignments(settings or [])
     chosen = _methods(methods, own)
     config = AlphaEditConfig.from_json({"on_conflict": "replace", **common})
-    suite = read_suite(data, edits, REST, split=split, target=target, snippets=snippets)
-    suite = replace(suite, texts=(*suite.texts, *read_lines(texts)))
-    origin = {"name": Path(data).name}
-    if split is not None:
-        origin = {"name": data, "split": split}
-    elif data != EMBEDDED:
-        origin["sha256"] = studies.file_digest(data)
-    if target is not Target.ANSWERS:
-        origin["target"] = target.value
-    if snippets is not None:
-        origin["snippets_sha256"] = studies.file_digest(snippets)
-    moments = load_moments(key_moments)
-    base, tokenizer, space = load_model_and_space(model, dtype, device, null_space)
+    suite = arguments.read_suite(data, edits, REST, split=split, target=target, snippets=snippets)
+    suite = replace(suite, texts=(*suite.texts, *arguments.read_lines(texts)))
+    origin = _origin(data, split, target, snippets)
+    moments = arguments.load_moments(key_moments)
+    base, tokenizer, space = arguments.load_model_and_space(model, dtype, device, null_space)
     ground = studies.Base(base, tokenizer, space, moments)
     ground = _with_statistics(ground, model, out, config)
     study = studies.Study(ground, suite, config, generate=generate, data=origin)
@@ -130,6 +94,24 @@ def compare(  # noqa: PLR0913
     over = "over seeds" if len(orders) > 1 else "over cases"
     title = f"{edits} edits in batches of {batch_size}: means, 95 % intervals {over}"
     printing.show(as_json, facts, title, str(found), *_undone(found), f"Written to {out}")
+
+
+def _origin(
+    data: str, split: str | None, target: arguments.Target, snippets: Path | None
+) -> dict[str, str]:
+    """Where the cases come from, for the results."""
+    from alphaedit_peft.studies import file_digest
+
+    origin = {"name": Path(data).name}
+    if split is not None:
+        origin = {"name": data, "split": split}
+    elif data != arguments.EMBEDDED:
+        origin["sha256"] = file_digest(data)
+    if target is not arguments.Target.ANSWERS:
+        origin["target"] = target.value
+    if snippets is not None:
+        origin["snippets_sha256"] = file_digest(snippets)
+    return origin
 
 
 def _undone(found: Comparison) -> list[str]:
@@ -148,17 +130,17 @@ def _undone(found: Comparison) -> list[str]:
 
 def _with_statistics(ground: Base, model: str, out: Path, config: Any) -> Base:
     """The null space from the key moments where only these are given; the embedded model's own."""
-    if ground.null_space is None and ground.key_moments is None and model == EMBEDDED:
+    if ground.null_space is None and ground.key_moments is None and model == arguments.EMBEDDED:
         from alphaedit_peft import KeyMoments, embedded
 
         kept = out / "key_moments"
         if not kept.is_dir():
-            texts = embedded.texts(STATISTICS_TEXTS)
+            texts = embedded.texts(arguments.STATISTICS_TEXTS)
             made = KeyMoments.collect(
                 ground.model, ground.tokenizer, texts, config, progress=printing.watched()
             )
             made.save_pretrained(kept)
-        ground = replace(ground, key_moments=load_moments(kept))
+        ground = replace(ground, key_moments=arguments.load_moments(kept))
     if ground.null_space is None and ground.key_moments is not None:
         full = config.resolve(ground.model)[0]
         ground = replace(ground, null_space=ground.key_moments.null_space(config=full))
@@ -184,11 +166,7 @@ def _assignments(given: list[str]) -> tuple[dict[str, Any], dict[str, dict[str, 
         method, dot, setting = name.strip().rpartition(".")
         if not equals or not setting or (dot and not method):
             raise typer.BadParameter(f"--set {text!r} is not NAME=VALUE or METHOD.NAME=VALUE")
-        try:
-            read = json.loads(value)
-        except ValueError:
-            read = value
-        (own.setdefault(method, {}) if method else common)[setting] = read
+        (own.setdefault(method, {}) if method else common)[setting] = arguments.parse_value(value)
     return common, own
 
 

@@ -14,22 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from alphaedit_peft.cli import printing
-from alphaedit_peft.cli.arguments import (
-    DeviceOption,
-    Dtype,
-    DtypeOption,
-    JsonOption,
-    LayersOption,
-    ModelArgument,
-    MomentsOption,
-    NullSpaceOption,
-    check_folder,
-    finding,
-    load_model_and_space,
-    load_moments,
-    parse_layers,
-)
+from alphaedit_peft.cli import arguments, printing
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -45,13 +30,13 @@ FIXED = (  # what a pack's edits were made with, and later ones must be too
 
 
 def edit(  # noqa: PLR0913
-    model: ModelArgument,
+    model: arguments.ModelArgument,
     edits: Annotated[
         Path, typer.Argument(metavar="EDITS.jsonl", help="One JSON object a line, one edit each.")
     ],
     *,
     out: Annotated[Path, typer.Option("--out", metavar="PACK", help="Pack to write.")],
-    null_space: NullSpaceOption = None,
+    null_space: arguments.NullSpaceOption = None,
     pack: Annotated[
         str | None, typer.Option("--pack", metavar="PACK", help="Pack to go on from.")
     ] = None,
@@ -59,7 +44,7 @@ def edit(  # noqa: PLR0913
     config: Annotated[
         Path | None, typer.Option("--config", metavar="FILE", help="AlphaEditConfig as JSON.")
     ] = None,
-    layers: LayersOption = None,
+    layers: arguments.LayersOption = None,
     preset: Annotated[
         str | None, typer.Option(help="auto (the default) or paper, for settings left out.")
     ] = None,
@@ -75,10 +60,10 @@ def edit(  # noqa: PLR0913
         list[str] | None,
         typer.Option("--set", metavar="NAME=VALUE", help="Any other setting; can be repeated."),
     ] = None,
-    key_moments: MomentsOption = None,
-    dtype: DtypeOption = Dtype.AUTO,
-    device: DeviceOption = None,
-    as_json: JsonOption = False,
+    key_moments: arguments.MomentsOption = None,
+    dtype: arguments.DtypeOption = arguments.Dtype.AUTO,
+    device: arguments.DeviceOption = None,
+    as_json: arguments.JsonOption = False,
 ) -> None:
     """Make edits and write them as a pack.
 
@@ -95,18 +80,18 @@ def edit(  # noqa: PLR0913
     """
     from alphaedit_peft import read_edits
 
-    check_folder(out)
+    arguments.check_folder(out)
     given = {
         "preset": preset,
-        "rewrite_layers": parse_layers(layers),
+        "rewrite_layers": arguments.parse_layers(layers),
         "ridge": ridge,
         "steps": steps,
         "on_conflict": on_conflict,
     }
     values = _settings(config, given, settings or [])
     wanted = read_edits(edits)
-    moments = load_moments(key_moments)
-    base, tokenizer, space = load_model_and_space(model, dtype, device, null_space)
+    moments = arguments.load_moments(key_moments)
+    base, tokenizer, space = arguments.load_model_and_space(model, dtype, device, null_space)
     resources = {"tokenizer": tokenizer, "null_space": space, "key_moments": moments}
     edited = _model(base, pack, values, resources)
     report = _edit_and_save(edited, wanted, batch_size, out)
@@ -129,7 +114,7 @@ def _settings(path: Path | None, given: dict[str, Any], assignments: list[str]) 
         name, equals, text = assignment.partition("=")
         if not equals:
             raise typer.BadParameter(f"--set {assignment!r} is not NAME=VALUE")
-        values[name.strip()] = _value(text)
+        values[name.strip()] = arguments.parse_value(text)
 
     from alphaedit_peft import AlphaEditConfig
 
@@ -138,13 +123,6 @@ def _settings(path: Path | None, given: dict[str, Any], assignments: list[str]) 
     if unknown:
         raise ValueError(f"settings {unknown} are unknown; there are {', '.join(known)}")
     return values
-
-
-def _value(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except ValueError:
-        return text
 
 
 def _model(
@@ -161,7 +139,7 @@ def _model(
             f"{', '.join(fixed)} cannot be changed while going on from {pack}: its edits were made "
             "with its own; leave them out, or start a new pack"
         )
-    with finding(pack):
+    with arguments.finding(pack):
         edited = AlphaEditModel.from_pretrained(base, pack, **resources)
     edited.alphaedit_config = replace(edited.alphaedit_config, **values)
     return edited

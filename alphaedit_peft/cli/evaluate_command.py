@@ -7,7 +7,6 @@ a results file that a later call takes up. It does what ``alphaedit_peft.evaluat
 from __future__ import annotations
 
 from dataclasses import replace
-from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,58 +14,27 @@ import typer
 
 from alphaedit_peft.cli import printing
 from alphaedit_peft.cli.arguments import (
-    EMBEDDED,
+    DataOption,
     DeviceOption,
     Dtype,
     DtypeOption,
+    GenerateOption,
     JsonOption,
     ModelArgument,
+    SnippetsOption,
+    SplitOption,
+    Target,
+    TargetOption,
+    TextsOption,
+    check_ways,
     finding,
     load_model,
+    read_lines,
+    read_suite,
 )
 
 if TYPE_CHECKING:
     from alphaedit_peft.evaluation import Scores, Suite
-
-
-EMBEDDED_CASES = 50
-
-
-class Target(str, Enum):
-    """zsRE's field that is taught."""
-
-    ANSWERS = "answers"
-    ALT = "alt"
-
-
-DataOption = Annotated[
-    str | None,
-    typer.Option(
-        "--data",
-        metavar="FILE",
-        help="Cases: CounterFact, zsRE, KnowEdit or edits.jsonl; or the word 'embedded'.",
-    ),
-]
-SplitOption = Annotated[
-    str | None,
-    typer.Option("--split", help="Read --data as a dataset (Hub id or folder), and this of it."),
-]
-TargetOption = Annotated[Target, typer.Option("--target", help="For zsRE: which answer is taught.")]
-SnippetsOption = Annotated[
-    Path | None,
-    typer.Option(
-        "--snippets",
-        metavar="FILE",
-        help="CounterFact's attribute_snippets.json, which consistency needs.",
-    ),
-]
-TextsOption = Annotated[
-    Path | None,
-    typer.Option("--texts", metavar="FILE", help="Texts for perplexity, one a line."),
-]
-GenerateOption = Annotated[
-    bool, typer.Option("--generate", help="Let the model write too: fluency, consistency; slow.")
-]
 
 
 def evaluate(  # noqa: PLR0913
@@ -141,52 +109,6 @@ def evaluate(  # noqa: PLR0913
     printing.show(as_json, facts, *parts)
 
 
-def read_suite(
-    data: str,
-    limit: int | None,
-    rest: int = 0,
-    *,
-    split: str | None = None,
-    target: Target = Target.ANSWERS,
-    snippets: Path | None = None,
-) -> Suite:
-    """Cases and what stands around them; ``rest`` more records give facts that should stay.
-
-    Raises:
-        typer.BadParameter: options that ``data`` has no use for.
-        ValueError: as ``read_cases``, or fewer cases than asked for.
-    """
-    from alphaedit_peft.evaluation import Suite, embedded_suite, facts_of, read_cases
-
-    check_ways(data, split, target, snippets)
-    if data == EMBEDDED:
-        return embedded_suite(limit or EMBEDDED_CASES)
-    cases, report = read_cases(
-        data,
-        split=split,
-        limit=None if limit is None else limit + rest,
-        target=target.value,
-        snippets=snippets,
-    )
-    if rest and limit is not None and len(cases) < limit:
-        raise ValueError(f"{data} holds {len(cases)} distinct cases, fewer than --edits {limit}")
-    printing.say(" ".join(str(report).split()))
-    return Suite(cases[:limit], facts_of(cases[limit:] if limit else ()))
-
-
-def check_ways(data: str | None, split: str | None, target: Target, snippets: Path | None) -> None:
-    """Refuse ways of reading records where no records are read.
-
-    Raises:
-        typer.BadParameter: one that was given for nothing.
-    """
-    ways = {"--split": split, "--snippets": snippets}
-    ways["--target"] = None if target is Target.ANSWERS else target.value
-    given = [f"{name} {value}" for name, value in ways.items() if value is not None]
-    if given and data in (None, EMBEDDED):
-        raise typer.BadParameter(f"{given[0]} is for records; give them with --data")
-
-
 def _suite_of_pack(pack: str, limit: int | None) -> Suite:
     from alphaedit_peft import EditPack
     from alphaedit_peft.evaluation import Case, Suite
@@ -203,13 +125,6 @@ def _with_pack(base: Any, pack: str) -> Any:
 
     with finding(pack):
         return AlphaEditModel.from_pretrained(base, pack)
-
-
-def read_lines(path: Path | None) -> tuple[str, ...]:
-    """The lines of a text file that are not blank; none without a file."""
-    if path is None:
-        return ()
-    return tuple(line for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
 
 
 def _metrics(scores: Scores) -> dict[str, Any]:

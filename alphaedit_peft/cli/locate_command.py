@@ -11,20 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from alphaedit_peft.cli import printing
-from alphaedit_peft.cli.arguments import (
-    EMBEDDED,
-    PAGES,
-    DeviceOption,
-    Dtype,
-    DtypeOption,
-    JsonOption,
-    ModelArgument,
-    PageOption,
-    check_file,
-    load_model,
-)
-from alphaedit_peft.cli.evaluate_command import DataOption, read_suite
+from alphaedit_peft.cli import arguments, printing
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -40,9 +27,9 @@ TITLES = {
 
 
 def locate(  # noqa: PLR0913
-    model: ModelArgument,
+    model: arguments.ModelArgument,
     *,
-    data: DataOption = None,
+    data: arguments.DataOption = None,
     limit: Annotated[int, typer.Option(min=1, help="Trace so many facts at most.")] = 20,
     noise: Annotated[
         float, typer.Option(min=0.0, help="Of the subject, in deviations of its embeddings.")
@@ -52,10 +39,10 @@ def locate(  # noqa: PLR0913
         int | None, typer.Option(min=1, help="MLPs restored together; else a fifth of the blocks.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Of the noise.")] = 0,
-    html: PageOption = None,
-    dtype: DtypeOption = Dtype.AUTO,
-    device: DeviceOption = None,
-    as_json: JsonOption = False,
+    html: arguments.PageOption = None,
+    dtype: arguments.DtypeOption = arguments.Dtype.AUTO,
+    device: arguments.DeviceOption = None,
+    as_json: arguments.JsonOption = False,
 ) -> None:
     """Trace where a model recalls facts: corrupt the subject, restore one state, see what returns.
 
@@ -67,16 +54,13 @@ def locate(  # noqa: PLR0913
     Tracing shows where facts are read, which need not be where edits work best: compare with
     `alphaedit tune`.
     """
-    check_file("--html", html, PAGES)
-    data = data or (EMBEDDED if model == EMBEDDED else None)
-    if data is None:
-        raise typer.BadParameter("give --data FILE")
+    arguments.check_file("--html", html, arguments.PAGES)
+    data = arguments.data_for(model, data)
 
     from alphaedit_peft.studies.locate import locate as trace
 
-    suite = read_suite(data, limit)
-    base, tokenizer = load_model(model, dtype, device)
-    say = printing.say if printing.watched() else (lambda text: None)
+    suite = arguments.read_suite(data, limit)
+    base, tokenizer = arguments.load_model(model, dtype, device)
     found = trace(
         base,
         tokenizer,
@@ -85,7 +69,7 @@ def locate(  # noqa: PLR0913
         samples=samples,
         window=window,
         seed=seed,
-        progress=say,
+        progress=printing.progress,
     )
     if html is not None:
         html.write_text(_page(found, model), encoding="utf-8")
@@ -99,8 +83,8 @@ def _summary(found: Located) -> str:
     return (
         f"{printing.count(len(found.traces), 'fact')} traced{aside}: P(target) is "
         f"{found.clean.value:.3f}, and {found.corrupted.value:.3f} with noise of {found.noise:g} x "
-        f"{found.deviation:.3g} on the subject ({printing.count(found.samples, 'draw')}). Below: how "
-        "much comes back"
+        f"{found.deviation:.3g} on the subject ({printing.count(found.samples, 'draw')}). Below: "
+        "how much comes back"
     )
 
 

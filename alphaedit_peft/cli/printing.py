@@ -142,6 +142,12 @@ def watched() -> bool:
     return sys.stderr.isatty()
 
 
+def progress(text: str) -> None:
+    """Print a line on stderr where someone watches it."""
+    if watched():
+        say(text)
+
+
 EXPECTED = (ValueError, RuntimeError, OSError, ImportError)  # PackError is a ValueError
 INTERRUPTED = 130
 # bitsandbytes tells here, when it is imported, that an optional faster kernel is not installed;

@@ -23,11 +23,13 @@ from alphaedit_peft.cli.arguments import (
     DtypeOption,
     JsonOption,
     PageOption,
+    Target,
+    TargetOption,
     check_file,
     finding,
     load_model,
+    read_lines,
 )
-from alphaedit_peft.cli.evaluate_command import Target, TargetOption, read_lines
 
 if TYPE_CHECKING:
     from alphaedit_peft.evaluation import Case

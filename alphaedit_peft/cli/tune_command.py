@@ -14,23 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
-from alphaedit_peft.cli import printing
-from alphaedit_peft.cli.arguments import (
-    EMBEDDED,
-    PAGES,
-    DeviceOption,
-    Dtype,
-    DtypeOption,
-    JsonOption,
-    ModelArgument,
-    NullSpaceOption,
-    PageOption,
-    check_file,
-    load_model_and_space,
-    parse_layers,
-)
-from alphaedit_peft.cli.compare_command import STATISTICS_TEXTS
-from alphaedit_peft.cli.evaluate_command import DataOption, read_lines, read_suite
+from alphaedit_peft.cli import arguments, printing
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -51,11 +35,11 @@ T = TypeVar("T")
 
 
 def tune(  # noqa: PLR0913
-    model: ModelArgument,
+    model: arguments.ModelArgument,
     *,
-    data: DataOption = None,
+    data: arguments.DataOption = None,
     edits: Annotated[int, typer.Option(min=2, help="Probe edits, made and judged.")] = 20,
-    null_space: NullSpaceOption = None,
+    null_space: arguments.NullSpaceOption = None,
     texts: Annotated[
         Path | None,
         typer.Option(
@@ -74,10 +58,10 @@ def tune(  # noqa: PLR0913
         str | None, typer.Option(help="Thresholds by energy, such as 0.01,0.05.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Of the contexts that edits are made with.")] = 0,
-    html: PageOption = None,
-    dtype: DtypeOption = Dtype.AUTO,
-    device: DeviceOption = None,
-    as_json: JsonOption = False,
+    html: arguments.PageOption = None,
+    dtype: arguments.DtypeOption = arguments.Dtype.AUTO,
+    device: arguments.DeviceOption = None,
+    as_json: arguments.JsonOption = False,
 ) -> None:
     """Try settings on a few edits and say which to take; the model is left as it is.
 
@@ -88,25 +72,23 @@ def tune(  # noqa: PLR0913
     Choose by edits that you will not be judged by: the figures of the best of many settings
     flatter it.
     """
-    check_file("--html", html, PAGES)
-    data = data or (EMBEDDED if model == EMBEDDED else None)
-    if data is None:
-        raise typer.BadParameter("give --data FILE")
-    if null_space is None and texts is None and model != EMBEDDED:
+    arguments.check_file("--html", html, arguments.PAGES)
+    data = arguments.data_for(model, data)
+    if null_space is None and texts is None and model != arguments.EMBEDDED:
         raise typer.BadParameter("give --null-space DIR or --texts FILE")
     numbers = {"clamps": clamps, "ridges": ridges, "thresholds": thresholds}
-    given = {name: _numbers(name, text) for name, text in numbers.items() if text is not None}
-    wanted = _layers(layers)
+    given = {n: _split(n, text, ",", float) for n, text in numbers.items() if text is not None}
+    wanted = () if layers is None else _split("layers", layers, ";", _layers)
 
     from alphaedit_peft import AlphaEditConfig, studies
     from alphaedit_peft.architecture import describe
     from alphaedit_peft.studies import tune
 
-    lines = read_lines(texts)
+    lines = arguments.read_lines(texts)
     corpus = _corpus(None if texts is None else lines) if null_space is None else []
-    suite = read_suite(data, edits)
+    suite = arguments.read_suite(data, edits)
     suite = replace(suite, texts=lines[-HELD_OUT:] or suite.texts[:HELD_OUT], unedited=())
-    base, tokenizer, space = load_model_and_space(model, dtype, device, null_space)
+    base, tokenizer, space = arguments.load_model_and_space(model, dtype, device, null_space)
     choices = wanted or tune.layer_choices(describe(base).num_blocks)
     if space is not None and not wanted:
         choices = tuple(choice for choice in choices if set(choice) <= set(space.layers))
@@ -116,16 +98,13 @@ def tune(  # noqa: PLR0913
     ground = studies.Base(base, tokenizer, space)
     if space is None:
         every = replace(config, rewrite_layers=sorted({n for choice in choices for n in choice}))
-        ground = studies.Base.from_texts(
-            base, tokenizer, corpus, every, progress=printing.watched()
-        )
-    say = printing.say if printing.watched() else (lambda text: None)
-    found = tune.tune(ground, suite, grid, config, progress=say)
+        watched = printing.watched()
+        ground = studies.Base.from_texts(base, tokenizer, corpus, every, progress=watched)
+    found = tune.tune(ground, suite, grid, config, progress=printing.progress)
     if html is not None:
         html.write_text(_page(found, model), encoding="utf-8")
-    title = f"{printing.count(len(found.tried), 'setting')} tried on {printing.count(found.edits, 'edit')}"
     written = [] if html is None else [f"Written to {html}"]
-    printing.show(as_json, found.to_json(), _table(title, found), _advice(found), *written)
+    printing.show(as_json, found.to_json(), _table(found), _advice(found), *written)
 
 
 def _corpus(lines: tuple[str, ...] | None) -> list[str]:
@@ -133,7 +112,7 @@ def _corpus(lines: tuple[str, ...] | None) -> list[str]:
     from alphaedit_peft import embedded
 
     if lines is None:
-        return embedded.texts(STATISTICS_TEXTS)
+        return embedded.texts(arguments.STATISTICS_TEXTS)
     if len(lines) <= HELD_OUT:
         raise ValueError(
             f"--texts holds {len(lines)} texts, and {HELD_OUT} are held out for drift; give more"
@@ -141,13 +120,15 @@ def _corpus(lines: tuple[str, ...] | None) -> list[str]:
     return list(lines[:-HELD_OUT])
 
 
-def _table(title: str, found: Tuning) -> Table:
+def _table(found: Tuning) -> Table:
     """What a terminal of eighty columns holds: no intervals, but what is within noise."""
+    tried, made = printing.count(len(found.tried), "setting"), printing.count(found.edits, "edit")
     heads, rows = _rows(found)
     kept = [i for i, name in enumerate(heads) if name != INTERVAL]
     for name, narrow in NARROW.items():
         heads = [head.replace(name, narrow).replace("_", "\n") for head in heads]
-    return printing.table(title, [heads[i] for i in kept], [[row[i] for i in kept] for row in rows])
+    cells = [[row[i] for i in kept] for row in rows]
+    return printing.table(f"{tried} tried on {made}", [heads[i] for i in kept], cells)
 
 
 def _rows(found: Tuning) -> tuple[list[str], list[list[Any]]]:
@@ -190,19 +171,12 @@ def _page(found: Tuning, model: str) -> str:
         Section("All that was tried", table(*_rows(found), search="Find a setting")),
         Section("How to read it", paragraph(legend)),
     ]
-    return page(
-        f"Settings for {model}", sections, f"Tried on {printing.count(found.edits, 'edit')}."
-    )
+    summary = f"Tried on {printing.count(found.edits, 'edit')}."
+    return page(f"Settings for {model}", sections, summary)
 
 
-def _numbers(name: str, text: str) -> tuple[float, ...]:
-    return _split(name, text, ",", float)
-
-
-def _layers(text: str | None) -> tuple[tuple[int, ...], ...]:
-    if text is None:
-        return ()
-    return _split("layers", text, ";", lambda part: tuple(parse_layers(part) or ()))
+def _layers(part: str) -> tuple[int, ...]:
+    return tuple(arguments.parse_layers(part) or ())
 
 
 def _split(name: str, text: str, by: str, read: Callable[[str], T]) -> tuple[T, ...]:

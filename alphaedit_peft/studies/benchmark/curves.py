@@ -234,5 +234,5 @@ def _batch(curve: str, at: int, depth: int, hidden: int, device: torch.device) -
     plan = Plan(edits=EDITS, objectives=("alphaedit",))
     edits = made_up_edits(tokenizer, EDITS)
     found = benchmark(subject, random_statistics(subject), edits, plan).sessions[0]
-    batch, least = found.batches[0], found.floor and found.floor.total
+    batch, least = found.batches[0], found.floor.total if found.floor else None
     return Point(curve, at, "batch", batch.without_contexts, 0, batch.memory, least)
