@@ -208,7 +208,7 @@ def test_a_place_that_cannot_be_pushed_to(hub, pack, where, error, message):
 
 
 def test_a_card_that_the_hub_refuses_is_no_broken_connection(hub, pack, monkeypatch):
-    monkeypatch.setattr("alphaedit_peft.pack.hub.card", lambda *_, **__: "---\n[\n---\n")
+    monkeypatch.setattr("alphaedit_peft.pack.files.card", lambda *_, **__: "---\n[\n---\n")
     with pytest.raises(ValueError, match=r"Invalid metadata in README.md"):
         pack.push_to_hub("me/pack")
     assert hub.repos["me/pack"].files() == {}

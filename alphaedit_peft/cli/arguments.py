@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from alphaedit_peft.evaluation import Suite
     from alphaedit_peft.fingerprint import BaseFingerprint
     from alphaedit_peft.nullspace import KeyMoments, NullSpace
+    from alphaedit_peft.pack.files import StoredPack
 
 EMBEDDED = "embedded"
 EMBEDDED_CASES = 50
@@ -341,17 +342,26 @@ def finding(path: str) -> Iterator[None]:
         FileNotFoundError: instead of what the Hub's client raises within.
         ValueError: a pack that stands on another, with what to do on the command line.
     """
-    from huggingface_hub.errors import (
-        EntryNotFoundError,
-        HfHubHTTPError,
-        LocalEntryNotFoundError,
-        OfflineModeIsEnabled,
-        RepositoryNotFoundError,
-    )
-
     try:
         yield
-    except (EntryNotFoundError, HfHubHTTPError, OfflineModeIsEnabled) as error:
+    except Exception as error:
+        from huggingface_hub.errors import (
+            EntryNotFoundError,
+            HfHubHTTPError,
+            LocalEntryNotFoundError,
+            OfflineModeIsEnabled,
+            RepositoryNotFoundError,
+        )
+
+        from alphaedit_peft.pack.parents import MissingParentError
+
+        if isinstance(error, MissingParentError):
+            raise ValueError(
+                f"{path}: {error.missing} and acts as made only beside it; join the two first: "
+                f"alphaedit join PARENT {path} --out both"
+            ) from error
+        if not isinstance(error, (EntryNotFoundError, HfHubHTTPError, OfflineModeIsEnabled)):
+            raise
         if isinstance(error, (LocalEntryNotFoundError, OfflineModeIsEnabled)):
             why = " that could be asked for; check the path or the connection"
         elif isinstance(error, RepositoryNotFoundError):
@@ -361,12 +371,11 @@ def finding(path: str) -> Iterator[None]:
         raise FileNotFoundError(
             f"{path}: no such folder here, and no Hub repository{why}"
         ) from error
-    except ValueError as error:
-        from alphaedit_peft.model.stack import MissingParentError  # loads torch, PEFT and all
 
-        if not isinstance(error, MissingParentError):
-            raise
-        raise ValueError(
-            f"{path}: {error.missing} and acts as made only beside it; join the two first: "
-            f"alphaedit join PARENT {path} --out both"
-        ) from error
+
+def read_pack(pack: str) -> StoredPack:
+    """The pack of a folder or Hub id, read without PEFT."""
+    from alphaedit_peft.pack import files
+
+    with finding(pack):
+        return files.read_pack(files.locate(pack))

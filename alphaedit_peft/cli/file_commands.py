@@ -1,7 +1,7 @@
 """``alphaedit remove``, ``join``, ``compress`` and ``export``: packs of packs, without a model.
 
 In: packs. Out: a pack, or a LoRA folder for servers, with the figures that say what it costs. They
-do what the methods of that name of ``EditPack`` do.
+call the functions that the methods of that name of ``EditPack`` call.
 """
 
 from __future__ import annotations
@@ -13,12 +13,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from alphaedit_peft.cli import printing
-from alphaedit_peft.cli.arguments import JsonOption, OutOption, PackArgument, check_folder, finding
+from alphaedit_peft.cli.arguments import (
+    JsonOption,
+    OutOption,
+    PackArgument,
+    check_folder,
+    read_pack,
+)
 
 if TYPE_CHECKING:
     from rich.table import Table
-
-    from alphaedit_peft import EditPack
 
 
 class Conflict(str, Enum):
@@ -73,12 +77,13 @@ def remove(
 
     `alphaedit remove pack 3f2a9c81d07b --out smaller-pack`
     """
+    from alphaedit_peft.pack.files import save_pack
     from alphaedit_peft.pack.remove import remove as take_out
 
     check_folder(out)
-    read = _read(pack)
+    read = read_pack(pack)
     removal = take_out(read, ids, max_share=max_share)
-    removal.pack.save_pretrained(out)
+    save_pack(removal.pack, out)
     gone = {edit.id: edit for edit in read.edits if edit.id in removal.shares}
     facts = {
         "out": str(out),
@@ -117,18 +122,19 @@ def join(
 
     `alphaedit join pack-a pack-b --out both`
     """
+    from alphaedit_peft.pack.files import save_pack
     from alphaedit_peft.pack.join import join as solve
 
     check_folder(out)
     names = [Path(name).name or name for name in packs]
     found = solve(
-        [_read(name) for name in packs],
+        [read_pack(name) for name in packs],
         names=names if len(set(names)) == len(names) else list(packs),
         on_conflict=on_conflict.value,
         layers=layers.value,
         norm_guard=norm_guard,
     )
-    found.pack.save_pretrained(out)
+    save_pack(found.pack, out)
     figures = {
         name: {
             "largest_drift": float(joint.drift.max()) if len(joint.drift) else 0.0,
@@ -172,12 +178,15 @@ def compress(
 
     `alphaedit compress pack --tolerance 0.05 --dtype bfloat16 --out small`
     """
+    from alphaedit_peft.pack.compress import compress as shrink
+    from alphaedit_peft.pack.files import save_pack
+
     if rank is None and tolerance is None and dtype is None:
         raise typer.BadParameter("give --rank, --tolerance or --dtype")
     check_folder(out)
-    read = _read(pack)
-    small = read.compress(rank=rank, tolerance=tolerance, dtype=_torch_dtype(dtype))
-    small.save_pretrained(out)
+    read = read_pack(pack)
+    small = shrink(read, rank=rank, tolerance=tolerance, dtype=_torch_dtype(dtype))
+    save_pack(small, out)
     assert small.compression is not None, "compress says what it did"
     facts = {"out": str(out), "rank": small.rank, "rank_before": read.rank}
     facts |= {"compression": small.compression.to_json()}
@@ -213,18 +222,20 @@ def export(
 
     `alphaedit export pack --max-rank vllm --dtype bfloat16 --out lora`
     """
+    from alphaedit_peft.pack.export import export as write_lora
     from alphaedit_peft.pack.parents import require_alone
 
     check_folder(out)
     if max_rank is not None and max_rank != "vllm" and not max_rank.isdecimal():
         raise typer.BadParameter(f"--max-rank {max_rank!r} is not 1, 2, 3 ... or 'vllm'")
-    read = _read(pack)
+    read = read_pack(pack)
     require_alone(
         read,
         "it cannot be exported alone",
         f"join it with its parent first: alphaedit join PARENT {pack} --out both",
     )
-    done = read.export(
+    done = write_lora(
+        read,
         out,
         format=format.value,
         max_rank=int(max_rank) if max_rank and max_rank.isdecimal() else max_rank,
@@ -238,13 +249,6 @@ def export(
     turned = ", factors transposed" if done.transposed else ""
     text = f"{printing.count(len(done.modules), 'module')} of rank {done.rank}, {facts['dtype']}"
     printing.show(as_json, facts, f"Written to {out}: {text}{rounding}{turned}")
-
-
-def _read(pack: str) -> EditPack:
-    from alphaedit_peft import EditPack
-
-    with finding(pack):
-        return EditPack.from_pretrained(pack)
 
 
 def _torch_dtype(dtype: Smaller | None) -> Any:

@@ -69,24 +69,16 @@ def push(  # noqa: PLR0913
 
     `alphaedit push pack user/name --private`
     """
-    from alphaedit_peft import EditPack
-    from alphaedit_peft.pack.files import locate
-    from alphaedit_peft.pack.hub import stored_dtype
+    from alphaedit_peft.hub import Destination
+    from alphaedit_peft.pack.files import locate, push_pack, read_pack, stored_dtype
 
     _hush()
     with finding(pack):
         folder = locate(pack)
-        read = EditPack.from_pretrained(folder)
-    url = read.push_to_hub(
-        repo,
-        private=private or None,
-        revision=revision,
-        create_pr=create_pr,
-        subfolder=subfolder,
-        texts=not no_texts,
-        commit_message=message,
-        dtype=stored_dtype(folder),
-    )
+        read = read_pack(folder)
+    to = Destination(repo, private or None, None, revision, create_pr, subfolder)
+    dtype = stored_dtype(folder)
+    url = push_pack(read, to, texts=not no_texts, commit_message=message, dtype=dtype)
     facts = {"repo": repo, "url": url, "edits": len(read.edits), "texts_in_card": not no_texts}
     printing.show(as_json, facts, f"Pushed {printing.count(len(read.edits), 'edit')}: {url}")
 
@@ -103,11 +95,11 @@ def pull(
 
     `alphaedit pull user/name --out pack`
     """
-    from alphaedit_peft.pack.hub import copy_pack
+    from alphaedit_peft.pack.files import copy_pack, locate
 
     _hush()
     check_folder(out)
-    pack = copy_pack(repo, out, revision=revision, subfolder=subfolder)
+    pack = copy_pack(locate(repo, revision, subfolder=subfolder), out)
     facts = {"out": str(out), "edits": len(pack.edits), "rank": pack.rank}
     shown = f"Written to {out}: {printing.count(len(pack.edits), 'edit')}, rank {pack.rank}"
     printing.show(as_json, facts, shown)

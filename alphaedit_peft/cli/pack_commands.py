@@ -26,17 +26,18 @@ from alphaedit_peft.cli.arguments import (
     PackArgument,
     check_file,
     check_folder,
-    finding,
     load_model,
     load_model_and_space,
     load_moments,
     load_null_space,
+    read_pack,
 )
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from alphaedit_peft import EditPack, NullSpace
+    from alphaedit_peft import NullSpace
+    from alphaedit_peft.pack.value import PackValue
 
 
 LISTED = 20
@@ -80,11 +81,10 @@ def inspect_pack(
         )
         return
 
-    from alphaedit_peft import EditPack
     from alphaedit_peft.editing.capacity import pack_capacity
+    from alphaedit_peft.pack.card import summary
 
-    with finding(pack):
-        read = EditPack.from_pretrained(pack)
+    read = read_pack(pack)
     facts = _describe(read)
     if html is not None:
         _write_page(read, pack, html, load_null_space(null_space))
@@ -105,7 +105,7 @@ def inspect_pack(
         if decided
         else []
     )
-    printing.show(as_json, facts, read.summary(), *room, *settings, table, *rest)
+    printing.show(as_json, facts, summary(read), *room, *settings, table, *rest)
 
 
 def merge(
@@ -124,14 +124,13 @@ def merge(
 
     `alphaedit merge MODEL pack --out edited-model`
     """
-    from alphaedit_peft import AlphaEditModel, EditPack
+    from alphaedit_peft import AlphaEditModel
     from alphaedit_peft.pack.parents import require_alone
 
     check_folder(out)
     if out.is_dir() and any(out.iterdir()):
         raise FileExistsError(f"--out {out} is not empty; give a new folder")
-    with finding(pack):
-        read = EditPack.from_pretrained(pack)
+    read = read_pack(pack)
     require_alone(
         read,
         "it cannot be merged alone",
@@ -173,12 +172,11 @@ def rollback(  # noqa: PLR0913
 
     `alphaedit rollback MODEL pack --null-space ns --out smaller-pack`
     """
-    from alphaedit_peft import AlphaEditModel, EditPack
+    from alphaedit_peft import AlphaEditModel
     from alphaedit_peft.pack.parents import require_alone
 
     check_folder(out)
-    with finding(pack):
-        read = EditPack.from_pretrained(pack)
+    read = read_pack(pack)
     require_alone(
         read,
         "its batches cannot be taken back alone",
@@ -219,7 +217,7 @@ def _check_page(html: Path | None, null_space: str | None) -> None:
     check_file("--html", html, PAGES)
 
 
-def _write_page(pack: EditPack, name: str, html: Path, null_space: NullSpace | None) -> None:
+def _write_page(pack: PackValue, name: str, html: Path, null_space: NullSpace | None) -> None:
     from alphaedit_peft.report import pack_page
 
     title = Path(name).resolve().name if Path(name).is_dir() else name
@@ -227,7 +225,7 @@ def _write_page(pack: EditPack, name: str, html: Path, null_space: NullSpace | N
     html.write_text(text, encoding="utf-8")
 
 
-def _describe(pack: EditPack) -> dict[str, Any]:
+def _describe(pack: PackValue) -> dict[str, Any]:
     """A pack as plain JSON values."""
     return {
         "rank": pack.rank,
@@ -248,7 +246,7 @@ def _describe(pack: EditPack) -> dict[str, Any]:
     }
 
 
-def _edit_table(pack: EditPack, listed: int | None) -> Table:
+def _edit_table(pack: PackValue, listed: int | None) -> Table:
     rows = [
         (
             record.edit.id,

@@ -19,7 +19,7 @@ from alphaedit_peft import tokens
 from alphaedit_peft.algebra import LowRankDelta
 from alphaedit_peft.evaluation import metrics
 from alphaedit_peft.nullspace import NullSpace
-from alphaedit_peft.pack import EditPack
+from alphaedit_peft.pack.value import PackValue
 from alphaedit_peft.scoring import Reader
 
 ALIKE = 0.9  # cosine from which two rows pull on each other
@@ -162,7 +162,7 @@ def measure_capacity(
     return Capacity(tuple(layers))
 
 
-def pack_capacity(pack: EditPack, null_space: NullSpace | None = None) -> Capacity | None:
+def pack_capacity(pack: PackValue, null_space: NullSpace | None = None) -> Capacity | None:
     """What a pack alone tells; None where compression made its rows mixtures of keys.
 
     Args:

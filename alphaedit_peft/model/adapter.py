@@ -27,7 +27,7 @@ from alphaedit_peft.fingerprint import BaseFingerprint
 from alphaedit_peft.model import lora_layer
 from alphaedit_peft.nullspace import NullSpace
 from alphaedit_peft.pack import EditPack
-from alphaedit_peft.pack.compress import Compression, require_rows
+from alphaedit_peft.pack.value import Compression, require_rows
 
 
 @dataclass(eq=False)

@@ -29,7 +29,6 @@ from alphaedit_peft.metric import Metric
 from alphaedit_peft.model.adapter import Adapter, EditedModel, require_editable
 from alphaedit_peft.model.prepare import capacity, layer_reports, running, settled
 from alphaedit_peft.model.stack import (
-    BESIDE,
     Parent,
     adopt,
     new_parents,
@@ -40,7 +39,8 @@ from alphaedit_peft.model.stack import (
     without_parents,
 )
 from alphaedit_peft.pack import EditRecord
-from alphaedit_peft.pack.wording import few
+from alphaedit_peft.pack.parents import BESIDE
+from alphaedit_peft.pack.record import few
 
 
 @torch.no_grad()

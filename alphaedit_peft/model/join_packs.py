@@ -19,7 +19,6 @@ from alphaedit_peft.editing.state import EditState
 from alphaedit_peft.edits import Edit
 from alphaedit_peft.model.adapter import Adapter, EditedModel
 from alphaedit_peft.model.edit import rebuild
-from alphaedit_peft.model.fitting import check_beside
 from alphaedit_peft.model.load import edits_same_modules
 from alphaedit_peft.model.prepare import running
 from alphaedit_peft.model.stack import (
@@ -33,9 +32,10 @@ from alphaedit_peft.model.stack import (
     refuse_common,
 )
 from alphaedit_peft.pack import EditPack, EditRecord
-from alphaedit_peft.pack.compress import require_rows
-
-RULES = ("error", "first", "last")
+from alphaedit_peft.pack.compatible import check_beside
+from alphaedit_peft.pack.conflicts import check_rule, says
+from alphaedit_peft.pack.record import asked
+from alphaedit_peft.pack.value import require_rows
 
 
 @dataclass(frozen=True)
@@ -56,8 +56,7 @@ def join(
     """Pour packs into an adapter; see :meth:`AlphaEditModel.join`."""
     if isinstance(packs, str | Path | EditPack):
         raise TypeError(f"packs={packs!r} is one pack; pass a list of packs")
-    if on_conflict not in RULES:
-        raise ValueError(f"on_conflict={on_conflict!r} is unknown; use one of {RULES}")
+    check_rule(on_conflict)
     named = [_named(pack, i) for i, pack in enumerate(packs, 1)]
     if not named:
         raise ValueError("packs=[] names no pack; pass one or more")
@@ -233,21 +232,21 @@ def _same_or_contrary(
 ) -> dict[EditRecord, str]:
     """Records to leave out because another says the same or otherwise, with the reason."""
     standing = [record for record in old if record.role != "superseded"]
-    said = {_words(record): record for record in standing}
+    said = {asked(record.edit): record for record in standing}
     ids = {record.edit.id: record for record in standing}
     found: dict[EditRecord, str] = {}
     for record in new:
         edit, other = record.edit, ids.get(record.edit.id)
-        if other is not None and _says(other) != _says(record):
+        if other is not None and says(other.edit) != says(record.edit):
             raise ValueError(
                 f"id {edit.id!r} names two edits: {other.edit.question!r} -> "
                 f"{other.edit.target_new!r} of {names[edit.id]} and {edit.question!r} -> "
                 f"{edit.target_new!r} of {here[edit.id]}; give each its own id"
             )
-        other = said.get(_words(record))
+        other = said.get(asked(record.edit))
         if other is None or record.role != "own":
             continue
-        if _says(other) == _says(record):
+        if says(other.edit) == says(record.edit):
             found[record] = f"edit {other.edit.id} of {names[other.edit.id]} already says so"
             continue
         why = f"contradict each other: {edit.question!r} -> {other.edit.target_new!r} and "
@@ -311,11 +310,3 @@ def _by_row(records: Iterable[EditRecord]) -> dict[int, list[EditRecord]]:
         if record.role != "superseded":
             found.setdefault(record.row, []).append(record)
     return found
-
-
-def _words(record: EditRecord) -> str:
-    return " ".join(record.edit.question.split())
-
-
-def _says(record: EditRecord) -> tuple[str, str]:
-    return _words(record), record.edit.target_new.strip()

@@ -24,12 +24,11 @@ from alphaedit_peft.devices import keeps_elsewhere
 from alphaedit_peft.editing.state import Journal
 from alphaedit_peft.model import lora_layer
 from alphaedit_peft.model.adapter import EditedModel, make_adapter
-from alphaedit_peft.model.fitting import check_beside, check_fit, check_plain
 from alphaedit_peft.model.stack import loaded, needed, require_parents, require_top
 from alphaedit_peft.pack import EditPack
+from alphaedit_peft.pack.compatible import check_beside, check_fit, check_plain
 from alphaedit_peft.pack.files import locate, read_steadily
-from alphaedit_peft.pack.format import ADAPTER_CONFIG, PackError
-from alphaedit_peft.pack.lora import read_lora
+from alphaedit_peft.pack.format import ADAPTER_CONFIG, PackError, read_lora
 
 Wrapped = TypeVar("Wrapped", bound=EditedModel)
 
@@ -59,7 +58,8 @@ def wrap_with_pack(
         pack = EditPack.from_pretrained(model_id, **where)
     except FileNotFoundError as error:
         return _wrap_with_plain_lora(wrap, base, model_id, where, error)
-    check_fit(pack, base, allow_base_mismatch)
+    full, architecture = pack.config.resolve(base)
+    check_fit(pack, base, full.rewrite_layers or (), architecture, allow_base_mismatch)
     require_parents("this pack", pack.parents, [], [], missing_parents)
     model = wrap(base, pack.config)
     name = model.active_adapters[0]

@@ -21,17 +21,9 @@ from alphaedit_peft.editing.state import EditState
 from alphaedit_peft.edits import Edit
 from alphaedit_peft.model.adapter import Adapter, EditedModel, to_pack
 from alphaedit_peft.pack import EditRecord
-from alphaedit_peft.pack.compress import require_rows
-
-BESIDE = "beside"  # the operation that a pack records of a parent it stands on
-
-
-class MissingParentError(ValueError):
-    """A pack that stands on one which is not active before it: which on which, and what to do."""
-
-    def __init__(self, missing: str, remedy: str) -> None:
-        super().__init__(f"{missing}, {remedy}")
-        self.missing = missing
+from alphaedit_peft.pack.parents import BESIDE, MissingParentError
+from alphaedit_peft.pack.record import asked
+from alphaedit_peft.pack.value import require_rows
 
 
 @dataclass(frozen=True)
@@ -227,9 +219,9 @@ def refuse_contradictions(
     """
     if on_conflict == "keep":
         return
-    said = {_words(r.edit): (parent.name, r.edit) for parent in parents for r in parent.own}
+    said = {asked(r.edit): (parent.name, r.edit) for parent in parents for r in parent.own}
     for edit in edits:
-        name, earlier = said.get(_words(edit), ("", edit))
+        name, earlier = said.get(asked(edit), ("", edit))
         if earlier.target_new.strip() != edit.target_new.strip():
             raise ValueError(
                 f"edits {earlier.id} of adapter {name!r} and {edit.id} contradict each other: "
@@ -338,7 +330,3 @@ def require_active(
 
 def _with_rows(delta: LowRankDelta, rows: torch.Tensor) -> LowRankDelta:
     return delta.extended(rows, delta.B.new_zeros(delta.rank + len(rows), delta.B.shape[0]))
-
-
-def _words(edit: Edit) -> str:
-    return " ".join(edit.question.split())

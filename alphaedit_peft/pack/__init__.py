@@ -1,8 +1,28 @@
-"""Edit packs on disk: a standard LoRA folder with a sidecar that remembers the edits."""
+"""Edit packs on disk: a standard LoRA folder with a sidecar that remembers the edits.
 
-from alphaedit_peft.pack.format import PackError
-from alphaedit_peft.pack.lora import read_plain_lora
-from alphaedit_peft.pack.pack import EditPack
-from alphaedit_peft.pack.record import EditRecord
+The public names are imported when they are first used: what needs no model needs no PEFT either.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from alphaedit_peft.pack.format import PackError, read_plain_lora
+    from alphaedit_peft.pack.pack import EditPack
+    from alphaedit_peft.pack.record import EditRecord
 
 __all__ = ["EditPack", "EditRecord", "PackError", "read_plain_lora"]
+_HOMES = {
+    "EditPack": "pack",
+    "EditRecord": "record",
+    "PackError": "format",
+    "read_plain_lora": "format",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

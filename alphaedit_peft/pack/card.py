@@ -1,7 +1,6 @@
 """What a pack says about itself to people: a model card for the Hub, a summary for the terminal.
 
-In: an :class:`~alphaedit_peft.pack.pack.EditPack`. Out: Markdown with YAML metadata, or plain text.
-Edits are strangers' texts: whatever Markdown or YAML would read into them is escaped.
+In: a pack. Out: Markdown with YAML metadata, or plain text. Edits are strangers' texts: whatever Markdown or YAML would read into them is escaped.
 """
 
 from __future__ import annotations
@@ -13,19 +12,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import PureWindowsPath
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from huggingface_hub import ModelCardData
 
 from alphaedit_peft import embedded
 from alphaedit_peft.hub import repository_name
-from alphaedit_peft.pack.parents import stands_on
+from alphaedit_peft.pack.parents import parent_in_words, stands_on
 from alphaedit_peft.pack.record import ROLES, EditRecord
-from alphaedit_peft.pack.wording import compressed, parent_in_words
-
-if TYPE_CHECKING:
-    from alphaedit_peft.pack.pack import EditPack
-
+from alphaedit_peft.pack.value import PackValue
 
 PARENT = "path/or/repository/of/parent"
 
@@ -190,7 +185,7 @@ false statements about people or events.
 
 
 def card(
-    pack: EditPack, repo: str | None = None, subfolder: str | None = None, *, texts: bool = True
+    pack: PackValue, repo: str | None = None, subfolder: str | None = None, *, texts: bool = True
 ) -> str:
     """The model card, ``README.md``: metadata, how to load, a table of the edits, provenance.
 
@@ -223,7 +218,7 @@ def card(
             inside,
             below,
             " and ".join(_escaped(_named(parent)) for parent in below),
-            mixed=_mixed(pack),
+            mixed=pack.mixed,
         ),
     )
     parts = [introduction, _measured(pack), _edit_table(pack) if texts else _NO_TEXTS]
@@ -232,19 +227,19 @@ def card(
     return f"---\n{data.to_yaml()}\n---\n\n{''.join(parts)}"
 
 
-def summary(pack: EditPack) -> str:
+def summary(pack: PackValue) -> str:
     """A plain-text table of the pack: counts, norms |Delta| by module, size, base, null space."""
     roles: Counter[str] = Counter(record.role for record in pack.records)
     others = "".join(f", {roles[role]} {role}" for role in ROLES[1:] if roles[role])
     batches = _count(len(pack.batches), "batch", "batches")
-    force = "" if _mixed(pack) else f", {len(pack.active_rows())} in force"
+    force = "" if pack.mixed else f", {len(pack.active_rows())} in force"
     facts = [
         ("edits", f"{roles['own']} own{others}, in {batches}"),
         ("rank", f"{pack.rank}{force}"),
         ("layers", ", ".join(map(str, pack.layers))),
         ("dtype", str(pack.dtype).removeprefix("torch.")),
         ("size", f"{pack.size_bytes / 1e6:.3f} MB"),
-        *([] if pack.compression is None else [("compression", compressed(pack.compression))]),
+        *([] if pack.compression is None else [("compression", str(pack.compression))]),
         *((name, _one_line(value)) for name, value in _provenance(pack)),
         *(("parent", _one_line(parent_in_words(parent))) for parent in pack.parents),
         *((f"|Delta| {name}", f"{delta.norm():.4g}") for name, delta in pack.factors.items()),
@@ -253,21 +248,17 @@ def summary(pack: EditPack) -> str:
     return "\n".join(f"{name:<{width}}  {value}" for name, value in facts)
 
 
-def base_name(pack: EditPack) -> str:
+def base_name(pack: PackValue) -> str:
     """What strangers may be told of the base: its name on the Hub, never a path."""
     name = pack.config.base_model_name_or_path
     return embedded.NAME if name == embedded.NAME else repository_name(name) or "a local model"
 
 
-def _mixed(pack: EditPack) -> bool:
-    return pack.compression is not None and pack.compression.mixed
-
-
-def _rows(pack: EditPack) -> str:
+def _rows(pack: PackValue) -> str:
     """What the rows of A are, in a sentence without its full stop."""
     if pack.compression is None or not pack.compression.mixed:
         return "Each edit is one row of `lora_A`, unless edits\nshare a subject"
-    made = compressed(pack.compression)
+    made = str(pack.compression)
     return (
         f"It was compressed ({made}), so\nthat rows of `lora_A` are mixtures, and edits can no "
         "longer be taken out or gone on from"
@@ -280,7 +271,7 @@ def _named(parent: Mapping[str, Any]) -> str:
     return f"{name} ({parent.get('edits')} edits, digest {str(parent.get('digest'))[:12]})"
 
 
-def _provenance(pack: EditPack) -> list[tuple[str, str]]:
+def _provenance(pack: PackValue) -> list[tuple[str, str]]:
     found = [("base", base_name(pack))]
     if pack.base is not None:
         digest = pack.base.digest or "not verifiable"
@@ -291,7 +282,7 @@ def _provenance(pack: EditPack) -> list[tuple[str, str]]:
     return found
 
 
-def _measured(pack: EditPack) -> str:
+def _measured(pack: PackValue) -> str:
     """The probabilities of the new targets before and after, in one sentence."""
     found = [
         (record.probability_before, record.probability_after)
@@ -308,7 +299,7 @@ def _measured(pack: EditPack) -> str:
     )
 
 
-def _edit_table(pack: EditPack) -> str:
+def _edit_table(pack: PackValue) -> str:
     rows = [_edit_row(record) for record in pack.records if record.role == "own"]
     if not rows:
         return "None yet.\n"

@@ -1,7 +1,8 @@
-"""Whether packs can be joined: one base, one null space, one shape of the update.
+"""Whether a pack belongs to the model at hand, and whether packs can be joined with each other.
 
-In: packs, with names for messages. Out: an empty pack with all of their modules, to put the joined
-edits into; or an error that says which pack differs, and in what.
+In: a pack or the factors of a plain LoRA, and a base model that is still untouched; or packs, with
+names for messages. Out: nothing, or an empty pack with all of their modules, to put the joined
+edits into; or a sentence: another base, another null space, missing modules, other shapes.
 """
 
 from __future__ import annotations
@@ -9,20 +10,88 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import Any
+
+from torch import nn
 
 from alphaedit_peft.algebra import LowRankDelta
-from alphaedit_peft.pack.remove import require_projected
-
-if TYPE_CHECKING:
-    from alphaedit_peft.pack.pack import EditPack
-
+from alphaedit_peft.architecture import Architecture
+from alphaedit_peft.fingerprint import BaseFingerprint, fingerprint, require_same_base
+from alphaedit_peft.pack.format import Factors, PackError
+from alphaedit_peft.pack.value import Pack, PackValue, require_projected
 
 LAYERS = ("same", "union")
 _STATISTICS = ("digest", "threshold", "mode")  # of the null space, that rows depend on
 
 
-def require_joinable(packs: Sequence[EditPack], names: Sequence[str], layers: str) -> EditPack:
+def check_fit(
+    pack: PackValue,
+    model: nn.Module,
+    layers: Sequence[int],
+    architecture: Architecture,
+    allow_base_mismatch: bool,
+) -> None:
+    """Refuse a pack that does not fit a bare model.
+
+    Args:
+        pack: the pack to load.
+        model: the bare base model.
+        layers: that the pack's config rewrites in this model.
+        architecture: where the model keeps them.
+        allow_base_mismatch: whether another base of the same shapes will do.
+
+    Raises:
+        ValueError: another base, modules the pack lacks, or other shapes.
+    """
+    if pack.base is not None and not allow_base_mismatch:
+        require_same_base(pack.base, fingerprint(model, max(layers), architecture), "this pack")
+    for layer in layers:
+        name = architecture.rewrite_name(layer)
+        if name not in pack.factors:
+            raise ValueError(f"this pack has no factors for {name}; it edits {pack.modules}")
+        _check_shape(name, pack.factors[name], model)
+
+
+def check_beside(
+    pack: PackValue, model: nn.Module, own: BaseFingerprint, allow_base_mismatch: bool
+) -> None:
+    """Refuse a pack that does not fit a model which carries other adapters already.
+
+    Args:
+        pack: the pack to load.
+        model: the base model; LoRA layers may stand in it.
+        own: its fingerprint, taken while it was bare.
+        allow_base_mismatch: whether another base of the same shapes will do.
+
+    Raises:
+        ValueError: another base, or other shapes.
+    """
+    if pack.base is not None and not allow_base_mismatch:
+        require_same_base(pack.base, own, "this pack")
+    for name, delta in pack.factors.items():
+        _check_shape(name, delta, model)
+
+
+def check_plain(factors: Factors, model: nn.Module, folder: Path) -> None:
+    """Refuse a plain LoRA that does not fit a bare model.
+
+    Args:
+        factors: by full module name.
+        model: the bare base model.
+        folder: where they come from, for the message.
+
+    Raises:
+        PackError: a module that the model lacks, or one of another shape.
+    """
+    for name, delta in factors.items():
+        try:
+            _check_shape(name, delta, model)
+        except ValueError as error:
+            raise PackError(f"{folder}: {error}") from None
+
+
+def require_joinable(packs: Sequence[Pack], names: Sequence[str], layers: str) -> Pack:
     """Check that packs go together.
 
     Args:
@@ -58,7 +127,29 @@ def require_joinable(packs: Sequence[EditPack], names: Sequence[str], layers: st
     return _emptied(first, packs, names)
 
 
-def _same_base(one: EditPack, other: EditPack, pair: str) -> None:
+def _check_shape(name: str, delta: LowRankDelta, model: nn.Module) -> None:
+    wanted = (delta.B.shape[0], delta.A.shape[1])
+    try:
+        module: Any = model.get_submodule(name)
+    except AttributeError:
+        module = None
+    module = module.get_base_layer() if hasattr(module, "get_base_layer") else module
+    weight: Any = getattr(module, "weight", None)
+    if weight is None:
+        raise ValueError(
+            f"this adapter changes {name}, which this {type(model).__name__} has not; load it "
+            "onto the base model it was made for"
+        )
+    shape = tuple(weight.shape)
+    shape = shape[::-1] if type(module).__name__ == "Conv1D" else shape
+    if weight.is_floating_point() and shape != wanted:
+        raise ValueError(
+            f"this pack changes {name} of shape {wanted}, and this model's is {shape}; load "
+            "it onto the base model it was made for"
+        )
+
+
+def _same_base(one: PackValue, other: PackValue, pair: str) -> None:
     if one.fan_in_fan_out != other.fan_in_fan_out:
         raise ValueError(f"{pair} are of different bases: one keeps its weights transposed")
     same = None if one.base is None or other.base is None else one.base.matches(other.base)
@@ -77,7 +168,7 @@ def _same_base(one: EditPack, other: EditPack, pair: str) -> None:
         )
 
 
-def _same_null_space(one: EditPack, other: EditPack, pair: str) -> None:
+def _same_null_space(one: PackValue, other: PackValue, pair: str) -> None:
     if other.rank == 0 or one is other:
         return
     if one.null_space is None or other.null_space is None:
@@ -97,7 +188,7 @@ def _same_null_space(one: EditPack, other: EditPack, pair: str) -> None:
         )
 
 
-def _emptied(first: EditPack, packs: Sequence[EditPack], names: Sequence[str]) -> EditPack:
+def _emptied(first: Pack, packs: Sequence[Pack], names: Sequence[str]) -> Pack:
     factors: dict[str, LowRankDelta] = {}
     for name, pack in zip(names, packs, strict=True):
         for module, delta in pack.factors.items():

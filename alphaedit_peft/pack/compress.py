@@ -7,9 +7,7 @@ mixes all rows (``algebra.truncated``), so its edits can no longer be told apart
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
 
 import torch
 
@@ -17,87 +15,16 @@ from alphaedit_peft import algebra
 from alphaedit_peft.algebra import LowRankDelta
 from alphaedit_peft.pack.format import DTYPES
 from alphaedit_peft.pack.parents import parent_entry
-
-if TYPE_CHECKING:
-    from alphaedit_peft.pack.pack import EditPack
-
-
-DTYPE_NAMES = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
-
-
-@dataclass(frozen=True)
-class Compression:
-    """What was done to a pack's factors, and what it cost, by module.
-
-    Args:
-        rows: keys of the pack that was compressed; the records' rows count among them.
-        mixed: whether the rows of A are no longer keys of edits, but mixtures of them.
-        dtype: float32, bfloat16 or float16: what the factors were rounded to.
-        delta_errors: |Delta' - Delta|_F / |Delta|_F.
-        output_errors: likewise of the outputs on the keys of the edits in force.
-
-    Raises:
-        ValueError: a value of the wrong type or out of its range.
-    """
-
-    rows: int
-    mixed: bool
-    dtype: str
-    delta_errors: dict[str, float]
-    output_errors: dict[str, float]
-
-    def __post_init__(self) -> None:
-        if type(self.rows) is not int or not 0 <= self.rows < 2**31:
-            raise ValueError(f"compression rows={self.rows!r} must be a whole number from 0 on")
-        if type(self.mixed) is not bool:
-            raise ValueError(f"compression mixed={self.mixed!r} must be true or false")
-        if not isinstance(self.dtype, str) or self.dtype not in DTYPE_NAMES:
-            raise ValueError(f"compression dtype={self.dtype!r} is none of {[*DTYPE_NAMES]}")
-        for name in ("delta_errors", "output_errors"):
-            _check_errors(name, getattr(self, name))
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain JSON values."""
-        return asdict(self)
-
-    @classmethod
-    def from_json(cls, values: Mapping[str, Any]) -> Compression:
-        """Read back ``to_json``'s values.
-
-        Raises:
-            ValueError: missing or unknown fields, or a value that :class:`Compression` refuses.
-        """
-        known = set(cls.__dataclass_fields__)
-        if set(values) != known:
-            raise ValueError(f"compression fields {sorted(values)} are not {sorted(known)}")
-        return cls(**values)
-
-
-def require_rows(compression: Compression | None, what: str) -> None:
-    """Refuse an operation that needs to know which row of A is which edit.
-
-    Args:
-        compression: of the pack; None where it never was compressed.
-        what: the operation, as in "remove edits from it".
-
-    Raises:
-        ValueError: a pack whose rows are mixtures.
-    """
-    if compression is not None and compression.mixed:
-        raise ValueError(
-            f"this pack was compressed from {compression.rows} rows to a lower rank, so its edits "
-            f"can no longer be told apart and one cannot {what}; do it with the pack it was made "
-            "from, and compress again"
-        )
+from alphaedit_peft.pack.value import Compression, Pack, PackValue, require_rows
 
 
 def compress(
-    pack: EditPack,
+    pack: Pack,
     *,
     rank: int | None = None,
     tolerance: float | None = None,
     dtype: torch.dtype | None = None,
-) -> EditPack:
+) -> Pack:
     """A smaller pack; see :meth:`EditPack.compress`."""
     require_rows(pack.compression, "compress it again")
     _check_arguments(pack, rank, tolerance, dtype)
@@ -132,7 +59,7 @@ def compress(
 
 
 def _check_arguments(
-    pack: EditPack, rank: int | None, tolerance: float | None, dtype: torch.dtype | None
+    pack: PackValue, rank: int | None, tolerance: float | None, dtype: torch.dtype | None
 ) -> None:
     if rank is not None and tolerance is not None:
         raise ValueError(f"rank={rank} and tolerance={tolerance} both set the rank; give one")
@@ -172,12 +99,3 @@ def _output_error(delta: LowRankDelta, small: LowRankDelta, rows: list[int]) -> 
     before, after = (algebra.outputs(d, keys) for d in (delta, small))
     size, off = float(before.norm()), float((after - before).norm())
     return off / size if size > 0 else off
-
-
-def _check_errors(name: str, errors: object) -> None:
-    ok = isinstance(errors, dict) and all(
-        isinstance(module, str) and type(error) in (int, float) and 0 <= error < float("inf")
-        for module, error in errors.items()
-    )
-    if not ok:
-        raise ValueError(f"compression {name}={errors!r} must be numbers from 0 on, by module")

@@ -9,16 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 
-from alphaedit_peft.pack.record import EditRecord
-from alphaedit_peft.pack.remove import question
-
-if TYPE_CHECKING:
-    from alphaedit_peft.pack.pack import EditPack
-
+from alphaedit_peft.edits import Edit
+from alphaedit_peft.pack.record import EditRecord, asked
+from alphaedit_peft.pack.value import PackValue
 
 RULES = ("error", "first", "last")
 
@@ -43,7 +39,7 @@ class Row:
     @property
     def claims(self) -> dict[str, str]:
         """Filled prompts, word by word, and what each shall be continued by."""
-        return {question(r): r.edit.target_new.strip() for r in self.records}
+        return dict(says(r.edit) for r in self.records)
 
     @property
     def own(self) -> bool:
@@ -51,13 +47,28 @@ class Row:
         return any(record.role == "own" for record in self.records)
 
 
+def check_rule(on_conflict: str) -> None:
+    """Refuse an unknown rule.
+
+    Raises:
+        ValueError: names those that there are.
+    """
+    if on_conflict not in RULES:
+        raise ValueError(f"on_conflict={on_conflict!r} is unknown; use one of {RULES}")
+
+
+def says(edit: Edit) -> tuple[str, str]:
+    """What an edit asks, word by word, and answers."""
+    return asked(edit), edit.target_new.strip()
+
+
 def settle(
-    packs: Sequence[EditPack], names: Sequence[str], on_conflict: str, key_cosine: float
+    packs: Sequence[PackValue], names: Sequence[str], on_conflict: str, key_cosine: float
 ) -> tuple[list[Row], tuple[LeftOut, ...]]:
     """Choose the rows that one pack can hold.
 
     Args:
-        packs: that go together, see ``fellows``.
+        packs: that go together, see ``require_joinable``.
         names: of the packs.
         on_conflict: ``error``, ``first`` or ``last``.
         key_cosine: rows at least this alike, in the first module that all edit, are one key.
@@ -68,8 +79,7 @@ def settle(
     Raises:
         ValueError: an unknown rule, or a contradiction under ``error``.
     """
-    if on_conflict not in RULES:
-        raise ValueError(f"on_conflict={on_conflict!r} is unknown; use one of {RULES}")
+    check_rule(on_conflict)
     rows = [row for p, pack in enumerate(packs) for row in _rows(p, pack)]
     gone: dict[int, str] = {}
     pairs = _meetings(packs, rows, key_cosine)
@@ -87,7 +97,7 @@ def settle(
     return [row for i, row in enumerate(rows) if i not in gone], left_out
 
 
-def _rows(number: int, pack: EditPack) -> Iterator[Row]:
+def _rows(number: int, pack: PackValue) -> Iterator[Row]:
     members: dict[int, list[EditRecord]] = {}
     for record in pack.records:
         if record.role != "superseded":
@@ -97,12 +107,12 @@ def _rows(number: int, pack: EditPack) -> Iterator[Row]:
 
 
 def _meetings(
-    packs: Sequence[EditPack], rows: Sequence[Row], key_cosine: float
+    packs: Sequence[PackValue], rows: Sequence[Row], key_cosine: float
 ) -> list[tuple[int, int]]:
     """Pairs (earlier, later) of rows of different packs that share a key or a filled prompt."""
     pairs: set[tuple[int, int]] = set()
-    asked: list[set[object]] = [{*row.claims} for row in rows]
-    for texts in (asked, _prefixes(packs, rows)):
+    prompts: list[set[object]] = [{*row.claims} for row in rows]
+    for texts in (prompts, _prefixes(packs, rows)):
         holders: dict[object, list[int]] = {}
         for i, of_row in enumerate(texts):
             for text in of_row:
@@ -117,7 +127,7 @@ def _meetings(
     return sorted((u, v) for u, v in pairs if rows[u].pack != rows[v].pack)
 
 
-def _prefixes(packs: Sequence[EditPack], rows: Sequence[Row]) -> list[set[object]]:
+def _prefixes(packs: Sequence[PackValue], rows: Sequence[Row]) -> list[set[object]]:
     """What is known of each row's key from text: its prefix, among equal contexts."""
     return [
         {(packs[row.pack].contexts, record.prefix) for record in row.records if record.prefix}

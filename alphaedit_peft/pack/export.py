@@ -10,27 +10,25 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
 from alphaedit_peft import algebra
 from alphaedit_peft.algebra import LowRankDelta
 from alphaedit_peft.artefact import replace_folder
-from alphaedit_peft.pack.compress import DTYPE_NAMES
 from alphaedit_peft.pack.format import (
     ADAPTER_CONFIG,
     ADAPTER_MODEL,
     DTYPES,
     SIDECAR_CONFIG,
+    Factors,
+    by_block,
+    json_bytes,
+    lora_state,
     tensor_bytes,
 )
-from alphaedit_peft.pack.lora import Factors, adapter_config_bytes, by_block, lora_state
 from alphaedit_peft.pack.parents import require_alone
-
-if TYPE_CHECKING:
-    from alphaedit_peft.pack.pack import EditPack
-
+from alphaedit_peft.pack.value import PackValue
 
 FORMATS = ("peft", "llama.cpp")
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM's max_lora_rank may be
@@ -59,7 +57,7 @@ class Export:
 
 
 def export(
-    pack: EditPack,
+    pack: PackValue,
     folder: str | Path,
     *,
     format: str = "peft",
@@ -74,8 +72,7 @@ def export(
     )
     if format not in FORMATS:
         raise ValueError(f"format={format!r} is unknown; use one of {FORMATS}")
-    if dtype is None:
-        dtype = DTYPE_NAMES[pack.compression.dtype] if pack.compression else torch.float32
+    dtype = pack.saved_dtype if dtype is None else dtype
     if dtype not in DTYPES:
         raise ValueError(f"dtype={dtype} cannot be saved; use one of {DTYPES}")
     _check_folder(Path(folder))
@@ -86,7 +83,7 @@ def export(
     transposed = format == "llama.cpp" and pack.fan_in_fan_out
     stored = {n: LowRankDelta(d.B.T, d.A.T) if transposed else d for n, d in factors.items()}
     files = {
-        ADAPTER_CONFIG: adapter_config_bytes(stored, pack.config, pack.fan_in_fan_out),
+        ADAPTER_CONFIG: json_bytes(pack.adapter_config(stored), ADAPTER_CONFIG),
         ADAPTER_MODEL: tensor_bytes(lora_state(stored), ADAPTER_MODEL, dtype),
     }
     errors = {n: algebra.relative_error(d, d.to(dtype)) for n, d in pack.factors.items()}
@@ -109,7 +106,7 @@ def _check_folder(folder: Path) -> None:
         raise FileExistsError(f"{folder} holds {sorted(others)[:3]}; give an empty folder")
 
 
-def _rank(pack: EditPack, max_rank: int | str | None) -> int:
+def _rank(pack: PackValue, max_rank: int | str | None) -> int:
     rank = max(1, pack.rank)
     if max_rank is None:
         return rank
@@ -127,7 +124,7 @@ def _rank(pack: EditPack, max_rank: int | str | None) -> int:
     return found
 
 
-def _every_block(pack: EditPack, factors: Factors, num_blocks: int | None) -> Factors:
+def _every_block(pack: PackValue, factors: Factors, num_blocks: int | None) -> Factors:
     """Factors of zeros for the rewrite modules of all blocks that were not edited."""
     if num_blocks is None and pack.base is not None:
         known = pack.base.shape.get("layers")

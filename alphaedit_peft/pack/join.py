@@ -11,28 +11,23 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Generic
 
 import torch
 from torch import Tensor
 
 from alphaedit_peft import algebra
 from alphaedit_peft.pack.compatible import require_joinable
-from alphaedit_peft.pack.compress import require_rows
 from alphaedit_peft.pack.conflicts import LeftOut, Row, settle
 from alphaedit_peft.pack.parents import acting, parent_entry, stands_on
 from alphaedit_peft.pack.record import EditRecord
-
-if TYPE_CHECKING:
-    from alphaedit_peft.pack.pack import EditPack
-
+from alphaedit_peft.pack.value import Pack, PackValue, require_rows
 
 RIDGE_MODES = ("relative", "absolute")
 
 
 @dataclass(frozen=True)
-class Joined:
+class Joined(Generic[Pack]):
     """Several packs as one.
 
     Args:
@@ -41,13 +36,13 @@ class Joined:
         solved: by module, the update with its ridge, growth and drift.
     """
 
-    pack: EditPack
+    pack: Pack
     left_out: tuple[LeftOut, ...]
     solved: dict[str, algebra.Joint]
 
 
 def join(
-    packs: Sequence[EditPack | str | Path],
+    packs: Sequence[Pack],
     *,
     names: Sequence[str] | None = None,
     on_conflict: str = "error",
@@ -56,9 +51,14 @@ def join(
     ridge_mode: str = "relative",
     norm_guard: float = 2.0,
     layers: str = "same",
-) -> Joined:
+) -> Joined[Pack]:
     """One pack of several; see :meth:`EditPack.join`."""
-    packs, names = _opened(packs, names)
+    packs = list(packs)
+    names = [f"pack {i + 1}" for i in range(len(packs))] if names is None else list(names)
+    if not packs:
+        raise ValueError("packs=[] holds no pack; give at least one, better two")
+    if len(names) != len(packs):
+        raise ValueError(f"names={names} are not one for each of the {len(packs)} packs")
     _check_settings(key_cosine, ridge, ridge_mode, norm_guard)
     for pack in packs:
         require_rows(pack.compression, "join it with others")
@@ -87,7 +87,7 @@ def join(
     return Joined(joined, tuple(left for left in left_out if left.id not in adopted), solved)
 
 
-def _parents(packs: Sequence[EditPack], names: Sequence[str]) -> tuple[dict[str, Any], ...]:
+def _parents(packs: Sequence[PackValue], names: Sequence[str]) -> tuple[dict[str, Any], ...]:
     """The packs joined, and those that they stand on (``beside``) and that are not among them."""
     joined = [parent_entry("join", p, name=n) for n, p in zip(names, packs, strict=True)]
     known = {str(parent["digest"]) for parent in joined}
@@ -97,29 +97,6 @@ def _parents(packs: Sequence[EditPack], names: Sequence[str]) -> tuple[dict[str,
             known.add(str(parent.get("digest")))
             found.append(dict(parent))
     return (*found, *joined)
-
-
-def _opened(
-    packs: Sequence[EditPack | str | Path], names: Sequence[str] | None
-) -> tuple[list[EditPack], list[str]]:
-    """The packs, read where they are folders or repositories, and their names."""
-    from alphaedit_peft.pack.pack import EditPack
-
-    if isinstance(packs, (str, Path, EditPack)):
-        shown = "one EditPack" if isinstance(packs, EditPack) else repr(str(packs))
-        raise TypeError(f"packs={shown} is one pack; pass a list of packs, folders or Hub ids")
-    given = list(packs)
-    if not given:
-        raise ValueError("packs=[] holds no pack; give at least one, better two")
-    for pack in given:
-        if not isinstance(pack, (EditPack, str, Path)):
-            raise TypeError(
-                f"packs holds {pack!r}, a {type(pack).__name__}; pass EditPacks, folders or Hub ids"
-            )
-    found = [f"pack {i + 1}" for i in range(len(given))] if names is None else list(names)
-    if len(found) != len(given):
-        raise ValueError(f"names={found} are not one for each of the {len(given)} packs")
-    return [p if isinstance(p, EditPack) else EditPack.from_pretrained(p) for p in given], found
 
 
 def _check_settings(key_cosine: float, ridge: float | None, mode: str, guard: float) -> None:
@@ -134,7 +111,7 @@ def _check_settings(key_cosine: float, ridge: float | None, mode: str, guard: fl
 
 
 def _part(
-    pack: EditPack, chain: Sequence[EditPack], module: str, kept: Sequence[int], first: EditPack
+    pack: PackValue, chain: Sequence[PackValue], module: str, kept: Sequence[int], first: PackValue
 ) -> tuple[Tensor, Tensor]:
     """A pack's rows at a module, and what it and those that act with it put out on them.
 
@@ -150,8 +127,8 @@ def _part(
 
 def _linked(
     parts: Sequence[tuple[Tensor, Tensor]],
-    packs: Sequence[EditPack],
-    chains: Sequence[Sequence[EditPack]],
+    packs: Sequence[PackValue],
+    chains: Sequence[Sequence[PackValue]],
 ) -> list[tuple[Tensor, Tensor]]:
     """The parts, with neighbours in one chain as one: its |Delta| is no sign of a clash."""
     found: list[tuple[Tensor, Tensor]] = []
@@ -164,7 +141,7 @@ def _linked(
 
 
 def _adopted(
-    records: Sequence[EditRecord], packs: Sequence[EditPack]
+    records: Sequence[EditRecord], packs: Sequence[PackValue]
 ) -> tuple[list[EditRecord], set[str]]:
     """Edits that only an upper pack's row holds any more become the joined pack's own, with ids."""
     theirs = {r.edit.id: r.edit for pack in packs for r in pack.records if r.role == "own"}
@@ -181,7 +158,7 @@ def _adopted(
     return found, adopted
 
 
-def _targets(packs: Sequence[EditPack], chosen: Sequence[Sequence[int]]) -> Tensor | None:
+def _targets(packs: Sequence[PackValue], chosen: Sequence[Sequence[int]]) -> Tensor | None:
     """Target values by row, where every pack that has rows has them."""
     found = []
     for pack, kept in zip(packs, chosen, strict=True):
@@ -200,7 +177,7 @@ def _ridge(parts: Sequence[Tensor], ridge: float, mode: str) -> float:
 
 
 def _records(
-    packs: Sequence[EditPack],
+    packs: Sequence[PackValue],
     names: Sequence[str],
     rows: Sequence[Row],
     chosen: Sequence[Sequence[int]],

@@ -1,52 +1,41 @@
-"""An edit pack as a value: the factors of the edits, and all that is needed to go on from them.
+"""Edit packs as users see them: a value that saves itself, loads again, and makes new packs.
 
-In: factors by module (Delta = B A, one row of A for each key), records, target values z. Out: a
-frozen :class:`EditPack` that saves itself as a standard LoRA folder with a sidecar, and loads
-again with the same bits.
+In: factors, records, target values and settings, or a folder or Hub repository. Out: a frozen
+:class:`EditPack`. Its methods call the functions of this package that do the work, all of which
+take other :class:`~alphaedit_peft.pack.value.PackValue` s too; this class alone knows PEFT, by its
+``config``.
 """
 
 from __future__ import annotations
 
-import hashlib
-import re
-from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from alphaedit_peft.algebra import LowRankDelta
-from alphaedit_peft.artefact import replace_folder
 from alphaedit_peft.config import AlphaEditConfig
-from alphaedit_peft.edits import Edit
-from alphaedit_peft.fingerprint import BaseFingerprint
 from alphaedit_peft.hub import Destination
 from alphaedit_peft.pack import card
-from alphaedit_peft.pack.checks import check_parts
-from alphaedit_peft.pack.compress import DTYPE_NAMES, Compression
-from alphaedit_peft.pack.files import locate, pack_files, read_fields, read_steadily
-from alphaedit_peft.pack.format import ADAPTER_MODEL, CARD, EDITS, FILES, TARGETS, refuse
-from alphaedit_peft.pack.hub import push_pack
-from alphaedit_peft.pack.lora import by_block, lora_state
-from alphaedit_peft.pack.operations import PackOperations
-from alphaedit_peft.pack.record import EditRecord
-
-
-def library_versions() -> dict[str, str]:
-    """Versions of the libraries that take part in an edit, those that are installed."""
-    found = {}
-    for name in ("alphaedit_peft", "peft", "torch", "transformers"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
+from alphaedit_peft.pack.compress import compress
+from alphaedit_peft.pack.export import Export, export
+from alphaedit_peft.pack.files import (
+    assembled,
+    locate,
+    push_pack,
+    read_fields,
+    read_steadily,
+    save_pack,
+)
+from alphaedit_peft.pack.format import Factors
+from alphaedit_peft.pack.join import join
+from alphaedit_peft.pack.remove import remove
+from alphaedit_peft.pack.value import PackValue
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class EditPack(PackOperations):
+class EditPack(PackValue):
     """Edits of one base model, as a LoRA whose rows are their projected keys.
 
     Args:
@@ -70,98 +59,34 @@ class EditPack(PackOperations):
         ValueError: parts that do not fit each other, or values that are not finite.
     """
 
-    factors: dict[str, LowRankDelta]
     config: AlphaEditConfig
-    records: tuple[EditRecord, ...] = ()
-    targets: Tensor | None = None
-    contexts: tuple[str, ...] = ()
-    fan_in_fan_out: bool = False
-    base: BaseFingerprint | None = None
-    null_space: dict[str, Any] | None = None
-    versions: dict[str, Any] = field(default_factory=library_versions)
-    parents: tuple[dict[str, Any], ...] = ()
-    compression: Compression | None = None
-    decisions: tuple[dict[str, str], ...] = ()
 
-    def __post_init__(self) -> None:
-        ordered = {name: self.factors[name] for name in sorted(self.factors, key=by_block)}
-        object.__setattr__(self, "factors", ordered)
-        for name in ("records", "contexts", "parents", "decisions"):
-            object.__setattr__(self, name, tuple(getattr(self, name)))
-        check_parts(self)
+    def adapter_config(self, factors: Factors) -> dict[str, Any]:
+        """The config of a plain LoRA with these factors, as the installed PEFT writes it."""
+        rank = next(iter(factors.values())).rank
+        return self.config.adapter_config(list(factors), rank, self.fan_in_fan_out)
 
-    @property
-    def rank(self) -> int:
-        """Number of rows n: one for each group of edits that share a key."""
-        return next(iter(self.factors.values())).rank
+    @classmethod
+    def from_pretrained(
+        cls,
+        path_or_repo: str | Path,
+        *,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        subfolder: str | None = None,
+    ) -> EditPack:
+        """Read a pack from a folder or a Hub repository; the factors come in float32.
 
-    @property
-    def modules(self) -> tuple[str, ...]:
-        """Full names of the edited modules, lowest block first."""
-        return tuple(self.factors)
-
-    @property
-    def layers(self) -> tuple[int, ...]:
-        """Block numbers of the edited modules, ascending."""
-        numbers = (re.search(r"\.(\d+)\.", name) for name in self.factors)
-        return tuple(sorted(int(found[1]) for found in numbers if found))
-
-    @property
-    def edits(self) -> list[Edit]:
-        """The edits that this pack makes (role own), in order."""
-        return [record.edit for record in self.records if record.role == "own"]
-
-    @property
-    def batches(self) -> tuple[int, ...]:
-        """Numbers of the batches the records come from, ascending."""
-        return tuple(sorted({record.batch for record in self.records}))
-
-    def active_rows(self) -> tuple[int, ...]:
-        """Rows that an own or protected edit refers to, ascending: the protected set."""
-        return tuple(sorted({r.row for r in self.records if r.role != "superseded"}))
-
-    @property
-    def provenance(self) -> dict[str, Any]:
-        """Where the pack comes from, as plain JSON values.
-
-        Its ``base`` (fingerprint), ``null_space`` (or MEMIT's key moments), ``versions`` of
-        libraries, ``parents`` and ``contexts``.
+        Raises:
+            FileNotFoundError: no such folder, or one without sidecar: a plain LoRA.
+            PackError: a file that is damaged or does not fit the others.
         """
-        return {
-            "base": None if self.base is None else self.base.to_json(),
-            "null_space": None if self.null_space is None else dict(self.null_space),
-            "versions": dict(self.versions),
-            "parents": [dict(parent) for parent in self.parents],
-            "contexts": list(self.contexts),
-        }
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """dtype of the factors in memory; loading gives float32 whatever the file holds."""
-        return next(iter(self.factors.values())).A.dtype
+        def read(folder: Path) -> EditPack:
+            fields = read_fields(folder, AlphaEditConfig)
+            return assembled(folder, lambda: cls(**fields))
 
-    @property
-    def size_bytes(self) -> int:
-        """Bytes of the factors and target values, as they are in memory."""
-        tensors = [t for delta in self.factors.values() for t in (delta.A, delta.B)]
-        tensors += [] if self.targets is None else [self.targets]
-        return sum(tensor.nbytes for tensor in tensors)
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """The factors under PEFT's key names; an empty pack has one zero row, as LoRA needs."""
-        return lora_state(self.factors)
-
-    def digest(self) -> str:
-        """SHA-256 over factors (in float32), records and target values: what two packs share."""
-        files = pack_files(self, torch.float32)
-        found = hashlib.sha256()
-        for name in (ADAPTER_MODEL, EDITS, TARGETS):
-            found.update(hashlib.sha256(files.get(name, b"")).digest())
-        return found.hexdigest()
-
-    def summary(self) -> str:
-        """A plain-text table: edits, modules, rank, norms, size, base, null space."""
-        return card.summary(self)
+        return read_steadily(locate(path_or_repo, revision, token, subfolder), read)
 
     def save_pretrained(self, folder: str | Path, *, dtype: torch.dtype | None = None) -> None:
         """Write the pack as a folder, in one step: readers see the old folder or the new one.
@@ -176,10 +101,7 @@ class EditPack(PackOperations):
             FileExistsError: ``folder`` is a file.
             OSError: the disk is full, or a right is missing; what was there before is untouched.
         """
-        if dtype is None:
-            dtype = DTYPE_NAMES[self.compression.dtype] if self.compression else torch.float32
-        files = pack_files(self, dtype)
-        replace_folder(folder, files | {CARD: card.card(self).encode("utf-8")}, owned=FILES)
+        save_pack(self, folder, dtype=dtype)
 
     def push_to_hub(  # noqa: PLR0913
         self,
@@ -202,27 +124,165 @@ class EditPack(PackOperations):
         to = Destination(repo_id, private, token, revision, create_pr, subfolder)
         return push_pack(self, to, texts=texts, commit_message=commit_message, dtype=dtype)
 
-    @classmethod
-    def from_pretrained(
-        cls,
-        path_or_repo: str | Path,
-        *,
-        revision: str | None = None,
-        token: str | bool | None = None,
-        subfolder: str | None = None,
-    ) -> EditPack:
-        """Read a pack from a folder or a Hub repository; the factors come in float32.
+    def summary(self) -> str:
+        """A plain-text table: edits, modules, rank, norms, size, base, null space."""
+        return card.summary(self)
+
+    def without(self, ids: Iterable[str], *, max_share: float = 0.5) -> EditPack:
+        """The pack without some edits; what the others put out on their stored keys stays.
+
+        What a removed edit shares with the others' keys stays too. ``removal_shares`` says how
+        much that is; ``AlphaEditModel.remove_edits`` leaves nothing, and needs the model.
+
+        Args:
+            ids: ids of edits of this pack.
+            max_share: warn where a larger share of an edit stays in force.
 
         Raises:
-            FileNotFoundError: no such folder, or one without sidecar: a plain LoRA.
-            PackError: a file that is damaged or does not fit the others.
-        """
-        return read_steadily(locate(path_or_repo, revision, token, subfolder), cls._read)
+            ValueError: an unknown id, one of several edits in a row, or a pack whose rows are not
+                projected keys of single edits: MEMIT's, or a compressed one.
 
-    @classmethod
-    def _read(cls, folder: Path) -> EditPack:
-        fields = read_fields(folder)
-        try:
-            return cls(**fields)
-        except ValueError as error:
-            refuse(folder, str(error))
+        Warns:
+            UserWarning: an edit stays in force by more than ``max_share``.
+        """
+        return remove(self, ids, max_share=max_share).pack
+
+    def removal_shares(self, ids: Iterable[str]) -> dict[str, dict[str, float]]:
+        """How much of each edit ``without(ids)`` leaves in force: by edit id, then module.
+
+        It is |Pi a|^2 / |a|^2, with a the edit's row of A and Pi the projection onto the rows that
+        stay: 0 where the edit goes entirely, 1 where it stays as it was.
+
+        Raises:
+            ValueError: as ``without``.
+        """
+        return remove(self, ids, max_share=1.0).shares
+
+    @staticmethod
+    def join(
+        packs: Sequence[EditPack | str | Path],
+        *,
+        names: Sequence[str] | None = None,
+        on_conflict: str = "error",
+        key_cosine: float = 0.999,
+        ridge: float | None = None,
+        ridge_mode: str = "relative",
+        norm_guard: float = 2.0,
+        layers: str = "same",
+    ) -> EditPack:
+        """One pack that does what several do, each on its own stored keys.
+
+        Args:
+            packs: of one base and one null space, or their folders or Hub ids; batches are
+                numbered in this order. One that was edited on top of others comes after them: on
+                its keys the joined pack does what the chain did.
+            names: of the packs, for messages and ``parents``; None: pack 1, pack 2 ...
+            on_conflict: where two packs contradict each other, or have one key for different
+                edits: ``error``, or keep the row of the ``first`` or the ``last``.
+            key_cosine: rows at least this alike are one key.
+            ridge: lambda of the solve; None: 0, exact until ``norm_guard`` acts.
+            ridge_mode: ``relative`` to the mean |P k|^2, or ``absolute``.
+            norm_guard: |Delta| may be this times as large as that of unrelated packs; while it is
+                more, the ridge grows. 0: no bound.
+            layers: ``same``: packs must edit the same modules. ``union``: a module that a pack does
+                not edit is joined from the others, whose updates this pack's edits then feel, since
+                their keys there are unknown.
+
+        Raises:
+            TypeError: one pack, or something that is none.
+            ValueError: packs of different bases, null spaces, modules or objectives, contradictions
+                under ``error``, one id for two edits, or a pack before one that it stands on.
+
+        Warns:
+            UserWarning: the norm guard acted, the bases could not be compared, or a pack stands on
+                one that is not given; the joined pack stands on that then.
+        """
+        return join(
+            _opened(packs),
+            names=names,
+            on_conflict=on_conflict,
+            key_cosine=key_cosine,
+            ridge=ridge,
+            ridge_mode=ridge_mode,
+            norm_guard=norm_guard,
+            layers=layers,
+        ).pack
+
+    def compress(
+        self,
+        *,
+        rank: int | None = None,
+        tolerance: float | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> EditPack:
+        """A smaller pack, whose ``compression`` says what was lost.
+
+        A lower rank mixes the rows: edits are still listed, but can no longer be removed, joined or
+        gone on from, and their target values are left out. A dtype alone keeps the rows.
+
+        Args:
+            rank: of every module.
+            tolerance: the least rank at which |Delta' - Delta|_F <= tolerance |Delta|_F in every
+                module, before rounding to ``dtype``.
+            dtype: bfloat16, float16 or float32, in which the pack is then saved.
+
+        Raises:
+            ValueError: nothing or too much asked for, a rank that is not lower, or a pack that was
+                compressed to a lower rank before.
+        """
+        return compress(self, rank=rank, tolerance=tolerance, dtype=dtype)
+
+    def export(
+        self,
+        folder: str | Path,
+        *,
+        format: str = "peft",
+        max_rank: int | str | None = None,
+        dtype: torch.dtype | None = None,
+        all_layers: bool = False,
+        num_blocks: int | None = None,
+    ) -> Export:
+        """Write a LoRA folder without sidecar, for servers.
+
+        Args:
+            folder: new or empty, or an earlier export; never a pack.
+            format: ``peft``: for PEFT, transformers, vLLM and TGI; ``llama.cpp``: for its
+                converter, which wants the factors of GPT-2's ``Conv1D`` transposed.
+            max_rank: rows of zeros are added up to this rank; ``"vllm"``: up to the next
+                ``max_lora_rank`` that vLLM takes. None: the pack's own rank.
+            dtype: of the factors; None: float32, or what the pack was compressed to.
+            all_layers: give every block's rewrite module factors, of zeros where nothing was
+                edited; TGI ignores the adapter otherwise.
+            num_blocks: of the base, for ``all_layers``; None: from the base's fingerprint.
+
+        Returns:
+            What was written, with the relative error of rounding to ``dtype``.
+
+        Raises:
+            ValueError: a rank over ``max_rank``, an unknown format or dtype, an unknown number of
+                blocks, or a pack that stands on others.
+            FileExistsError: ``folder`` holds an edit pack, or something else that is no export.
+        """
+        return export(
+            self,
+            folder,
+            format=format,
+            max_rank=max_rank,
+            dtype=dtype,
+            all_layers=all_layers,
+            num_blocks=num_blocks,
+        )
+
+
+def _opened(packs: Sequence[EditPack | str | Path]) -> list[EditPack]:
+    """The packs, read where they are folders or repositories."""
+    if isinstance(packs, (str, Path, EditPack)):
+        shown = "one EditPack" if isinstance(packs, EditPack) else repr(str(packs))
+        raise TypeError(f"packs={shown} is one pack; pass a list of packs, folders or Hub ids")
+    given = list(packs)
+    for pack in given:
+        if not isinstance(pack, (EditPack, str, Path)):
+            raise TypeError(
+                f"packs holds {pack!r}, a {type(pack).__name__}; pass EditPacks, folders or Hub ids"
+            )
+    return [p if isinstance(p, EditPack) else EditPack.from_pretrained(p) for p in given]

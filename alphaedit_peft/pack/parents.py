@@ -1,23 +1,37 @@
 """What a pack was made from, and which packs act together: those on top of others, and those below.
 
-In: packs, with what each records of its parents. Out: the entry that a new pack records, the
-parents that a pack stands on (``beside``), and for each of several packs those whose updates act on
-its keys besides its own. A pack on top of others holds only what is left to do once they act.
+In: packs, with what each records of its parents. Out: the entry that a new pack records, a parent
+in words, the parents that a pack stands on (``beside``), and for each of several packs those whose
+updates act on its keys besides its own. A pack on top of others holds only what is left to do once
+they act.
 """
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from alphaedit_peft.pack.wording import parent_in_words
+from alphaedit_peft.pack.value import Pack, PackValue
 
-if TYPE_CHECKING:
-    from alphaedit_peft.pack.pack import EditPack
+BESIDE = "beside"  # the operation that a pack records of a parent it stands on
+_USES = {  # of a parent, by the operation that a pack records
+    BESIDE: "on top of",
+    "join": "joined from",
+    "remove": "taken out of",
+    "compress": "compressed from",
+}
 
 
-def parent_entry(operation: str, pack: EditPack, **more: str) -> dict[str, Any]:
+class MissingParentError(ValueError):
+    """A pack that stands on one which is not active before it: which on which, and what to do."""
+
+    def __init__(self, missing: str, remedy: str) -> None:
+        super().__init__(f"{missing}, {remedy}")
+        self.missing = missing
+
+
+def parent_entry(operation: str, pack: PackValue, **more: str) -> dict[str, Any]:
     """What a new pack records of one it is made from; what that one had lost by rounding too."""
     entry = {"operation": operation, **more, "digest": pack.digest(), "edits": len(pack.edits)}
     if pack.compression is not None:
@@ -25,12 +39,24 @@ def parent_entry(operation: str, pack: EditPack, **more: str) -> dict[str, Any]:
     return entry
 
 
-def stands_on(pack: EditPack) -> tuple[dict[str, Any], ...]:
+def stands_on(pack: PackValue) -> tuple[dict[str, Any], ...]:
     """The parents that have to act beside a pack, as it records them."""
-    return tuple(parent for parent in pack.parents if parent.get("operation") == "beside")
+    return tuple(parent for parent in pack.parents if parent.get("operation") == BESIDE)
 
 
-def require_alone(pack: EditPack, what: str, remedy: str) -> None:
+def parent_in_words(parent: Mapping[str, Any]) -> str:
+    """One of a pack's recorded parents: how it was used, its name, number of edits, digest."""
+    operation = str(parent.get("operation", "made from"))
+    use = _USES.get(operation, operation)
+    name = f" {parent['name']}" if parent.get("name") else ""
+    edits = f", {parent['edits']} edits" if "edits" in parent else ""
+    digest = str(parent.get("digest", ""))[:12] or "unknown"
+    made = parent.get("compression")
+    rounded = f", {made.get('dtype')} factors" if isinstance(made, Mapping) else ""
+    return f"{use}{name}{edits}, digest {digest}{rounded}"
+
+
+def require_alone(pack: PackValue, what: str, remedy: str) -> None:
     """Refuse what would take a pack for the whole that stands on others.
 
     Args:
@@ -50,7 +76,7 @@ def require_alone(pack: EditPack, what: str, remedy: str) -> None:
         )
 
 
-def acting(packs: Sequence[EditPack], names: Sequence[str]) -> list[list[EditPack]]:
+def acting(packs: Sequence[Pack], names: Sequence[str]) -> list[list[Pack]]:
     """For each pack, the packs among those given that act on its keys as they were made.
 
     These are itself, those that it stands on, directly or not, and those on top of it, which keep
@@ -74,7 +100,7 @@ def acting(packs: Sequence[EditPack], names: Sequence[str]) -> list[list[EditPac
 
 
 def _below(
-    packs: Sequence[EditPack], digests: Sequence[str], number: int, names: Sequence[str]
+    packs: Sequence[PackValue], digests: Sequence[str], number: int, names: Sequence[str]
 ) -> set[str]:
     """Digests of the given packs that one of them stands on, each of which comes before it."""
     found: set[str] = set()

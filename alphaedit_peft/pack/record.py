@@ -7,7 +7,7 @@ name one row: keys are causal, so edits that share context and subject prefix sh
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args
 
@@ -80,6 +80,18 @@ class EditRecord:
         if not isinstance(values["edit"], Mapping):
             raise TypeError(f"edit={values['edit']!r} must be a JSON object")
         return cls(**{**values, "edit": Edit.from_dict(values["edit"])})
+
+
+def asked(edit: Edit) -> str:
+    """An edit's filled prompt, word by word: what two edits that contradict each other share."""
+    return " ".join(edit.question.split())
+
+
+def few(ids: Collection[str], most: int = 10) -> str:
+    """Ids of edits in their order, the first of them and a count where there are many."""
+    shown = sorted(ids)
+    more = len(shown) - most
+    return f"{shown[:most]} and {more} more" if more > 0 else str(shown)
 
 
 def _check_count(name: str, value: object) -> None:

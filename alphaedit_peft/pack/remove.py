@@ -11,24 +11,18 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import Generic
 
 from alphaedit_peft import algebra
-from alphaedit_peft.metric import kind
-from alphaedit_peft.pack.compress import require_rows
 from alphaedit_peft.pack.parents import parent_entry
-from alphaedit_peft.pack.record import EditRecord
-from alphaedit_peft.pack.wording import few
-
-if TYPE_CHECKING:
-    from alphaedit_peft.pack.pack import EditPack
-
+from alphaedit_peft.pack.record import EditRecord, asked, few
+from alphaedit_peft.pack.value import Pack, PackValue, require_projected, require_rows
 
 REPOUR = "AlphaEditModel.remove_edits, which pours the others again,"
 
 
 @dataclass(frozen=True)
-class Removal:
+class Removal(Generic[Pack]):
     """A pack without some edits.
 
     Args:
@@ -36,7 +30,7 @@ class Removal:
         shares: by id of each removed edit, then module: which part of it is still in force.
     """
 
-    pack: EditPack
+    pack: Pack
     shares: dict[str, dict[str, float]]
 
     def largest(self, name: str) -> float:
@@ -44,7 +38,7 @@ class Removal:
         return max(self.shares[name].values())
 
 
-def remove(pack: EditPack, ids: Iterable[str], *, max_share: float = 0.5) -> Removal:
+def remove(pack: Pack, ids: Iterable[str], *, max_share: float = 0.5) -> Removal[Pack]:
     """The pack without some edits; see :meth:`EditPack.without`."""
     require_rows(pack.compression, "remove edits from it")
     require_projected(pack, "removed from the file alone", f"use {REPOUR} instead")
@@ -75,20 +69,7 @@ def remove(pack: EditPack, ids: Iterable[str], *, max_share: float = 0.5) -> Rem
     return removal
 
 
-def require_projected(pack: EditPack, what: str, remedy: str) -> None:
-    """Refuse packs whose rows do not tell what edits put out on their keys.
-
-    Raises:
-        ValueError: a pack made with ``objective="memit"``.
-    """
-    if not kind(pack.config.objective).rows_are_keys:
-        raise ValueError(
-            f"this pack was made with objective={pack.config.objective!r}, whose rows are not "
-            f"projected keys, so its edits cannot be {what}; {remedy}"
-        )
-
-
-def _records_of(pack: EditPack, ids: Iterable[str]) -> list[EditRecord]:
+def _records_of(pack: PackValue, ids: Iterable[str]) -> list[EditRecord]:
     if isinstance(ids, str):
         raise TypeError(f"ids={ids!r} is one text; pass a list of ids")
     wanted = list(dict.fromkeys(ids))
@@ -101,7 +82,7 @@ def _records_of(pack: EditPack, ids: Iterable[str]) -> list[EditRecord]:
     return [own[name] for name in wanted]
 
 
-def _staying(pack: EditPack, gone: list[EditRecord]) -> list[EditRecord]:
+def _staying(pack: PackValue, gone: list[EditRecord]) -> list[EditRecord]:
     """The records that are left: those in force, and superseded ones while their successor stands.
 
     Raises:
@@ -119,25 +100,17 @@ def _staying(pack: EditPack, gone: list[EditRecord]) -> list[EditRecord]:
             f"edits {sorted(names)} share a row with {shared}, since their prompts agree up to the "
             f"subject; a row can only go as a whole: {too} {REPOUR} with the model"
         )
-    asked = {question(record) for record in left}
-    stay = []
-    for record in pack.records:
-        if record.row not in rows and (record.role != "superseded" or question(record) in asked):
-            stay.append(record)
-    return stay
+    standing = {asked(record.edit) for record in left}
+    kept = [record for record in pack.records if record.row not in rows]
+    return [r for r in kept if r.role != "superseded" or asked(r.edit) in standing]
 
 
-def _emptied(pack: EditPack, stay: list[EditRecord]) -> set[int]:
+def _emptied(pack: PackValue, stay: list[EditRecord]) -> set[int]:
     """Rows that had records, and have none any more."""
     return {record.row for record in pack.records} - {record.row for record in stay}
 
 
-def question(record: EditRecord) -> str:
-    """An edit's filled prompt, word by word: what two edits that contradict each other share."""
-    return " ".join(record.edit.question.split())
-
-
-def _warn(removal: Removal, bound: float) -> None:
+def _warn(removal: Removal[Pack], bound: float) -> None:
     over = {name: removal.largest(name) for name in removal.shares}
     over = {name: share for name, share in over.items() if share > bound}
     if not over:

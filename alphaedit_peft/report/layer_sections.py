@@ -14,7 +14,7 @@ from torch import Tensor
 from alphaedit_peft.algebra import LowRankDelta
 from alphaedit_peft.editing.capacity import ALIKE, pack_capacity
 from alphaedit_peft.nullspace import NullSpace
-from alphaedit_peft.pack import EditPack
+from alphaedit_peft.pack.value import PackValue
 from alphaedit_peft.report.charts import bar_chart, heat_map, spectrum_chart
 from alphaedit_peft.report.page import Markup, Section, facts, paragraph, side_by_side, table
 
@@ -24,7 +24,7 @@ CLOSEST = 8
 
 
 def capacity_section(
-    pack: EditPack, rows: Mapping[str, RowFigures], null_space: NullSpace | None
+    pack: PackValue, rows: Mapping[str, RowFigures], null_space: NullSpace | None
 ) -> Section:
     """Norms of the update, and how much of the room that the null space leaves is taken."""
     bars = [
@@ -60,7 +60,7 @@ def capacity_section(
     return Section("Layers and room", content)
 
 
-def key_section(pack: EditPack, rows: Mapping[str, RowFigures]) -> Section:
+def key_section(pack: PackValue, rows: Mapping[str, RowFigures]) -> Section:
     """How alike the edits' keys are: every cosine, or how many there are of each size."""
     heading = "How alike the keys are"
     if not rows:
@@ -103,7 +103,7 @@ def key_section(pack: EditPack, rows: Mapping[str, RowFigures]) -> Section:
     return Section(heading, Markup(paragraph(text) + side_by_side(charts) + above + pairs))
 
 
-def null_space_section(pack: EditPack, null_space: NullSpace | None) -> Section:
+def null_space_section(pack: PackValue, null_space: NullSpace | None) -> Section:
     """The spectrum with what is kept of it, or what the pack says of its null space."""
     made = pack.null_space or {}
     pairs = [
@@ -142,7 +142,7 @@ def _spectrum(layer: int, null_space: NullSpace) -> Markup:
     return spectrum_chart(f"Layer {layer}", values, null_space.null_dimension(layer))
 
 
-def _row_names(pack: EditPack) -> tuple[dict[int, str], dict[int, str]]:
+def _row_names(pack: PackValue) -> tuple[dict[int, str], dict[int, str]]:
     """The question and the subject of each row's first edit, one in force if there is one."""
     names: dict[int, str] = {}
     subjects: dict[int, str] = {}

@@ -9,12 +9,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from statistics import median
 
-from alphaedit_peft.metric import kind
 from alphaedit_peft.nullspace import NullSpace
-from alphaedit_peft.pack import EditPack, EditRecord
+from alphaedit_peft.pack import EditRecord
 from alphaedit_peft.pack.card import PLACE, base_name, loading, loading_code
-from alphaedit_peft.pack.parents import stands_on
-from alphaedit_peft.pack.wording import compressed, parent_in_words
+from alphaedit_peft.pack.parents import parent_in_words, stands_on
+from alphaedit_peft.pack.value import PackValue
 from alphaedit_peft.report.charts import gauge, line_chart
 from alphaedit_peft.report.layer_sections import (
     RowFigures,
@@ -46,7 +45,7 @@ _USE = """\
 
 
 def pack_page(
-    pack: EditPack, null_space: NullSpace | None = None, *, title: str = "Edit pack"
+    pack: PackValue, null_space: NullSpace | None = None, *, title: str = "Edit pack"
 ) -> str:
     """One HTML page that shows a pack to people; it needs no network and no other file.
 
@@ -73,14 +72,14 @@ def pack_page(
     return page(title, sections, _lead(pack))
 
 
-def _belonging(pack: EditPack, null_space: NullSpace) -> NullSpace:
+def _belonging(pack: PackValue, null_space: NullSpace) -> NullSpace:
     """The null space at the pack's threshold.
 
     Raises:
         ValueError: it is another one, or the pack was made with MEMIT.
     """
     made = pack.null_space
-    if made is None or not kind(pack.config.objective).rows_are_keys:
+    if made is None or not pack.rows_are_keys:
         raise ValueError(
             f"this pack (objective={pack.config.objective!r}) does not say which null space its "
             "rows come from; leave the null space out"
@@ -99,14 +98,14 @@ def _belonging(pack: EditPack, null_space: NullSpace) -> NullSpace:
     return null_space
 
 
-def _row_figures(pack: EditPack) -> dict[str, RowFigures]:
+def _row_figures(pack: PackValue) -> dict[str, RowFigures]:
     """By module; none where the rows are mixtures of keys."""
     if not pack.rank or (pack.compression is not None and pack.compression.mixed):
         return {}
     return {module: row_figures(delta) for module, delta in pack.factors.items()}
 
 
-def _lead(pack: EditPack) -> str:
+def _lead(pack: PackValue) -> str:
     count = len(pack.edits)
     changes = f"changes {count:,} fact{'' if count == 1 else 's'}" if count else "changes nothing"
     return (
@@ -116,7 +115,7 @@ def _lead(pack: EditPack) -> str:
     )
 
 
-def _edits(pack: EditPack, rows: Mapping[str, RowFigures]) -> Markup:
+def _edits(pack: PackValue, rows: Mapping[str, RowFigures]) -> Markup:
     overview = facts(
         [
             ("Base model", base_name(pack)),
@@ -129,7 +128,7 @@ def _edits(pack: EditPack, rows: Mapping[str, RowFigures]) -> Markup:
     )
     if not pack.records:
         return Markup(overview + paragraph("No edit has been made yet."))
-    shared = _in_common(rows) if kind(pack.config.objective).rows_are_keys else {}
+    shared = _in_common(rows) if pack.rows_are_keys else {}
     known_before = any(record.edit.target_true for record in pack.records)
     others = any(record.role != "own" for record in pack.records)
     columns = ["prompt", *(["old target"] if known_before else []), "new target"]
@@ -179,7 +178,7 @@ def _in_common(rows: Mapping[str, RowFigures]) -> dict[int, float]:
     return {row: max(shares) for row, shares in enumerate(zip(*every, strict=True))}
 
 
-def _taking(pack: EditPack) -> Markup:
+def _taking(pack: PackValue) -> Markup:
     own = [record for record in pack.records if record.role == "own"]
     series = {}
     sentences = []
@@ -214,13 +213,13 @@ def _spread(values: list[float]) -> list[tuple[float, float]]:
     return [(100 * i / (len(values) - 1), value) for i, value in enumerate(values)]
 
 
-def _origin(pack: EditPack) -> Markup:
+def _origin(pack: PackValue) -> Markup:
     pairs: list[tuple[str, object]] = [("Base model", base_name(pack))]
     if pack.base is not None:
         shape = ", ".join(f"{name} {value}" for name, value in sorted(pack.base.shape.items()))
         pairs += [("Fingerprint", f"{(pack.base.digest or 'not verifiable')[:32]} ({shape})")]
     if pack.compression is not None:
-        pairs.append(("Compressed", compressed(pack.compression)))
+        pairs.append(("Compressed", str(pack.compression)))
     pairs += [(f"Version of {name}", value) for name, value in sorted(pack.versions.items())]
     parents = [Markup(f"<li>{escaped(parent_in_words(parent))}</li>") for parent in pack.parents]
     listed = f"<ul>{''.join(parents)}</ul>" if parents else ""
@@ -247,7 +246,7 @@ def _origin(pack: EditPack) -> Markup:
     )
 
 
-def _use(pack: EditPack) -> Markup:
+def _use(pack: PackValue) -> Markup:
     below = stands_on(pack)
     mixed = pack.compression is not None and pack.compression.mixed
     code = _USE.format(

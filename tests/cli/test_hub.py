@@ -9,7 +9,7 @@ import torch
 
 from alphaedit_peft import AlphaEditConfig, EditPack, NullSpace, embedded
 from alphaedit_peft.fingerprint import fingerprint
-from alphaedit_peft.pack.hub import stored_dtype
+from alphaedit_peft.pack.files import stored_dtype
 from tests.hub_server import HubServer, client_of
 from tests.pack.conftest import make_pack
 

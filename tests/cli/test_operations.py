@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from alphaedit_peft.cli.arguments import finding
-from alphaedit_peft.model.stack import MissingParentError
 from alphaedit_peft.pack import EditPack, read_plain_lora
+from alphaedit_peft.pack.parents import MissingParentError
 from tests.pack.conftest import make_pack
 
 COMMANDS = ("remove", "join", "compress", "export")

@@ -1,0 +1,328 @@
+"""A pack as a value: what its fields mean, whether they fit each other, and what follows from them.
+
+In: factors by module (Delta = B A, one row of A for each key), records, target values z, and where
+they come from. Out: a frozen :class:`PackValue`, which nothing here reads or writes: its folder is
+``files``' work, and each thing that is done to packs has a module of its own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from alphaedit_peft.algebra import LowRankDelta
+from alphaedit_peft.edits import Edit
+from alphaedit_peft.fingerprint import BaseFingerprint
+from alphaedit_peft.metric import kind
+from alphaedit_peft.pack.format import (
+    ADAPTER_MODEL,
+    DTYPES,
+    EDITS,
+    TARGETS,
+    Factors,
+    by_block,
+    json_lines_bytes,
+    lora_state,
+    tensor_bytes,
+)
+from alphaedit_peft.pack.record import EditRecord
+from alphaedit_peft.settings import EditOptions
+
+DTYPE_NAMES = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
+
+
+@dataclass(frozen=True)
+class Compression:
+    """What was done to a pack's factors, and what it cost, by module.
+
+    Args:
+        rows: keys of the pack that was compressed; the records' rows count among them.
+        mixed: whether the rows of A are no longer keys of edits, but mixtures of them.
+        dtype: float32, bfloat16 or float16: what the factors were rounded to.
+        delta_errors: |Delta' - Delta|_F / |Delta|_F.
+        output_errors: likewise of the outputs on the keys of the edits in force.
+
+    Raises:
+        ValueError: a value of the wrong type or out of its range.
+    """
+
+    rows: int
+    mixed: bool
+    dtype: str
+    delta_errors: dict[str, float]
+    output_errors: dict[str, float]
+
+    def __post_init__(self) -> None:
+        if type(self.rows) is not int or not 0 <= self.rows < 2**31:
+            raise ValueError(f"compression rows={self.rows!r} must be a whole number from 0 on")
+        if type(self.mixed) is not bool:
+            raise ValueError(f"compression mixed={self.mixed!r} must be true or false")
+        if not isinstance(self.dtype, str) or self.dtype not in DTYPE_NAMES:
+            raise ValueError(f"compression dtype={self.dtype!r} is none of {[*DTYPE_NAMES]}")
+        for name in ("delta_errors", "output_errors"):
+            errors = getattr(self, name)
+            if not isinstance(errors, dict) or not all(
+                isinstance(module, str) and type(error) in (int, float) and 0 <= error < torch.inf
+                for module, error in errors.items()
+            ):
+                raise ValueError(
+                    f"compression {name}={errors!r} must be numbers from 0 on, by module"
+                )
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Compression:
+        """Read back ``to_json``'s values.
+
+        Raises:
+            ValueError: missing or unknown fields, or a value that :class:`Compression` refuses.
+        """
+        known = set(cls.__dataclass_fields__)
+        if set(values) != known:
+            raise ValueError(f"compression fields {sorted(values)} are not {sorted(known)}")
+        return cls(**values)
+
+    def __str__(self) -> str:
+        """What was done, and what it cost at most, in a line."""
+        how = f"from {self.rows} rows, " if self.mixed else ""
+        delta, outputs = (
+            max(errors.values(), default=0.0) for errors in (self.delta_errors, self.output_errors)
+        )
+        return f"{how}{self.dtype}; Delta off by {delta:.2g}, the edits' outputs by {outputs:.2g}"
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of the libraries that take part in an edit, those that are installed."""
+    found = {}
+    for name in ("alphaedit_peft", "peft", "torch", "transformers"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class PackValue(ABC):
+    """The fields of a pack, as :class:`~alphaedit_peft.pack.EditPack` describes them.
+
+    ``dataclasses.replace`` and the functions of this package keep the class they are given.
+    """
+
+    factors: Factors
+    config: EditOptions
+    records: tuple[EditRecord, ...] = ()
+    targets: Tensor | None = None
+    contexts: tuple[str, ...] = ()
+    fan_in_fan_out: bool = False
+    base: BaseFingerprint | None = None
+    null_space: dict[str, Any] | None = None
+    versions: dict[str, Any] = field(default_factory=library_versions)
+    parents: tuple[dict[str, Any], ...] = ()
+    compression: Compression | None = None
+    decisions: tuple[dict[str, str], ...] = ()
+
+    def __post_init__(self) -> None:
+        ordered = {name: self.factors[name] for name in sorted(self.factors, key=by_block)}
+        object.__setattr__(self, "factors", ordered)
+        for name in ("records", "contexts", "parents", "decisions"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        _check_factors(self.factors)
+        _check_records(self.records, _rows(self.compression, self.rank))
+        _check_targets(self.targets, self.factors)
+        if not all(isinstance(text, str) for text in self.contexts):
+            raise ValueError(f"contexts={self.contexts!r} must be texts")
+        for name in ("parents", "decisions"):
+            if not all(isinstance(value, Mapping) for value in getattr(self, name)):
+                raise ValueError(f"{name}={getattr(self, name)!r} must be dicts")
+
+    @abstractmethod
+    def adapter_config(self, factors: Factors) -> dict[str, Any]:
+        """PEFT's config of a plain LoRA with these factors: scaling 1, full module names."""
+
+    @property
+    def rank(self) -> int:
+        """Number of rows n: one for each group of edits that share a key."""
+        return next(iter(self.factors.values())).rank
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """Full names of the edited modules, lowest block first."""
+        return tuple(self.factors)
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """Block numbers of the edited modules, ascending."""
+        numbers = (re.search(r"\.(\d+)\.", name) for name in self.factors)
+        return tuple(sorted(int(found[1]) for found in numbers if found))
+
+    @property
+    def edits(self) -> list[Edit]:
+        """The edits that this pack makes (role own), in order."""
+        return [record.edit for record in self.records if record.role == "own"]
+
+    @property
+    def batches(self) -> tuple[int, ...]:
+        """Numbers of the batches the records come from, ascending."""
+        return tuple(sorted({record.batch for record in self.records}))
+
+    def active_rows(self) -> tuple[int, ...]:
+        """Rows that an own or protected edit refers to, ascending: the protected set."""
+        return tuple(sorted({r.row for r in self.records if r.role != "superseded"}))
+
+    @property
+    def rows_are_keys(self) -> bool:
+        """Whether the edits were made with rows of A that are their projected keys."""
+        return kind(self.config.objective).rows_are_keys
+
+    @property
+    def mixed(self) -> bool:
+        """Whether compression mixed the rows of A, so that none is a single edit's any more."""
+        return self.compression is not None and self.compression.mixed
+
+    @property
+    def provenance(self) -> dict[str, Any]:
+        """Where the pack comes from, as plain JSON values.
+
+        Its ``base`` (fingerprint), ``null_space`` (or MEMIT's key moments), ``versions`` of
+        libraries, ``parents`` and ``contexts``.
+        """
+        return {
+            "base": None if self.base is None else self.base.to_json(),
+            "null_space": None if self.null_space is None else dict(self.null_space),
+            "versions": dict(self.versions),
+            "parents": [dict(parent) for parent in self.parents],
+            "contexts": list(self.contexts),
+        }
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """dtype of the factors in memory; loading gives float32 whatever the file holds."""
+        return next(iter(self.factors.values())).A.dtype
+
+    @property
+    def saved_dtype(self) -> torch.dtype:
+        """dtype in which the factors are saved: float32, or what they were compressed to."""
+        return torch.float32 if self.compression is None else DTYPE_NAMES[self.compression.dtype]
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of the factors and target values, as they are in memory."""
+        tensors = [t for delta in self.factors.values() for t in (delta.A, delta.B)]
+        tensors += [] if self.targets is None else [self.targets]
+        return sum(tensor.nbytes for tensor in tensors)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The factors under PEFT's key names; an empty pack has one zero row, as LoRA needs."""
+        return lora_state(self.factors)
+
+    def digest(self) -> str:
+        """SHA-256 over factors (in float32), records and target values: what two packs share."""
+        files = content_files(self, torch.float32)
+        found = hashlib.sha256()
+        for name in (ADAPTER_MODEL, EDITS, TARGETS):
+            found.update(hashlib.sha256(files.get(name, b"")).digest())
+        return found.hexdigest()
+
+
+Pack = TypeVar("Pack", bound=PackValue)
+
+
+def require_rows(compression: Compression | None, what: str) -> None:
+    """Refuse an operation that needs to know which row of A is which edit.
+
+    Args:
+        compression: of the pack; None where it never was compressed.
+        what: the operation, as in "remove edits from it".
+
+    Raises:
+        ValueError: a pack whose rows are mixtures.
+    """
+    if compression is not None and compression.mixed:
+        raise ValueError(
+            f"this pack was compressed from {compression.rows} rows to a lower rank, so its edits "
+            f"can no longer be told apart and one cannot {what}; do it with the pack it was made "
+            "from, and compress again"
+        )
+
+
+def require_projected(pack: PackValue, what: str, remedy: str) -> None:
+    """Refuse packs whose rows do not tell what edits put out on their keys.
+
+    Raises:
+        ValueError: a pack made with ``objective="memit"``.
+    """
+    if not pack.rows_are_keys:
+        raise ValueError(
+            f"this pack was made with objective={pack.config.objective!r}, whose rows are not "
+            f"projected keys, so its edits cannot be {what}; {remedy}"
+        )
+
+
+def content_files(pack: PackValue, dtype: torch.dtype) -> dict[str, bytes]:
+    """The files of the factors, in ``dtype``, the records, and the target values in float32.
+
+    Raises:
+        PackError: a value that the dtype or JSON cannot hold, or a file over its limit.
+    """
+    files = {
+        ADAPTER_MODEL: tensor_bytes(pack.state_dict(), ADAPTER_MODEL, dtype),
+        EDITS: json_lines_bytes([record.to_json() for record in pack.records], EDITS),
+    }
+    if pack.targets is not None:
+        files[TARGETS] = tensor_bytes({"z": pack.targets}, TARGETS, torch.float32)
+    return files
+
+
+def _check_factors(factors: Mapping[str, LowRankDelta]) -> None:
+    if not factors:
+        raise ValueError("factors={} names no module; give each edited module its factors")
+    ranks = {name: delta.rank for name, delta in factors.items()}
+    if len(set(ranks.values())) > 1:
+        raise ValueError(f"ranks {ranks} differ; every module has one row for each key")
+    for name, delta in factors.items():
+        for side, tensor in (("A", delta.A), ("B", delta.B)):
+            if not tensor.is_floating_point() or not bool(torch.isfinite(tensor).all()):
+                raise ValueError(f"{side} of {name} ({tensor.dtype}) must be finite floats")
+
+
+def _rows(compression: Compression | None, rank: int) -> int:
+    """How many keys the records count among; more than the rank once rows are mixed."""
+    if compression is None:
+        return rank
+    if compression.rows <= rank if compression.mixed else compression.rows != rank:
+        raise ValueError(f"compression rows={compression.rows} does not fit a pack of rank {rank}")
+    return compression.rows
+
+
+def _check_records(records: Iterable[EditRecord], rank: int) -> None:
+    outside = sorted({record.row for record in records if record.row >= rank})
+    if outside:
+        raise ValueError(f"rows {outside} of the records are outside the factors' {rank} rows")
+    own = Counter(record.edit.id for record in records if record.role == "own")
+    twice = sorted(name for name, count in own.items() if count > 1)
+    if twice:
+        raise ValueError(f"edit ids {twice} occur twice; give each edit an id of its own")
+
+
+def _check_targets(targets: Tensor | None, factors: Mapping[str, LowRankDelta]) -> None:
+    if targets is None:
+        return
+    for name, delta in factors.items():
+        wanted = (delta.rank, delta.B.shape[0])
+        if tuple(targets.shape) != wanted:
+            raise ValueError(f"targets {tuple(targets.shape)} do not fit {name}: {wanted} needed")
+    if targets.dtype != torch.float32 or not bool(torch.isfinite(targets).all()):
+        raise ValueError(f"targets ({targets.dtype}) must be finite float32")
