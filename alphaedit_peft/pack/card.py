@@ -1,6 +1,7 @@
 """What a pack says about itself to people: a model card for the Hub, a summary for the terminal.
 
-In: a pack. Out: Markdown with YAML metadata, or plain text. Edits are strangers' texts: whatever Markdown or YAML would read into them is escaped.
+In: a pack. Out: Markdown with YAML metadata, or plain text. Edits are strangers' texts: whatever
+Markdown or YAML would read into them is escaped.
 """
 
 from __future__ import annotations
