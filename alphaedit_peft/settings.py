@@ -13,6 +13,7 @@ import math
 import re
 import sys
 from collections.abc import Mapping
+from copy import deepcopy
 from dataclasses import dataclass, field, fields
 from inspect import get_annotations
 from types import UnionType
@@ -69,7 +70,7 @@ class EditOptions:
     revision: str | None = _setting(None, str | None, "the base's branch, tag or commit")
 
     preset: str = _setting(
-        "auto", ("auto", "paper"), "auto: relative to the model's scales; paper: its numbers"
+        "auto", ("auto", "paper"), "auto (the default) or paper, for settings left out"
     )
     rewrite_layers: list[int] | None = _setting(
         None, list | None, "blocks to rewrite; None: by model or depth", "appendix B"
@@ -95,7 +96,11 @@ class EditOptions:
     )
 
     ridge: float | None = _setting(
-        None, Range(0), "lambda of Eq. 11", "text 1, code 10", filled=(0.05, 10.0)
+        None,
+        Range(0),
+        "lambda of the paper's Eq. 11; in auto, relative to the mean |P k|^2",
+        "text 1, code 10",
+        filled=(0.05, 10.0),
     )
     ridge_mode: str | None = _setting(
         None,
@@ -116,7 +121,11 @@ class EditOptions:
         filled=(2.0, 0.0),
     )
     threshold: float | None = _setting(
-        None, Range(0), "eigenvalues below it are null", "text 1e-2, code 2e-2", filled=(0.02, 2e-2)
+        None,
+        Range(0),
+        "which eigenvalues count as zero",
+        "text 1e-2, code 2e-2",
+        filled=(0.02, 2e-2),
     )
     threshold_mode: str | None = _setting(
         None,
@@ -154,7 +163,7 @@ class EditOptions:
         None, _SCALES, "absolute, or relative to |h| / sqrt(d)", filled=("relative", "absolute")
     )
     clamp_factor: float | None = _setting(
-        None, Range(1e-9), "|z - h| is clamped to this times |h|", filled=(1.0, 0.75)
+        None, Range(1e-9), "|z - h| is clamped to this times |h|", "the paper", filled=(1.0, 0.75)
     )
     kl_factor: float = _setting(
         0.0625, Range(0), "weight of KL(current || initial) at the subject", "the code"
@@ -167,7 +176,7 @@ class EditOptions:
     )
     weight_decay: float = _setting(0.5, Range(0), "weight of |z - h| / |h|^2", "the code")
     stop_loss: float | None = _setting(
-        None, Range(0), "an edit whose loss is below this is done", "the code", filled=(0.2, 0.05)
+        None, Range(0), "the loss at which an edit is done", "the code", filled=(0.2, 0.05)
     )
     stop_when: str = _setting(
         "loss", ("loss", "likeliest"), "loss, or likeliest: also when greedy decoding says targets"
@@ -194,7 +203,7 @@ class EditOptions:
     on_conflict: str = _setting(
         "error",
         ("error", "replace", "keep"),
-        "an edit that contradicts one in place: see docs/theory",
+        "error, replace (the later wins) or keep (the earlier)",
     )
     key_cosine: float = _setting(
         0.999, Range(0.5, 1.0), "edits whose keys are at least this alike share one row"
@@ -299,7 +308,7 @@ class Settings(EditOptions):
     def of(cls, options: EditOptions) -> Settings:
         """A copy, once nothing is open; values set since the options were made go unchecked."""
         settings = cls.__new__(cls)
-        vars(settings).update(options.to_json())
+        vars(settings).update(deepcopy(options.to_json()))
         settings._require_settled()
         return settings
 
@@ -314,6 +323,11 @@ PRESETS: dict[str, dict[str, Any]] = {
     preset: {f.name: f.metadata["filled"][i] for f in fields(EditOptions) if f.metadata["filled"]}
     for i, preset in enumerate(("auto", "paper"))
 }
+
+
+def about(name: str) -> str:
+    """What a setting is for, as the command line says it too."""
+    return str(EditOptions.__dataclass_fields__[name].metadata["help"])
 
 
 def layer_list(layers: object) -> list[int]:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from alphaedit_peft.cli import arguments, printing
+from alphaedit_peft.settings import about
 
 if TYPE_CHECKING:
     import torch
@@ -101,7 +102,7 @@ def benchmark(  # noqa: PLR0913
         int | None, typer.Option(min=1, help="Loss evaluations of an edit; else the paper's.")
     ] = None,
     stop_loss: Annotated[
-        float, typer.Option(min=0.0, help="The loss at which an edit is done; 0: all steps run.")
+        float, typer.Option(min=0.0, help=f"{about('stop_loss').capitalize()}; 0: all steps run.")
     ] = 0.0,
     autocast: Annotated[
         Autocast | None, typer.Option(help="Target values by products in this dtype.")

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from alphaedit_peft.cli import arguments, printing
+from alphaedit_peft.settings import EditOptions, about
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -45,17 +46,10 @@ def edit(  # noqa: PLR0913
         Path | None, typer.Option("--config", metavar="FILE", help="AlphaEditConfig as JSON.")
     ] = None,
     layers: arguments.LayersOption = None,
-    preset: Annotated[
-        str | None, typer.Option(help="auto (the default) or paper, for settings left out.")
-    ] = None,
-    ridge: Annotated[
-        float | None,
-        typer.Option(help="lambda of the paper's Eq. 11; in auto, relative to the mean |P k|^2."),
-    ] = None,
+    preset: Annotated[str | None, typer.Option(help=f"{about('preset')}.")] = None,
+    ridge: Annotated[float | None, typer.Option(help=f"{about('ridge')}.")] = None,
     steps: Annotated[int | None, typer.Option(help="Of each target value's search.")] = None,
-    on_conflict: Annotated[
-        str | None, typer.Option(help="error, replace (the later wins) or keep (the earlier).")
-    ] = None,
+    on_conflict: Annotated[str | None, typer.Option(help=f"{about('on_conflict')}.")] = None,
     settings: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="NAME=VALUE", help="Any other setting; can be repeated."),
@@ -116,9 +110,7 @@ def _settings(path: Path | None, given: dict[str, Any], assignments: list[str]) 
             raise typer.BadParameter(f"--set {assignment!r} is not NAME=VALUE")
         values[name.strip()] = arguments.parse_value(text)
 
-    from alphaedit_peft import AlphaEditConfig
-
-    known = sorted(AlphaEditConfig().to_json())
+    known = list(EditOptions().to_json())
     unknown = sorted(set(values) - set(known))
     if unknown:
         raise ValueError(f"settings {unknown} are unknown; there are {', '.join(known)}")

@@ -26,6 +26,7 @@ from alphaedit_peft.cli.arguments import (
     load_model,
     parse_layers,
 )
+from alphaedit_peft.settings import about
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -50,11 +51,10 @@ def nullspace(  # noqa: PLR0913
     text_column: Annotated[str, typer.Option(help="Of the dataset.")] = "text",
     layers: LayersOption = None,
     threshold: Annotated[
-        float | None, typer.Option(help="Which eigenvalues count as zero; the preset's by default.")
+        float | None,
+        typer.Option(help=f"{about('threshold').capitalize()}; the preset's by default."),
     ] = None,
-    threshold_mode: Annotated[
-        str | None, typer.Option(help="absolute, relative, energy or rank.")
-    ] = None,
+    threshold_mode: Annotated[str | None, typer.Option(help=f"{about('threshold_mode')}.")] = None,
     preset: Annotated[str, typer.Option(help="auto or paper.")] = "auto",
     max_tokens: Annotated[
         int | None, typer.Option(min=1, help="Stop after so many; ten times d_in is a minimum.")
@@ -175,11 +175,9 @@ def import_statistics(  # noqa: PLR0913
     ] = None,
     threshold: Annotated[
         float | None,
-        typer.Option(help="Which eigenvalues count as zero; by default the preset's for MODEL."),
+        typer.Option(help=f"{about('threshold').capitalize()}; by default the preset's for MODEL."),
     ] = None,
-    threshold_mode: Annotated[
-        str | None, typer.Option(help="absolute, relative, energy or rank.")
-    ] = None,
+    threshold_mode: Annotated[str | None, typer.Option(help=f"{about('threshold_mode')}.")] = None,
     preset: Annotated[str, typer.Option(help="auto or paper.")] = "auto",
     reach: Annotated[
         float, typer.Option(help="How far the threshold can be moved later; 1 is the thinnest.")

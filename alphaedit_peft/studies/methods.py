@@ -22,6 +22,7 @@ from alphaedit_peft.artefact import replace_folder
 from alphaedit_peft.config import AlphaEditConfig
 from alphaedit_peft.edits import Edit
 from alphaedit_peft.model import AlphaEditModel, get_alphaedit_model
+from alphaedit_peft.settings import EditOptions
 from alphaedit_peft.studies.base import Base
 from alphaedit_peft.studies.finetune import FineTuning, fine_tune
 
@@ -102,15 +103,14 @@ class Method:
             ValueError: a setting that it does not have, or a value out of range.
         """
         of_writer = isinstance(self.writer, FineTuned)
-        owner = FineTuning if of_writer else AlphaEditConfig
-        known = sorted(FineTuning.__dataclass_fields__) if of_writer else _settings()
+        known = sorted(FineTuning.__dataclass_fields__) if of_writer else [*EditOptions().to_json()]
         unknown = sorted(set(changes) - set(known))
         if unknown:
             raise ValueError(f"{self.name} has no settings {unknown}; it has {', '.join(known)}")
         if of_writer:
             assert isinstance(self.writer, FineTuned)
             return replace(self, writer=FineTuned(replace(self.writer.settings, **changes)))
-        owner(**changes)
+        EditOptions(**changes)  # refuses what cannot be
         return replace(self, settings={**self.settings, **changes})
 
     def to_json(self) -> dict[str, Any]:
@@ -173,10 +173,6 @@ def find_methods(names: Iterable[str]) -> tuple[Method, ...]:
     if len(set(wanted)) != len(wanted):
         raise ValueError(f"methods={list(wanted)} name one twice; name each once")
     return tuple(METHODS[name] for name in wanted)
-
-
-def _settings() -> list[str]:
-    return sorted(AlphaEditConfig().to_json())
 
 
 WEIGHTS = "weights.safetensors"
