@@ -13,15 +13,13 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 TEXTS_AT_ONCE = 64
 BATCHES_BUFFERED = 16  # windows of about this many batches are sorted by length, to pad less
-
-
 _NAME = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]*){0,2}")  # repo, repo:config, repo:config:split
 
 
@@ -39,8 +37,7 @@ class TokenBatch:
         return int(self.mask.sum())
 
 
-@dataclass(frozen=True)
-class _Window:
+class _Window(NamedTuple):
     ids: list[int]
     texts: int
 
@@ -105,10 +102,9 @@ def token_batches(
     Raises:
         TypeError: an entry that is not text.
     """
-    windows = _limited(_windows(texts, tokenizer, window), max_tokens)
     buffer: list[_Window] = []
     waiting = 0
-    for row in windows:
+    for row in _windows(texts, tokenizer, window, max_tokens):
         buffer.append(row)
         waiting += len(row.ids)
         if waiting >= BATCHES_BUFFERED * tokens_per_batch:
@@ -117,7 +113,9 @@ def token_batches(
     yield from _packed(buffer, tokens_per_batch)
 
 
-def _windows(texts: Iterable[str], tokenizer: Any, window: int) -> Iterator[_Window]:
+def _windows(
+    texts: Iterable[str], tokenizer: Any, window: int, left: int | None
+) -> Iterator[_Window]:
     remaining = iter(texts)
     read = 0
     while chunk := list(islice(remaining, TEXTS_AT_ONCE)):
@@ -132,19 +130,12 @@ def _windows(texts: Iterable[str], tokenizer: Any, window: int) -> Iterator[_Win
         encoded = tokenizer([text for _, text in filled], verbose=False)["input_ids"]
         for (number, _), ids in zip(filled, encoded, strict=True):
             for start in range(0, len(ids), window):
-                yield _Window(ids[start : start + window], number)
-
-
-def _limited(windows: Iterable[_Window], max_tokens: int | None) -> Iterator[_Window]:
-    left = max_tokens
-    for row in windows:
-        if left is None:
-            yield row
-            continue
-        yield _Window(row.ids[:left], row.texts)
-        left -= len(row.ids)
-        if left <= 0:
-            return
+                row = ids[start : start + window][:left]
+                yield _Window(row, number)
+                if left is not None:
+                    left -= len(row)
+                    if left <= 0:
+                        return
 
 
 def _packed(rows: list[_Window], tokens_per_batch: int) -> Iterator[TokenBatch]:

@@ -12,9 +12,8 @@ from __future__ import annotations
 import re
 import zipfile
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -24,196 +23,21 @@ from torch import Tensor
 
 from alphaedit_peft.architecture import describe
 from alphaedit_peft.artefact import versions
-from alphaedit_peft.config import AlphaEditConfig
 from alphaedit_peft.fingerprint import BaseFingerprint, bare_model, fingerprint
 from alphaedit_peft.nullspace.space import KeyMoments, NullSpace
 from alphaedit_peft.nullspace.spectrum import PROJECTOR, LayerSpace
 
+if TYPE_CHECKING:
+    from alphaedit_peft.config import AlphaEditConfig
+
 MAX_WIDTH = 65_536  # of a matrix that is read; 17 GB in float32
 MAX_RATIO = 16  # a file may unpack to this times its size; moments hardly compress
+TOLERANCE = 1e-3  # of a moment's symmetry and of |C_ij| <= sqrt(C_ii C_jj), relative to its largest
+_NPZ_NAME = re.compile(r"(?P<module>.+)_float(16|32|64)_[a-z0-9_-]*mom2[a-z0-9_{}-]*\.npz")
 
 
 class ForeignFileError(ValueError):
     """A file of another program that cannot be read: it is damaged, hostile or something else."""
-
-
-@dataclass(frozen=True)
-class NpzMoment:
-    """What one file holds: C0 (d_in, d_in) in float32, tokens, and texts where the file says."""
-
-    moment: Tensor
-    count: int
-    texts: int | None
-
-
-def read_npz_moment(path: Path) -> NpzMoment:
-    """Read one file.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ForeignFileError: a file that is damaged or hostile, or holds no second moment.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist; give a .npz file of second moments")
-    try:
-        with zipfile.ZipFile(path) as archive:
-            return _read(path, archive)
-    except ForeignFileError:
-        raise
-    except Exception as error:  # zipfile and numpy raise many kinds for damaged files
-        raise ForeignFileError(f"{path} is no readable .npz file: {error}") from error
-
-
-def _read(path: Path, archive: zipfile.ZipFile) -> NpzMoment:
-    unpacked = sum(member.file_size for member in archive.infolist())
-    if unpacked > MAX_RATIO * path.stat().st_size:
-        raise ForeignFileError(
-            f"{path} unpacks to {unpacked} bytes, over {MAX_RATIO} times its size, as no second "
-            "moments do"
-        )
-    held = {name.removesuffix(".npy") for name in archive.namelist()}
-    prefix = "mom2." if "mom2.mom2" in held else ""
-    if not {f"{prefix}mom2", f"{prefix}count"} <= held:
-        raise ForeignFileError(
-            f"{path} holds {sorted(held)[:20]}, but second moments are 'mom2.mom2' and 'mom2.count'"
-        )
-    count = _whole(_array(path, archive, f"{prefix}count", dimensions=0))
-    if count is None or count < 1:
-        raise ForeignFileError(f"{path}: {prefix}count is no number of tokens; it is damaged")
-    texts = None
-    if "sample_size" in held:
-        texts = _whole(_array(path, archive, "sample_size", dimensions=0))
-    total = torch.from_numpy(_array(path, archive, f"{prefix}mom2", dimensions=2))
-    total = total if total.dtype == torch.float64 else total.float()
-    return NpzMoment((total / count).float(), count, texts)
-
-
-def _array(path: Path, archive: zipfile.ZipFile, name: str, dimensions: int) -> Any:
-    """An array, in this machine's byte order, after a look at its header."""
-    with archive.open(f"{name}.npy") as file:
-        version = npy.read_magic(file)
-        if version not in ((1, 0), (2, 0)):
-            raise ForeignFileError(f"{path}: {name} is of .npy version {version}, not 1 or 2")
-        read = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
-        shape, _, dtype = read(file)
-    if dtype.kind not in ("iuf" if dimensions == 0 else "f") or dtype.itemsize > 8:
-        raise ForeignFileError(
-            f"{path}: {name} is of type {dtype}, not numbers of at most 64 bits; objects are never "
-            "unpickled"
-        )
-    square = len(set(shape)) <= 1 and all(0 < size <= MAX_WIDTH for size in shape)
-    if len(shape) != dimensions or not square:
-        raise ForeignFileError(
-            f"{path}: {name} is of shape {shape}; it is "
-            f"{f'square, at most {MAX_WIDTH} a side' if dimensions else 'one number'}"
-        )
-    size = dtype.itemsize
-    for side in shape:
-        size *= side
-    if size > archive.getinfo(f"{name}.npy").file_size:
-        raise ForeignFileError(f"{path}: {name} is cut off; fetch the file again")
-    with archive.open(f"{name}.npy") as file:
-        found = npy.read_array(file, allow_pickle=False)
-    return np.array(found, dtype=found.dtype.newbyteorder("="))
-
-
-def _whole(number: Any) -> int | None:
-    """A 0-dimensional array as an int; None for what is no whole number, such as NaN."""
-    value = float(number)
-    return int(number) if value.is_integer() else None
-
-
-TOLERANCE = 1e-3  # of a moment's symmetry and of |C_ij| <= sqrt(C_ii C_jj), relative to its largest
-
-
-def read_matrix(path: Path, name: str) -> Tensor:
-    """A matrix of a safetensors file, in float32.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ForeignFileError: a damaged file.
-        ValueError: a name that the file does not have.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist; give a safetensors file of matrices")
-    try:
-        with safe_open(path, "pt") as file:
-            held = sorted(file.keys())
-            found = file.get_tensor(name) if name in held else None
-    except Exception as error:
-        raise ForeignFileError(f"{path} is no readable safetensors file: {error}") from error
-    if found is None:
-        raise ValueError(f"{path} holds no matrix {name!r}; it holds {held[:20]}")
-    return found.float()
-
-
-def read_projectors(path: Path) -> Tensor:
-    """The one tensor (layers, d_in, d_in) of a torch file, mapped from the disk.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ForeignFileError: a file that is damaged or holds anything else.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist; give a file such as null_space_project.pt")
-    try:
-        found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:
-        raise ForeignFileError(
-            f"{path} is damaged, or holds more than tensors ({type(error).__name__}); nothing of "
-            "it was run: ask for a file that torch.save made of one tensor"
-        ) from error
-    if not isinstance(found, Tensor) or found.ndim != 3 or found.shape[1] != found.shape[2]:
-        what = f"a tensor {tuple(found.shape)}" if isinstance(found, Tensor) else type(found)
-        raise ForeignFileError(
-            f"{path} holds {what}, but projectors are one tensor (layers, d_in, d_in)"
-        )
-    plain = found.layout is torch.strided and found.is_floating_point() and found.is_contiguous()
-    if not plain or found.is_meta or not 0 < found.shape[1] <= MAX_WIDTH:
-        raise ForeignFileError(
-            f"{path} holds no plain matrices of 1 to {MAX_WIDTH} floats a side: "
-            f"{tuple(found.shape)}, {found.dtype}, {found.layout}"
-        )
-    if not bool(torch.isfinite(found).all()):
-        raise ForeignFileError(f"{path} holds NaN or infinity; compute the projectors again")
-    return found.detach()
-
-
-def check_moment(moment: Tensor, where: str) -> None:
-    """Refuse what cannot be a mean of k k^T.
-
-    Raises:
-        ForeignFileError: not square, not finite, not symmetric, or with
-            |C_ij| > sqrt(C_ii C_jj), which no second moment has.
-    """
-    shape = tuple(moment.shape)
-    if moment.ndim != 2 or shape[0] != shape[1] or not 0 < shape[0] <= MAX_WIDTH:
-        raise ForeignFileError(f"{where} is {shape}, but a second moment is (d_in, d_in)")
-    if not bool(torch.isfinite(moment).all()):
-        raise ForeignFileError(f"{where} holds NaN or infinity; collect it again, in float32")
-    allowed = TOLERANCE * float(moment.abs().max())
-    error = float((moment - moment.T).abs().max())
-    if error > allowed:
-        raise ForeignFileError(f"{where} is off symmetric by {error:.2g}; it is no second moment")
-    root = moment.diagonal().clamp_min(0).sqrt()  # (d_in,)
-    excess = float((moment.abs() - torch.outer(root, root)).max())
-    if excess > allowed:
-        raise ForeignFileError(
-            f"{where} has an entry {excess:.2g} above sqrt(C_ii C_jj), which no mean of k k^T has; "
-            "is it a correlation, or the moment of something else?"
-        )
-
-
-_NPZ_NAME = re.compile(r"(?P<module>.+)_float(16|32|64)_[a-z0-9_-]*mom2[a-z0-9_{}-]*\.npz")
-
-
-@dataclass(frozen=True)
-class _Origin:
-    """What is known of the model that foreign statistics are of."""
-
-    modules: dict[int, str]
-    fingerprint: BaseFingerprint | None
-    model: str | None
 
 
 def read_second_moments(
@@ -240,10 +64,10 @@ def read_second_moments(
     named = dict(files) if isinstance(files, Mapping) else _by_layer(files)
     if not named:
         raise ValueError("files is empty; give one .npz file for each rewrite layer")
-    found = {int(layer): read_npz_moment(Path(path)) for layer, path in sorted(named.items())}
+    found = {int(layer): _npz_moment(Path(path)) for layer, path in sorted(named.items())}
     moments = {layer: one.moment for layer, one in found.items()}
     for layer, moment in moments.items():
-        check_moment(moment, f"{named[layer]}")
+        _check_moment(moment, f"{named[layer]}")
     names = {layer: _module_and_layer(Path(named[layer]))[0] for layer in found}
     origin = _origin(model, config, moments, names)
     folders = {Path(path).resolve().parent.name for path in named.values()}
@@ -251,11 +75,11 @@ def read_second_moments(
     provenance = {
         "corpus": ", ".join(corpora) or "an unknown corpus",
         "texts": next(iter(found.values())).texts,
-        "tokens_by_layer": {str(layer): one.count for layer, one in found.items()},
+        "tokens_by_layer": {str(layer): one.tokens for layer, one in found.items()},
         "files": {str(layer): Path(path).name for layer, path in named.items()},
         **_provenance("second moments of ROME or MEMIT (.npz)", origin),
     }
-    tokens = min(one.count for one in found.values())
+    tokens = min(one.tokens for one in found.values())
     return KeyMoments(moments, tokens, origin.modules, origin.fingerprint, provenance)
 
 
@@ -292,11 +116,11 @@ def read_covariances(
             f"names={dict(names)} and tokens={tokens} must say which matrix is of which layer, and "
             "over how many tokens they were collected"
         )
-    moments = {int(layer): read_matrix(path, name) for layer, name in sorted(names.items())}
+    moments = {int(layer): _matrix(path, name) for layer, name in sorted(names.items())}
     if summed:
         moments = {layer: moment / tokens for layer, moment in moments.items()}
     for layer, moment in moments.items():
-        check_moment(moment, f"{path}: {names[layer]}")
+        _check_moment(moment, f"{path}: {names[layer]}")
     origin = _origin(model, config, moments, {})
     provenance = {
         "corpus": f"an unknown corpus ({path.name})",
@@ -332,7 +156,7 @@ def read_projector(
         ValueError: as many layers as the file does not hold, or that the model does not have.
     """
     path = Path(path)
-    stacked = read_projectors(path)
+    stacked = _projectors(path)
     if len(set(layers)) != len(layers) or len(layers) != len(stacked):
         raise ValueError(
             f"layers={list(layers)} must be {len(stacked)} distinct blocks, as {path} holds "
@@ -382,6 +206,157 @@ def _module_and_layer(path: Path) -> tuple[str, int | None]:
     return match["module"], int(numbers[0])
 
 
+class _NpzMoment(NamedTuple):
+    """What one file holds: C0 (d_in, d_in) in float32, tokens, and texts where the file says."""
+
+    moment: Tensor
+    tokens: int
+    texts: int | None
+
+
+def _npz_moment(path: Path) -> _NpzMoment:
+    _require_file(path, ".npz file of second moments")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return _read(path, archive)
+    except ForeignFileError:
+        raise
+    except Exception as error:  # zipfile and numpy raise many kinds for damaged files
+        raise ForeignFileError(f"{path} is no readable .npz file: {error}") from error
+
+
+def _read(path: Path, archive: zipfile.ZipFile) -> _NpzMoment:
+    unpacked = sum(member.file_size for member in archive.infolist())
+    if unpacked > MAX_RATIO * path.stat().st_size:
+        raise ForeignFileError(
+            f"{path} unpacks to {unpacked} bytes, over {MAX_RATIO} times its size, as no second "
+            "moments do"
+        )
+    held = {name.removesuffix(".npy") for name in archive.namelist()}
+    prefix = "mom2." if "mom2.mom2" in held else ""
+    if not {f"{prefix}mom2", f"{prefix}count"} <= held:
+        raise ForeignFileError(
+            f"{path} holds {sorted(held)[:20]}, but second moments are 'mom2.mom2' and 'mom2.count'"
+        )
+    count = _whole(_array(path, archive, f"{prefix}count", dimensions=0))
+    if count is None or count < 1:
+        raise ForeignFileError(f"{path}: {prefix}count is no number of tokens; it is damaged")
+    texts = None
+    if "sample_size" in held:
+        texts = _whole(_array(path, archive, "sample_size", dimensions=0))
+    total = torch.from_numpy(_array(path, archive, f"{prefix}mom2", dimensions=2))
+    total = total if total.dtype == torch.float64 else total.float()
+    return _NpzMoment((total / count).float(), count, texts)
+
+
+def _array(path: Path, archive: zipfile.ZipFile, name: str, dimensions: int) -> Any:
+    """An array, in this machine's byte order, after a look at its header."""
+    with archive.open(f"{name}.npy") as file:
+        version = npy.read_magic(file)
+        if version not in ((1, 0), (2, 0)):
+            raise ForeignFileError(f"{path}: {name} is of .npy version {version}, not 1 or 2")
+        read = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
+        shape, _, dtype = read(file)
+    if dtype.kind not in ("iuf" if dimensions == 0 else "f") or dtype.itemsize > 8:
+        raise ForeignFileError(
+            f"{path}: {name} is of type {dtype}, not numbers of at most 64 bits; objects are never "
+            "unpickled"
+        )
+    square = len(set(shape)) <= 1 and all(0 < size <= MAX_WIDTH for size in shape)
+    if len(shape) != dimensions or not square:
+        raise ForeignFileError(
+            f"{path}: {name} is of shape {shape}; it is "
+            f"{f'square, at most {MAX_WIDTH} a side' if dimensions else 'one number'}"
+        )
+    size = dtype.itemsize
+    for side in shape:
+        size *= side
+    if size > archive.getinfo(f"{name}.npy").file_size:
+        raise ForeignFileError(f"{path}: {name} is cut off; fetch the file again")
+    with archive.open(f"{name}.npy") as file:
+        found = npy.read_array(file, allow_pickle=False)
+    return np.array(found, dtype=found.dtype.newbyteorder("="))
+
+
+def _whole(number: Any) -> int | None:
+    """A 0-dimensional array as an int; None for what is no whole number, such as NaN."""
+    value = float(number)
+    return int(number) if value.is_integer() else None
+
+
+def _matrix(path: Path, name: str) -> Tensor:
+    """A matrix of a safetensors file, in float32."""
+    _require_file(path, "safetensors file of matrices")
+    try:
+        with safe_open(path, "pt") as file:
+            held = sorted(file.keys())
+            found = file.get_tensor(name) if name in held else None
+    except Exception as error:
+        raise ForeignFileError(f"{path} is no readable safetensors file: {error}") from error
+    if found is None:
+        raise ValueError(f"{path} holds no matrix {name!r}; it holds {held[:20]}")
+    return found.float()
+
+
+def _projectors(path: Path) -> Tensor:
+    """The one tensor (layers, d_in, d_in) of a torch file, mapped from the disk."""
+    _require_file(path, "file such as null_space_project.pt")
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:
+        raise ForeignFileError(
+            f"{path} is damaged, or holds more than tensors ({type(error).__name__}); nothing of "
+            "it was run: ask for a file that torch.save made of one tensor"
+        ) from error
+    if not isinstance(found, Tensor) or found.ndim != 3 or found.shape[1] != found.shape[2]:
+        what = f"a tensor {tuple(found.shape)}" if isinstance(found, Tensor) else type(found)
+        raise ForeignFileError(
+            f"{path} holds {what}, but projectors are one tensor (layers, d_in, d_in)"
+        )
+    plain = found.layout is torch.strided and found.is_floating_point() and found.is_contiguous()
+    if not plain or found.is_meta or not 0 < found.shape[1] <= MAX_WIDTH:
+        raise ForeignFileError(
+            f"{path} holds no plain matrices of 1 to {MAX_WIDTH} floats a side: "
+            f"{tuple(found.shape)}, {found.dtype}, {found.layout}"
+        )
+    if not bool(torch.isfinite(found).all()):
+        raise ForeignFileError(f"{path} holds NaN or infinity; compute the projectors again")
+    return found.detach()
+
+
+def _check_moment(moment: Tensor, where: str) -> None:
+    """Refuse what cannot be a mean of k k^T, which has |C_ij| <= sqrt(C_ii C_jj)."""
+    shape = tuple(moment.shape)
+    if moment.ndim != 2 or shape[0] != shape[1] or not 0 < shape[0] <= MAX_WIDTH:
+        raise ForeignFileError(f"{where} is {shape}, but a second moment is (d_in, d_in)")
+    if not bool(torch.isfinite(moment).all()):
+        raise ForeignFileError(f"{where} holds NaN or infinity; collect it again, in float32")
+    allowed = TOLERANCE * float(moment.abs().max())
+    error = float((moment - moment.T).abs().max())
+    if error > allowed:
+        raise ForeignFileError(f"{where} is off symmetric by {error:.2g}; it is no second moment")
+    root = moment.diagonal().clamp_min(0).sqrt()  # (d_in,)
+    excess = float((moment.abs() - torch.outer(root, root)).max())
+    if excess > allowed:
+        raise ForeignFileError(
+            f"{where} has an entry {excess:.2g} above sqrt(C_ii C_jj), which no mean of k k^T has; "
+            "is it a correlation, or the moment of something else?"
+        )
+
+
+def _require_file(path: Path, wanted: str) -> None:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist; give a {wanted}")
+
+
+class _Origin(NamedTuple):
+    """What is known of the model that foreign statistics are of."""
+
+    modules: dict[int, str]
+    fingerprint: BaseFingerprint | None
+    model: str | None
+
+
 def _origin(
     model: Any,
     config: AlphaEditConfig | None,
@@ -391,8 +366,9 @@ def _origin(
     """Check layers, widths and module names against a model, where there is one."""
     if model is None:
         return _Origin({layer: named.get(layer, "") for layer in matrices}, None, None)
-    base, settings = bare_model(model), config or AlphaEditConfig()
-    architecture = describe(base, settings.block_module, settings.rewrite_module)
+    base = bare_model(model)
+    parts = (config.block_module, config.rewrite_module) if config else (None, None)
+    architecture = describe(base, *parts)
     architecture.check_layers(sorted(matrices))
     modules = {layer: architecture.rewrite_name(layer) for layer in matrices}
     for layer, name in modules.items():

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple
 
 from alphaedit_peft import embedded
 from alphaedit_peft.artefact import left_aside
@@ -56,26 +56,13 @@ null_space = NullSpace.from_pretrained({repo}, subfolder={subfolder})
 model = get_alphaedit_model(base, AlphaEditConfig(), tokenizer=tokenizer, null_space=null_space)"""
 
 
-class Shared(Protocol):
-    """What is shared: a null space that writes itself, and what its README says of it."""
+class About(NamedTuple):
+    """What a README says of a null space: its layers, and where it comes from."""
 
-    @property
-    def tokens(self) -> int:
-        """Over which it was measured."""
-
-    @property
-    def fingerprint(self) -> BaseFingerprint | None:
-        """Of its base."""
-
-    @property
-    def provenance(self) -> Mapping[str, Any]:
-        """Corpus and model."""
-
-    def summary(self) -> Sequence[LayerSummary]:
-        """One row a layer."""
-
-    def save_pretrained(self, save_directory: str | Path) -> None:
-        """Write its two files."""
+    layers: Sequence[LayerSummary]
+    tokens: int
+    fingerprint: BaseFingerprint | None
+    provenance: Mapping[str, Any]
 
 
 def folder_name(fingerprint: BaseFingerprint) -> str:
@@ -100,19 +87,14 @@ def find_folder(
     token: str | bool | None = None,
     subfolder: str | None = None,
 ) -> Path:
-    """The local folder of the null space that a base needs.
+    """The local folder of the null space that a base needs; of any base, the one at the root.
 
-    Args:
-        path_or_repo: a folder, or a Hub repository.
-        fingerprint: of the base; None takes the one at the root or in ``subfolder``.
-        revision: as ``token``, for :func:`alphaedit_peft.hub.fetch_folder`.
-        token: of the Hub.
-        subfolder: of the null space; then no other is looked for.
+    Where a ``subfolder`` is given, no other is looked for.
 
     Raises:
         FileNotFoundError: no null space for this base there.
         ValueError: several, so that one must be named.
-        OSError: as ``fetch_folder``.
+        OSError: as :func:`alphaedit_peft.hub.fetch_folder`.
     """
     root = left_aside(path_or_repo) or Path(path_or_repo)
     if root.is_dir():
@@ -128,9 +110,14 @@ def find_folder(
 
 
 def push_null_space(
-    space: Shared, to: Destination, *, by_fingerprint: bool, commit_message: str | None
+    save: Callable[[Path], object],
+    about: About,
+    to: Destination,
+    *,
+    by_fingerprint: bool,
+    message: str | None,
 ) -> str:
-    """Upload a null space with a README; see ``NullSpace.push_to_hub``.
+    """Upload what ``save`` writes, with a README, and return the commit's address.
 
     Raises:
         ValueError: ``by_fingerprint`` together with a subfolder, or without a fingerprint.
@@ -141,40 +128,39 @@ def push_null_space(
             raise ValueError(
                 f"by_fingerprint=True names the folder itself; leave out subfolder={to.subfolder!r}"
             )
-        if space.fingerprint is None:
+        if about.fingerprint is None:
             raise ValueError(
                 "this null space is for any base (it has no fingerprint), so that no folder can be "
                 "named by one; give subfolder= instead of by_fingerprint=True"
             )
-        to = replace(to, subfolder=folder_name(space.fingerprint))
+        to = replace(to, subfolder=folder_name(about.fingerprint))
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place) / "null_space"
-        space.save_pretrained(folder)
-        text = card(space, to, by_fingerprint=by_fingerprint)
+        save(folder)
+        text = card(about, to, by_fingerprint=by_fingerprint)
         (folder / "README.md").write_text(text, encoding="utf-8")
-        message = commit_message or f"Null space of {_base(space.provenance)}"
-        return push_folder(folder, to, FILES, message)
+        return push_folder(folder, to, FILES, message or f"Null space of {_base(about)}")
 
 
-def card(space: Shared, to: Destination, *, by_fingerprint: bool = False) -> str:
+def card(about: About, to: Destination, *, by_fingerprint: bool) -> str:
     """The README of a null space on the Hub: what it is, of which base, and how to use it."""
     from huggingface_hub import ModelCardData
 
     data = ModelCardData(
-        base_model=repository_name(space.provenance.get("model")),
+        base_model=repository_name(about.provenance.get("model")),
         library_name="alphaedit_peft",
         tags=["alphaedit", "knowledge-editing", "null-space"],
     )
     rows = "\n".join(
         f"| {row.layer} | {row.width} | {row.kept} | {row.threshold:.4g} {row.threshold_mode} |"
-        for row in space.summary()
+        for row in about.layers
     )
-    digest = None if space.fingerprint is None else space.fingerprint.digest
+    digest = None if about.fingerprint is None else about.fingerprint.digest
     use = _USE if to.subfolder is None or by_fingerprint else _USE_SUBFOLDER
     text = _CARD.format(
-        base=_base(space.provenance),
-        tokens=space.tokens,
-        corpus=_one_line(space.provenance.get("corpus", "an unknown corpus")),
+        base=_base(about),
+        tokens=about.tokens,
+        corpus=_one_line(about.provenance.get("corpus", "an unknown corpus")),
         rows=rows,
         use=use.format(repo=json.dumps(to.repo_id), subfolder=json.dumps(to.subfolder)),
         fingerprint=f"`{digest}`" if digest else "none, so that it fits by shape alone",
@@ -231,8 +217,8 @@ def _made_for(header: Path) -> BaseFingerprint | None:
         return None
 
 
-def _base(provenance: Mapping[str, Any]) -> str:
-    name = provenance.get("model")
+def _base(about: About) -> str:
+    name = about.provenance.get("model")
     return str(name) if name == embedded.NAME else repository_name(name) or "a local model"
 
 

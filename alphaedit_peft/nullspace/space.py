@@ -33,7 +33,7 @@ from alphaedit_peft.fingerprint import (
 from alphaedit_peft.hub import Destination
 from alphaedit_peft.nullspace.corpus import corpus_label, read_texts, token_batches
 from alphaedit_peft.nullspace.moments import Checkpoint, collect_sums
-from alphaedit_peft.nullspace.sharing import find_folder, push_null_space
+from alphaedit_peft.nullspace.sharing import About, find_folder, push_null_space
 from alphaedit_peft.nullspace.spectrum import (
     STEM,
     LayerSpace,
@@ -452,8 +452,9 @@ class NullSpace:
         ``Destination`` and ``push_folder`` in :mod:`alphaedit_peft.hub`.
         """
         to = Destination(repo_id, private, token, revision, create_pr, subfolder)
+        about = About(self.summary(), self.tokens, self.fingerprint, self.provenance)
         return push_null_space(
-            self, to, by_fingerprint=by_fingerprint, commit_message=commit_message
+            self.save_pretrained, about, to, by_fingerprint=by_fingerprint, message=commit_message
         )
 
     def _part(self, layer: int) -> LayerSpace:
