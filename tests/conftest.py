@@ -16,6 +16,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from alphaedit_peft import embedded
+
 # tests run in as many processes as there are cores: one thread for each, and for what they start
 os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1)
@@ -35,6 +37,13 @@ def shared_data() -> Path:
     if not SHARED_DATA.is_dir():
         pytest.skip("the shared data folder is not here")
     return SHARED_DATA
+
+
+@pytest.fixture(scope="session")
+def weights() -> None:
+    """Skips where the embedded model has no weights."""
+    if not (embedded.folder() / "model.safetensors").is_file():
+        pytest.skip("the embedded model's weights are not here")
 
 
 @pytest.fixture(scope="session")

@@ -1,8 +1,11 @@
-"""Readers of data for tests: the shared folder, which the product never depends on, and its own."""
+"""Data for tests, from the shared folder and from the package; a script run as a reader would."""
 
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,6 +13,25 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from alphaedit_peft import Edit, embedded
+from tests.conftest import ROOT
+
+FIGURES = ROOT / "docs" / "figures"
+
+
+def run(script: Path, *words: object, cwd: Path = ROOT) -> str:
+    """What a script prints, run as a reader would run it."""
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    done = subprocess.run(
+        [sys.executable, script, *map(str, words)],
+        capture_output=True,
+        text=True,
+        timeout=400,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path},
+        check=False,
+        cwd=cwd,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 def load_lm(folder: Path, dtype: torch.dtype = torch.float32):

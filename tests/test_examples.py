@@ -1,44 +1,16 @@
 """The examples and the README's Python run as a reader would run them, and stay short."""
 
 import json
-import os
 import re
-import shutil
-import subprocess
-import sys
-from dataclasses import replace
-from pathlib import Path
 
 import pytest
-import torch
 
-from alphaedit_peft import AlphaEditConfig, KeyMoments, NullSpace, embedded, get_alphaedit_model
+from alphaedit_peft import AlphaEditConfig, NullSpace, embedded, get_alphaedit_model
 from alphaedit_peft.evaluation import embedded_suite
 from tests.conftest import ROOT
-from tests.pack.conftest import make_pack
+from tests.shared import FIGURES, run
 
-EXAMPLES, FIGURES = ROOT / "examples", ROOT / "docs" / "figures"
-
-
-@pytest.fixture(scope="module")
-def weights() -> None:
-    if not (embedded.folder() / "model.safetensors").is_file():
-        pytest.skip("the embedded model's weights are not here")
-
-
-def run(script: Path, *words: object, cwd: Path = ROOT) -> str:
-    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-    done = subprocess.run(
-        [sys.executable, script, *map(str, words)],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path},
-        check=False,
-        cwd=cwd,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+EXAMPLES = ROOT / "examples"
 
 
 @pytest.mark.parametrize("script", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.stem)
@@ -101,58 +73,33 @@ def test_the_readme(weights, tmp_path):
     assert (tmp_path / "pack" / "adapter_model.safetensors").is_file()
 
 
-def test_the_picture_is_drawn_from_the_demos_json(tmp_path):
+@pytest.mark.slow
+def test_the_comparison_and_its_picture(weights, tmp_path):
     pytest.importorskip("matplotlib")
-    asked = [
-        {
-            "kind": kind,
-            "answers": {
-                "base": {"probability_new": 0.0, "probability_true": 1.0},
-                "edited": {"probability_new": 0.9, "probability_true": 0.8},
-            },
-        }
-        for kind in ("edit", "paraphrase", "same subject", "bystander")
-    ]
-    (tmp_path / "demo.json").write_text(json.dumps({"questions": asked}))
-    run(FIGURES / "plot_demo.py", tmp_path / "demo.json", tmp_path / "demo.png")
-    assert (tmp_path / "demo.png").read_bytes().startswith(b"\x89PNG")
+    words = ["--edits", "2", "--batch-size", "1", "--every", "1", "--seeds", "0"]
+    words += ["--methods", "alphaedit", "finetuning", "--folder", tmp_path]
+    text = run(EXAMPLES / "compare_editors.py", *words)
+    assert "alphaedit" in text
+    assert "seconds an edit" in text
+    found = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
+    assert found["methods"]["alphaedit"]["final"]["efficacy"]["value"] == 1.0
+    run(FIGURES / "plot_results.py", tmp_path / "results.json", tmp_path / "results.png")
+    assert (tmp_path / "results.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.slow
-def test_pictures_of_packs_are_drawn_from_their_files(tmp_path):
-    pytest.importorskip("matplotlib")
-    lower, other = make_pack(rows=5), make_pack(rows=3, seed=1)
-    names = [f"Else {row}" for row in range(3)]
-    records = [
-        replace(record, edit=replace(record.edit, subject=name, id=""), prefix=name)
-        for record, name in zip(other.records, names, strict=True)
-    ]
-    parent = {"operation": "beside", "name": "a", "digest": lower.digest(), "edits": 5}
-    upper = replace(other, records=[*records[:2], replace(records[2], role="protected")])
-    upper = replace(upper, parents=(parent,))
-    for name, pack in (("a", lower), ("b", replace(other, records=records)), ("c", upper)):
-        pack.save_pretrained(tmp_path / name)
-    run(FIGURES / "plot_packs.py", tmp_path / "a", tmp_path / "b", tmp_path / "packs.png")
-    run(FIGURES / "plot_rows.py", tmp_path / "a", tmp_path / "c", tmp_path / "rows.png")
-    run(FIGURES / "draw_pack.py", tmp_path / "a", tmp_path / "format.png")
-    moments = KeyMoments({0: torch.diag(torch.logspace(-4, 0, 8))}, 80, {0: "m"})
-    moments.null_space(0.02, "energy").save_pretrained(tmp_path / "ns")
-    run(FIGURES / "plot_null_space.py", tmp_path / "ns", tmp_path / "spectrum.png")
-    for name in ("packs", "rows", "format", "spectrum"):
-        assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(shutil.which("chromium") is None, reason="no chromium here")
-def test_a_picture_of_a_packs_page(tmp_path):
-    make_pack().save_pretrained(tmp_path / "pack")
-    run(FIGURES / "picture_page.py", tmp_path / "pack", tmp_path / "page.png", "--height", "300")
-    assert (tmp_path / "page.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_the_time_of_eigenvectors_is_measured(tmp_path):
-    found = json.loads(run(FIGURES / "measure_decomposition.py", 96, tmp_path / "found.json"))
-    assert found == json.loads((tmp_path / "found.json").read_text())
-    assert (found["d_in"], found["stored"][0]) == (96, 96)
-    assert found["off_orthonormal"] < 1e-4
-    assert found["seconds"] >= 0 <= found["peak_bytes"]
+@pytest.mark.shared_data
+@pytest.mark.parametrize(
+    ("model", "data"),
+    [
+        ("counterfact-lm-7m", "counterfact_600.json"),
+        ("counterfact-lm-7m", "zsre_eval_700.json"),
+    ],
+)
+def test_the_benchmark_on_shared_records(shared_data, tmp_path, model, data):
+    words = [shared_data / model, shared_data / data, "--folder", tmp_path]
+    words += ["--texts", shared_data / "wikitext2_valid.txt", "--max-tokens", "20000"]
+    words += ["--edits", "3", "--batch-size", "2", "--methods", "alphaedit"]
+    text = run(EXAMPLES / "counterfact_benchmark.py", *words)
+    assert "efficacy" in text
+    assert (tmp_path / "alphaedit-0" / "results.jsonl").is_file()

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from tests.test_examples import FIGURES, run
+from tests.shared import FIGURES, run
 
 SCRIPT = FIGURES / "train_embedded_model.py"
 

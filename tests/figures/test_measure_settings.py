@@ -6,16 +6,11 @@ import json
 
 import pytest
 
-from alphaedit_peft import embedded
-from tests.test_examples import FIGURES, run
+from tests.shared import FIGURES, run
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(
-    not (embedded.folder() / "model.safetensors").is_file(),
-    reason="the embedded model's weights are not here",
-)
-def test_it_measures_the_unedited_model_and_each_setting_asked_for(tmp_path):
+def test_it_measures_the_unedited_model_and_each_setting_asked_for(weights, tmp_path):
     out = tmp_path / "settings.json"
     words = ["--edits", "2", "--settings", "auto", "anchors", "--out", out]
     lines = run(FIGURES / "measure_settings.py", *words).splitlines()
@@ -30,11 +25,7 @@ def test_it_measures_the_unedited_model_and_each_setting_asked_for(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(
-    not (embedded.folder() / "model.safetensors").is_file(),
-    reason="the embedded model's weights are not here",
-)
-def test_plain_fast_and_autocast_edits_are_equally_good(tmp_path):
+def test_plain_fast_and_autocast_edits_are_equally_good(weights, tmp_path):
     out = tmp_path / "paths.json"
     run(FIGURES / "compare_paths.py", "--edits", "4", "--out", out)
     plain, *others = json.loads(out.read_text())
