@@ -15,7 +15,6 @@ from alphaedit_peft import (
     embedded,
     read_edits,
 )
-from alphaedit_peft.model.edit import EditableModel
 
 FAST = ("--set", "num_contexts=0", "--set", "steps=3")
 
@@ -142,13 +141,13 @@ def test_edits_that_contradict_need_a_rule(null_space, pack, run, shown, tmp_pat
 def test_a_run_that_stops_keeps_its_finished_batches(
     null_space, run, edits_file, tmp_path, monkeypatch, reason, code
 ):
-    whole = EditableModel.edit
+    whole = AlphaEditModel.edit
 
     def stops(self, edits, batch_size, *, progress):
         whole(self, edits[:1], progress=False)
         raise reason
 
-    monkeypatch.setattr(EditableModel, "edit", stops)
+    monkeypatch.setattr(AlphaEditModel, "edit", stops)
     words = ["edit", "embedded", edits_file, "--null-space", null_space, *FAST]
     result = run(*words, "--out", tmp_path / "pack", code=code)
     assert "the finished batches (1 edits) are in" in result.stderr

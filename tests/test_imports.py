@@ -1,0 +1,38 @@
+"""What the import contract in pyproject.toml cannot say.
+
+Circles of files, a folder's ``__init__`` among them, names that occur twice, and what is imported
+at once rather than when it is used.
+"""
+
+import subprocess
+import sys
+from collections import Counter
+
+import grimp
+
+from tests.conftest import ROOT
+
+PACKAGE = "alphaedit_peft"
+
+
+def test_no_files_import_each_other_in_a_circle():
+    graph = grimp.build_graph(PACKAGE, cache_dir=None)  # imports for types and in functions count
+    arrows = [(a, b) for a in graph.modules for b in graph.find_modules_directly_imported_by(a)]
+    circles = [graph.find_shortest_chain(b, a) for a, b in arrows]
+    assert not [" -> ".join(circle) for circle in circles if circle]
+
+
+def test_no_file_name_occurs_twice():
+    names = Counter(path.name for path in (ROOT / PACKAGE).rglob("*.py"))
+    del names["__init__.py"]
+    assert [name for name, times in names.items() if times > 1] == []
+
+
+def test_values_and_packs_are_imported_without_peft_and_transformers():
+    rooms = ["algebra", "artefact", "devices", "edits", "factor", "hub", "metric", "settings"]
+    packs = [path.stem for path in (ROOT / PACKAGE / "pack").glob("*.py") if path.stem != "pack"]
+    modules = [f"{PACKAGE}.{name}" for name in (*rooms, *(f"pack.{name}" for name in packs))]
+    program = "import importlib, sys; [importlib.import_module(name) for name in sys.argv[1:]]\n"
+    program += "print(sorted({'peft', 'transformers'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", program, *modules], capture_output=True, text=True)
+    assert done.stdout == "[]\n", done.stderr
