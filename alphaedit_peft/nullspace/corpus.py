@@ -1,4 +1,4 @@
-"""Turn texts into batches of token ids for the pass that collects key moments.
+"""Texts as batches of token ids, for the pass that collects key moments.
 
 In: an iterable of texts, a ``datasets`` object, or the name of a text file or Hub dataset; and a
 tokenizer. Out: right-padded batches of at most ``tokens_per_batch`` ids, padding included. Special
@@ -45,11 +45,9 @@ class _Window(NamedTuple):
 def read_texts(texts: Any, text_column: str = "text") -> Iterable[str]:
     """The texts of a corpus.
 
-    Args:
-        texts: an iterable of texts; a ``datasets.Dataset`` or ``IterableDataset``; or a name: of a
-            text file (one text a line), or of a Hub dataset as ``repo``, ``repo:config`` or
-            ``repo:config:split`` (streamed; split ``train`` unless given).
-        text_column: which column of a dataset holds the text.
+    That is an iterable of texts; a ``datasets.Dataset`` or ``IterableDataset``, whose
+    ``text_column`` holds them; or a name: of a text file (one text a line), or of a Hub dataset as
+    ``repo``, ``repo:config`` or ``repo:config:split`` (streamed; split ``train`` unless given).
 
     Raises:
         ValueError: a dataset without that column or with several splits, or no such name.

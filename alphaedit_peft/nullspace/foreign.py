@@ -9,6 +9,7 @@ unpickled, sizes are checked before memory is taken, and no number is used befor
 
 from __future__ import annotations
 
+import math
 import re
 import zipfile
 from collections.abc import Iterable, Mapping, Sequence
@@ -69,7 +70,8 @@ def read_second_moments(
     for layer, moment in moments.items():
         _check_moment(moment, f"{named[layer]}")
     names = {layer: _module_and_layer(Path(named[layer]))[0] for layer in found}
-    origin = _origin(model, config, moments, names)
+    source = "second moments of ROME or MEMIT (.npz)"
+    modules, made_for, origin = _origin(source, model, config, moments, names)
     folders = {Path(path).resolve().parent.name for path in named.values()}
     corpora = sorted(name.removesuffix("_stats") for name in folders if name.endswith("_stats"))
     provenance = {
@@ -77,10 +79,10 @@ def read_second_moments(
         "texts": next(iter(found.values())).texts,
         "tokens_by_layer": {str(layer): one.tokens for layer, one in found.items()},
         "files": {str(layer): Path(path).name for layer, path in named.items()},
-        **_provenance("second moments of ROME or MEMIT (.npz)", origin),
+        **origin,
     }
     tokens = min(one.tokens for one in found.values())
-    return KeyMoments(moments, tokens, origin.modules, origin.fingerprint, provenance)
+    return KeyMoments(moments, tokens, modules, made_for, provenance)
 
 
 def read_covariances(
@@ -121,13 +123,14 @@ def read_covariances(
         moments = {layer: moment / tokens for layer, moment in moments.items()}
     for layer, moment in moments.items():
         _check_moment(moment, f"{path}: {names[layer]}")
-    origin = _origin(model, config, moments, {})
+    source = "covariances (.safetensors)"
+    modules, made_for, origin = _origin(source, model, config, moments)
     provenance = {
         "corpus": f"an unknown corpus ({path.name})",
         "files": {str(layer): f"{path.name}: {names[layer]}" for layer in moments},
-        **_provenance("covariances (.safetensors)", origin),
+        **origin,
     }
-    return KeyMoments(moments, tokens, origin.modules, origin.fingerprint, provenance)
+    return KeyMoments(moments, tokens, modules, made_for, provenance)
 
 
 def read_projector(
@@ -163,7 +166,8 @@ def read_projector(
             f"{len(stacked)} projectors; give the layers of the settings that it was made with"
         )
     of_layer = {int(layer): stacked[i] for i, layer in enumerate(layers)}
-    origin = _origin(model, config, of_layer, {})
+    source = "projectors of AlphaEdit's reference code (.pt)"
+    _, made_for, origin = _origin(source, model, config, of_layer)
     parts = {}
     for layer in sorted(of_layer):
         try:
@@ -177,9 +181,9 @@ def read_projector(
         "corpus": f"an unknown corpus ({path.name})",
         "spectrum": "not known: 1 where the projector removes, 0 where it keeps",
         "files": {str(layer): f"{path.name}[{i}]" for i, layer in enumerate(layers)},
-        **_provenance("projectors of AlphaEdit's reference code (.pt)", origin),
+        **origin,
     }
-    return NullSpace(parts, *PROJECTOR, 0, origin.fingerprint, provenance)
+    return NullSpace(parts, *PROJECTOR, 0, made_for, provenance)
 
 
 def _by_layer(files: Iterable[str | Path]) -> dict[int, Path]:
@@ -241,9 +245,8 @@ def _read(path: Path, archive: zipfile.ZipFile) -> _NpzMoment:
     count = _whole(_array(path, archive, f"{prefix}count", dimensions=0))
     if count is None or count < 1:
         raise ForeignFileError(f"{path}: {prefix}count is no number of tokens; it is damaged")
-    texts = None
-    if "sample_size" in held:
-        texts = _whole(_array(path, archive, "sample_size", dimensions=0))
+    said = "sample_size" in held
+    texts = _whole(_array(path, archive, "sample_size", dimensions=0)) if said else None
     total = torch.from_numpy(_array(path, archive, f"{prefix}mom2", dimensions=2))
     total = total if total.dtype == torch.float64 else total.float()
     return _NpzMoment((total / count).float(), count, texts)
@@ -268,10 +271,7 @@ def _array(path: Path, archive: zipfile.ZipFile, name: str, dimensions: int) -> 
             f"{path}: {name} is of shape {shape}; it is "
             f"{f'square, at most {MAX_WIDTH} a side' if dimensions else 'one number'}"
         )
-    size = dtype.itemsize
-    for side in shape:
-        size *= side
-    if size > archive.getinfo(f"{name}.npy").file_size:
+    if dtype.itemsize * math.prod(shape) > archive.getinfo(f"{name}.npy").file_size:
         raise ForeignFileError(f"{path}: {name} is cut off; fetch the file again")
     with archive.open(f"{name}.npy") as file:
         found = npy.read_array(file, allow_pickle=False)
@@ -349,23 +349,21 @@ def _require_file(path: Path, wanted: str) -> None:
         raise FileNotFoundError(f"{path} does not exist; give a {wanted}")
 
 
-class _Origin(NamedTuple):
-    """What is known of the model that foreign statistics are of."""
-
-    modules: dict[int, str]
-    fingerprint: BaseFingerprint | None
-    model: str | None
-
-
 def _origin(
+    source: str,
     model: Any,
     config: AlphaEditConfig | None,
     matrices: Mapping[int, Tensor],
-    named: Mapping[int, str],
-) -> _Origin:
-    """Check layers, widths and module names against a model, where there is one."""
+    named: Mapping[int, str] | None = None,
+) -> tuple[dict[int, str], BaseFingerprint | None, dict[str, Any]]:
+    """Check layers, widths and module names against a model, where there is one.
+
+    Returns:
+        Layer -> module, the model's fingerprint, and provenance: what ``source`` is, and versions.
+    """
+    named, about = named or {}, {"format": source, "model": None, "versions": versions()}
     if model is None:
-        return _Origin({layer: named.get(layer, "") for layer in matrices}, None, None)
+        return {layer: named.get(layer, "") for layer in matrices}, None, about
     base = bare_model(model)
     parts = (config.block_module, config.rewrite_module) if config else (None, None)
     architecture = describe(base, *parts)
@@ -385,9 +383,5 @@ def _origin(
                 f"the file for layer {layer} is of {said}, but edits of this model rewrite {name}; "
                 "give the statistics of that module"
             )
-    made_for = fingerprint(base, max(matrices), architecture)
-    return _Origin(modules, made_for, getattr(base.config, "_name_or_path", None) or None)
-
-
-def _provenance(source: str, origin: _Origin) -> dict[str, Any]:
-    return {"format": source, "model": origin.model, "versions": versions()}
+    about["model"] = getattr(base.config, "_name_or_path", None) or None
+    return modules, fingerprint(base, max(matrices), architecture), about

@@ -70,7 +70,7 @@ class Checkpoint:
         """Replace the file in one step, so that a crash leaves the old one; in the main process."""
         if not parallel.is_main():
             return
-        counts = {name: getattr(sums, name) for name in ("tokens", "batches", "texts", "seen")}
+        counts = {name: value for name, value in vars(sums).items() if name != "matrices"}
         notes = json.dumps({"subject": self.subject, "counts": counts}, sort_keys=True)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         partial = self.path.with_name(self.path.name + ".partial")
@@ -101,6 +101,12 @@ class Checkpoint:
             )
         return Sums(matrices, **notes["counts"])
 
+    def begin(self) -> Sums:
+        """What it holds: the counts in every process, the sums in the main one."""
+        sums = self.read() if parallel.is_main() else Sums()
+        counts = parallel.gathered({**vars(sums), "matrices": {}})[0]
+        return Sums(**{**counts, "matrices": sums.matrices})
+
 
 def collect_sums(
     model: Any,
@@ -115,7 +121,7 @@ def collect_sums(
     Args:
         model: the bare base model.
         names: rewrite modules, the one that runs last at the end.
-        batches: the corpus; the same ones in the same order when going on from a checkpoint.
+        batches: the same ones in the same order when going on from a checkpoint.
         checkpoint: where to keep the sums; written now and then, on Ctrl-C and at the end.
         bar: counts tokens.
 
@@ -124,7 +130,7 @@ def collect_sums(
         OtherProcessError: another of several processes failed.
     """
     with parallel.in_step():
-        sums = _begin(checkpoint)
+        sums = Sums() if checkpoint is None else checkpoint.begin()
         bar.update(sums.tokens)
         device = model.get_input_embeddings().weight.device
         try:
@@ -148,15 +154,6 @@ def collect_sums(
     if checkpoint:
         checkpoint.write(whole)
     return whole
-
-
-def _begin(checkpoint: Checkpoint | None) -> Sums:
-    """What the checkpoint holds: its counts in every process, its sums in the main one."""
-    if checkpoint is None:
-        return Sums()
-    sums = checkpoint.read() if parallel.is_main() else Sums()
-    counts = parallel.gathered({**vars(sums), "matrices": {}})[0]
-    return replace(sums, **{**counts, "matrices": sums.matrices})
 
 
 def _combined(sums: Sums, names: list[str]) -> Sums:

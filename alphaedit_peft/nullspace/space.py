@@ -24,22 +24,12 @@ from tqdm import tqdm
 from alphaedit_peft import hooks, parallel
 from alphaedit_peft.artefact import ORIGIN, Types, read_artefact, versions, write_artefact
 from alphaedit_peft.devices import require_whole
-from alphaedit_peft.fingerprint import (
-    BaseFingerprint,
-    bare_model,
-    fingerprint,
-    require_same_base,
-)
+from alphaedit_peft.fingerprint import BaseFingerprint, bare_model, fingerprint, require_same_base
 from alphaedit_peft.hub import Destination
 from alphaedit_peft.nullspace.corpus import corpus_label, read_texts, token_batches
 from alphaedit_peft.nullspace.moments import Checkpoint, collect_sums
 from alphaedit_peft.nullspace.sharing import About, find_folder, push_null_space
-from alphaedit_peft.nullspace.spectrum import (
-    STEM,
-    LayerSpace,
-    LayerSummary,
-    moment_quadratic,
-)
+from alphaedit_peft.nullspace.spectrum import STEM, LayerSpace, LayerSummary, moment_quadratic
 from alphaedit_peft.nullspace.threshold import REACH, check_reach, decompose, null_dimension
 
 if TYPE_CHECKING:
@@ -47,12 +37,8 @@ if TYPE_CHECKING:
 
 MOMENTS_STEM = "key_moments"
 MOMENTS_FIELDS: dict[str, Types] = {"modules": dict, **ORIGIN}
-FIELDS: dict[str, Types] = {
-    "complement": dict,
-    "threshold": (int, float),
-    "threshold_mode": str,
-    **ORIGIN,
-}
+MODE: dict[str, Types] = {"threshold": (int, float), "threshold_mode": str}
+FIELDS: dict[str, Types] = {"complement": dict, **MODE, **ORIGIN}
 
 
 @dataclass(frozen=True, eq=False)
@@ -395,12 +381,11 @@ class NullSpace:
             for layer, part in self.parts.items()
             for name in ("basis", "values")
         }
-        values = {
-            "complement": {str(layer): part.complement for layer, part in self.parts.items()},
-            "threshold": self.threshold,
-            "threshold_mode": self.threshold_mode,
-        }
-        write_artefact(save_directory, STEM, tensors, {**values, **_origin(self)})
+        sides = {str(layer): part.complement for layer, part in self.parts.items()}
+        mode = {name: getattr(self, name) for name in MODE}
+        write_artefact(
+            save_directory, STEM, tensors, {"complement": sides, **mode, **_origin(self)}
+        )
 
     @classmethod
     def from_pretrained(
@@ -463,11 +448,9 @@ class NullSpace:
         return self.parts[layer]
 
     def _checked(self, layer: int, keys: Tensor) -> Tensor:
-        if keys.ndim != 2 or keys.shape[1] != self.width(layer):
-            raise ValueError(
-                f"keys {tuple(keys.shape)} do not fit layer {layer}; they are "
-                f"(n, {self.width(layer)})"
-            )
+        shape, width = tuple(keys.shape), self.width(layer)
+        if keys.ndim != 2 or keys.shape[1] != width:
+            raise ValueError(f"keys {shape} do not fit layer {layer}; they are (n, {width})")
         return keys
 
 

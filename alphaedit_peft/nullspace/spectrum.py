@@ -23,17 +23,6 @@ PROJECTOR_ERROR = 1e-2  # largest deviation of a projector's entries and eigenva
 PROJECTOR = (0.5, "absolute")  # threshold and mode where only P is known: values are 0 or 1
 
 
-class LayerSummary(NamedTuple):
-    """One row of ``NullSpace.summary``."""
-
-    layer: int
-    width: int
-    kept: int
-    largest_eigenvalue: float
-    threshold: float
-    threshold_mode: str
-
-
 def exact_spectrum(moment: Tensor) -> algebra.Spectrum:
     """Eigen-decomposition of C0 (d_in, d_in) in float64, on a GPU where there is one with the room.
 
@@ -153,6 +142,17 @@ class LayerSpace:
             raise ValueError(
                 f"layer {layer}: basis is off orthonormal by {error:.2g}; damaged file"
             )
+
+
+class LayerSummary(NamedTuple):
+    """One row of ``NullSpace.summary``."""
+
+    layer: int
+    width: int
+    kept: int
+    largest_eigenvalue: float
+    threshold: float
+    threshold_mode: str
 
 
 def moment_quadratic(space: LayerSpace, rows: Tensor) -> Tensor:

@@ -71,10 +71,10 @@ def null_basis(key_moment: Tensor, threshold: float, mode: str = "absolute") -> 
 
 
 def check_reach(part: LayerSpace, layer: int, threshold: float, mode: str) -> None:
-    """Refuse a threshold that keeps nothing, or that the stored eigenvectors do not reach.
+    """Refuse a threshold that keeps nothing or is beyond the eigenvectors that are stored.
 
     Raises:
-        ValueError: either of them, or another threshold than a projector's.
+        ValueError: either, or another threshold than a projector's own.
     """
     if part.projector_only and (threshold, mode) != PROJECTOR:
         raise ValueError(
@@ -105,19 +105,10 @@ def decompose(
     wanted: tuple[float, str, float],
     progress: bool = False,
 ) -> dict[int, LayerSpace]:
-    """Every layer's part of a null space, from its moment C0 (d_in, d_in).
+    """Every layer's part of a null space, from its moment C0 (d_in, d_in) over so many tokens.
 
-    Args:
-        moments: by layer.
-        tokens: that they were collected over.
-        wanted: threshold, mode and reach.
-        progress: whether to show a bar on stderr where a layer takes seconds or more.
-
-    Raises:
-        ValueError: fewer tokens than a layer is wide, or as ``layer_space``.
-
-    Warns:
-        UserWarning: fewer than ten tokens for each direction.
+    ``wanted`` is threshold, mode and reach; ``progress`` shows a bar on stderr where a layer takes
+    seconds or more. Raises and warns as ``NullSpace.from_moments``.
     """
     for layer, moment in moments.items():
         _check_tokens(tokens, layer, len(moment))
