@@ -186,9 +186,9 @@ def read_projector(
     return NullSpace(parts, *PROJECTOR, 0, made_for, provenance)
 
 
-def _by_layer(files: Iterable[str | Path]) -> dict[int, Path]:
-    found: dict[int, Path] = {}
-    for path in [files] if isinstance(files, (str, Path)) else files:
+def _by_layer(files: Iterable[str | Path]) -> dict[int, str | Path]:
+    found: dict[int, str | Path] = {}
+    for path in [files] if isinstance(files, str | Path) else files:
         layer = _module_and_layer(Path(path))[1]
         if layer is None:
             raise ValueError(
@@ -197,7 +197,7 @@ def _by_layer(files: Iterable[str | Path]) -> dict[int, Path]:
             )
         if layer in found:
             raise ValueError(f"{path} and {found[layer]} are both of layer {layer}; give one")
-        found[layer] = Path(path)
+        found[layer] = path
     return found
 
 

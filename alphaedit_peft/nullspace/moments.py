@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from alphaedit_peft import hooks, parallel
@@ -49,11 +49,7 @@ class Sums:
     seen: str = ""
 
     def mean(self, name: str) -> Tensor:
-        """C0 of a module, (d_in, d_in), on the CPU.
-
-        Raises:
-            ValueError: no tokens went in.
-        """
+        """C0 of a module, (d_in, d_in), on the CPU; a ValueError where no tokens went in."""
         if not self.tokens:
             raise ValueError("the corpus holds 0 tokens; give texts that are not blank")
         return (self.matrices[name] / self.tokens).cpu()
@@ -132,13 +128,12 @@ def collect_sums(
     with parallel.in_step():
         sums = Sums() if checkpoint is None else checkpoint.begin()
         bar.update(sums.tokens)
-        device = model.get_input_embeddings().weight.device
         try:
             for batch in _remaining(batches, sums):
                 # a batch half summed cannot be saved, so Ctrl-C waits for its end
                 with _interrupts_held() if checkpoint else nullcontext():
                     if sums.batches % parallel.count() == parallel.rank():
-                        _add(model, names, batch, sums, device)
+                        _add(model, names, batch, sums)
                     sums.seen = _chained(sums.seen, batch)
                     sums.tokens += batch.tokens
                     sums.batches += 1
@@ -180,9 +175,7 @@ def _remaining(batches: Iterable[TokenBatch], sums: Sums) -> Iterator[TokenBatch
     return remaining
 
 
-def _add(
-    model: nn.Module, names: list[str], batch: TokenBatch, sums: Sums, device: torch.device
-) -> None:
+def _add(model: Any, names: list[str], batch: TokenBatch, sums: Sums) -> None:
     padded = not bool(batch.mask.all())
 
     def see(name: str, inputs: Tensor) -> None:
@@ -201,6 +194,7 @@ def _add(
                 "bfloat16 or float32, or check its weights"
             )
 
+    device = model.get_input_embeddings().weight.device
     # an offloaded embedding has no device of its own; accelerate moves the inputs then
     to = torch.device("cpu") if device.type == "meta" else device
     inputs = {"input_ids": batch.ids.to(to), "attention_mask": batch.mask.long().to(to)}

@@ -2,10 +2,9 @@
 
 In: a model and texts. Out: :class:`KeyMoments`, the second moments C0 of the keys of every rewrite
 layer (paper section 3.2), and :class:`NullSpace`, the projector P of a threshold. Moments are large
-(d_in^2 numbers a layer) and stay local: any threshold's null space can be made from them, and
-MEMIT's inverse needs them. A null space is thin and made to be shared: for each layer it holds the
-thinner of Q, the eigenvectors that P keeps (P = Q Q^T), and U, those that it removes
-(P = I - U U^T), with the whole spectrum, and enough further eigenvectors to move the threshold.
+(d_in^2 numbers a layer) and stay local; any null space, and MEMIT's inverse, is made from them. A
+null space is thin, to be shared: for each layer the thinner of Q, the eigenvectors that P keeps
+(P = Q Q^T), and U, those that it removes (P = I - U U^T), some more, and the whole spectrum.
 """
 
 from __future__ import annotations
@@ -117,8 +116,8 @@ class KeyMoments:
         batches = token_batches(
             corpus, tokenizer, window=window, tokens_per_batch=most, max_tokens=max_tokens
         )
-        hidden = not (progress and parallel.is_main())
-        bar = tqdm(total=max_tokens, unit="tok", desc="key moments", disable=hidden)
+        shown = progress and parallel.is_main()
+        bar = tqdm(total=max_tokens, unit="tok", desc="key moments", disable=not shown)
         adapters_off = getattr(model, "disable_adapter", nullcontext)
         with adapters_off(), hooks.evaluating(base), bar:
             sums = collect_sums(base, names, batches, checkpoint=checkpoint, bar=bar)
@@ -463,12 +462,7 @@ def _origin(what: KeyMoments | NullSpace) -> dict[str, Any]:
 def _read(
     folder: str | Path, stem: str, fields: Mapping[str, Types], by_layer: str, names: Sequence[str]
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors ``names`` of each layer, and values: ``by_layer`` names the one that has the layers.
-
-    Raises:
-        FileNotFoundError: a missing file.
-        ValueError: a damaged file, or two that do not belong together.
-    """
+    """The tensors ``names`` of each layer of the value ``by_layer``, and all values, checked."""
     tensors, values = read_artefact(folder, stem, fields)
     values[by_layer] = {int(layer): value for layer, value in values[by_layer].items()}
     wanted = {f"layers.{layer}.{name}" for layer in values[by_layer] for name in names}
