@@ -73,6 +73,15 @@ def joined(
     return ids, offsets, border
 
 
+def last_token(offsets: Offsets, start: int, end: int) -> int | None:
+    """Index of the last token that holds something of the characters ``start`` to ``end``.
+
+    So the subject's last token is found, whose MLP input is an edit's key. None: there is none.
+    """
+    within = [i for i, (a, b) in enumerate(offsets) if a < end and b > max(start, a)]
+    return within[-1] if within else None
+
+
 def separator_between(text: str, target: str, separator: str) -> str:
     """What stands between a prompt and its continuation: nothing where either brings a space."""
     return "" if text[-1:].isspace() or target[:1].isspace() else separator

@@ -127,10 +127,10 @@ class Renderer:
         # a chat template brings its own BOS
         special = not self.settings.chat_template
         ids, offsets, border = tokens.joined(self.tokenizer, text, suffix, special)
-        within = [i for i, (a, b) in enumerate(offsets) if a < end and b > max(start, a)]
-        if not within:
+        subject_last = tokens.last_token(offsets, start, end)
+        if subject_last is None:
             raise ValueError(f"subject {subject!r} has no token in {text!r}; check the tokenizer")
-        row = TokenRow(ids[:border], within[-1])
+        row = TokenRow(ids[:border], subject_last)
         if target is None:
             return self._within_limits(row, text)
         if border == len(ids) or not tokens.encode(self.tokenizer, target.strip(), False)[0]:

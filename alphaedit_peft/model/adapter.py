@@ -1,14 +1,14 @@
 """One adapter and its edits: PEFT's LoRA layers, and everything that goes with them.
 
 In: the LoRA layers of a model's rewrite modules. Out: :class:`Adapter`, the one object that holds
-what belongs to one adapter; it reads and writes the factors and puts them back when something
-fails. :class:`EditedModel` is what the verbs of this folder ask of a model.
+what belongs to one adapter, and reads and writes its factors. :class:`EditedModel` is what the
+verbs of this folder ask of a model.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -115,16 +115,6 @@ class Adapter:
         """Put a rewrite layer's factors into the model."""
         lora_layer.write_factors(self.layers[layer], self.name, delta)
 
-    @contextmanager
-    def all_or_nothing(self, before: EditState) -> Iterator[None]:
-        """Put the factors back if the block does not end, whatever the reason."""
-        try:
-            yield
-        except BaseException:
-            for layer, delta in before.factors.items():
-                self.write(layer, delta)
-            raise
-
     def keep(self, journal: Journal) -> None:
         """Hold a journal for the factors as they are now."""
         self.journal, self.stamp = journal, self._stamp()
@@ -143,11 +133,6 @@ class Adapter:
                 **changes,
             )
         )
-
-    def remember(self, snapshot: Snapshot, depth: int) -> None:
-        """Keep what a batch can be taken back with, of the last ``depth`` batches."""
-        self.snapshots.append(snapshot)
-        del self.snapshots[: max(0, len(self.snapshots) - depth)]
 
     def _stamp(self) -> tuple[int, ...]:
         return tuple(

@@ -23,11 +23,12 @@ from alphaedit_peft.editing.prompts import EditRows
 from alphaedit_peft.editing.rebuild import repour_state
 from alphaedit_peft.editing.report import EditReport, EditResult
 from alphaedit_peft.editing.runner import Runner
-from alphaedit_peft.editing.state import EditState, Snapshot
+from alphaedit_peft.editing.state import EditState
 from alphaedit_peft.edits import Edit, as_edits
 from alphaedit_peft.metric import Metric
 from alphaedit_peft.model.adapter import Adapter, EditedModel, require_editable
 from alphaedit_peft.model.prepare import capacity, layer_reports, running, settled
+from alphaedit_peft.model.rollback import all_or_nothing, remember, take_back
 from alphaedit_peft.model.stack import (
     Parent,
     adopt,
@@ -117,14 +118,8 @@ def rollback(model: EditedModel, adapter: Adapter, batches: int) -> None:
     if not isinstance(batches, int) or not 1 <= batches <= len(made):
         raise ValueError(f"batches={batches!r} cannot be taken back; the model has {len(made)}")
     others(model, adapter)  # refuses to change what an active pack stands on
-    if batches > len(adapter.snapshots):
+    if not take_back(adapter, batches):
         rebuild(model, adapter, journal.before_batch(made[-batches]))
-        return
-    for _ in range(batches):
-        snapshot = adapter.snapshots.pop()
-    for layer, delta in snapshot.restored(adapter.factors).items():
-        adapter.write(layer, delta)
-    adapter.keep(snapshot.journal)
 
 
 def rebuild(
@@ -167,7 +162,7 @@ def rebuild(
         if not any(record.role == "own" for record in to_pour):
             to_pour, parents = [], ()
         start = adopt(before.emptied(), parents, carried)
-        with adapter.all_or_nothing(before):
+        with all_or_nothing(adapter, before):
             for layer, delta in start.factors.items():
                 adapter.write(layer, delta)
             state = repour_state(
@@ -193,15 +188,14 @@ def _make(
     before, journal = adapter.state(), adapter.journal
     new = new_parents(journal.parents, parents, adapter.name)
     start = adopt(before, new)
-    with adapter.all_or_nothing(before):
+    with all_or_nothing(adapter, before):
         state, results = edit_batch(
             runner, metric, start, batch, adapter.write, replaces=replaces, progress=progress
         )
         if state is not start:
             recorded = (*journal.parents, *(parent.recorded() for parent in new))
             _commit(model, adapter, runner, state, recorded)
-            snapshot = Snapshot.of(journal, before.factors)
-            adapter.remember(snapshot, model.alphaedit_config.rollback_depth)
+            remember(adapter, journal, before, model.alphaedit_config.rollback_depth)
     return results
 
 

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,6 +23,7 @@ from alphaedit_peft.devices import keeps_elsewhere
 from alphaedit_peft.editing.state import Journal
 from alphaedit_peft.model import lora_layer
 from alphaedit_peft.model.adapter import EditedModel, make_adapter
+from alphaedit_peft.model.rollback import loaded_or_not
 from alphaedit_peft.model.stack import loaded, needed, require_parents, require_top
 from alphaedit_peft.pack import EditPack
 from alphaedit_peft.pack.compatible import check_beside, check_fit, check_plain
@@ -78,7 +78,7 @@ def add_adapter(
 ) -> None:
     """Add an adapter; see :meth:`AlphaEditModel.add_adapter`."""
     config = peft_config or model.alphaedit_config.lora_config(model.architecture, 1)
-    with _whole_or_not(model, adapter_name):
+    with loaded_or_not(model, adapter_name):
         PeftModelForCausalLM.add_adapter(
             model, adapter_name, config, low_cpu_mem_usage, autocast_adapter_dtype
         )
@@ -119,7 +119,7 @@ def load_adapter(
         _require_same_place(base, pack, adapter_name)
         beside = [name for name in model.active_adapters if name != adapter_name]
         _require_parents(model, "this pack", pack.parents, beside, missing_parents)
-    with _whole_or_not(model, adapter_name):
+    with loaded_or_not(model, adapter_name):
         if pack is not None and adapter_name in model.peft_config:
             _make_room(base, pack, adapter_name)
         if keeps_elsewhere(base):
@@ -244,24 +244,6 @@ def _require_parents(
     there = [pack for pack in known if pack.name in before]
     rest = [pack for pack in known if pack.name not in before]
     require_parents(what, recorded, there, rest, rule)
-
-
-@contextmanager
-def _whole_or_not(model: EditedModel, adapter_name: str) -> Iterator[None]:
-    """Put an adapter back as it was, or take it out, if the block does not end."""
-    base = model.get_base_model()
-    before = lora_layer.remembered(base, adapter_name)
-    config: Any = model.peft_config.get(adapter_name)
-    rank = None if config is None else config.r
-    try:
-        yield
-    except BaseException:
-        lora_layer.put_back(base, adapter_name, before)
-        model.peft_config.pop(adapter_name, None)
-        if config is not None:
-            model.peft_config[adapter_name] = config
-            config.r = rank
-        raise
 
 
 def _require_same_place(base: nn.Module, pack: EditPack, adapter_name: str) -> None:

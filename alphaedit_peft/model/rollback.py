@@ -1,0 +1,61 @@
+"""Put a model back: after a batch or a load that fails half way, and batches that are taken back.
+
+In: an adapter, and what it was before. Out: the same factors, journal and layers, bit for bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from alphaedit_peft.editing.state import EditState, Journal, Snapshot
+from alphaedit_peft.model import lora_layer
+from alphaedit_peft.model.adapter import Adapter, EditedModel
+
+
+@contextmanager
+def all_or_nothing(adapter: Adapter, before: EditState) -> Iterator[None]:
+    """Write an adapter's factors of ``before`` back if the block does not end, whatever the reason."""
+    try:
+        yield
+    except BaseException:
+        for layer, delta in before.factors.items():
+            adapter.write(layer, delta)
+        raise
+
+
+@contextmanager
+def loaded_or_not(model: EditedModel, adapter_name: str) -> Iterator[None]:
+    """Put an adapter back as it was, or take it out, if the block that loads it does not end."""
+    base = model.get_base_model()
+    before = lora_layer.remembered(base, adapter_name)
+    config: Any = model.peft_config.get(adapter_name)
+    rank = None if config is None else config.r
+    try:
+        yield
+    except BaseException:
+        lora_layer.put_back(base, adapter_name, before)
+        model.peft_config.pop(adapter_name, None)
+        if config is not None:
+            model.peft_config[adapter_name] = config
+            config.r = rank
+        raise
+
+
+def remember(adapter: Adapter, journal: Journal, before: EditState, depth: int) -> None:
+    """Keep what a batch can be taken back with, of the last ``depth`` batches."""
+    adapter.snapshots.append(Snapshot.of(journal, before.factors))
+    del adapter.snapshots[: max(0, len(adapter.snapshots) - depth)]
+
+
+def take_back(adapter: Adapter, batches: int) -> bool:
+    """Take back the last batches if they are all remembered; whether they were."""
+    if batches > len(adapter.snapshots):
+        return False
+    for _ in range(batches):
+        snapshot = adapter.snapshots.pop()
+    for layer, delta in snapshot.restored(adapter.factors).items():
+        adapter.write(layer, delta)
+    adapter.keep(snapshot.journal)
+    return True
