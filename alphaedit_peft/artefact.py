@@ -1,10 +1,12 @@
-"""Replace a whole folder at once: readers see the old one or the new one, never a mixture.
+"""Folders written at once or not at all, and strangers' files read safely.
 
-In: a folder's name and its files' bytes, or what writes them. Out: the folder, on disk. Everything
-is written to a sibling folder and flushed; then the two names are exchanged in one step (Linux
-``renameat2``), or, where the system cannot, the old folder is moved aside under a name that reading
-recognises. A process killed at any moment leaves the old or the new folder; the next save sweeps up
-the rest.
+In: a folder's name and its files' bytes, or what writes them. Out: the folder, on disk: readers see
+the old one or the new one, never a mixture. Everything is written to a sibling folder and flushed;
+then the two names are exchanged in one step (Linux ``renameat2``), or, where the system cannot, the
+old folder is moved aside under a name that reading recognises. A process killed at any moment
+leaves the old or the new folder; the next save sweeps up the rest. The other way, bytes, JSON or
+tensors: nothing is unpickled, no link out of the folder is followed, no file is read past its
+limit, and no NaN or infinity gets through where numbers are used.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import contextlib
 import ctypes
 import errno
 import json
+import math
 import os
 import re
 import secrets
@@ -22,11 +25,11 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, load_file, save_file
 from torch import Tensor
 
 from alphaedit_peft import parallel
@@ -38,6 +41,7 @@ except ImportError:  # Windows
 
 Found = TypeVar("Found")
 Content = bytes | Callable[[Path], object]  # a file's bytes, or what writes it to a path
+Refuse = Callable[[str | Path, str], NoReturn]  # raises for a file: where, and what is wrong
 _SAVING, _REPLACED = "saving", "replaced"
 _ATTEMPTS = 20
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
@@ -120,6 +124,71 @@ def read_steadily(
         if _stamp(folder) == before:
             return found
     raise error(f"{folder} changed {_ATTEMPTS} times while it was read; wait for its writer")
+
+
+def read_bytes(folder: Path, name: str, limit: int, refuse: Refuse) -> bytes:
+    """Read a regular file of at most ``limit`` bytes that lies within the folder."""
+    path = folder / name
+    if not path.is_file():
+        refuse(path, "the file is missing")
+    if not any(path.resolve().is_relative_to(root) for root in _allowed_roots(folder)):
+        refuse(path, f"a link leads out of the folder, to {path.resolve()}")
+    with path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        data = b"" if size > limit else file.read(size + 1)
+    if max(size, len(data)) > limit:
+        refuse(path, f"the file is larger than the limit of {limit} bytes")
+    return data
+
+
+def parse_json(data: bytes, where: str | Path, refuse: Refuse) -> dict[str, Any]:
+    """Parse a JSON object with finite numbers."""
+    try:
+        value = json.loads(data.decode("utf-8"), parse_constant=_finite, parse_float=_finite)
+        if b"\\ud" in data.lower():  # half a surrogate pair is no text: it could not be saved again
+            json.dumps(value, ensure_ascii=False).encode("utf-8")
+    except (ValueError, RecursionError) as error:
+        refuse(where, f"not valid JSON ({error})")
+    if not isinstance(value, dict):
+        refuse(where, f"holds a JSON {type(value).__name__}, not an object")
+    return value
+
+
+def parse_tensors(
+    data: bytes, where: str | Path, dtypes: Collection[torch.dtype], refuse: Refuse
+) -> dict[str, Tensor]:
+    """Parse a safetensors file of finite numbers, on the CPU."""
+    try:
+        tensors = load(data)
+    except Exception as error:  # what the parser raises on hostile bytes is not documented
+        refuse(where, f"not a safetensors file ({error})")
+    for key, tensor in tensors.items():
+        if tensor.dtype not in dtypes:
+            refuse(where, f"{key} is {tensor.dtype}, not one of {dtypes}")
+        if not bool(torch.isfinite(tensor).all()):
+            refuse(where, f"{key} holds NaN or infinity")
+    return tensors
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text} is not a finite number")
+    return value
+
+
+def _allowed_roots(folder: Path) -> list[Path]:
+    """The folder itself and, inside the Hub's cache, the blobs that its snapshots link to.
+
+    The cache keeps a repository in models--OWNER--NAME, with snapshots/COMMIT and blobs.
+    """
+    here = folder.resolve()
+    repositories = [
+        parent.parent
+        for parent in here.parents
+        if parent.name == "snapshots" and parent.parent.name.startswith("models--")
+    ]
+    return [here, *(repository / "blobs" for repository in repositories)]
 
 
 def _stamp(folder: Path) -> tuple[int, int]:

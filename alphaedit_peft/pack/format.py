@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,9 +20,10 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-from safetensors.torch import load, save
+from safetensors.torch import save
 from torch import Tensor
 
+from alphaedit_peft import artefact
 from alphaedit_peft.algebra import LowRankDelta
 
 FORMAT_VERSION = 1
@@ -79,7 +79,8 @@ def read_json(folder: Path, name: str) -> dict[str, Any]:
     Raises:
         PackError: a missing, too large or climbing file, or one that is no JSON object.
     """
-    return parse_json(read_bytes(folder, name, MAX_JSON_BYTES), folder / name)
+    data = read_bytes(folder, name, MAX_JSON_BYTES)
+    return artefact.parse_json(data, folder / name, refuse)
 
 
 def read_json_lines(folder: Path, name: str) -> list[tuple[int, dict[str, Any]]]:
@@ -95,7 +96,7 @@ def read_json_lines(folder: Path, name: str) -> list[tuple[int, dict[str, Any]]]
         if len(line) > MAX_LINE_BYTES:
             refuse(where, f"{len(line)} bytes are more than the limit of {MAX_LINE_BYTES}")
         if line.strip():
-            found.append((number, parse_json(line, where)))
+            found.append((number, artefact.parse_json(line, where, refuse)))
     return found
 
 
@@ -108,17 +109,7 @@ def read_tensors(folder: Path, name: str) -> dict[str, Tensor]:
         PackError: a missing, too large or climbing file, no safetensors file, another dtype, NaN
             or infinity.
     """
-    data = read_bytes(folder, name, MAX_TENSOR_BYTES)
-    where = folder / name
-    try:
-        tensors = load(data)
-    except Exception as error:  # what the parser raises on hostile bytes is not documented
-        raise PackError(f"{where}: not a safetensors file ({error}); {REMEDY}") from error
-    for key, tensor in tensors.items():
-        if tensor.dtype not in DTYPES:
-            refuse(where, f"{key} is {tensor.dtype}, not one of {DTYPES}")
-        if not bool(torch.isfinite(tensor).all()):
-            refuse(where, f"{key} holds NaN or infinity")
+    tensors = artefact.parse_tensors(read_bytes(folder, name), folder / name, DTYPES, refuse)
     return {key: tensor.float() for key, tensor in tensors.items()}
 
 
@@ -128,34 +119,7 @@ def read_bytes(folder: Path, name: str, limit: int = MAX_TENSOR_BYTES) -> bytes:
     Raises:
         PackError: a missing file, one that a link takes out of the folder, or one over the limit.
     """
-    path = folder / name
-    if not path.is_file():
-        refuse(path, "the file is missing")
-    if not any(path.resolve().is_relative_to(root) for root in _allowed_roots(folder)):
-        refuse(path, f"a link leads out of the folder, to {path.resolve()}")
-    with path.open("rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        data = b"" if size > limit else file.read(size + 1)
-    if max(size, len(data)) > limit:
-        refuse(path, f"the file is larger than the limit of {limit} bytes")
-    return data
-
-
-def parse_json(data: bytes, where: str | Path) -> dict[str, Any]:
-    """Parse a JSON object with finite numbers.
-
-    Raises:
-        PackError: anything else.
-    """
-    try:
-        value = json.loads(data.decode("utf-8"), parse_constant=_finite, parse_float=_finite)
-        if b"\\ud" in data.lower():  # half a surrogate pair is no text: it could not be saved again
-            json.dumps(value, ensure_ascii=False).encode("utf-8")
-    except (ValueError, RecursionError) as error:
-        raise PackError(f"{where}: not valid JSON ({error}); {REMEDY}") from error
-    if not isinstance(value, dict):
-        refuse(where, f"holds a JSON {type(value).__name__}, not an object")
-    return value
+    return artefact.read_bytes(folder, name, limit, refuse)
 
 
 def json_bytes(value: Mapping[str, Any], name: str) -> bytes:
@@ -341,24 +305,3 @@ def _within(data: bytes, limit: int, name: str) -> bytes:
     if len(data) > limit:
         raise PackError(f"{name}: {len(data)} bytes are more than the limit of {limit}; split it")
     return data
-
-
-def _finite(text: str) -> float:
-    value = float(text)
-    if not math.isfinite(value):
-        raise ValueError(f"{text} is not a finite number")
-    return value
-
-
-def _allowed_roots(folder: Path) -> list[Path]:
-    """The folder itself and, inside the Hub's cache, the blobs that its snapshots link to.
-
-    The cache keeps a repository in models--OWNER--NAME, with snapshots/COMMIT and blobs.
-    """
-    here = folder.resolve()
-    repositories = [
-        parent.parent
-        for parent in here.parents
-        if parent.name == "snapshots" and parent.parent.name.startswith("models--")
-    ]
-    return [here, *(repository / "blobs" for repository in repositories)]
