@@ -7,6 +7,7 @@ import torch
 from peft import PeftModel
 
 from alphaedit_peft import AlphaEditConfig, AlphaEditModel, NullSpace, get_alphaedit_model
+from alphaedit_peft.editing.batch import score
 from alphaedit_peft.model.prepare import running
 from tests import shared
 
@@ -35,7 +36,7 @@ def prefers_new(model, prompts) -> float:
              for target in [targets[i]]]
             for i in (0, 1)
         ]  # fmt: skip
-        new, true = (runner.score(part) for part in rows)
+        new, true = (score(runner, part) for part in rows)
     pairs = zip(new, true, strict=True)
     return share(n.log_prob / n.num_tokens > t.log_prob / t.num_tokens for n, t in pairs)
 

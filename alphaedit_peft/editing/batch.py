@@ -1,29 +1,44 @@
-"""The river: a batch of edits runs from prompts to keys to targets to factors.
+"""One batch of edits: from prompts to keys, to target values, to factors, to results.
 
 In: tokenised edits, the state in place, a way to write factors into the model. Out: the new state
-and a result for each edit. The caller undoes a batch that does not end: states are values, so it
-writes the old one back.
+and a result for each edit, with the reason where its target is not the likeliest. The caller undoes
+a batch that does not end: states are values, so it writes the old one back.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from alphaedit_peft import parallel
+from alphaedit_peft import parallel, scoring
 from alphaedit_peft.editing.groups import Group, group_by_key
-from alphaedit_peft.editing.keys import read
-from alphaedit_peft.editing.prompts import EditRows
-from alphaedit_peft.editing.report import EditResult, outcome, score_after
-from alphaedit_peft.editing.runner import Runner
+from alphaedit_peft.editing.keys import take_keys
+from alphaedit_peft.editing.memory import Smaller, by_halves
+from alphaedit_peft.editing.prompts import EditRows, TokenRow
+from alphaedit_peft.editing.report import EditResult
+from alphaedit_peft.editing.runner import Limits, Runner
 from alphaedit_peft.editing.solve_layers import SolvedLayers, Write, solve_layers
 from alphaedit_peft.editing.state import EditState, protects
 from alphaedit_peft.editing.targets import Targets, optimise_targets
 from alphaedit_peft.metric import Metric
 from alphaedit_peft.pack.record import EditRecord
+from alphaedit_peft.scoring import Continuation, Score
+from alphaedit_peft.settings import Settings
+
+SAID = 0.5  # a target value works if greedy decoding says the target after this share of prompts
+REACHED = 0.8  # share of z - h below which the layers, not the target value, are to blame
+
+
+@dataclass(frozen=True)
+class Scores:
+    """How the model takes an edit's target: before the batch, after it, and after paraphrases."""
+
+    before: Score
+    after: Score
+    paraphrases: tuple[Score, ...] = ()
 
 
 def edit_batch(
@@ -52,7 +67,7 @@ def edit_batch(
     """
     timed = runner.phases.timed
     with timed("keys"):
-        taken = read(runner, edits)
+        taken = take_keys(runner, edits)
         reasons = _oversized(runner, edits, taken.hidden)
     places = [i for i, rows in enumerate(edits) if rows.edit.id not in reasons]
     usable = [edits[i] for i in places]
@@ -60,7 +75,7 @@ def edit_batch(
         return state, _set_aside(edits, reasons)
     taken = taken.chosen(places)
     with timed("score"):
-        before = runner.score([rows.rows[0] for rows in usable])
+        before = score(runner, [rows.rows[0] for rows in usable])
     with timed("keys"):
         replaced = _replaced(replaces, usable)
         groups = _groups(runner, metric, state, usable, replaced, taken.keys)
@@ -219,3 +234,133 @@ def _next_state(
         records.append(record)
     targets = torch.cat([state.targets, found.values.to(state.targets)])
     return EditState(solution.factors, (*records, *carried, *new), targets, solution.solvers)
+
+
+def score(runner: Runner, rows: Sequence[TokenRow]) -> list[Score]:
+    """Log-probability of each row's target, and whether greedy decoding would say it.
+
+    Raises:
+        ValueError: the model gives NaN.
+
+    Warns:
+        UserWarning: memory ran out, so that smaller passes are used.
+    """
+    asked = [Continuation(row.ids, row.target) for row in rows]
+    shortest = min(len(row.scoring_ids) for row in rows)
+
+    def run(most: int) -> list[Score]:
+        limits = Limits(most, runner.target_tokens)
+        return scoring.score(runner.model, asked, replace(runner, limits=limits).batches)
+
+    def smaller(left: Sequence[int]) -> Smaller[int] | None:
+        half = left[0] // 2
+        if half < shortest:  # each has run by itself
+            return None
+        return f"{left[0]} tokens", half, [half]
+
+    return by_halves([runner.tokens_per_batch], run, smaller, "tokens_per_batch")[0]
+
+
+def score_after(
+    runner: Runner, edits: Sequence[EditRows], before: Sequence[Score]
+) -> dict[str, Scores]:
+    """Scores of edits that are in the model now, by id, with those of their paraphrases."""
+    after = score(runner, [rows.rows[0] for rows in edits])
+    asked = [
+        runner.renderer.target_row(text, rows.edit.target_new)
+        for rows in edits
+        for text in rows.edit.paraphrases
+    ]
+    said = iter(score(runner, asked) if asked else ())
+    return {
+        rows.edit.id: Scores(old, new, tuple(next(said) for _ in rows.edit.paraphrases))
+        for rows, old, new in zip(edits, before, after, strict=True)
+    }
+
+
+def outcome(
+    runner: Runner,
+    metric: Metric,
+    first_row: int,
+    groups: Sequence[Group],
+    found: Targets,
+    solution: SolvedLayers,
+    scores: Mapping[str, Scores],
+) -> dict[str, EditResult]:
+    """A result for each new edit of the groups, by id; carried edits have none.
+
+    Args:
+        runner: for the layers and settings.
+        metric: of the solve, for its advice.
+        first_row: the row of ``lora_A`` that the first group got.
+        groups: as solved.
+        found: their target values.
+        solution: how far the layers reach.
+        scores: by id, of the new edits.
+    """
+    results = {}
+    for g, group in enumerate(groups):
+        for member in group.members:
+            if member.edit.id not in scores:
+                continue
+            told = scores[member.edit.id]
+            results[member.edit.id] = EditResult(
+                member.edit,
+                row=first_row + g,
+                probability_before=told.before.probability,
+                probability_after=told.after.probability,
+                likeliest=told.after.greedy,
+                loss=float(found.losses[g]),
+                steps=int(found.steps[g]),
+                clamped=float(found.clamped[g]),
+                shares=dict(zip(runner.layers, solution.shares[:, g].tolist(), strict=True)),
+                total_share=float(solution.total[g]),
+                paraphrases=tuple(found.greedy for found in told.paraphrases),
+                why_not=""
+                if told.after.greedy
+                else why_not(runner.settings, metric, found, solution, g),
+            )
+    return results
+
+
+def why_not(
+    settings: Settings, metric: Metric, found: Targets, solution: SolvedLayers, group: int
+) -> str:
+    """Why a group's target is not the likeliest, as far as the numbers tell, and what to turn."""
+    loss, steps = float(found.losses[group]), int(found.steps[group])
+    said, size = float(found.said[group]), float(found.clamped[group])
+    if said < SAID and loss < settings.stop_loss:
+        return (
+            f"its target value was taken at loss {loss:.2f}, before it says the target; lower "
+            f"stop_loss (now {settings.stop_loss:g})"
+        )
+    if said < SAID and size >= 0.99 * settings.clamp_factor:
+        return (
+            f"its target value stopped at the clamp with loss {loss:.2f}; raise clamp_factor (now "
+            f"{settings.clamp_factor:g})"
+        )
+    if said < SAID:
+        return (
+            f"its target value still had loss {loss:.2f} after {steps} steps; raise steps or "
+            "learning_rate"
+        )
+    share, lost = float(solution.total[group]), metric.lost(float(solution.kept[:, group].min()))
+    if share < REACHED:
+        also = f", and {lost}, or" if lost else ";"
+        remedy = _remedy(settings, metric, solution)
+        return f"the layers reached {share:.0%} of its residual{also} {remedy}"
+    return (
+        f"its target value was reached ({share:.0%}), but the batch also moves the prompt's other "
+        "tokens; raise ridge, rewrite other layers, or make fewer edits at once"
+    )
+
+
+def _remedy(settings: Settings, metric: Metric, solution: SolvedLayers) -> str:
+    """What keeps the layers from the residual, as something to do."""
+    if solution.guarded:
+        layers = ", ".join(map(str, solution.guarded))
+        return (
+            f"the norm guard raised the ridge of layers {layers}, so make edits with nearly one "
+            f"key apart, or raise norm_guard (now {settings.norm_guard:g})"
+        )
+    return metric.advice(settings)

@@ -21,9 +21,10 @@ import torch
 from torch import Tensor
 
 from alphaedit_peft import hooks
+from alphaedit_peft.editing.memory import Smaller, by_halves
 from alphaedit_peft.editing.prefixes import PrefixCache, aligned, cached, cut_rows, recording
 from alphaedit_peft.editing.prompts import EditRows, TokenRow
-from alphaedit_peft.editing.runner import Runner, at_least_float32, tell_of_memory
+from alphaedit_peft.editing.runner import Runner, at_least_float32
 from alphaedit_peft.tokens import padded
 
 
@@ -61,7 +62,7 @@ class EditKeys:
         return _read(runner, self.parts, above[0] if above else None)
 
 
-def read(runner: Runner, edits: Sequence[EditRows]) -> EditKeys:
+def take_keys(runner: Runner, edits: Sequence[EditRows]) -> EditKeys:
     """Keys at the first rewrite layer and hidden states after the last, from one pass.
 
     Args:
@@ -119,19 +120,15 @@ def _run_behind(
 
 def _in_parts(parts: Sequence[Part], run: Callable[[Part], _Ran]) -> list[_Ran]:
     """Run every part, by halves where memory runs out."""
-    found: list[_Ran] = []
-    pending = list(parts)
-    while pending:
-        part = pending.pop(0)
-        try:
-            found.append(run(part))
-            continue
-        except torch.OutOfMemoryError:
-            if len(part.rows) == 1:
-                raise
-        tell_of_memory(f"{len(part.rows)} prompts", len(part.rows) // 2, "tokens_per_batch")
-        pending = [*part.halves(), *pending]
-    return found
+    return by_halves(parts, run, _smaller, "tokens_per_batch")
+
+
+def _smaller(parts: Sequence[Part]) -> Smaller[Part] | None:
+    """The first part in halves, and the others."""
+    count = len(parts[0].rows)
+    if count == 1:
+        return None
+    return f"{count} prompts", count // 2, [*parts[0].halves(), *parts[1:]]
 
 
 def _run(

@@ -1,20 +1,21 @@
-"""How much memory a batch of edits takes, and the chunk sizes that keep it within a budget.
+"""What happens when memory runs out, and how much a batch of edits takes, so that it does not.
 
-In: a runner, a metric, tokenised edits, what is in place. Out: bytes, or a runner whose chunk
-sizes are set from ``settings.memory_budget``. All of it counts above the base's weights. With n rows
-after the batch, u edits of c rows each for keys, rows of up to p tokens before the subject and q
-from it on (q' in the edit that has fewest), t tokens of a target, r of the row with most of its
-tokens read, b rewrite layers, N blocks, N' of them above the last rewrite layer, width d, MLP f,
-keys and values k, vocabulary V, e bytes a number of the model, and w weights above the last rewrite
-layer, the head's among them, where ``autocast`` copies them (else 0):
+``by_halves`` runs parts, and smaller ones from where memory runs out. ``within_budget`` sets a
+runner's chunk sizes from ``settings.memory_budget``, by the formula below, which counts above the
+base's weights. With n rows after the batch, u edits of c rows each for keys, rows of up to p tokens
+before the subject and q from it on (q' in the edit that has fewest), t tokens of a target, r of the
+row with most of its tokens read, b rewrite layers, N blocks, N' of them above the last rewrite
+layer, width d, MLP f, keys and values k, vocabulary V, e bytes a number of the model, s of the
+metric's workspace, and w weights above the last rewrite layer, the head's among them, where
+``autocast`` copies them (else 0):
 
     held   = statistics + b (8 n (f + d) + 12 n^2) + e u c (p + 1) d + 24 u d + 2 w
-    solve  = 24 n f + 24 n^2 + 4 f^2        (4 f^2: Projector's; see ``Metric.workspace``)
+    solve  = 24 n f + 24 n^2 + s
     token  = e (6 d + 3 f + 6 k (L + 1)) + (e + 8) V t / r    of a forward pass, the last block L
-    before = 2 e k (N (2 p + q) + N' p) + e (p + q) (7 d + 3 f)      of a row, ``targets.before``
-    after  = 2 e k N' (3 p + q) + 2 e (p + q) d + (2 e + 16) V t     of a row, ``targets.suffixes``
-    back   = e N' (10 d + 4 f)                                        of a token's backward pass
-    suffix   = max(before / q', after / q' + back)                      a padded token
+    before = 2 e k (N (2 p + q) + N' p) + e (p + q) (7 d + 3 f)     of a row, ``passes_before``
+    after  = 2 e k N' (3 p + q) + 2 e (p + q) d + (2 e + 16) V t    of a row, ``FromSubject``
+    back   = e N' (10 d + 4 f)                                      of a token's backward pass
+    suffix = max(before / q', after / q' + back)                    a padded token
     peak   = held + max(solve, token x tokens_per_batch, suffix x target_tokens)
 
 A chunk's padded tokens are at least q' a row, since it is padded to its longest suffix. An edit by
@@ -23,24 +24,73 @@ itself may be larger than a chunk is to be; it takes max(before, after + q back)
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
+
+import torch
 
 from alphaedit_peft.editing.prompts import EditRows
 from alphaedit_peft.editing.runner import Limits, Runner
-from alphaedit_peft.editing.targets.autocast import autocast_bytes
 from alphaedit_peft.metric import Metric
 from alphaedit_peft.settings import byte_count, bytes_in_words
+
+Part = TypeVar("Part")
+Found = TypeVar("Found")
+Smaller = tuple[str, int, list[Part]]
+
+
+def by_halves(
+    parts: Sequence[Part],
+    run: Callable[[Part], Found],
+    smaller: Callable[[Sequence[Part]], Smaller[Part] | None],
+    setting: str,
+) -> list[Found]:
+    """Run parts in turn, smaller ones from where memory runs out.
+
+    Args:
+        parts: each runs at once.
+        run: what is done with one.
+        smaller: of all that is left, the first of which was too large: what that was in words, how
+            many go on at once, and what to run instead; None where nothing is smaller.
+        setting: which one bounds the parts.
+
+    Raises:
+        torch.OutOfMemoryError: there is no room for the smallest part.
+
+    Warns:
+        UserWarning: memory ran out, so that smaller parts are used.
+    """
+    found, left = [], list(parts)
+    while left:
+        try:
+            found.append(run(left[0]))
+        except torch.OutOfMemoryError:
+            less = smaller(left)
+            if less is None:
+                raise
+        else:
+            del left[0]
+            continue
+        what, most, left = less
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()  # what torch keeps of a GPU's memory is given back
+        warnings.warn(
+            f"{what} do not fit in memory at once; going on with {most}. Set memory_budget or a "
+            f"lower {setting} to begin with less",
+            stacklevel=3,
+        )
+    return found
 
 
 @dataclass(frozen=True)
 class Need:
     """Bytes that a batch of edits takes above the base's weights; see the module's formula.
 
-    ``held`` all the time, ``solve`` for a layer's solve and figures, ``token`` for each token of a
-    forward pass, ``suffix`` for each padded token that is optimised, ``largest`` for the largest edit
-    that is optimised by itself. ``longest`` is the longest row.
+    ``held`` all the time, ``solve`` for a layer's solve and figures, ``token`` for each of a forward
+    pass, ``suffix`` for each padded token that is optimised, ``largest`` for the largest edit that
+    is optimised by itself. ``longest`` is the longest row.
     """
 
     held: int
@@ -121,7 +171,8 @@ def estimate(
     reads = max(-(-max(1, len(row.target)) * vocabulary // len(row.scoring_ids)) for row in every)
     above = shape.blocks - runner.layers[-1] - 1
     held = metric.held_bytes + len(runner.layers) * (8 * rank * (f + d) + 12 * rank**2)
-    held += together * (e * len(edits[0].rows) * (p + 1) * d + 24 * d) + autocast_bytes(runner)
+    copies = sum(2 * weight.numel() for _, _, weight in runner.upper_weights())
+    held += together * (e * len(edits[0].rows) * (p + 1) * d + 24 * d) + copies
     pair = 2 * e * shape.cached
     before = pair * (shape.blocks * (2 * p + q) + above * p) + e * (p + q) * (7 * d + 3 * f)
     after = pair * above * (3 * p + q) + 2 * e * (p + q) * d + (2 * e + 16) * vocabulary * t

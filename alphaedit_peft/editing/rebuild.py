@@ -1,6 +1,6 @@
-"""Pour stored target values again, into a model that holds no edit.
+"""Write stored target values again, into a model that holds no edit.
 
-In: the records to pour and the state that holds their target values. Out: the state as if only
+In: the records to keep and the state that holds their target values. Out: the state as if only
 these edits had been made. Keys are measured and layers solved anew; a target value is optimised
 again only where its row has lost some of the edits it was made for.
 """
@@ -22,7 +22,7 @@ from alphaedit_peft.metric import Metric
 from alphaedit_peft.pack.record import EditRecord
 
 
-def repour_state(
+def rebuild_state(
     runner: Runner,
     metric: Metric,
     empty: EditState,
@@ -32,7 +32,7 @@ def repour_state(
     *,
     together: bool = False,
 ) -> EditState:
-    """Pour stored target values again, batch by batch, into a model that holds no edit.
+    """Write stored target values again, batch by batch, into a model that holds no edit.
 
     A row that has lost some of its edits gets a new target value, optimised for those that stay:
     the stored one would say the others too. Superseded records keep their values for a rollback,
@@ -40,7 +40,7 @@ def repour_state(
 
     Args:
         empty: the state to begin with.
-        records: the edits to pour; a row is poured with the latest of its edits' batches.
+        records: the edits to write; a row is written with the latest of its edits' batches.
         stored: the state whose targets and rows the records refer to.
         together: all in one batch. Keys in upper layers are then measured with every edit in the
             layers below, where batch by batch those of early edits go stale.

@@ -6,7 +6,7 @@ that did not take says why.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -15,17 +15,10 @@ from torch import Tensor
 from alphaedit_peft.algebra import LowRankDelta
 from alphaedit_peft.editing.capacity import Capacity
 from alphaedit_peft.editing.decide import Decision
-from alphaedit_peft.editing.groups import Group
-from alphaedit_peft.editing.prompts import EditRows
-from alphaedit_peft.editing.runner import Runner, in_words
-from alphaedit_peft.editing.solve_layers import SolvedLayers
-from alphaedit_peft.editing.targets import Targets
 from alphaedit_peft.edits import Edit
 from alphaedit_peft.factor import equal_rows
-from alphaedit_peft.metric import Metric, products_with
+from alphaedit_peft.metric import products_with
 from alphaedit_peft.nullspace.spectrum import LayerSpace, moment_quadratic, moment_times
-from alphaedit_peft.scoring import Score
-from alphaedit_peft.settings import Settings
 
 
 @dataclass(frozen=True)
@@ -157,6 +150,13 @@ class EditReport:
         return "\n".join(lines)
 
 
+def in_words(seconds: Mapping[str, float]) -> str:
+    """The sum, and the phases from the longest down: "12.3 s: targets 9.1, keys 3.2"."""
+    longest = sorted(seconds.items(), key=lambda item: -item[1])
+    parts = ", ".join(f"{name} {value:.1f}" for name, value in longest)
+    return f"{sum(seconds.values()):.1f} s: {parts}"
+
+
 def _result_line(result: EditResult) -> str:
     head = f"  {result.edit.question} -> {result.edit.target_new.strip()}"
     if not result.made:
@@ -249,121 +249,3 @@ def layer_report(
         moved = delta.apply(delta.A[delta.rank - new_rows :])  # (new, d_out): A P = A
         edited = float(moved.square().sum(1).mean().sqrt()) if new_rows else None
     return LayerReport(layer, delta.rank, delta.norm(gram), weight_norm, preserved, edited)
-
-
-SAID = 0.5  # a target value works if greedy decoding says the target after this share of prompts
-REACHED = 0.8  # share of z - h below which the layers, not the target value, are to blame
-
-
-@dataclass(frozen=True)
-class Scores:
-    """How the model takes an edit's target: before the batch, after it, and after paraphrases."""
-
-    before: Score
-    after: Score
-    paraphrases: tuple[Score, ...] = ()
-
-
-def outcome(
-    runner: Runner,
-    metric: Metric,
-    first_row: int,
-    groups: Sequence[Group],
-    found: Targets,
-    solution: SolvedLayers,
-    scores: Mapping[str, Scores],
-) -> dict[str, EditResult]:
-    """A result for each new edit of the groups, by id; carried edits have none.
-
-    Args:
-        runner: for the layers and settings.
-        metric: of the solve, for its advice.
-        first_row: the row of ``lora_A`` that the first group got.
-        groups: as solved.
-        found: their target values.
-        solution: how far the layers reach.
-        scores: by id, of the new edits.
-    """
-    results = {}
-    for g, group in enumerate(groups):
-        for member in group.members:
-            if member.edit.id not in scores:
-                continue
-            score = scores[member.edit.id]
-            results[member.edit.id] = EditResult(
-                member.edit,
-                row=first_row + g,
-                probability_before=score.before.probability,
-                probability_after=score.after.probability,
-                likeliest=score.after.greedy,
-                loss=float(found.losses[g]),
-                steps=int(found.steps[g]),
-                clamped=float(found.clamped[g]),
-                shares=dict(zip(runner.layers, solution.shares[:, g].tolist(), strict=True)),
-                total_share=float(solution.total[g]),
-                paraphrases=tuple(found.greedy for found in score.paraphrases),
-                why_not=""
-                if score.after.greedy
-                else why_not(runner.settings, metric, found, solution, g),
-            )
-    return results
-
-
-def score_after(
-    runner: Runner, edits: Sequence[EditRows], before: Sequence[Score]
-) -> dict[str, Scores]:
-    """Scores of edits that are in the model now, by id, with those of their paraphrases."""
-    after = runner.score([rows.rows[0] for rows in edits])
-    asked = [
-        runner.renderer.target_row(text, rows.edit.target_new)
-        for rows in edits
-        for text in rows.edit.paraphrases
-    ]
-    said = iter(runner.score(asked) if asked else ())
-    return {
-        rows.edit.id: Scores(old, new, tuple(next(said) for _ in rows.edit.paraphrases))
-        for rows, old, new in zip(edits, before, after, strict=True)
-    }
-
-
-def why_not(
-    settings: Settings, metric: Metric, found: Targets, solution: SolvedLayers, group: int
-) -> str:
-    """Why a group's target is not the likeliest, as far as the numbers tell, and what to turn."""
-    loss, steps = float(found.losses[group]), int(found.steps[group])
-    said, size = float(found.said[group]), float(found.clamped[group])
-    if said < SAID and loss < settings.stop_loss:
-        return (
-            f"its target value was taken at loss {loss:.2f}, before it says the target; lower "
-            f"stop_loss (now {settings.stop_loss:g})"
-        )
-    if said < SAID and size >= 0.99 * settings.clamp_factor:
-        return (
-            f"its target value stopped at the clamp with loss {loss:.2f}; raise clamp_factor (now "
-            f"{settings.clamp_factor:g})"
-        )
-    if said < SAID:
-        return (
-            f"its target value still had loss {loss:.2f} after {steps} steps; raise steps or "
-            "learning_rate"
-        )
-    share, lost = float(solution.total[group]), metric.lost(float(solution.kept[:, group].min()))
-    if share < REACHED:
-        also = f", and {lost}, or" if lost else ";"
-        remedy = _remedy(settings, metric, solution)
-        return f"the layers reached {share:.0%} of its residual{also} {remedy}"
-    return (
-        f"its target value was reached ({share:.0%}), but the batch also moves the prompt's other "
-        "tokens; raise ridge, rewrite other layers, or make fewer edits at once"
-    )
-
-
-def _remedy(settings: Settings, metric: Metric, solution: SolvedLayers) -> str:
-    """What keeps the layers from the residual, as something to do."""
-    if solution.guarded:
-        layers = ", ".join(map(str, solution.guarded))
-        return (
-            f"the norm guard raised the ridge of layers {layers}, so make edits with nearly one "
-            f"key apart, or raise norm_guard (now {settings.norm_guard:g})"
-        )
-    return metric.advice(settings)

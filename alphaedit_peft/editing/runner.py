@@ -8,16 +8,16 @@ at the positions asked for.
 from __future__ import annotations
 
 import time
-import warnings
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
+from transformers.pytorch_utils import Conv1D
 
-from alphaedit_peft import hooks, scoring
+from alphaedit_peft import hooks
 from alphaedit_peft.architecture import Architecture
 from alphaedit_peft.devices import brings_to_gpu
 from alphaedit_peft.editing.prompts import Renderer, TokenRow
@@ -75,13 +75,6 @@ class Phases:
         if self._phase is not None:
             self._sums[self._phase] += now - self._since
         self._phase, self._since = phase, now
-
-
-def in_words(seconds: Mapping[str, float]) -> str:
-    """The sum, and the phases from the longest down: "12.3 s: targets 9.1, keys 3.2"."""
-    longest = sorted(seconds.items(), key=lambda item: -item[1])
-    parts = ", ".join(f"{name} {value:.1f}" for name, value in longest)
-    return f"{sum(seconds.values()):.1f} s: {parts}"
 
 
 @dataclass(frozen=True)
@@ -148,6 +141,38 @@ class Runner:
         return name
 
     @property
+    def dtype(self) -> torch.dtype:
+        """Of the input embeddings."""
+        weight: Tensor = self.model.get_input_embeddings().weight  # type: ignore[operator]
+        return weight.dtype
+
+    @property
+    def autocast(self) -> torch.dtype | None:
+        """What ``settings.autocast`` names, for a float32 model; None for any other.
+
+        One in half precision gains nothing, and autocast leaves float64 as it is.
+        """
+        name = self.settings.autocast
+        return None if name is None or self.dtype != torch.float32 else getattr(torch, name)
+
+    def upper_weights(self) -> Iterator[tuple[nn.Module, str, Tensor]]:
+        """Weights and biases of the products above L, the head's among them, to copy for autocast.
+
+        An offloaded weight is nowhere while its block does not run, and is cast when it does.
+        """
+        if self.autocast is None:
+            return
+        above = range(self.layers[-1] + 1, self.architecture.num_blocks)
+        names = [self.architecture.block_name(block) for block in above]
+        for name in [*names, self.head_name]:
+            for module in self.model.get_submodule(name).modules():
+                if type(module) not in (nn.Linear, Conv1D):
+                    continue
+                for part, weight in module.named_parameters(recurse=False):
+                    if weight.dtype == torch.float32 and not weight.is_meta:
+                        yield module, part, weight
+
+    @property
     def few_passes(self) -> bool:
         """Whether a pass is dearer than any padding: it brings offloaded weights to a GPU."""
         return brings_to_gpu(self.model)
@@ -180,36 +205,6 @@ class Runner:
             for i, index in enumerate(batch.indices):
                 found[index] = at_least_float32(state[i, rows[index].subject_last])
         return torch.stack([found[i] for i in range(len(rows))])
-
-    def score(self, rows: Sequence[TokenRow]) -> list[scoring.Score]:
-        """Log-probability of each row's target, and whether greedy decoding would say it.
-
-        Raises:
-            ValueError: the model gives NaN.
-
-        Warns:
-            UserWarning: memory ran out, so that smaller passes are used.
-        """
-        asked = [scoring.Continuation(row.ids, row.target) for row in rows]
-        try:
-            return scoring.score(self.model, asked, self.batches)
-        except torch.OutOfMemoryError:
-            half = self.tokens_per_batch // 2
-            if half < min(len(row.scoring_ids) for row in rows):  # each has run by itself
-                raise
-        tell_of_memory(f"{self.tokens_per_batch} tokens", half, "tokens_per_batch")
-        return replace(self, limits=Limits(half, self.target_tokens)).score(rows)
-
-
-def tell_of_memory(what: str, most: int, setting: str) -> None:
-    """Warn that something did not fit at once; what torch keeps of a GPU's memory is given back."""
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-    warnings.warn(
-        f"{what} do not fit in memory at once; going on with {most}. Set memory_budget or a lower "
-        f"{setting} to begin with less",
-        stacklevel=3,
-    )
 
 
 def at_least_float32(values: Tensor) -> Tensor:

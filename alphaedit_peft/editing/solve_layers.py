@@ -20,7 +20,7 @@ from torch import Tensor
 
 from alphaedit_peft import algebra
 from alphaedit_peft.algebra import LowRankDelta
-from alphaedit_peft.editing.keys import EditKeys, keys_by_layer, read
+from alphaedit_peft.editing.keys import EditKeys, keys_by_layer, take_keys
 from alphaedit_peft.editing.prompts import EditRows
 from alphaedit_peft.editing.runner import Runner
 from alphaedit_peft.editing.state import EditState
@@ -76,7 +76,7 @@ def solve_layers(
     """
     timed = runner.phases.timed
     with timed("keys"):
-        now = read(runner, leaders) if taken is None else taken
+        now = take_keys(runner, leaders) if taken is None else taken
         parts = _parts(runner, metric, leaders)
     start = now.hidden.to(targets)  # (groups, d)
     solved: dict[int, Solved] = {}

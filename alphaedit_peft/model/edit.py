@@ -20,7 +20,7 @@ from alphaedit_peft.editing.decide import Decision, in_force
 from alphaedit_peft.editing.groups import sort_out
 from alphaedit_peft.editing.memory import within_budget
 from alphaedit_peft.editing.prompts import EditRows
-from alphaedit_peft.editing.rebuild import repour_state
+from alphaedit_peft.editing.rebuild import rebuild_state
 from alphaedit_peft.editing.report import EditReport, EditResult
 from alphaedit_peft.editing.runner import Runner
 from alphaedit_peft.editing.state import EditState
@@ -165,7 +165,7 @@ def rebuild(
         with all_or_nothing(adapter, before):
             for layer, delta in start.factors.items():
                 adapter.write(layer, delta)
-            state = repour_state(
+            state = rebuild_state(
                 runner, metric, start, to_pour, source, adapter.write, together=together
             )
         former = [p for p in journal.parents if p.get("operation") != BESIDE]

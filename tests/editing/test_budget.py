@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from alphaedit_peft import AlphaEditConfig, Edit, NullSpace, get_alphaedit_model, tokens
+from alphaedit_peft.editing.batch import score
 from alphaedit_peft.editing.groups import Group
-from alphaedit_peft.editing.keys import read
+from alphaedit_peft.editing.keys import take_keys
 from alphaedit_peft.editing.memory import estimate, within_budget
 from alphaedit_peft.editing.targets import optimise_targets, search
 from alphaedit_peft.metric import Projector
@@ -105,15 +106,15 @@ class Full:
 
     def __init__(self, monkeypatch, room: int) -> None:
         self.sizes: list[int] = []
-        whole = search._Chunk
+        whole = search.optimise_chunk
 
-        def chunk(runner, autocast, rows, num_groups):
-            self.sizes.append(num_groups)
-            if num_groups > room:
+        def chunk(runner, autocast, rows):
+            self.sizes.append(len({row.group for row in rows}))
+            if self.sizes[-1] > room:
                 raise torch.OutOfMemoryError("CUDA out of memory")
-            return whole(runner, autocast, rows, num_groups)
+            return whole(runner, autocast, rows)
 
-        monkeypatch.setattr(search, "_Chunk", chunk)
+        monkeypatch.setattr(search, "optimise_chunk", chunk)
 
 
 def test_where_memory_runs_out_the_chunk_is_halved(tokenizer, monkeypatch):
@@ -154,16 +155,16 @@ def test_keys_and_scores_go_on_with_less_where_memory_runs_out(tokenizer, monkey
     runner, edits = bench_and_edits(tokenizer)
     runner = replace(runner, model=runner.model.double())
     rows = [row for edit in edits for row in edit.rows]
-    expected, scores = read(runner, edits), runner.score(rows)
+    expected, scores = take_keys(runner, edits), score(runner, rows)
     above = expected.onward(runner).keys
     with_room_for(runner.model, max(len(row.scoring_ids) for row in rows))
     with pytest.warns(UserWarning, match="prompts do not fit in memory at once; going on with"):
-        found = read(runner, edits)
+        found = take_keys(runner, edits)
     assert torch.allclose(found.keys, expected.keys, rtol=1e-12)
     assert torch.allclose(found.hidden, expected.hidden, rtol=1e-12)
     assert torch.allclose(found.onward(runner).keys, above, rtol=1e-12)
     with pytest.warns(UserWarning, match="tokens do not fit in memory at once; going on with"):
-        again = runner.score(rows)
+        again = score(runner, rows)
     assert [s.log_prob for s in again] == pytest.approx([s.log_prob for s in scores], rel=1e-9)
 
 
@@ -171,7 +172,7 @@ def test_keys_and_scores_go_on_with_less_where_memory_runs_out(tokenizer, monkey
 def test_where_not_even_one_prompt_fits_keys_and_scores_say_so(tokenizer):
     runner, edits = bench_and_edits(tokenizer)
     with_room_for(runner.model, 1)
-    for run in (lambda: read(runner, edits[:1]), lambda: runner.score(edits[0].rows[:1])):
+    for run in (lambda: take_keys(runner, edits[:1]), lambda: score(runner, edits[0].rows[:1])):
         with pytest.raises(torch.OutOfMemoryError):
             run()
 

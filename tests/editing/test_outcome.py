@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from alphaedit_peft import Edit, NullSpace, get_alphaedit_model
-from alphaedit_peft.editing.report import EditReport, EditResult, score_after, why_not
+from alphaedit_peft.editing.batch import score as score_of
+from alphaedit_peft.editing.batch import score_after, why_not
+from alphaedit_peft.editing.report import EditReport, EditResult
 from alphaedit_peft.editing.solve_layers import SolvedLayers, _parts
 from alphaedit_peft.editing.targets import Targets
 from alphaedit_peft.metric import Moment, Projector
@@ -110,7 +112,7 @@ def test_paraphrases_are_scored_with_their_own_edit(tokenizer):
         for e, texts in zip(EDITS, asked, strict=False)
     ]
     rows = [runner.renderer.edit_rows(edit, ()) for edit in edits]
-    before = runner.score([r.rows[0] for r in rows])
+    before = score_of(runner, [r.rows[0] for r in rows])
     found = score_after(runner, rows, before)
     assert [found[edit.id].before for edit in edits] == before
     for edit in edits:

@@ -7,7 +7,7 @@ import torch
 
 from alphaedit_peft import hooks, tokens
 from alphaedit_peft.editing.groups import Group
-from alphaedit_peft.editing.keys import read
+from alphaedit_peft.editing.keys import take_keys
 from alphaedit_peft.editing.prefixes import cut_rows, shared_prefixes
 from alphaedit_peft.editing.targets import optimise_targets
 from alphaedit_peft.editing.targets.autocast import Autocast
@@ -114,7 +114,7 @@ def test_every_family_goes_on_from_shared_prefixes_to_the_plain_paths_keys(
     monkeypatch.setitem(tokens.PASS_COST, "cpu", 0)
     runner = runner_for(name, tokenizer, [0, 2], tokens_per_batch=60)
     edits = tokenised(runner)
-    taken = read(runner, edits)
+    taken = take_keys(runner, edits)
     assert taken.parts.shared
     for layer in (0, 2):
         assert agree(taken.keys, plain(runner, edits, layer)[0], 1e-6)
@@ -128,7 +128,7 @@ def test_what_rows_follow_in_a_cache_counts_for_the_size_of_a_pass(tokenizer, mo
     runner = runner_for(
         "gpt2", tokenizer, [1, 2], contexts=["The river " * 7], tokens_per_batch=300
     )
-    parts = read(runner, tokenised(runner) * 20).parts
+    parts = take_keys(runner, tokenised(runner) * 20).parts
     (prefix,) = parts.shared
     width = prefix.inputs["input_ids"].shape[1]
     assert width > 40
@@ -139,7 +139,7 @@ def test_what_rows_follow_in_a_cache_counts_for_the_size_of_a_pass(tokenizer, mo
 
 def test_readings_hold_the_states_of_their_rows_once(tokenizer):
     runner = runner_for("llama", tokenizer, [1, 2])
-    for part in read(runner, tokenised(runner)).parts.bare:
+    for part in take_keys(runner, tokenised(runner)).parts.bare:
         assert hooks.hidden_of(part.form).untyped_storage().nbytes() == 0
         assert part.states.numel() > 0
 
@@ -156,7 +156,7 @@ def test_a_shared_prefix_runs_once_for_all_rows(tokenizer, monkeypatch):
     )
     cut = cut_rows(runner, ids, most)
     tried, seen[:] = len(seen), []
-    read(runner, tokenised(runner))
+    take_keys(runner, tokenised(runner))
     hook.remove()
     bare = sum(len(edit.rows[0].key_row.ids) for edit in tokenised(runner))
     shared = len(cut.prefixes) * max(map(len, cut.prefixes))
@@ -169,7 +169,7 @@ def test_where_a_cache_does_not_continue_nothing_is_cut(tokenizer, monkeypatch):
     monkeypatch.setitem(tokens.PASS_COST, "cpu", 0)
     runner = runner_for("llama", tokenizer, [1, 2])
     edits = tokenised(runner)
-    expected = read(runner, edits)
+    expected = take_keys(runner, edits)
     assert expected.parts.shared
     for broken in (without_what_was_before, lambda cache: cache.refuse_to_be_read):
         model = tiny_model("llama", torch.float64)
@@ -177,7 +177,7 @@ def test_where_a_cache_does_not_continue_nothing_is_cut(tokenizer, monkeypatch):
         with_cache(model, broken)
         other = runner_for("llama", tokenizer, [1, 2])
         object.__setattr__(other, "model", model)
-        found = read(other, edits)
+        found = take_keys(other, edits)
         assert not found.parts.shared
         assert agree(found.keys, expected.keys, 1e-9)
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from alphaedit_peft import AlphaEditConfig, hooks, tokens
-from alphaedit_peft.editing.keys import keys_by_layer, read
+from alphaedit_peft.editing.keys import keys_by_layer, take_keys
 from alphaedit_peft.editing.runner import Runner
 from alphaedit_peft.settings import Settings
 from tests import oracle
@@ -77,7 +77,7 @@ def agree(found, expected, tolerance: float = 1e-12) -> bool:
 def test_every_familys_readings_are_the_plain_paths(name, layers, tokenizer):
     runner = runner_for(name, tokenizer, layers, tokens_per_batch=40)
     edits, tolerance = tokenised(runner), TOLERANCE.get(name, 1e-12)
-    taken = read(runner, edits)
+    taken = take_keys(runner, edits)
     with torch.random.fork_rng():
         torch.manual_seed(0)
         for layer in [*layers, None]:
@@ -94,7 +94,7 @@ def test_every_familys_readings_are_the_plain_paths(name, layers, tokenizer):
 def test_in_pure_float64_they_agree_to_rounding(layers, tokenizer):
     runner = runner_for("gpt2", tokenizer, layers)
     edits = tokenised(runner)
-    taken = read(runner, edits)
+    taken = take_keys(runner, edits)
     for layer in layers:
         keys, hidden = plain(runner, edits, layer)
         assert agree(taken.keys, keys)
@@ -106,7 +106,7 @@ def test_in_pure_float64_they_agree_to_rounding(layers, tokenizer):
 def test_some_edits_go_on_without_the_others(tokenizer):
     runner = runner_for("llama", tokenizer, [1, 2])
     edits = tokenised(runner)
-    some = read(runner, edits).chosen([3, 0])
+    some = take_keys(runner, edits).chosen([3, 0])
     change(runner, 1)
     keys, hidden = plain(runner, [edits[3], edits[0]], 2)
     onward = some.onward(runner)
@@ -134,7 +134,7 @@ def test_keys_of_all_layers_come_from_one_pass(tokenizer):
 def test_without_contexts_a_key_is_the_bare_prompts(tokenizer):
     runner = runner_for("gpt2", tokenizer, [1], contexts=())
     edits = tokenised(runner)
-    assert agree(read(runner, edits).keys, plain(runner, edits, 1)[0])
+    assert agree(take_keys(runner, edits).keys, plain(runner, edits, 1)[0])
 
 
 class Counting:
@@ -152,7 +152,7 @@ class Counting:
 def test_no_block_below_the_write_runs_again(tokenizer):
     runner = runner_for("gpt2", tokenizer, [1, 2])
     counts = [Counting(runner.model.get_submodule(f"transformer.h.{i}.attn")) for i in range(4)]
-    taken = read(runner, tokenised(runner))
+    taken = take_keys(runner, tokenised(runner))
     assert [c.count for c in counts] == [2, 2, 1, 0]  # contexts stop within block 1
     taken = taken.onward(runner)
     assert [c.count for c in counts] == [2, 4, 3, 0]

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from alphaedit_peft import AlphaEditConfig, Edit
+from alphaedit_peft.editing.batch import score
 from alphaedit_peft.editing.runner import Runner
 from alphaedit_peft.settings import Settings
 from alphaedit_peft.studies import METHODS, FineTuned, FineTuning, Method, find_methods, fine_tune
@@ -92,9 +93,9 @@ def test_fine_tuning_makes_the_targets_likelier(study):
     with opened(study.base, method, study.config) as editor:
         runner = Runner(study.base.model, study.base.tokenizer, Settings.of(config), None, ())
         rows = [runner.renderer.edit_rows(edit, ()).rows[0] for edit in EDITS]
-        before = [score.log_prob for score in runner.score(rows)]
+        before = [said.log_prob for said in score(runner, rows)]
         editor.edit(EDITS)
-        after = [score.log_prob for score in runner.score(rows)]
+        after = [said.log_prob for said in score(runner, rows)]
     assert all(new > old for new, old in zip(after, before, strict=True))
 
 

@@ -1,10 +1,9 @@
 """The search for z in a smaller dtype: what runs above the last rewrite layer, under autocast.
 
-In: a runner whose settings may name a dtype. Out: :class:`Autocast`. Only a float32 model is autocast:
-one in half precision gains nothing, and autocast leaves float64 as it is. torch's autocast casts a
-weight that needs no gradient at every product anew, so the weights above the last rewrite layer L
+In: a runner whose settings may name a dtype (``Runner.autocast``). Out: :class:`Autocast`. torch's
+autocast casts a weight that needs no gradient at every product anew, so ``Runner.upper_weights``
 are copied once, and the copies stand in for them while the upper blocks run. The model's own
-weights are never written; what the copies take is ``autocast_bytes``.
+weights are never written.
 """
 
 from __future__ import annotations
@@ -17,25 +16,24 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
-from transformers.pytorch_utils import Conv1D
 
 from alphaedit_peft import hooks
 from alphaedit_peft.editing.runner import Runner
 
 
 class Autocast:
-    """Runs the upper blocks in the dtype of ``settings.autocast``; as they are where it is None.
+    """Runs the upper blocks in the runner's ``autocast``; as they are where it is None.
 
     ``dtype`` is what they run in, None where that is the model's own.
     """
 
     def __init__(self, runner: Runner) -> None:
         """Copy the float32 weights of the products above L."""
-        self._model, self.dtype = runner.model, _dtype(runner)
-        self._bfloat16 = torch.bfloat16 in (self.dtype, _own(runner))
+        self._model, self.dtype = runner.model, runner.autocast
+        self._bfloat16 = torch.bfloat16 in (self.dtype, runner.dtype)
         self._copies = [
             (module, name, nn.Parameter(weight.detach().to(self.dtype), requires_grad=False))
-            for module, name, weight in _upper_weights(runner)
+            for module, name, weight in runner.upper_weights()
         ]
 
     @contextmanager
@@ -108,37 +106,3 @@ class _FewerCasts(TorchFunctionMode):
 
 def _in_float32(value: Any) -> Any:
     return value.float() if isinstance(value, Tensor) and value.is_floating_point() else value
-
-
-def autocast_bytes(runner: Runner) -> int:
-    """What the copies take; 0 without autocast."""
-    return sum(2 * weight.numel() for _, _, weight in _upper_weights(runner))
-
-
-def _dtype(runner: Runner) -> torch.dtype | None:
-    """What ``settings.autocast`` names, for a float32 model; None for any other."""
-    name = runner.settings.autocast
-    return None if name is None or _own(runner) != torch.float32 else getattr(torch, name)
-
-
-def _own(runner: Runner) -> torch.dtype:
-    weight: Tensor = runner.model.get_input_embeddings().weight  # type: ignore[operator]
-    return weight.dtype
-
-
-def _upper_weights(runner: Runner) -> Iterator[tuple[nn.Module, str, Tensor]]:
-    """Weights and biases of the products above L, the head's among them, that need a copy.
-
-    An offloaded weight is nowhere while its block does not run, and is cast when it does.
-    """
-    if _dtype(runner) is None:
-        return
-    above = range(runner.layers[-1] + 1, runner.architecture.num_blocks)
-    names = [runner.architecture.block_name(block) for block in above]
-    for name in [*names, runner.head_name]:
-        for module in runner.model.get_submodule(name).modules():
-            if type(module) not in (nn.Linear, Conv1D):
-                continue
-            for part, weight in module.named_parameters(recurse=False):
-                if weight.dtype == torch.float32 and not weight.is_meta:
-                    yield module, part, weight
