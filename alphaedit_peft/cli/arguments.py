@@ -378,4 +378,4 @@ def read_pack(pack: str) -> StoredPack:
     from alphaedit_peft.pack import files
 
     with finding(pack):
-        return files.read_pack(files.locate(pack))
+        return files.read_pack(files.locate(pack), files.StoredPack)

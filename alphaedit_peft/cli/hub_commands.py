@@ -70,12 +70,12 @@ def push(  # noqa: PLR0913
     `alphaedit push pack user/name --private`
     """
     from alphaedit_peft.hub import Destination
-    from alphaedit_peft.pack.files import locate, push_pack, read_pack, stored_dtype
+    from alphaedit_peft.pack.files import StoredPack, locate, push_pack, read_pack, stored_dtype
 
     _hush()
     with finding(pack):
         folder = locate(pack)
-        read = read_pack(folder)
+        read = read_pack(folder, StoredPack)
     to = Destination(repo, private or None, None, revision, create_pr, subfolder)
     dtype = stored_dtype(folder)
     url = push_pack(read, to, texts=not no_texts, commit_message=message, dtype=dtype)

@@ -10,12 +10,9 @@ import json
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import PureWindowsPath
 from statistics import median
-from typing import Any
-
-from huggingface_hub import ModelCardData
+from typing import Any, NamedTuple
 
 from alphaedit_peft import embedded
 from alphaedit_peft.hub import repository_name
@@ -23,7 +20,10 @@ from alphaedit_peft.pack.parents import parent_in_words, stands_on
 from alphaedit_peft.pack.record import ROLES, EditRecord
 from alphaedit_peft.pack.value import PackValue
 
+PLACE = "path/or/repository/of/this/pack"
 PARENT = "path/or/repository/of/parent"
+MAX_LISTED = 100  # edits in the card's table; edits.jsonl has all
+MAX_CELL = 200  # characters
 
 _PEFT = """\
 from peft import PeftModel
@@ -64,74 +64,6 @@ With `alphaedit_peft`, {purpose}:
 {code.own}
 ```
 """
-
-
-@dataclass(frozen=True)
-class Code:
-    """Python that loads a pack, with its parents, onto ``base``.
-
-    Args:
-        peft: with PEFT alone.
-        own: with this package.
-    """
-
-    peft: str
-    own: str
-
-
-def loading(place: str, inside: str, parents: Sequence[Mapping[str, Any]]) -> Code:
-    """The code that loads a pack, after the packs that it stands on.
-
-    Args:
-        place: the pack's path or repository.
-        inside: ``subfolder="..."``, or empty.
-        parents: that it stands on, as it records them; where they lie is left to fill in.
-    """
-    words = {"place": json.dumps(place), "inside": inside and f", {inside}"}
-    if not parents:
-        words |= {"first": words["place"], "where": words["inside"]}
-        return Code(_PEFT.format(**words), _OWN.format(**words))
-    words |= {"first": json.dumps(f"{PARENT}1"), "where": ', adapter_name="parent1"'}
-    lines: list[str] = []
-    names = [f"parent{i + 1}" for i in range(len(parents))]
-    for i, name in enumerate(names[1:], start=1):
-        lines += [f'model.load_adapter("{PARENT}{i + 1}", "{name}")', _activate(names[: i + 1])]
-    lines += [f'model.load_adapter({words["place"]}, "edits"{words["inside"]})']
-    lines += [_activate([*names, "edits"])]
-    rest = "\n".join(["", *lines])
-    with_peft = rest.replace("model.set_adapter", "model.base_model.set_adapter")
-    return Code(_PEFT.format(**words) + with_peft, _OWN.format(**words) + rest)
-
-
-def use(
-    place: str, inside: str, parents: Sequence[Mapping[str, Any]], named: str, *, mixed: bool
-) -> str:
-    """How to load a pack.
-
-    Args:
-        place: the pack's path or repository.
-        inside: ``subfolder="..."``, or empty.
-        parents: that it stands on, as it records them.
-        named: the parents in words that Markdown shows as they are.
-        mixed: whether it was compressed to a lower rank, so that editing cannot go on from it.
-    """
-    words = {
-        "code": loading(place, inside, parents),
-        "purpose": "to look at the edits" + ("" if mixed else ", and to go on from them"),
-    }
-    if parents:
-        return _ABOVE.format(parents=named, them="it" if len(parents) == 1 else "them", **words)
-    kwargs = inside and f", adapter_kwargs=dict({inside})"
-    return _ALONE.format(place=json.dumps(place), adapter_kwargs=kwargs, **words)
-
-
-def _activate(names: Sequence[str]) -> str:
-    return f"model.set_adapter({json.dumps(list(names))})"
-
-
-MAX_LISTED = 100  # edits in the card's table; edits.jsonl has all
-MAX_CELL = 200  # characters
-
 _LOADING = """\
 from transformers import AutoModelForCausalLM
 
@@ -144,8 +76,6 @@ _ABOUT_EMBEDDED = """
 The base is the small model within the Python package `alphaedit_peft`. It is on no Hub, so that
 `AutoPeftModelForCausalLM` cannot find it by its name; load it first, as here.
 """
-PLACE = "path/or/repository/of/this/pack"
-
 _INTRODUCTION = """\
 # Edited facts, as a LoRA
 
@@ -196,6 +126,8 @@ def card(
         subfolder: of the pack in the repository.
         texts: whether to show the edits' texts; without them the card says where they are.
     """
+    from huggingface_hub import ModelCardData
+
     base = pack.config.base_model_name_or_path
     on_hub = repository_name(base)
     data = ModelCardData(
@@ -205,8 +137,6 @@ def card(
         pipeline_tag="text-generation",
         tags=["alphaedit", "knowledge-editing", "lora"],
     )
-    below = stands_on(pack)
-    inside = "" if subfolder is None else f"subfolder={json.dumps(subfolder)}"
     introduction = _INTRODUCTION.format(
         facts=_count(len(pack.edits), "fact"),
         modules=_count(len(pack.modules), "matrix", "matrices"),
@@ -214,13 +144,7 @@ def card(
         loading=loading_code(base),
         about=_ABOUT_EMBEDDED if base == embedded.NAME else "",
         rows=_rows(pack),
-        use=use(
-            repo or PLACE,
-            inside,
-            below,
-            " and ".join(_escaped(_named(parent)) for parent in below),
-            mixed=pack.mixed,
-        ),
+        use=_use(pack, repo or PLACE, subfolder),
     )
     parts = [introduction, _measured(pack), _edit_table(pack) if texts else _NO_TEXTS]
     facts = "".join(f"- {name}: {_escaped(value)}\n" for name, value in _provenance(pack))
@@ -253,6 +177,62 @@ def base_name(pack: PackValue) -> str:
     """What strangers may be told of the base: its name on the Hub, never a path."""
     name = pack.config.base_model_name_or_path
     return embedded.NAME if name == embedded.NAME else repository_name(name) or "a local model"
+
+
+def loading_code(base: str | None) -> str:
+    """The lines of Python that load a base of this name or path."""
+    if base == embedded.NAME:
+        return _LOADING_EMBEDDED
+    return _LOADING.format(base=json.dumps(repository_name(base) or "path/of/the/base/model"))
+
+
+class Code(NamedTuple):
+    """Python that loads a pack, with its parents, onto ``base``: with PEFT alone, and with this."""
+
+    peft: str
+    own: str
+
+
+def loading(place: str, inside: str, parents: Sequence[Mapping[str, Any]]) -> Code:
+    """The code that loads a pack, after the packs that it stands on.
+
+    Args:
+        place: the pack's path or repository.
+        inside: ``subfolder="..."``, or empty.
+        parents: that it stands on, as it records them; where they lie is left to fill in.
+    """
+    inside = inside and f", {inside}"
+    words = {"place": json.dumps(place), "inside": inside}
+    if not parents:
+        words |= {"first": json.dumps(place), "where": inside}
+        return Code(_PEFT.format(**words), _OWN.format(**words))
+    words |= {"first": json.dumps(f"{PARENT}1"), "where": ', adapter_name="parent1"'}
+    names = [f"parent{i + 1}" for i in range(len(parents))]
+    lines = [""]
+    for i, name in enumerate(names[1:], start=1):
+        lines += [f'model.load_adapter("{PARENT}{i + 1}", "{name}")', _activate(names[: i + 1])]
+    lines += [f'model.load_adapter({json.dumps(place)}, "edits"{inside})']
+    rest = "\n".join([*lines, _activate([*names, "edits"])])
+    with_peft = rest.replace("model.set_adapter", "model.base_model.set_adapter")
+    return Code(_PEFT.format(**words) + with_peft, _OWN.format(**words) + rest)
+
+
+def _activate(names: Sequence[str]) -> str:
+    return f"model.set_adapter({json.dumps(list(names))})"
+
+
+def _use(pack: PackValue, place: str, subfolder: str | None) -> str:
+    below = stands_on(pack)
+    inside = "" if subfolder is None else f"subfolder={json.dumps(subfolder)}"
+    words = {
+        "code": loading(place, inside, below),
+        "purpose": "to look at the edits" + ("" if pack.mixed else ", and to go on from them"),
+    }
+    if below:
+        named = " and ".join(_escaped(_named(parent)) for parent in below)
+        return _ABOVE.format(parents=named, them="it" if len(below) == 1 else "them", **words)
+    kwargs = inside and f", adapter_kwargs=dict({inside})"
+    return _ALONE.format(place=json.dumps(place), adapter_kwargs=kwargs, **words)
 
 
 def _rows(pack: PackValue) -> str:
@@ -317,13 +297,6 @@ def _edit_row(record: EditRecord) -> str:
     cells = [_escaped(text) for text in (edit.subject, edit.prompt, edit.target_new)]
     cells += [_probability(p) for p in (record.probability_before, record.probability_after)]
     return f"| {' | '.join(cells)} |"
-
-
-def loading_code(base: str | None) -> str:
-    """The lines of Python that load a base of this name or path."""
-    if base == embedded.NAME:
-        return _LOADING_EMBEDDED
-    return _LOADING.format(base=json.dumps(repository_name(base) or "path/of/the/base/model"))
 
 
 def _escaped(text: str) -> str:

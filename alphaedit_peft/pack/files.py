@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from safetensors.torch import load
@@ -41,7 +41,7 @@ from alphaedit_peft.pack.format import (
     refuse,
 )
 from alphaedit_peft.pack.record import EditRecord
-from alphaedit_peft.pack.value import Compression, PackValue, content_files
+from alphaedit_peft.pack.value import Compression, Pack, PackValue, content_files
 from alphaedit_peft.settings import EditOptions
 
 Found = TypeVar("Found")
@@ -56,6 +56,7 @@ class StoredPack(PackValue):
     """
 
     lora: Mapping[str, Any]
+    options: ClassVar = EditOptions
 
     def adapter_config(self, factors: Factors) -> dict[str, Any]:
         """The fields of the config at hand; those that a plain LoRA sets are set anew."""
@@ -78,11 +79,7 @@ class StoredPack(PackValue):
 
 
 def save_pack(
-    pack: PackValue,
-    folder: str | Path,
-    *,
-    dtype: torch.dtype | None = None,
-    text: str | None = None,
+    pack: PackValue, folder: str | Path, dtype: torch.dtype | None = None, text: str | None = None
 ) -> None:
     """Write a pack's folder; see :meth:`EditPack.save_pretrained`.
 
@@ -124,36 +121,26 @@ def push_pack(
     commit_message: str | None = None,
     dtype: torch.dtype | None = None,
 ) -> str:
-    """Upload a pack, with a card that names the repository; see :meth:`EditPack.push_to_hub`.
-
-    It is written and checked in a temporary folder first. The commit's message tells the number of
-    edits where none is given.
-
-    Raises:
-        PackError: a value that the dtype or JSON cannot hold.
-        OSError, ValueError, RuntimeError: as :func:`alphaedit_peft.hub.push_folder`.
-    """
+    """Upload a pack, with a card that names the repository; see :meth:`EditPack.push_to_hub`."""
     count = len(pack.edits)
+    message = commit_message or f"Edit pack with {count} edit{'' if count == 1 else 's'}"
+    text = card(pack, to.repo_id, to.subfolder, texts=texts)
     with tempfile.TemporaryDirectory() as place:
-        folder = Path(place) / "pack"
-        text = card(pack, to.repo_id, to.subfolder, texts=texts)
-        save_pack(pack, folder, dtype=dtype, text=text)
-        message = commit_message or f"Edit pack with {count} edit{'' if count == 1 else 's'}"
-        return push_folder(folder, to, FILES, message)
+        save_pack(pack, Path(place) / "pack", dtype, text)
+        return push_folder(Path(place) / "pack", to, FILES, message)
 
 
 def copy_pack(source: Path, folder: str | Path) -> StoredPack:
     """Write a pack's files into another folder as they are, once they have been read and checked.
 
     Raises:
-        FileNotFoundError: a folder without sidecar: a plain LoRA.
-        PackError: a damaged pack.
+        FileNotFoundError, PackError: as ``read_pack``.
         OSError: ``folder`` cannot be written.
     """
 
     def read(place: Path) -> tuple[StoredPack, dict[str, bytes]]:
         names = [name for name in FILES if (place / name).is_file()]
-        return _stored(place), {name: read_bytes(place, name) for name in names}
+        return _read(place, StoredPack), {name: read_bytes(place, name) for name in names}
 
     pack, files = read_steadily(source, read)
     artefact.replace_folder(folder, files, owned=FILES)
@@ -162,8 +149,7 @@ def copy_pack(source: Path, folder: str | Path) -> StoredPack:
 
 def stored_dtype(folder: Path) -> torch.dtype:
     """dtype of the factors in a pack's folder."""
-    tensors = load(read_bytes(folder, ADAPTER_MODEL))
-    return next(iter(tensors.values())).dtype
+    return next(iter(load(read_bytes(folder, ADAPTER_MODEL)).values())).dtype
 
 
 def locate(
@@ -193,14 +179,14 @@ def locate(
     return fetch_folder(path_or_repo, FILES, revision=revision, token=token, subfolder=subfolder)
 
 
-def read_pack(folder: Path) -> StoredPack:
-    """Read a pack's folder without PEFT; the factors come in float32.
+def read_pack(folder: Path, kind: type[Pack]) -> Pack:
+    """Read a pack's folder as a value of this class; the factors come in float32.
 
     Raises:
         FileNotFoundError: a folder without sidecar: a plain LoRA.
         PackError: a file that is damaged or does not fit the others.
     """
-    return read_steadily(folder, _stored)
+    return read_steadily(folder, lambda place: _read(place, kind))
 
 
 def read_steadily(folder: Path, read: Callable[[Path], Found]) -> Found:
@@ -212,51 +198,29 @@ def read_steadily(folder: Path, read: Callable[[Path], Found]) -> Found:
     return artefact.read_steadily(folder, read, PackError)
 
 
-def read_fields(folder: Path, options: type[EditOptions]) -> dict[str, Any]:
-    """The fields of the pack in a folder, by the names of :class:`PackValue`.
-
-    Args:
-        folder: of the pack.
-        options: the class of ``config``.
-
-    Raises:
-        FileNotFoundError: a folder without sidecar: a plain LoRA.
-        PackError: a file that is damaged or does not fit the others.
-    """
-    facts = _read_facts(folder, options)
-    rows = facts.pop("rows")
+def _read(folder: Path, kind: type[Pack]) -> Pack:
+    fields = _read_facts(folder, kind.options)
+    rows = fields.pop("rows")
     factors, lora = read_lora(folder)
     where = folder / ADAPTER_CONFIG
     if lora.scaling != 1:
         refuse(where, f"lora_alpha / r is {lora.scaling}, not 1")
     if lora.target_modules != frozenset(factors):
         refuse(where, "target_modules are not the modules in the tensors")
-    if lora.fan_in_fan_out != facts["fan_in_fan_out"]:
+    if lora.fan_in_fan_out != fields["fan_in_fan_out"]:
         refuse(where, f"fan_in_fan_out={lora.fan_in_fan_out} differs from {SIDECAR_CONFIG}")
     if rows == 0:
         factors = {name: _without_zero_row(delta, folder) for name, delta in factors.items()}
     elif rows != lora.rank:
         refuse(where, f"r={lora.rank} differs from rows={rows} in {SIDECAR_CONFIG}")
-    records, targets = _read_records(folder), _read_targets(folder)
-    return {**facts, "factors": factors, "records": records, "targets": targets}
-
-
-def assembled(folder: Path, make: Callable[[], Found]) -> Found:
-    """What ``make`` puts together from a folder's fields.
-
-    Raises:
-        PackError: fields that do not fit each other.
-    """
+    fields |= {"factors": factors, "records": _read_records(folder)}
+    fields["targets"] = _read_targets(folder)
+    if issubclass(kind, StoredPack):
+        fields["lora"] = read_json(folder, ADAPTER_CONFIG)
     try:
-        return make()
+        return kind(**fields)
     except ValueError as error:
         refuse(folder, str(error))
-
-
-def _stored(folder: Path) -> StoredPack:
-    fields = read_fields(folder, EditOptions)
-    lora = read_json(folder, ADAPTER_CONFIG)
-    return assembled(folder, lambda: StoredPack(**fields, lora=lora))
 
 
 def _without_zero_row(delta: LowRankDelta, folder: Path) -> LowRankDelta:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -73,11 +73,65 @@ def refuse(where: str | Path, wrong: str, remedy: str = REMEDY) -> NoReturn:
     raise PackError(f"{where}: {wrong}; {remedy}")
 
 
-def read_json(folder: Path, name: str) -> dict[str, Any]:
-    """Read a JSON object of at most ``MAX_JSON_BYTES``.
+@dataclass(frozen=True)
+class LoraFacts:
+    """What ``adapter_config.json`` says that changes what the adapter computes."""
+
+    rank: int
+    scaling: float
+    target_modules: frozenset[str] | None  # None: a pattern, or names of parts
+    fan_in_fan_out: bool
+
+
+def read_lora(folder: Path) -> tuple[Factors, LoraFacts]:
+    """Read a LoRA folder whose tensors agree with its config, unscaled.
 
     Raises:
-        PackError: a missing, too large or climbing file, or one that is no JSON object.
+        PackError: a damaged file, or an adapter that is not plain LoRA.
+    """
+    facts = _lora_facts(folder)
+    where = folder / ADAPTER_MODEL
+    factors = _pair(read_tensors(folder, ADAPTER_MODEL), where)
+    for module, delta in factors.items():
+        if delta.rank != facts.rank:
+            refuse(where, f"{module} has rank {delta.rank}, {ADAPTER_CONFIG} says r={facts.rank}")
+    return factors, facts
+
+
+def read_plain_lora(folder: str | Path) -> Factors:
+    """Read any plain LoRA adapter, by full module name, with its scaling folded into B.
+
+    For looking and judging only: without the sidecar there is no telling which row is which edit.
+
+    Raises:
+        PackError: a damaged file, or an adapter that is not plain LoRA.
+    """
+    factors, facts = read_lora(Path(folder))
+    return {name: LowRankDelta(d.A, d.B * facts.scaling) for name, d in factors.items()}
+
+
+def lora_state(factors: Mapping[str, LowRankDelta]) -> dict[str, Tensor]:
+    """The factors under PEFT's names; without a row, one zero row, since LoRA needs r >= 1."""
+    state = {}
+    for module, delta in factors.items():
+        A, B = delta.A, delta.B
+        if delta.rank == 0:
+            A, B = A.new_zeros(1, A.shape[1]), B.new_zeros(B.shape[0], 1)
+        state[f"base_model.model.{module}.lora_A.weight"] = A
+        state[f"base_model.model.{module}.lora_B.weight"] = B
+    return state
+
+
+def by_block(module: str) -> list[tuple[int, str]]:
+    """Sort key that puts block 2 before block 10."""
+    return [(len(part) if part.isdecimal() else 0, part) for part in module.split(".")]
+
+
+def read_json(folder: Path, name: str) -> dict[str, Any]:
+    """Read a JSON object of at most ``MAX_JSON_BYTES`` with finite numbers.
+
+    Raises:
+        PackError: as ``read_bytes``, or what is no such object.
     """
     data = read_bytes(folder, name, MAX_JSON_BYTES)
     return artefact.parse_json(data, folder / name, refuse)
@@ -89,9 +143,8 @@ def read_json_lines(folder: Path, name: str) -> list[tuple[int, dict[str, Any]]]
     Raises:
         PackError: as ``read_json``, with the number of the line.
     """
-    lines = read_bytes(folder, name, MAX_JSON_BYTES).split(b"\n")
     found = []
-    for number, line in enumerate(lines, start=1):
+    for number, line in enumerate(read_bytes(folder, name, MAX_JSON_BYTES).split(b"\n"), start=1):
         where = f"{folder / name}, line {number}"
         if len(line) > MAX_LINE_BYTES:
             refuse(where, f"{len(line)} bytes are more than the limit of {MAX_LINE_BYTES}")
@@ -103,11 +156,8 @@ def read_json_lines(folder: Path, name: str) -> list[tuple[int, dict[str, Any]]]
 def read_tensors(folder: Path, name: str) -> dict[str, Tensor]:
     """Read the tensors of a safetensors file, floating and finite, on the CPU in float32.
 
-    The file has at most ``MAX_TENSOR_BYTES``.
-
     Raises:
-        PackError: a missing, too large or climbing file, no safetensors file, another dtype, NaN
-            or infinity.
+        PackError: as ``read_bytes``, no safetensors file, another dtype, NaN or infinity.
     """
     tensors = artefact.parse_tensors(read_bytes(folder, name), folder / name, DTYPES, refuse)
     return {key: tensor.float() for key, tensor in tensors.items()}
@@ -131,12 +181,8 @@ def json_bytes(value: Mapping[str, Any], name: str) -> bytes:
     return _within(_dump(value, name, indent=2) + b"\n", MAX_JSON_BYTES, name)
 
 
-def json_lines_bytes(values: list[dict[str, Any]], name: str) -> bytes:
-    """JSON objects as the bytes of a file, one a line, within the limits that reading sets.
-
-    Raises:
-        PackError: a value that JSON cannot hold, or a line or file that would be over its limit.
-    """
+def json_lines_bytes(values: Iterable[dict[str, Any]], name: str) -> bytes:
+    """JSON objects as the bytes of a file, one a line; see ``json_bytes``."""
     lines = [_within(_dump(value, name), MAX_LINE_BYTES, f"{name}, a line") for value in values]
     return _within(b"".join(line + b"\n" for line in lines), MAX_JSON_BYTES, name)
 
@@ -156,96 +202,13 @@ def tensor_bytes(tensors: Mapping[str, Tensor], name: str, dtype: torch.dtype) -
     return save(rounded, metadata={"format": "pt"})
 
 
-@dataclass(frozen=True)
-class LoraFacts:
-    """What ``adapter_config.json`` says that changes what the adapter computes."""
-
-    rank: int
-    scaling: float
-    target_modules: frozenset[str] | None  # None: a pattern, or names of parts
-    fan_in_fan_out: bool
-
-
-def lora_state(factors: Mapping[str, LowRankDelta]) -> dict[str, Tensor]:
-    """The factors under PEFT's names; without a row, one zero row, since LoRA needs r >= 1."""
-    state = {}
-    for module, delta in factors.items():
-        A, B = delta.A, delta.B
-        if delta.rank == 0:
-            A, B = A.new_zeros(1, A.shape[1]), B.new_zeros(B.shape[0], 1)
-        state[f"base_model.model.{module}.lora_A.weight"] = A
-        state[f"base_model.model.{module}.lora_B.weight"] = B
-    return state
-
-
-def adapter_config_bytes(
-    factors: Factors, fan_in_fan_out: bool, base: Mapping[str, Any], others: Mapping[str, Any]
-) -> bytes:
-    """``adapter_config.json`` of a plain LoRA with scaling 1 and full module names.
-
-    Args:
-        factors: by full module name.
-        fan_in_fan_out: whether the base keeps these weights as (d_in, d_out).
-        base: ``base_model_name_or_path`` and ``revision``.
-        others: a LoRA config, whose fields are taken over where they are not set here.
-    """
-    rank = max(1, next(iter(factors.values())).rank)
-    own = {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "r": rank,
-        "lora_alpha": rank,
-        "target_modules": list(factors),
-        "fan_in_fan_out": fan_in_fan_out,
-        "bias": "none",
-        "lora_dropout": 0.0,
-        "init_lora_weights": True,
-        "use_rslora": False,
-        "inference_mode": True,
-    }
-    return json_bytes({**others, **base, **own}, ADAPTER_CONFIG)
-
-
-def read_lora(folder: Path) -> tuple[Factors, LoraFacts]:
-    """Read a LoRA folder whose tensors agree with its config, unscaled.
-
-    Raises:
-        PackError: a damaged file, or an adapter that is not plain LoRA.
-    """
-    facts = _read_facts(folder)
-    where = folder / ADAPTER_MODEL
-    factors = _pair(read_tensors(folder, ADAPTER_MODEL), where)
-    for module, delta in factors.items():
-        if delta.rank != facts.rank:
-            refuse(where, f"{module} has rank {delta.rank}, {ADAPTER_CONFIG} says r={facts.rank}")
-    return factors, facts
-
-
-def read_plain_lora(folder: str | Path) -> Factors:
-    """Read any plain LoRA adapter, by full module name, with its scaling folded into B.
-
-    For looking and judging only: without the sidecar there is no telling which row is which edit.
-
-    Raises:
-        PackError: a damaged file, or an adapter that is not plain LoRA.
-    """
-    factors, facts = read_lora(Path(folder))
-    return {name: LowRankDelta(d.A, d.B * facts.scaling) for name, d in factors.items()}
-
-
-def by_block(module: str) -> list[tuple[int, str]]:
-    """Sort key that puts block 2 before block 10."""
-    return [(len(part) if part.isdecimal() else 0, part) for part in module.split(".")]
-
-
-def _read_facts(folder: Path) -> LoraFacts:
+def _lora_facts(folder: Path) -> LoraFacts:
     raw = read_json(folder, ADAPTER_CONFIG)
     where = folder / ADAPTER_CONFIG
     if raw.get("peft_type") != "LORA":
         refuse(where, f"peft_type={raw.get('peft_type')!r} is not 'LORA'", _USE_PEFT)
     for name in sorted(set(raw) - _CHECKED - _NO_EFFECT):
-        allowed = _ALLOWED.get(name, (None, False, {}, []))
-        if raw[name] not in allowed:
+        if raw[name] not in _ALLOWED.get(name, (None, False, {}, [])):
             refuse(where, f"{name}={raw[name]!r} is more than plain LoRA", _USE_PEFT)
     rank: Any = raw.get("r")
     alpha: Any = raw.get("lora_alpha")
@@ -256,21 +219,17 @@ def _read_facts(folder: Path) -> LoraFacts:
     for name in ("fan_in_fan_out", "use_rslora"):
         if not isinstance(raw.get(name, False), bool):
             refuse(where, f"{name}={raw[name]!r} is neither true nor false")
+    modules = raw.get("target_modules")
+    if not isinstance(modules, (str, list, type(None))) or not all(
+        isinstance(name, str) for name in modules or ()
+    ):
+        refuse(where, f"target_modules={modules!r} is not a list of module names")
     return LoraFacts(
         rank=rank,
         scaling=alpha / (math.sqrt(rank) if raw.get("use_rslora") else rank),
-        target_modules=_target_modules(raw, where),
+        target_modules=frozenset(modules) if isinstance(modules, list) else None,
         fan_in_fan_out=raw.get("fan_in_fan_out", False),
     )
-
-
-def _target_modules(raw: Mapping[str, Any], where: Path) -> frozenset[str] | None:
-    given = raw.get("target_modules")
-    if given is None or isinstance(given, str):
-        return None
-    if not isinstance(given, list) or not all(isinstance(name, str) for name in given):
-        refuse(where, f"target_modules={given!r} is not a list of module names")
-    return frozenset(given)
 
 
 def _pair(tensors: Mapping[str, Tensor], where: Path) -> Factors:

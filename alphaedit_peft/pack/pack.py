@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -20,14 +20,7 @@ from alphaedit_peft.hub import Destination
 from alphaedit_peft.pack import card
 from alphaedit_peft.pack.compress import compress
 from alphaedit_peft.pack.export import Export, export
-from alphaedit_peft.pack.files import (
-    assembled,
-    locate,
-    push_pack,
-    read_fields,
-    read_steadily,
-    save_pack,
-)
+from alphaedit_peft.pack.files import locate, push_pack, read_pack, save_pack
 from alphaedit_peft.pack.format import Factors
 from alphaedit_peft.pack.join import join
 from alphaedit_peft.pack.remove import remove
@@ -60,6 +53,7 @@ class EditPack(PackValue):
     """
 
     config: AlphaEditConfig
+    options: ClassVar = AlphaEditConfig
 
     def adapter_config(self, factors: Factors) -> dict[str, Any]:
         """The config of a plain LoRA with these factors, as the installed PEFT writes it."""
@@ -81,12 +75,7 @@ class EditPack(PackValue):
             FileNotFoundError: no such folder, or one without sidecar: a plain LoRA.
             PackError: a file that is damaged or does not fit the others.
         """
-
-        def read(folder: Path) -> EditPack:
-            fields = read_fields(folder, AlphaEditConfig)
-            return assembled(folder, lambda: cls(**fields))
-
-        return read_steadily(locate(path_or_repo, revision, token, subfolder), read)
+        return read_pack(locate(path_or_repo, revision, token, subfolder), cls)
 
     def save_pretrained(self, folder: str | Path, *, dtype: torch.dtype | None = None) -> None:
         """Write the pack as a folder, in one step: readers see the old folder or the new one.
@@ -101,7 +90,7 @@ class EditPack(PackValue):
             FileExistsError: ``folder`` is a file.
             OSError: the disk is full, or a right is missing; what was there before is untouched.
         """
-        save_pack(self, folder, dtype=dtype)
+        save_pack(self, folder, dtype)
 
     def push_to_hub(  # noqa: PLR0913
         self,

@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
@@ -121,6 +121,7 @@ class PackValue(ABC):
     ``dataclasses.replace`` and the functions of this package keep the class they are given.
     """
 
+    options: ClassVar[type[EditOptions]]  # the class of ``config``
     factors: Factors
     config: EditOptions
     records: tuple[EditRecord, ...] = ()
