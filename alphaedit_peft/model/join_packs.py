@@ -32,7 +32,7 @@ from alphaedit_peft.model.stack import (
     refuse_common,
 )
 from alphaedit_peft.pack import EditPack, EditRecord
-from alphaedit_peft.pack.compatible import check_beside
+from alphaedit_peft.pack.compatible import check_fit
 from alphaedit_peft.pack.conflicts import check_rule, says
 from alphaedit_peft.pack.record import asked
 from alphaedit_peft.pack.value import require_rows
@@ -103,7 +103,7 @@ def _own_edits(adapter: Adapter, parents: Sequence[Parent], first: int) -> Packs
 def _check_joinable(model: EditedModel, name: str, pack: EditPack) -> None:
     require_rows(pack.compression, f"join it ({name})")
     try:
-        check_beside(pack, model.get_base_model(), model.base_fingerprint, False)
+        check_fit(pack, model.get_base_model(), pack.modules, model.base_fingerprint)
     except ValueError as error:
         raise ValueError(f"{name} cannot be joined: {error}") from None
     if not edits_same_modules(model, pack):

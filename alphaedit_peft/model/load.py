@@ -21,12 +21,13 @@ from alphaedit_peft.algebra import LowRankDelta
 from alphaedit_peft.config import AlphaEditConfig
 from alphaedit_peft.devices import keeps_elsewhere
 from alphaedit_peft.editing.state import Journal
+from alphaedit_peft.fingerprint import fingerprint
 from alphaedit_peft.model import lora_layer
 from alphaedit_peft.model.adapter import EditedModel, make_adapter
 from alphaedit_peft.model.rollback import loaded_or_not
 from alphaedit_peft.model.stack import loaded, needed, require_parents, require_top
 from alphaedit_peft.pack import EditPack
-from alphaedit_peft.pack.compatible import check_beside, check_fit, check_plain
+from alphaedit_peft.pack.compatible import check_fit, check_shape
 from alphaedit_peft.pack.files import locate, read_steadily
 from alphaedit_peft.pack.format import ADAPTER_CONFIG, PackError, read_lora
 
@@ -59,7 +60,12 @@ def wrap_with_pack(
     except FileNotFoundError as error:
         return _wrap_with_plain_lora(wrap, base, model_id, where, error)
     full, architecture = pack.config.resolve(base)
-    check_fit(pack, base, full.rewrite_layers or (), architecture, allow_base_mismatch)
+    layers = full.rewrite_layers or ()
+    modules = [architecture.rewrite_name(layer) for layer in layers]
+    own = None
+    if pack.base is not None and not allow_base_mismatch:
+        own = fingerprint(base, max(layers), architecture)
+    check_fit(pack, base, modules, own)
     require_parents("this pack", pack.parents, [], [], missing_parents)
     model = wrap(base, pack.config)
     name = model.active_adapters[0]
@@ -115,7 +121,8 @@ def load_adapter(
     require_top(model, adapter_name)
     base = model.get_base_model()
     if pack is not None:
-        check_beside(pack, base, model.base_fingerprint, allow_base_mismatch)
+        own = None if allow_base_mismatch else model.base_fingerprint
+        check_fit(pack, base, pack.modules, own)
         _require_same_place(base, pack, adapter_name)
         beside = [name for name in model.active_adapters if name != adapter_name]
         _require_parents(model, "this pack", pack.parents, beside, missing_parents)
@@ -196,7 +203,11 @@ def _wrap_with_plain_lora(
     if not (folder / ADAPTER_CONFIG).is_file():
         raise error
     factors, _ = read_steadily(folder, read_lora)
-    check_plain(factors, base, folder)
+    for name, delta in factors.items():
+        try:
+            check_shape(name, delta, base)
+        except ValueError as error:
+            raise PackError(f"{folder}: {error}") from None
     lora_config = LoraConfig.from_pretrained(str(folder))
     lora_config.inference_mode = True
     lora_config.target_modules = set(factors)

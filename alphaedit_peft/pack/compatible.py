@@ -8,17 +8,15 @@ edits into; or a sentence: another base, another null space, missing modules, ot
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from alphaedit_peft.algebra import LowRankDelta
-from alphaedit_peft.architecture import Architecture
-from alphaedit_peft.fingerprint import BaseFingerprint, fingerprint, require_same_base
-from alphaedit_peft.pack.format import Factors, PackError
+from alphaedit_peft.fingerprint import BaseFingerprint, require_same_base
+from alphaedit_peft.pack.format import Factors
 from alphaedit_peft.pack.value import Pack, PackValue, require_projected
 
 LAYERS = ("same", "union")
@@ -28,76 +26,57 @@ _STATISTICS = ("digest", "threshold", "mode")  # of the null space, that rows de
 def check_fit(
     pack: PackValue,
     model: nn.Module,
-    layers: Sequence[int],
-    architecture: Architecture,
-    allow_base_mismatch: bool,
+    modules: Iterable[str],
+    own: BaseFingerprint | None,
 ) -> None:
-    """Refuse a pack that does not fit a bare model.
+    """Refuse a pack that does not fit a model, in which LoRA layers may stand already.
 
     Args:
         pack: the pack to load.
-        model: the bare base model.
-        layers: that the pack's config rewrites in this model.
-        architecture: where the model keeps them.
-        allow_base_mismatch: whether another base of the same shapes will do.
+        model: the base model.
+        modules: full names of those that the pack has to have, and the model.
+        own: the model's fingerprint, of the bare base; None where another base will do.
 
     Raises:
-        ValueError: another base, modules the pack lacks, or other shapes.
+        ValueError: another base, modules that one of them lacks, or other shapes.
     """
-    if pack.base is not None and not allow_base_mismatch:
-        require_same_base(pack.base, fingerprint(model, max(layers), architecture), "this pack")
-    for layer in layers:
-        name = architecture.rewrite_name(layer)
+    if pack.base is not None and own is not None:
+        require_same_base(pack.base, own, "this pack")
+    for name in modules:
         if name not in pack.factors:
             raise ValueError(f"this pack has no factors for {name}; it edits {pack.modules}")
-        _check_shape(name, pack.factors[name], model)
+        check_shape(name, pack.factors[name], model)
 
 
-def check_beside(
-    pack: PackValue, model: nn.Module, own: BaseFingerprint, allow_base_mismatch: bool
-) -> None:
-    """Refuse a pack that does not fit a model which carries other adapters already.
-
-    Args:
-        pack: the pack to load.
-        model: the base model; LoRA layers may stand in it.
-        own: its fingerprint, taken while it was bare.
-        allow_base_mismatch: whether another base of the same shapes will do.
+def check_shape(name: str, delta: LowRankDelta, model: nn.Module) -> None:
+    """Refuse factors whose module, by its full name, the model lacks or has in another shape.
 
     Raises:
-        ValueError: another base, or other shapes.
+        ValueError: says which shapes differ.
     """
-    if pack.base is not None and not allow_base_mismatch:
-        require_same_base(pack.base, own, "this pack")
-    for name, delta in pack.factors.items():
-        _check_shape(name, delta, model)
-
-
-def check_plain(factors: Factors, model: nn.Module, folder: Path) -> None:
-    """Refuse a plain LoRA that does not fit a bare model.
-
-    Args:
-        factors: by full module name.
-        model: the bare base model.
-        folder: where they come from, for the message.
-
-    Raises:
-        PackError: a module that the model lacks, or one of another shape.
-    """
-    for name, delta in factors.items():
-        try:
-            _check_shape(name, delta, model)
-        except ValueError as error:
-            raise PackError(f"{folder}: {error}") from None
+    wanted = (delta.B.shape[0], delta.A.shape[1])
+    try:
+        module: Any = model.get_submodule(name)
+    except AttributeError:
+        module = None
+    module = module.get_base_layer() if hasattr(module, "get_base_layer") else module
+    weight: Any = getattr(module, "weight", None)
+    if weight is None:
+        raise ValueError(
+            f"this adapter changes {name}, which this {type(model).__name__} has not; load it "
+            "onto the base model it was made for"
+        )
+    shape = tuple(weight.shape)
+    shape = shape[::-1] if type(module).__name__ == "Conv1D" else shape
+    if weight.is_floating_point() and shape != wanted:
+        raise ValueError(
+            f"this pack changes {name} of shape {wanted}, and this model's is {shape}; load "
+            "it onto the base model it was made for"
+        )
 
 
 def require_joinable(packs: Sequence[Pack], names: Sequence[str], layers: str) -> Pack:
-    """Check that packs go together.
-
-    Args:
-        packs: at least one.
-        names: of the packs.
-        layers: ``same`` or ``union``, of the packs' modules.
+    """Check that packs, by these names, go together; ``layers`` is ``same`` or ``union``.
 
     Returns:
         The first pack that holds edits, or else the first, emptied; with the modules of all.
@@ -127,41 +106,17 @@ def require_joinable(packs: Sequence[Pack], names: Sequence[str], layers: str) -
     return _emptied(first, packs, names)
 
 
-def _check_shape(name: str, delta: LowRankDelta, model: nn.Module) -> None:
-    wanted = (delta.B.shape[0], delta.A.shape[1])
-    try:
-        module: Any = model.get_submodule(name)
-    except AttributeError:
-        module = None
-    module = module.get_base_layer() if hasattr(module, "get_base_layer") else module
-    weight: Any = getattr(module, "weight", None)
-    if weight is None:
-        raise ValueError(
-            f"this adapter changes {name}, which this {type(model).__name__} has not; load it "
-            "onto the base model it was made for"
-        )
-    shape = tuple(weight.shape)
-    shape = shape[::-1] if type(module).__name__ == "Conv1D" else shape
-    if weight.is_floating_point() and shape != wanted:
-        raise ValueError(
-            f"this pack changes {name} of shape {wanted}, and this model's is {shape}; load "
-            "it onto the base model it was made for"
-        )
-
-
 def _same_base(one: PackValue, other: PackValue, pair: str) -> None:
     if one.fan_in_fan_out != other.fan_in_fan_out:
         raise ValueError(f"{pair} are of different bases: one keeps its weights transposed")
     same = None if one.base is None or other.base is None else one.base.matches(other.base)
-    if same is None:
+    if one.base is None or other.base is None or same is None:
         warnings.warn(
             f"whether {pair} are of one base is not known: a fingerprint is missing, or was taken "
             "of quantised weights",
             stacklevel=6,
         )
     elif not same:
-        assert one.base is not None, "compared above"
-        assert other.base is not None, "compared above"
         raise ValueError(
             f"{pair} are of different bases: {one.base.describe_mismatch(other.base)}; only edits "
             "of one base can be joined"
@@ -189,29 +144,25 @@ def _same_null_space(one: PackValue, other: PackValue, pair: str) -> None:
 
 
 def _emptied(first: Pack, packs: Sequence[Pack], names: Sequence[str]) -> Pack:
-    factors: dict[str, LowRankDelta] = {}
+    factors: Factors = {}
     for name, pack in zip(names, packs, strict=True):
         for module, delta in pack.factors.items():
             empty = delta.first(0)
             known = factors.setdefault(module, empty)
-            shapes = [(d.B.shape[0], d.A.shape[1]) for d in (known, empty)]
-            if shapes[0] != shapes[1]:
+            there, here = ((d.B.shape[0], d.A.shape[1]) for d in (known, empty))
+            if there != here:
                 raise ValueError(
-                    f"{module} is {shapes[1]} in {name} and {shapes[0]} in another pack; only "
+                    f"{module} is {here} in {name} and {there} in another pack; only "
                     "edits of one base can be joined"
                 )
-    config = first.config
-    union = sorted({layer for pack in packs for layer in pack.config.rewrite_layers or ()})
-    if union and config.rewrite_layers != union:
-        config = replace(config, rewrite_layers=union)
+    layers = sorted({layer for pack in packs for layer in pack.config.rewrite_layers or ()})
     bases = [pack.base for pack in packs if pack.base is not None]
-    furthest = max(bases, key=lambda base: base.last_layer, default=None)
     return replace(
         first,
         factors=factors,
         records=(),
         targets=None,
-        config=config,
-        base=furthest,
+        config=replace(first.config, rewrite_layers=layers) if layers else first.config,
+        base=max(bases, key=lambda base: base.last_layer, default=None),
         compression=None,
     )
