@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from statistics import mean, median
 from typing import Any
 
@@ -23,14 +24,13 @@ from alphaedit_peft.algebra import LowRankDelta
 from alphaedit_peft.config import AlphaEditConfig
 from alphaedit_peft.devices import held
 from alphaedit_peft.editing.batch import edit_batch
-from alphaedit_peft.editing.contexts import sample_contexts
 from alphaedit_peft.editing.report import EditReport
-from alphaedit_peft.editing.runner import PHASES, Phases, Runner
-from alphaedit_peft.editing.state import EditState
+from alphaedit_peft.editing.runner import PHASES, Phases
 from alphaedit_peft.edits import Edit
 from alphaedit_peft.metric import kind
-from alphaedit_peft.model import AlphaEditModel, get_alphaedit_model, lora_layer
-from alphaedit_peft.settings import Settings
+from alphaedit_peft.model import AlphaEditModel, get_alphaedit_model
+from alphaedit_peft.model.adapter import adapter_of
+from alphaedit_peft.model.prepare import running
 from alphaedit_peft.studies.base import dtype_name
 from alphaedit_peft.studies.benchmark.machine import (
     CountedPhases,
@@ -132,13 +132,11 @@ class TimedRuns:
         config = replace(config or subject.config, objective=objective)
         needed = kind(objective).needs(config)
         space = given.null_space if "null_space" in needed else None
+        names = ("threshold", "threshold_mode")
+        own: dict[str, Any] = {name: getattr(space, name, None) for name in names}
         model = get_alphaedit_model(
             subject.model,
-            replace(
-                config,
-                threshold=None if space is None else space.threshold,
-                threshold_mode=None if space is None else space.threshold_mode,
-            ),
+            replace(config, **own),
             tokenizer=subject.tokenizer,
             null_space=space,
             key_moments=given.key_moments if "key_moments" in needed else None,
@@ -163,11 +161,9 @@ class TimedRuns:
         with self.wrapped(objective) as model:
             for start in range(0, len(edits), self.plan.edits):
                 batch = edits[start : start + self.plan.edits]
+                work = partial(model.edit, batch, len(batch), progress=False)
                 with PeakMemory(self.subject.device) as memory:
-                    report, total = clocked(
-                        lambda batch=batch: model.edit(batch, len(batch), progress=False),  # type: ignore[misc]
-                        self.subject.device,
-                    )
+                    report, total = clocked(work, self.subject.device)
                 rows = max((layer.rank for layer in report.layers), default=0)
                 timings.append(Timing(report, total, memory.above, rows - _new_rows(report)))
                 self.exact_memory = self.exact_memory and memory.exact
@@ -177,41 +173,22 @@ class TimedRuns:
     def counted(self, objective: str, edits: Sequence[Edit], rates: Mapping[str, float]) -> Floor:
         """The floor of a batch, whose operations are counted in a run of its own."""
         self.say(f"{objective}, counting operations")
-        counter, base = OperationCounter(), self.subject.model
+        counter = OperationCounter()
         phases = CountedPhases(counter)
-        with self.wrapped(objective) as model:
-            architecture = model.architecture
-
-            def write(layer: int, delta: LowRankDelta) -> None:
-                module = base.get_submodule(architecture.rewrite_name(layer))
-                lora_layer.write_factors(module, "default", delta)
-
+        with self.wrapped(objective) as model, ExitStack() as stack:
+            adapter = adapter_of(model, None)
             with counter, phases.timed("contexts"):
-                contexts = self.contexts(model)
-            runner = self.runner(model, contexts, phases)
-            metric = model.resources.find_metric(model.alphaedit_config, model.base_fingerprint)
-            state = EditState(model.factors, (), torch.zeros(0, model.config.hidden_size))
+                runner, metric = stack.enter_context(running(model, adapter))
+            runner = replace(runner, phases=phases)
             rows = [runner.renderer.edit_rows(edit, runner.contexts) for edit in edits]
-            with hooks.evaluating(base), counting_tokens(base, architecture) as seen, counter:
-                edit_batch(runner, metric, state, rows, write)
-        return _floor(counter, seen.total() / architecture.num_blocks, rates)
-
-    def contexts(self, model: AlphaEditModel) -> tuple[str, ...]:
-        """The contexts that the timed runs sample too."""
-        base, config = self.subject.model, model.alphaedit_config
-        with hooks.evaluating(base), model.disable_adapter():
-            return sample_contexts(base, self.subject.tokenizer, config)
-
-    def runner(self, model: AlphaEditModel, contexts: tuple[str, ...], phases: Phases) -> Runner:
-        """What a batch is made with."""
-        config, base = Settings.of(model.alphaedit_config), self.subject.model
-        return Runner(base, self.subject.tokenizer, config, model.architecture, contexts, phases)
+            with counting_tokens(runner.model, runner.architecture) as seen, counter:
+                edit_batch(runner, metric, adapter.state(), rows, adapter.write)
+        return _floor(counter, seen.total() / runner.architecture.num_blocks, rates)
 
     def rates(self) -> dict[str, float]:
         """Matrix rates in the model's dtype, in autocast's, and in those of the solves."""
         names = {dtype_name(self.subject.weights.dtype), "float32", "float64"}
-        autocast = getattr(self.subject.config, "autocast", None)
-        names |= {autocast} if autocast else set()
+        names |= {self.subject.config.autocast or "float32"}
         return {n: matrix_rate(getattr(torch, n), self.subject.device) for n in sorted(names)}
 
 
@@ -232,15 +209,12 @@ class PlainWay:
     """Some of the edits the plain way: timed as often as asked, then counted."""
 
     def __init__(self, runs: TimedRuns, edits: Sequence[Edit]) -> None:
-        self._over = runs
-        with runs.wrapped("alphaedit") as model:
-            self._config = Settings.of(model.alphaedit_config)
-            self._architecture = model.architecture
-            contexts = runs.contexts(model)
-            renderer = runs.runner(model, contexts, Phases()).renderer
-        self._rows = [renderer.edit_rows(edit, contexts) for edit in edits]
+        self._over, self._memory = runs, 0
         self._runs: list[Mapping[str, float]] = []
-        self._memory = 0
+        with runs.wrapped("alphaedit") as model, running(model, adapter_of(model, None)) as found:
+            self._settings, self._architecture = found[0].settings, found[0].architecture
+            rows = found[0].renderer.edit_rows
+            self._rows = [rows(edit, found[0].contexts) for edit in edits]
 
     def run(self) -> None:
         """Make the edits once, and take the time."""
@@ -264,7 +238,7 @@ class PlainWay:
 
     def _edit(self, phases: Phases) -> None:
         model, space = self._over.subject.model, self._over.statistics.null_space
-        plain = PlainModel.of(model, self._config, self._architecture, space)
+        plain = PlainModel.of(model, self._settings, self._architecture, space)
         with hooks.evaluating(model), plain.weights_kept():
             plain.edit_batch(self._rows, phases)
 
@@ -312,7 +286,7 @@ def _head(runs: TimedRuns) -> dict[str, Any]:
             "parameters": sum(weight.numel() for weight in weights),
             "bytes": sum(weight.nbytes for weight in weights),
             "dtype": dtype_name(subject.weights.dtype),
-            "autocast": getattr(full, "autocast", None),
+            "autocast": full.autocast,
         },
         "settings": {name: getattr(full, name) for name in SETTINGS},
         "statistics": runs.statistics.origin,
@@ -383,10 +357,9 @@ def _round(subject: Subject, row: Tensor, ranks: Sequence[int]) -> dict[tuple[st
 
 def _fill(model: AlphaEditModel, rank: int) -> None:
     """Random factors of a rank, whose update is as large as the weight."""
-    random = torch.Generator().manual_seed(rank)
-    for layer in lora_layer.lora_layers(model).values():
-        weight = held(layer.get_base_layer(), "weight")
+    random, adapter = torch.Generator().manual_seed(rank), adapter_of(model, None)
+    for number, layer in adapter.layers.items():
         A = torch.randn(rank, layer.in_features, generator=random)
         B = torch.randn(layer.out_features, rank, generator=random)
-        B *= float(weight.float().std()) / rank**0.5
-        lora_layer.write_factors(layer, "default", LowRankDelta(A, B))
+        B *= float(held(layer.get_base_layer(), "weight").float().std()) / rank**0.5
+        adapter.write(number, LowRankDelta(A, B))

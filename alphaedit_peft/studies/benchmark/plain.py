@@ -2,15 +2,14 @@
 
 In: a bare model, tokenised edits, dense projectors. Out: target values z and changed weights, with
 the seconds of each part: what the editing path of this package is measured against. It does what
-the public code does (paper Eq. 11-14, MEMIT Eq. 16), with two things left out that would only make
-it slower: the head runs once a step there twice, and the keys for the cache are those of the solve,
-collected a second time there.
+the public code does (paper Eq. 11-14, MEMIT Eq. 16) but two things that would only make it slower:
+there the head runs twice a step, and keys for the cache are collected a second time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -30,40 +29,41 @@ ROWS_AT_ONCE = 512  # prompts in one forward for keys
 
 @dataclass(frozen=True, eq=False)
 class PlainModel:
-    """A bare model to be edited the plain way; ``config`` is resolved.
+    """A bare model to be edited the plain way.
 
     ``projectors`` are P and ``caches`` the sums of k k^T of earlier batches, both (d_in, d_in) by
     layer; ``edit_batch`` adds to the caches.
     """
 
     model: nn.Module
-    config: Settings
+    settings: Settings
     architecture: Architecture
     projectors: Mapping[int, Tensor]
     caches: Mapping[int, Tensor]
 
     @classmethod
     def of(
-        cls,
-        model: nn.Module,
-        config: Settings,
-        architecture: Architecture,
-        null_space: NullSpace,
+        cls, model: nn.Module, settings: Settings, architecture: Architecture, space: NullSpace
     ) -> PlainModel:
         """Write a null space out as dense projectors, beside empty caches."""
         projectors = {}
-        for layer in config.rewrite_layers or ():
+        for layer in settings.rewrite_layers:
             module = model.get_submodule(architecture.rewrite_name(layer))
             wide = torch.promote_types(held(module, "weight").dtype, torch.float32)
-            identity = torch.eye(null_space.width(layer), dtype=wide, device=computes_on(module))
-            projectors[layer] = null_space.project(layer, identity)
+            identity = torch.eye(space.width(layer), dtype=wide, device=computes_on(module))
+            projectors[layer] = space.project(layer, identity)
         caches = {layer: torch.zeros_like(P) for layer, P in projectors.items()}
-        return cls(model, config, architecture, projectors, caches)
+        return cls(model, settings, architecture, projectors, caches)
 
     @property
     def layers(self) -> tuple[int, ...]:
         """The rewrite layers, ascending."""
-        return tuple(self.config.rewrite_layers or ())
+        return tuple(self.settings.rewrite_layers)
+
+    @property
+    def block(self) -> str:
+        """The last rewrite layer's block, after which z is optimised."""
+        return self.architecture.block_name(self.layers[-1])
 
     @property
     def device(self) -> torch.device:
@@ -119,73 +119,79 @@ class PlainModel:
                 self.caches[layer].add_(keys.T @ keys)
         return targets
 
-    def update(self, layer: int, keys: Tensor, residuals: Tensor) -> Tensor:
-        """Delta (d_out, d_in) for keys (n, d_in) and residuals (n, d_out): paper Eq. 14.
+    @torch.enable_grad()
+    def target_value(self, rows: EditRows) -> Tensor:
+        """z of one edit, (d,): Adam on a vector added at the subject (MEMIT Eq. 16)."""
+        settings, search = self.settings, _Search(self, rows)
+        loss = search.loss()  # tells h, which the learning rate may depend on
+        size = search.start.norm()
+        relative = settings.learning_rate_mode == "relative"
+        scale = float(size) / len(search.start) ** 0.5 if relative else 1.0
+        adam = torch.optim.Adam([search.delta], lr=settings.learning_rate * scale)
+        for _ in range(settings.steps - 1):
+            if settings.stop_loss is not None and float(loss.detach()) < settings.stop_loss:
+                break
+            search.delta.grad = torch.autograd.grad(loss, search.delta)[0]  # no weight's
+            adam.step()
+            with torch.no_grad():
+                bound, norm = settings.clamp_factor * size, search.delta.norm()
+                if norm > bound:
+                    search.delta.mul_(bound / norm)
+            loss = search.loss()
+        return (search.start + search.delta).detach()
 
-        Solves (P (Kp Kp^T + K K^T) + lambda I) X = P K R^T, with keys as columns; Delta = X^T.
-        """
-        P, ridge = self.projectors[layer], self.config.ridge
-        K = keys.T.to(P)  # (d_in, n)
-        left = P @ (K @ K.T + self.caches[layer])  # (d_in, d_in)
-        left.diagonal().add_(ridge)
-        return torch.linalg.solve(left, P @ K @ residuals.to(P)).T
-
-    @torch.no_grad()
     def mean_keys(self, edits: Sequence[EditRows], layer: int) -> Tensor:
         """Half the bare prompt's key and half the mean over contexts, (edits, d_in)."""
         rows = [row for edit in edits for row in edit.rows]
-        found = torch.cat(list(self._inputs(rows, self.architecture.rewrite_name(layer))))
+        name = [self.architecture.rewrite_name(layer)]
+        found = self._at_subjects(
+            rows, lambda see: hooks.watching_inputs(self.model, name, lambda _, keys: see(keys))
+        )
         means = []
         for part in found.split([len(edit.rows) for edit in edits]):
             bare, others = part[0], part[1:]
             means.append((bare + others.mean(0)) / 2 if len(others) else bare)
         return torch.stack(means)
 
-    @torch.no_grad()
     def hidden(self, rows: Sequence[TokenRow]) -> Tensor:
         """Hidden states at the subject after the last rewrite layer, (rows, d)."""
-        seen: list[Tensor] = []
-        block, parts = self.architecture.block_name(self.layers[-1]), []
-        for part in _parts(rows):
-            with hooks.watching_output(
-                self.model, block, lambda o: seen.append(hooks.hidden_of(o))
-            ):
-                self.model(**padded([row.ids for row in part], self.device), use_cache=False)
-            parts.append(_at_subjects(seen.pop(), part))
-        return torch.cat(parts)
+        return self._at_subjects(
+            rows,
+            lambda see: hooks.watching_output(
+                self.model, self.block, lambda output: see(hooks.hidden_of(output))
+            ),
+        )
 
-    def _inputs(self, rows: Sequence[TokenRow], module: str) -> Iterator[Tensor]:
-        """Inputs of a module at the subjects of the rows, by a forward through the model."""
-        seen: dict[str, Tensor] = {}
-        for part in _parts(rows):
-            with hooks.watching_inputs(self.model, [module], seen.__setitem__):
+    @torch.no_grad()
+    def _at_subjects(
+        self,
+        rows: Sequence[TokenRow],
+        watching: Callable[[Callable[[Tensor], None]], AbstractContextManager[None]],
+    ) -> Tensor:
+        """What a hook sees at each row's subject in a forward, (rows, d), float32 or better."""
+        found = []
+        for start in range(0, len(rows), ROWS_AT_ONCE):
+            part, seen = rows[start : start + ROWS_AT_ONCE], list[Tensor]()
+            with watching(seen.append):
                 self.model(**padded([row.ids for row in part], self.device), use_cache=False)
-            values = seen[module]
+            values = seen[-1]
             if values.ndim == 2:  # families whose blocks flatten it
                 values = values.unflatten(0, (len(part), -1))
-            yield _at_subjects(values, part)
+            places = torch.tensor([row.subject_last for row in part], device=values.device)
+            found.append(values[torch.arange(len(part), device=values.device), places])
+        together = torch.cat(found)
+        return together.to(torch.promote_types(together.dtype, torch.float32))
 
-    @torch.enable_grad()
-    def target_value(self, rows: EditRows) -> Tensor:
-        """z of one edit, (d,): Adam on a vector added at the subject (MEMIT Eq. 16)."""
-        config = self.config
-        search = _Search(self, rows)
-        loss = search.loss()  # tells h, which the learning rate may depend on
-        size = search.start.norm()
-        relative = config.learning_rate_mode == "relative"
-        scale = float(size) / len(search.start) ** 0.5 if relative else 1.0
-        adam = torch.optim.Adam([search.delta], lr=config.learning_rate * scale)
-        for _ in range(config.steps - 1):
-            if config.stop_loss is not None and float(loss.detach()) < config.stop_loss:
-                break
-            search.delta.grad = torch.autograd.grad(loss, search.delta)[0]  # no weight's
-            adam.step()
-            with torch.no_grad():
-                bound, norm = config.clamp_factor * size, search.delta.norm()
-                if norm > bound:
-                    search.delta.mul_(bound / norm)
-            loss = search.loss()
-        return (search.start + search.delta).detach()
+    def update(self, layer: int, keys: Tensor, residuals: Tensor) -> Tensor:
+        """Delta (d_out, d_in) for keys (n, d_in) and residuals (n, d_out): paper Eq. 14.
+
+        Solves (P (Kp Kp^T + K K^T) + lambda I) X = P K R^T, with keys as columns; Delta = X^T.
+        """
+        P = self.projectors[layer]
+        K = keys.T.to(P)  # (d_in, n)
+        left = P @ (K @ K.T + self.caches[layer])  # (d_in, d_in)
+        left.diagonal().add_(self.settings.ridge)
+        return torch.linalg.solve(left, P @ K @ residuals.to(P)).T
 
 
 class _Search:
@@ -193,10 +199,10 @@ class _Search:
 
     def __init__(self, plain: PlainModel, rows: EditRows) -> None:
         self.plain, self.rows = plain, rows
-        ids = [row.scoring_ids for row in rows.rows] + [rows.kl_row.ids]
+        every = [*rows.rows, rows.kl_row]
+        ids = [*(row.scoring_ids for row in rows.rows), rows.kl_row.ids]
         self.inputs = padded(ids, plain.device)
-        places = [row.subject_last for row in rows.rows] + [rows.kl_row.subject_last]
-        self.subjects = torch.tensor(places, device=plain.device)
+        self.subjects = torch.tensor([row.subject_last for row in every], device=plain.device)
         weight: Tensor = plain.model.get_input_embeddings().weight  # type: ignore[operator]
         wide = torch.promote_types(weight.dtype, torch.float32)
         self.delta = torch.zeros(
@@ -208,7 +214,7 @@ class _Search:
 
     def loss(self) -> Tensor:
         """-log P(target), the KL term and the decay, at the vector as it is."""
-        config = self.plain.config
+        settings = self.plain.settings
         log_probs = self._log_probs()  # (rows, tokens, vocab)
         losses = []
         for i, row in enumerate(self.rows.rows):
@@ -219,13 +225,14 @@ class _Search:
         if self.initial is None:
             self.initial = now.detach()
         divergence = (now.exp() * (now - self.initial)).sum()
-        decay = config.weight_decay * self.delta.norm() / self.start.norm() ** 2
-        return torch.stack(losses).mean() + config.kl_factor * divergence + decay
+        decay = settings.weight_decay * self.delta.norm() / self.start.norm() ** 2
+        return torch.stack(losses).mean() + settings.kl_factor * divergence + decay
 
     def _log_probs(self) -> Tensor:
-        block = self.plain.architecture.block_name(self.plain.layers[-1])
-        with hooks.changing_outputs(self.plain.model, {block: self._moved}), _autocast(self.plain):
-            logits = self.plain.model(**self.inputs, use_cache=False).logits
+        plain, name = self.plain, self.plain.settings.autocast
+        narrow = torch.autocast(plain.device.type, getattr(torch, name)) if name else nullcontext()
+        with hooks.changing_outputs(plain.model, {plain.block: self._moved}), narrow:
+            logits = plain.model(**self.inputs, use_cache=False).logits
         return logits.to(self.delta.dtype).log_softmax(-1)
 
     def _moved(self, hidden: Tensor) -> Tensor:
@@ -236,26 +243,3 @@ class _Search:
         moved = hidden.clone()
         moved[rows, self.subjects] += self.delta.to(hidden)
         return moved
-
-
-@contextmanager
-def _autocast(plain: PlainModel) -> Iterator[None]:
-    """The config's autocast, where it has one."""
-    name = getattr(plain.config, "autocast", None)
-    if name is None:
-        yield
-        return
-    with torch.autocast(plain.device.type, dtype=getattr(torch, name)):
-        yield
-
-
-def _parts(rows: Sequence[TokenRow]) -> Iterator[Sequence[TokenRow]]:
-    for start in range(0, len(rows), ROWS_AT_ONCE):
-        yield rows[start : start + ROWS_AT_ONCE]
-
-
-def _at_subjects(values: Tensor, rows: Sequence[TokenRow]) -> Tensor:
-    """What stands at each row's subject, (rows, d), float32 or better."""
-    places = torch.tensor([row.subject_last for row in rows], device=values.device)
-    found = values[torch.arange(len(rows), device=values.device), places]
-    return found.to(torch.promote_types(found.dtype, torch.float32))
