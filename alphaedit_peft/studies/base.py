@@ -10,7 +10,7 @@ import hashlib
 import json
 import platform
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from alphaedit_peft import artefact
 from alphaedit_peft.config import AlphaEditConfig
 from alphaedit_peft.evaluation import Judging, Scores, Suite, evaluate
 from alphaedit_peft.fingerprint import fingerprint
@@ -27,13 +28,9 @@ from alphaedit_peft.nullspace import KeyMoments, NullSpace
 
 @dataclass(frozen=True, eq=False)
 class Base:
-    """An unedited model, and the statistics that methods need.
+    """An unedited model from transformers, and the statistics that methods need.
 
-    Attributes:
-        model: from transformers, bare.
-        tokenizer: its fast tokenizer.
-        null_space: for what projects.
-        key_moments: for MEMIT and ROME.
+    ``tokenizer`` is a fast one; what projects takes the null space, MEMIT and ROME key moments.
     """
 
     model: nn.Module
@@ -93,6 +90,20 @@ class Study:
     generate: bool = False
     data: Mapping[str, Any] = field(default_factory=dict)
 
+    def judge(
+        self, model: nn.Module, suite: Suite, results: Path | None, before: Scores | None = None
+    ) -> Scores:
+        """A model judged over a suite in this study's way; see ``evaluate``."""
+        return evaluate(
+            model,
+            self.base.tokenizer,
+            suite,
+            baseline=before,
+            generate=self.generate,
+            results=results,
+            how=self.how,
+        )
+
     def provenance(self) -> dict[str, Any]:
         """All that the numbers depend on but method and schedule, as plain JSON values."""
         full, architecture = self.config.resolve(self.base.model)
@@ -112,10 +123,34 @@ class Study:
         }
 
 
+def judged_before(study: Study, folder: Path) -> Scores:
+    """The unedited model's scores on all cases; kept in ``before.json`` and read from there.
+
+    Raises:
+        ValueError: the file is of another study.
+    """
+    path, made_of = folder / "before.json", json.loads(json.dumps(study.provenance()))
+    if path.exists():
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if found["study"] != made_of:
+            wrong = [name for name in made_of if found["study"].get(name) != made_of[name]]
+            raise ValueError(
+                f"{path} is of another study: {', '.join(wrong)} differ; name another folder"
+            )
+        return Scores.from_json(found["scores"])
+    folder.mkdir(parents=True, exist_ok=True)
+    scores = study.judge(study.base.model, study.suite, folder / "before-cases.jsonl")
+    text = json.dumps({"study": made_of, "scores": scores.to_json()}, ensure_ascii=False)
+    fresh = path.with_suffix(".new")
+    fresh.write_text(text + "\n", encoding="utf-8")
+    fresh.replace(path)
+    return scores
+
+
 def versions() -> dict[str, str]:
     """Of this package, of the libraries that numbers depend on, and of Python."""
-    libraries = ("alphaedit_peft", "torch", "transformers", "peft", "numpy")
-    return {name: version(name) for name in libraries} | {"python": platform.python_version()}
+    more = {"peft": version("peft"), "numpy": version("numpy")}
+    return artefact.versions() | more | {"python": platform.python_version()}
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -133,39 +168,3 @@ def suite_digest(suite: Suite) -> str:
 def file_digest(path: str | Path) -> str:
     """SHA-256 of a file, in hex: what a data set is known by."""
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()
-
-
-def judged_before(study: Study, folder: Path) -> Scores:
-    """The unedited model's scores on all cases; kept in ``before.json`` and read from there.
-
-    Raises:
-        ValueError: the file is of another study.
-    """
-    path, made_of = folder / "before.json", json.loads(json.dumps(study.provenance()))
-    if path.exists():
-        found = json.loads(path.read_text(encoding="utf-8"))
-        if found["study"] != made_of:
-            wrong = [name for name in made_of if found["study"].get(name) != made_of[name]]
-            raise ValueError(
-                f"{path} is of another study: {', '.join(wrong)} differ; name another folder"
-            )
-        return Scores.from_json(found["scores"])
-    folder.mkdir(parents=True, exist_ok=True)
-    scores = evaluate(
-        study.base.model,
-        study.base.tokenizer,
-        study.suite,
-        generate=study.generate,
-        results=folder / "before-cases.jsonl",
-        how=study.how,
-    )
-    text = json.dumps({"study": made_of, "scores": scores.to_json()}, ensure_ascii=False)
-    fresh = path.with_suffix(".new")
-    fresh.write_text(text + "\n", encoding="utf-8")
-    fresh.replace(path)
-    return scores
-
-
-def with_cases(suite: Suite, cases: Iterable[Any]) -> Suite:
-    """The suite with other cases, asked between the same facts and texts."""
-    return replace(suite, cases=tuple(cases))

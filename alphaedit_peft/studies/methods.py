@@ -1,7 +1,8 @@
 """The editors that studies compare, as values: settings for this package's own, or a function.
 
-In: a name. Out: a :class:`Method`. All but fine-tuning run through the same code: the same prompts,
-target values and solve, so that a comparison shows what an objective protects and nothing else.
+In: a name. Out: a :class:`Method`, and ``opened`` on a base an editor that makes edits, saves its
+state and goes on from it. All but fine-tuning run through the same code: the same prompts, target
+values and solve, so that a comparison shows what an objective protects and nothing else.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -102,14 +103,13 @@ class Method:
         Raises:
             ValueError: a setting that it does not have, or a value out of range.
         """
-        of_writer = isinstance(self.writer, FineTuned)
-        known = sorted(FineTuning.__dataclass_fields__) if of_writer else [*EditOptions().to_json()]
+        own = self.writer.settings if isinstance(self.writer, FineTuned) else None
+        known = sorted(EditOptions().to_json() if own is None else asdict(own))
         unknown = sorted(set(changes) - set(known))
         if unknown:
             raise ValueError(f"{self.name} has no settings {unknown}; it has {', '.join(known)}")
-        if of_writer:
-            assert isinstance(self.writer, FineTuned)
-            return replace(self, writer=FineTuned(replace(self.writer.settings, **changes)))
+        if own is not None:
+            return replace(self, writer=FineTuned(replace(own, **changes)))
         EditOptions(**changes)  # refuses what cannot be
         return replace(self, settings={**self.settings, **changes})
 
@@ -118,8 +118,7 @@ class Method:
         found: dict[str, Any] = {"name": self.name, "settings": dict(self.settings)}
         found |= {"one_at_a_time": self.one_at_a_time, "last_layer": self.last_layer}
         if isinstance(self.writer, FineTuned):
-            own = self.writer.settings
-            found["writer"] = {f.name: getattr(own, f.name) for f in fields(own)}
+            found["writer"] = asdict(self.writer.settings)
         elif self.writer is not None:
             found["writer"] = repr(self.writer)
         return found
@@ -175,9 +174,6 @@ def find_methods(names: Iterable[str]) -> tuple[Method, ...]:
     return tuple(METHODS[name] for name in wanted)
 
 
-WEIGHTS = "weights.safetensors"
-
-
 class Editor(Protocol):
     """What protocols need of an editor."""
 
@@ -217,47 +213,36 @@ def opened(
 
 
 class PackEditor:
-    """Edits by this package: the state is a pack."""
+    """Edits by this package, all of a batch or one by one: the state is a pack."""
+
+    model: AlphaEditModel
 
     def __init__(
         self, base: Base, method: Method, config: AlphaEditConfig, state: Path | None
     ) -> None:
         self._one_at_a_time = method.one_at_a_time
+        given: dict[str, Any] = {"tokenizer": base.tokenizer, "null_space": base.null_space}
+        given["key_moments"] = base.key_moments
         if state is None:
-            self._model = get_alphaedit_model(
-                base.model,
-                config,
-                tokenizer=base.tokenizer,
-                null_space=base.null_space,
-                key_moments=base.key_moments,
-            )
+            self.model = get_alphaedit_model(base.model, config, **given)
         else:
-            self._model = AlphaEditModel.from_pretrained(
-                base.model,
-                state,
-                tokenizer=base.tokenizer,
-                null_space=base.null_space,
-                key_moments=base.key_moments,
-            )
-
-    @property
-    def model(self) -> nn.Module:
-        """The model with its adapter."""
-        return self._model
+            self.model = AlphaEditModel.from_pretrained(base.model, state, **given)
 
     def edit(self, edits: Sequence[Edit]) -> int:
         """Make a batch of edits, or as many batches of one."""
         size = 1 if self._one_at_a_time else len(edits)
-        report = self._model.edit(edits, batch_size=size, progress=False)
-        return len(report.made)
+        return len(self.model.edit(edits, batch_size=size, progress=False).made)
 
     def save(self, folder: Path) -> None:
         """Write the pack."""
-        self._model.save_pretrained(folder)
+        self.model.save_pretrained(folder)
 
     def close(self) -> None:
         """Take the adapter off."""
-        self._model.unload()
+        self.model.unload()
+
+
+WEIGHTS = "weights.safetensors"
 
 
 class WeightEditor:
@@ -266,36 +251,29 @@ class WeightEditor:
     def __init__(
         self, base: Base, writer: Writer, config: AlphaEditConfig, state: Path | None
     ) -> None:
-        self._base, self._writer, self._config = base, writer, config
+        self.model = base.model
+        self._write = partial(writer, base, config)
         self._original: dict[str, Tensor] = {}
         if state is not None:
             self._put(load_file(state / WEIGHTS))
 
-    @property
-    def model(self) -> nn.Module:
-        """The model itself, with changed weights."""
-        return self._base.model
-
     def edit(self, edits: Sequence[Edit]) -> int:
         """Make a batch of edits."""
-        self._put(self._writer(self._base, self._config, edits))
+        self._put(self._write(edits))
         return len(edits)
 
     def save(self, folder: Path) -> None:
         """Write the changed weights, in one step."""
-        now = {name: self._parameter(name).detach().cpu() for name in self._original}
+        now = {name: self.model.get_parameter(name).detach().cpu() for name in self._original}
         replace_folder(folder, {WEIGHTS: partial(save_file, now)})
 
     def close(self) -> None:
         """Put the original weights back."""
         self._put(self._original)
 
-    def _parameter(self, name: str) -> nn.Parameter:
-        return self._base.model.get_parameter(name)
-
     @torch.no_grad()
     def _put(self, weights: Mapping[str, Tensor]) -> None:
         for name, values in weights.items():
-            weight = self._parameter(name)
+            weight = self.model.get_parameter(name)
             self._original.setdefault(name, weight.detach().clone())
             weight.copy_(values)

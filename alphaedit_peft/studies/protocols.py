@@ -18,14 +18,48 @@ from random import Random
 from statistics import mean
 from typing import Any
 
-from alphaedit_peft.evaluation import Case, CaseScores, Scores, evaluate
+from alphaedit_peft.evaluation import Case, CaseScores, Scores
 from alphaedit_peft.evaluation.metrics import Estimate
 from alphaedit_peft.evaluation.results import JsonLines
 from alphaedit_peft.evaluation.scores import gather
-from alphaedit_peft.studies.base import Study, judged_before, with_cases
+from alphaedit_peft.studies.base import Study, judged_before
 from alphaedit_peft.studies.methods import Editor, Method, opened
 
-STATE = re.compile(r"state-(\d{4,})")
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """In which order edits are made, and when they are judged.
+
+    Attributes:
+        batch_size: edits made together; the last batch may be smaller.
+        every: judge after every so many batches, and at the end; 0: at the end only.
+        order: seed of a shuffle of the cases; None: in the given order.
+
+    Raises:
+        ValueError: a number out of range.
+    """
+
+    batch_size: int = 100
+    every: int = 0
+    order: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1 or self.every < 0:
+            raise ValueError(
+                f"batch_size={self.batch_size}, every={self.every}: use batch_size >= 1, every >= 0"
+            )
+
+    def ordered(self, cases: Sequence[Case]) -> tuple[Case, ...]:
+        """The cases in this order."""
+        if self.order is None:
+            return tuple(cases)
+        return tuple(Random(f"order {self.order}").sample(list(cases), len(cases)))
+
+    def is_due(self, batches: int, last: int) -> bool:
+        """Whether a judgement follows this batch."""
+        return batches == last or (self.every > 0 and batches % self.every == 0)
 
 
 @dataclass(frozen=True)
@@ -92,6 +126,149 @@ class Run:
         }
 
 
+def sequential(
+    study: Study,
+    method: Method,
+    folder: str | Path,
+    schedule: Schedule,
+    *,
+    before: Scores | None = None,
+    progress: Progress = lambda text: None,
+) -> Run:
+    """Make all edits batch after batch in one model; judge all made so far now and then.
+
+    Args:
+        study: model, cases, settings.
+        method: the editor.
+        folder: of the run; a run that is there is taken up.
+        schedule: batches, order, judgements.
+        before: the unedited model's scores, where they are known; else judged and kept beside.
+        progress: called with a line of text after each step.
+
+    Returns:
+        Judgements in order; the last one is of all edits, and tells by batch how well they hold.
+
+    Raises:
+        ValueError: the folder holds a run with something else, or as ``AlphaEditModel.edit``.
+    """
+    place = RunFolder(Path(folder), _head(study, method, "sequential", asdict(schedule)))
+    lines = place.begin()
+    before = before or judged_before(study, place.path)
+    cases, size = schedule.ordered(study.suite.cases), schedule.batch_size
+    batches = [cases[start : start + size] for start in range(0, len(cases), size)]
+    finished = {line["judged"]["batches"] for line in lines if "judged" in line}
+    step, state = place.state()
+    if len(batches) not in finished:
+        with opened(study.base, method, study.config, state) as editor:
+            while True:
+                if step and schedule.is_due(step, len(batches)) and step not in finished:
+                    found = _judged(study, editor, batches[:step], before, place)
+                    place.add(judged=found.to_json())
+                    progress(f"{method.name}: {found.edits} edits judged")
+                if step == len(batches):
+                    break
+                made = _made(editor, batches[step])
+                step += 1
+                place.add(batch=step, **made)  # first, so that a saved state always has its line
+                place.keep(step, editor.save)
+                progress(f"{method.name}: batch {step} of {len(batches)} made")
+    lines = place.begin()
+    judged = {line["judged"]["batches"]: line["judged"] for line in lines if "judged" in line}
+    scores = place.judged_cases(len(batches))
+    return Run(
+        place.head,
+        before,
+        tuple(Checkpoint.from_json(judged[step]) for step in sorted(judged)),
+        tuple(scores[case.digest] for case in cases),
+        *_spent({line["batch"]: line for line in lines if "batch" in line}.values()),
+    )
+
+
+def at_once(study: Study, method: Method, folder: str | Path, **options: Any) -> Run:
+    """Make all edits as one batch and judge them; options as ``sequential``."""
+    return sequential(study, method, folder, Schedule(len(study.suite.cases)), **options)
+
+
+def single(
+    study: Study,
+    method: Method,
+    folder: str | Path,
+    *,
+    before: Scores | None = None,
+    progress: Progress = lambda text: None,
+) -> Run:
+    """Make each edit alone in the unedited model, judge its case, and take it back.
+
+    Unedited facts and texts are not asked again after every edit. Arguments and errors are those of
+    ``sequential``. With ``generate``, consistency knows the references of one case only.
+    """
+    place = RunFolder(Path(folder), _head(study, method, "single", {}))
+    done = {line["case"]["digest"] for line in place.begin()}
+    before = before or judged_before(study, place.path)
+    for case in [case for case in study.suite.cases if case.digest not in done]:
+        # a fresh model: what the first edits decide for all later ones is undone too
+        with opened(study.base, method, study.config) as editor:
+            made = _made(editor, [case])
+            suite = replace(study.suite, cases=[case], unedited=(), texts=())
+            found = study.judge(editor.model, suite, None, before)
+        place.add(case=found.cases[0].to_json(), **made)
+        done.add(case.digest)
+        progress(f"{method.name}: {len(done)} of {len(study.suite.cases)} edits judged")
+    by_digest = {line["case"]["digest"]: line for line in place.begin()}
+    lines = [by_digest[case.digest] for case in study.suite.cases]
+    cases = tuple(CaseScores.from_json(line["case"]) for line in lines)
+    metrics = gather(cases, study.how.level, study.how.seed).metrics
+    checkpoint = Checkpoint(len(cases), len(cases), metrics)
+    return Run(place.head, before, (checkpoint,), cases, *_spent(lines))
+
+
+def _head(study: Study, method: Method, protocol: str, schedule: dict[str, Any]) -> dict[str, Any]:
+    """What a run's numbers depend on."""
+    return {
+        "protocol": protocol,
+        "schedule": schedule,
+        "method": method.to_json(),
+        "config": method.config(study.base.model, study.config).to_json(),
+        **study.provenance(),
+    }
+
+
+def _made(editor: Editor, batch: Sequence[Case]) -> dict[str, Any]:
+    """A batch made, and what goes into its line."""
+    start = time.process_time()
+    made = editor.edit([case.edit for case in batch])
+    return {"made": made, "seconds": time.process_time() - start}
+
+
+def _spent(lines: Iterable[Mapping[str, Any]]) -> tuple[int, float]:
+    """Edits that were made, and the processor's seconds."""
+    kept = list(lines)
+    return sum(line["made"] for line in kept), sum(line["seconds"] for line in kept)
+
+
+BY_BATCH = ("efficacy", "efficacy_recall", "generalization", "generalization_recall")
+
+
+def _judged(
+    study: Study,
+    editor: Editor,
+    batches: Sequence[Sequence[Case]],
+    before: Scores,
+    place: RunFolder,
+) -> Checkpoint:
+    """All edits so far, judged; means by batch of the metrics that every case of them has."""
+    cases = [case for batch in batches for case in batch]
+    suite = replace(study.suite, cases=cases)
+    found = study.judge(editor.model, suite, place.cases(len(batches)), before)
+    metrics = {case.digest: case.metrics for case in found.cases}
+    by_batch = {}
+    for name in BY_BATCH:
+        each = [[metrics[c.digest][name] for c in b if name in metrics[c.digest]] for b in batches]
+        if all(each):
+            by_batch[name] = tuple(map(mean, each))
+    return Checkpoint(len(batches), len(cases), found.metrics, by_batch)
+
+
 @dataclass(frozen=True)
 class RunFolder:
     """The files of one run."""
@@ -124,8 +301,8 @@ class RunFolder:
 
     def state(self) -> tuple[int, Path | None]:
         """How many batches the saved state holds, and its folder; (0, None) at the beginning."""
-        found = {int(m[1]): p for p in self.path.iterdir() if (m := STATE.fullmatch(p.name))}
-        return max(found.items()) if found else (0, None)
+        names = ((re.fullmatch(r"state-(\d{4,})", p.name), p) for p in self.path.iterdir())
+        return max(((int(m[1]), p) for m, p in names if m), default=(0, None))
 
     def keep(self, step: int, save: Callable[[Path], None]) -> None:
         """Save the state after a batch and drop the one before; each folder appears whole."""
@@ -137,211 +314,3 @@ class RunFolder:
     @property
     def _lines(self) -> JsonLines:
         return JsonLines(self.path / "results.jsonl", "run", self.head)
-
-
-Progress = Callable[[str], None]
-
-BY_BATCH = ("efficacy", "efficacy_recall", "generalization", "generalization_recall")
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """In which order edits are made, and when they are judged.
-
-    Attributes:
-        batch_size: edits made together; the last batch may be smaller.
-        every: judge after every so many batches, and at the end; 0: at the end only.
-        order: seed of a shuffle of the cases; None: in the given order.
-
-    Raises:
-        ValueError: a number out of range.
-    """
-
-    batch_size: int = 100
-    every: int = 0
-    order: int | None = None
-
-    def __post_init__(self) -> None:
-        if self.batch_size < 1 or self.every < 0:
-            raise ValueError(
-                f"batch_size={self.batch_size}, every={self.every}: use batch_size >= 1, every >= 0"
-            )
-
-    def ordered(self, cases: Sequence[Case]) -> tuple[Case, ...]:
-        """The cases in this order."""
-        if self.order is None:
-            return tuple(cases)
-        return tuple(Random(f"order {self.order}").sample(list(cases), len(cases)))
-
-    def is_due(self, batches: int, last: int) -> bool:
-        """Whether a judgement follows this batch."""
-        return batches == last or (self.every > 0 and batches % self.every == 0)
-
-
-def sequential(
-    study: Study,
-    method: Method,
-    folder: str | Path,
-    schedule: Schedule,
-    *,
-    before: Scores | None = None,
-    progress: Progress = lambda text: None,
-) -> Run:
-    """Make all edits batch after batch in one model; judge all made so far now and then.
-
-    Args:
-        study: model, cases, settings.
-        method: the editor.
-        folder: of the run; a run that is there is taken up.
-        schedule: batches, order, judgements.
-        before: the unedited model's scores, where they are known; else judged and kept beside.
-        progress: called with a line of text after each step.
-
-    Returns:
-        Judgements in order; the last one is of all edits, and tells by batch how well they hold.
-
-    Raises:
-        ValueError: the folder holds a run with something else, or as ``AlphaEditModel.edit``.
-    """
-    place = RunFolder(Path(folder), _head(study, method, "sequential", asdict(schedule)))
-    lines = place.begin()
-    before = before or judged_before(study, place.path)
-    cases = schedule.ordered(study.suite.cases)
-    batches = [
-        cases[i : i + schedule.batch_size] for i in range(0, len(cases), schedule.batch_size)
-    ]
-    finished = {line["judged"]["batches"] for line in lines if "judged" in line}
-    step, state = place.state()
-    if len(batches) not in finished:
-        with opened(study.base, method, study.config, state) as editor:
-            while True:
-                if step and schedule.is_due(step, len(batches)) and step not in finished:
-                    found = _judged(study, editor, batches[:step], before, place)
-                    place.add(judged=found.to_json())
-                    progress(f"{method.name}: {found.edits} edits judged")
-                if step == len(batches):
-                    break
-                _make(editor, batches[step], step + 1, place)
-                step += 1
-                progress(f"{method.name}: batch {step} of {len(batches)} made")
-    return _gathered(place, before, batches)
-
-
-def at_once(study: Study, method: Method, folder: str | Path, **options: Any) -> Run:
-    """Make all edits as one batch and judge them; options as ``sequential``."""
-    return sequential(study, method, folder, Schedule(len(study.suite.cases)), **options)
-
-
-def single(
-    study: Study,
-    method: Method,
-    folder: str | Path,
-    *,
-    before: Scores | None = None,
-    progress: Progress = lambda text: None,
-) -> Run:
-    """Make each edit alone in the unedited model, judge its case, and take it back.
-
-    Unedited facts and texts are not asked again after every edit. Arguments and errors are those of
-    ``sequential``. With ``generate``, consistency knows the references of one case only.
-    """
-    place = RunFolder(Path(folder), _head(study, method, "single", {}))
-    lines = place.begin()
-    before = before or judged_before(study, place.path)
-    done = {line["case"]["digest"] for line in lines}
-    waiting = [case for case in study.suite.cases if case.digest not in done]
-    for case in waiting:
-        # a fresh model: what the first edits decide for all later ones is undone too
-        with opened(study.base, method, study.config) as editor:
-            start = time.process_time()
-            made = editor.edit([case.edit])
-            seconds = time.process_time() - start
-            found = _evaluate(study, editor, [case], before, None)
-        place.add(case=found.cases[0].to_json(), made=made, seconds=seconds)
-        done.add(case.digest)
-        progress(f"{method.name}: {len(done)} of {len(study.suite.cases)} edits judged")
-    lines = place.begin()
-    by_digest = {line["case"]["digest"]: line for line in lines}
-    ordered = [by_digest[case.digest] for case in study.suite.cases]
-    cases = tuple(CaseScores.from_json(line["case"]) for line in ordered)
-    metrics = gather(cases, study.how.level, study.how.seed).metrics
-    checkpoint = Checkpoint(len(cases), len(cases), metrics)
-    made = sum(line["made"] for line in ordered)
-    seconds = sum(line["seconds"] for line in ordered)
-    return Run(place.head, before, (checkpoint,), cases, made, seconds)
-
-
-def _make(editor: Editor, batch: Sequence[Case], step: int, place: RunFolder) -> None:
-    """One batch; its line comes first, so that a saved state always has one."""
-    start = time.process_time()
-    made = editor.edit([case.edit for case in batch])
-    place.add(batch=step, made=made, seconds=time.process_time() - start)
-    place.keep(step, editor.save)
-
-
-def _judged(
-    study: Study,
-    editor: Editor,
-    batches: Sequence[Sequence[Case]],
-    before: Scores,
-    place: RunFolder,
-) -> Checkpoint:
-    cases = [case for batch in batches for case in batch]
-    found = _evaluate(study, editor, cases, before, place.cases(len(batches)))
-    by_digest = {case.digest: case.metrics for case in found.cases}
-    by_batch = {
-        name: means
-        for name in BY_BATCH
-        if (means := _means(name, [[by_digest[c.digest] for c in batch] for batch in batches]))
-    }
-    return Checkpoint(len(batches), len(cases), found.metrics, by_batch)
-
-
-def _means(name: str, batches: Iterable[Sequence[Any]]) -> tuple[float, ...]:
-    """A metric's mean over each batch; nothing where a batch does not have it."""
-    values = [[metrics[name] for metrics in batch if name in metrics] for batch in batches]
-    return tuple(map(mean, values)) if all(values) else ()
-
-
-def _evaluate(
-    study: Study, editor: Editor, cases: Sequence[Case], before: Scores, file: Path | None
-) -> Scores:
-    suite = with_cases(study.suite, cases)
-    if file is None:
-        suite = replace(suite, unedited=(), texts=())
-    return evaluate(
-        editor.model,
-        study.base.tokenizer,
-        suite,
-        baseline=before,
-        generate=study.generate,
-        results=file,
-        how=study.how,
-    )
-
-
-def _gathered(place: RunFolder, before: Scores, batches: Sequence[Sequence[Case]]) -> Run:
-    """A finished run, read from its files."""
-    lines = place.begin()
-    judged = {line["judged"]["batches"]: line["judged"] for line in lines if "judged" in line}
-    made = {line["batch"]: line for line in lines if "batch" in line}
-    found = place.judged_cases(len(batches))
-    return Run(
-        place.head,
-        before,
-        tuple(Checkpoint.from_json(judged[step]) for step in sorted(judged)),
-        tuple(found[case.digest] for batch in batches for case in batch),
-        sum(line["made"] for line in made.values()),
-        sum(line["seconds"] for line in made.values()),
-    )
-
-
-def _head(study: Study, method: Method, protocol: str, schedule: dict[str, Any]) -> dict[str, Any]:
-    """What a run's numbers depend on."""
-    return {
-        "protocol": protocol,
-        "schedule": schedule,
-        "method": method.to_json(),
-        "config": method.config(study.base.model, study.config).to_json(),
-        **study.provenance(),
-    }

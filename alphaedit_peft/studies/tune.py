@@ -2,7 +2,7 @@
 
 In: a base with statistics, a suite of probe cases, a grid. Out: :class:`Tuning`: what every
 combination scores, the one to take and the reason. Target values are optimised once for each choice
-of rewrite layers and clamp; another ridge or threshold pours them again (``repour``).
+of rewrite layers and clamp; for another ridge or threshold they are solved again (``repour``).
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from itertools import product
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,54 @@ from alphaedit_peft.evaluation.scores import SCORED, harmonic
 from alphaedit_peft.model import AlphaEditModel, get_alphaedit_model
 from alphaedit_peft.settings import PRESETS
 from alphaedit_peft.studies.base import Base
+
+DEPTHS = (0.15, 0.3, 0.45, 0.6)  # where the rewrite layers end, as a share of the blocks
+CLAMPS = (0.75, 1.0)
+RIDGES = (0.05, 0.25)
+THRESHOLDS = (0.01, 0.05)
+
+
+@dataclass(frozen=True)
+class Grid:
+    """What is tried: every combination of the four.
+
+    Attributes:
+        layers: lists of blocks to rewrite.
+        clamps: bounds on |z - h| / |h|.
+        ridges: relative to the mean |P k|^2 of the edits.
+        thresholds: shares of the keys' energy that the null space may hold.
+
+    Raises:
+        ValueError: nothing to try of one of them, or one twice.
+    """
+
+    layers: tuple[tuple[int, ...], ...]
+    clamps: tuple[float, ...] = CLAMPS
+    ridges: tuple[float, ...] = RIDGES
+    thresholds: tuple[float, ...] = THRESHOLDS
+
+    def __post_init__(self) -> None:
+        for name, values in asdict(self).items():
+            if not values or len(set(values)) != len(values):
+                raise ValueError(f"{name}={values} must hold at least one, and each once")
+
+    @property
+    def size(self) -> int:
+        """How many combinations there are."""
+        return prod(map(len, (self.layers, self.clamps, self.ridges, self.thresholds)))
+
+
+def layer_choices(num_blocks: int) -> tuple[tuple[int, ...], ...]:
+    """Rewrite layers to try: as many as the depth rule takes, ending at several depths."""
+    count = len(default_rewrite_layers(num_blocks))
+    lasts = [max(0, min(int(depth * num_blocks), num_blocks - 2)) for depth in DEPTHS]
+    return tuple(dict.fromkeys(tuple(range(max(0, last - count + 1), last + 1)) for last in lasts))
+
+
+def preset_grid(layers: tuple[tuple[int, ...], ...]) -> Grid:
+    """Only the layers vary; everything else is as ``auto`` has it."""
+    preset = PRESETS["auto"]
+    return Grid(layers, (preset["clamp_factor"],), (preset["ridge"],), (preset["threshold"],))
 
 
 @dataclass(frozen=True)
@@ -68,13 +117,9 @@ class Tried:
         Where the cases do not know the old target, their recalls stand in; what is not asked of
         every case is left out.
         """
-        cases = self.scores.cases
-        choices = ((name, f"{name}_recall") for name in SCORED)
-        found = (
-            next((name for name in pair if all(name in case.metrics for case in cases)), None)
-            for pair in choices
-        )
-        return tuple(name for name in found if name is not None)
+        everywhere = set.intersection(*(set(case.metrics) for case in self.scores.cases))
+        pairs = ([name, f"{name}_recall"] for name in SCORED)
+        return tuple(found[0] for pair in pairs if (found := [n for n in pair if n in everywhere]))
 
     @cached_property
     def table(self) -> Values:
@@ -177,49 +222,6 @@ def _nats(tried: Tried) -> str:
     return f"{_drift(tried):.2g} nats a token"
 
 
-DEPTHS = (0.15, 0.3, 0.45, 0.6)  # where the rewrite layers end, as a share of the blocks
-CLAMPS = (0.75, 1.0)
-RIDGES = (0.05, 0.25)
-THRESHOLDS = (0.01, 0.05)
-
-
-@dataclass(frozen=True)
-class Grid:
-    """What is tried: every combination of the four.
-
-    Attributes:
-        layers: lists of blocks to rewrite.
-        clamps: bounds on |z - h| / |h|.
-        ridges: relative to the mean |P k|^2 of the edits.
-        thresholds: shares of the keys' energy that the null space may hold.
-
-    Raises:
-        ValueError: nothing to try of one of them, or one twice.
-    """
-
-    layers: tuple[tuple[int, ...], ...]
-    clamps: tuple[float, ...] = CLAMPS
-    ridges: tuple[float, ...] = RIDGES
-    thresholds: tuple[float, ...] = THRESHOLDS
-
-    def __post_init__(self) -> None:
-        for name, values in asdict(self).items():
-            if not values or len(set(values)) != len(values):
-                raise ValueError(f"{name}={values} must hold at least one, and each once")
-
-    @property
-    def size(self) -> int:
-        """How many combinations there are."""
-        return len(list(product(self.layers, self.clamps, self.ridges, self.thresholds)))
-
-
-def layer_choices(num_blocks: int) -> tuple[tuple[int, ...], ...]:
-    """Rewrite layers to try: as many as the depth rule takes, ending at several depths."""
-    count = len(default_rewrite_layers(num_blocks))
-    lasts = [max(0, min(int(depth * num_blocks), num_blocks - 2)) for depth in DEPTHS]
-    return tuple(dict.fromkeys(tuple(range(max(0, last - count + 1), last + 1)) for last in lasts))
-
-
 def tune(
     base: Base,
     suite: Suite,
@@ -250,62 +252,47 @@ def tune(
     # probes are taken back, so that they fill the model is no reason to warn
     common = replace(config or AlphaEditConfig(), on_conflict="replace", capacity_bound=0.0)
     asked = replace(suite, texts=())
+
+    def judge(setting: Setting, model: AlphaEditModel, made: int) -> Tried:
+        scores = evaluate(model, base.tokenizer, asked, how=how)
+        if not suite.texts:
+            return Tried(setting, scores, None, made)
+        reader = Reader(model, base.tokenizer, (how or Judging()).tokens_per_batch)
+        drift = text_divergence(reader, model.disable_adapter, suite.texts)
+        return Tried(setting, scores, drift, made)
+
     before = evaluate(base.model, base.tokenizer, asked, how=how)
     tried: list[Tried] = []
     for layers, clamp in product(grid.layers, grid.clamps):
-        for found in _pour_all(base, asked, suite.texts, grid, common, (layers, clamp), how):
+        rest = product(grid.ridges, grid.thresholds)
+        settings = [Setting(layers, clamp, ridge, threshold) for ridge, threshold in rest]
+        for found in _solved(base, suite, settings, common, judge):
             tried.append(found)
             progress(f"{len(tried)} of {grid.size}: {found.setting}: {found.score.value:.3f}")
     return Tuning(tuple(tried), before, len(suite.cases))
 
 
-def _pour_all(
+def _solved(
     base: Base,
     suite: Suite,
-    texts: Sequence[str],
-    grid: Grid,
+    settings: Sequence[Setting],
     common: AlphaEditConfig,
-    fixed: tuple[tuple[int, ...], float],
-    how: Judging | None,
+    judge: Callable[[Setting, AlphaEditModel, int], Tried],
 ) -> Iterator[Tried]:
-    """Edits made once, then poured with every ridge and threshold."""
-    made: int | None = None
-    model: AlphaEditModel | None = None
+    """Edits made once, then solved again with every other ridge and threshold; each judged."""
+    first, *others = settings
+    config = replace(common, **first.changes())
+    model = get_alphaedit_model(
+        base.model, config, tokenizer=base.tokenizer, null_space=base.null_space
+    )
     try:
-        for ridge, threshold in product(grid.ridges, grid.thresholds):
-            setting = Setting(*fixed, ridge, threshold)
-            if model is None or made is None:
-                config = replace(common, **setting.changes())
-                model = get_alphaedit_model(
-                    base.model, config, tokenizer=base.tokenizer, null_space=base.null_space
-                )
-                size = len(suite.cases)  # one batch: target values then depend on no ridge
-                made = len(model.edit(suite.edits, batch_size=size, progress=False).made)
-            else:
-                model.alphaedit_config.ridge = ridge
-                model.alphaedit_config.threshold = threshold
-                model.repour()
-            yield Tried(
-                setting,
-                evaluate(model, base.tokenizer, suite, how=how),
-                _measured_drift(base, model, texts, how),
-                made,
-            )
+        size = len(suite.cases)  # one batch: target values then depend on no ridge
+        made = len(model.edit(suite.edits, batch_size=size, progress=False).made)
+        yield judge(first, model, made)
+        for setting in others:
+            model.alphaedit_config.ridge = setting.ridge
+            model.alphaedit_config.threshold = setting.threshold
+            model.repour()
+            yield judge(setting, model, made)
     finally:
-        if model is not None:
-            model.unload()
-
-
-def _measured_drift(
-    base: Base, model: AlphaEditModel, texts: Sequence[str], how: Judging | None
-) -> Estimate | None:
-    if not texts:
-        return None
-    reader = Reader(model, base.tokenizer, (how or Judging()).tokens_per_batch)
-    return text_divergence(reader, model.disable_adapter, texts)
-
-
-def preset_grid(layers: tuple[tuple[int, ...], ...]) -> Grid:
-    """Only the layers vary; everything else is as ``auto`` has it."""
-    preset = PRESETS["auto"]
-    return Grid(layers, (preset["clamp_factor"],), (preset["ridge"],), (preset["threshold"],))
+        model.unload()

@@ -12,7 +12,6 @@ import torch
 from alphaedit_peft import get_alphaedit_model
 from alphaedit_peft.evaluation import evaluate
 from alphaedit_peft.studies import METHODS, Schedule, at_once, sequential, single
-from alphaedit_peft.studies.base import with_cases
 from alphaedit_peft.studies.protocols import RunFolder
 from tests.conftest import ROOT
 
@@ -76,7 +75,7 @@ def test_a_sequence_is_judged_as_the_same_edits_made_by_hand(study, tmp_path):
     try:
         for i, checkpoint in enumerate(run.checkpoints, start=1):
             model.edit([case.edit for case in cases[2 * i - 2 : 2 * i]], progress=False)
-            suite = with_cases(study.suite, cases[: 2 * i])
+            suite = replace(study.suite, cases=cases[: 2 * i])
             scores = evaluate(model, study.base.tokenizer, suite, baseline=run.before)
             assert (checkpoint.batches, checkpoint.edits) == (i, 2 * i)
             assert checkpoint.metrics == scores.metrics
