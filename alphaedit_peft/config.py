@@ -101,15 +101,15 @@ class AlphaEditConfig(EditOptions, PeftConfig):
         Raises:
             ValueError: the folder is an edit pack, whose file holds more than the settings.
         """
-        folder = Path(save_directory) / SIDECAR
-        if _is_of_pack(folder / CONFIG_FILE):
+        path = Path(save_directory) / SIDECAR / CONFIG_FILE
+        if path.is_file() and b'"format_version"' in path.read_bytes():
             raise ValueError(
                 f"{save_directory} is an edit pack, whose {SIDECAR}/{CONFIG_FILE} holds more than "
                 "settings; save the settings in another folder"
             )
-        folder.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         text = json.dumps({"config": self.to_json()}, indent=2, sort_keys=True)
-        (folder / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
+        path.write_text(text + "\n", encoding="utf-8")
 
     @classmethod
     def from_pretrained(cls, save_directory: str | Path) -> AlphaEditConfig:  # type: ignore[override]
@@ -122,8 +122,3 @@ class AlphaEditConfig(EditOptions, PeftConfig):
         if not path.is_file():
             raise FileNotFoundError(f"{path} does not exist; {save_directory} is no edit pack")
         return cls.from_json(json.loads(path.read_text(encoding="utf-8"))["config"])
-
-
-def _is_of_pack(path: Path) -> bool:
-    """Whether a config file is a pack's: it says its format's version."""
-    return path.is_file() and b'"format_version"' in path.read_bytes()

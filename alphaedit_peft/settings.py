@@ -15,9 +15,10 @@ import sys
 from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field, fields
+from functools import reduce
 from inspect import get_annotations
-from types import UnionType
-from typing import Any, TypeVar
+from operator import or_
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 THRESHOLD_MODES = ("absolute", "relative", "energy", "rank")
 _SCALES = (None, "absolute", "relative")
@@ -26,23 +27,22 @@ _Options = TypeVar("_Options", bound="EditOptions")
 
 @dataclass(frozen=True)
 class Range:
-    """Finite numbers in ``low..high``; ``whole`` ones, or 0 for ``off`` too, where it says so."""
+    """Finite numbers in ``low..high``; 0 too where that switches something ``off``."""
 
     low: float
     high: float = math.inf
-    whole: bool = False
     off: bool = False
 
     def __str__(self) -> str:
         return f"{self.low}..{self.high}{', or 0 for off' * self.off}"
 
-    def check(self, name: str, value: object) -> None:
-        """Refuse what is no such number; None is open."""
+    def check(self, name: str, value: object, whole: bool) -> None:
+        """Refuse what is no such number, or not ``whole``; None is open."""
         if value is None:
             return
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise ValueError(f"{name}={value!r} must be a number")
-        if self.whole and not isinstance(value, int):
+        if whole and not isinstance(value, int):
             raise ValueError(f"{name}={value} must be a whole number")
         if not self.low <= value <= self.high and not (self.off and value == 0):
             raise ValueError(f"{name}={value} is outside {self}")
@@ -50,9 +50,9 @@ class Range:
             raise ValueError(f"{name}={value} is outside the finite numbers; give one")
 
 
-def _setting(default: Any, allowed: Any, help: str, source: str = "", filled: Any = ()) -> Any:
+def _set(default: Any, help: str, allowed: Any = None, filled: Any = (), source: str = "") -> Any:
     """A field; ``filled``: what the presets ``auto`` and ``paper`` put in the place of None."""
-    known = {"help": help, "source": source, "allowed": allowed, "filled": filled}
+    known = {"help": help, "allowed": allowed, "filled": filled, "source": source}
     return field(default=default, metadata=known)
 
 
@@ -64,159 +64,96 @@ class EditOptions:
         ValueError: a value outside its range; the message names the value and the range.
     """
 
-    base_model_name_or_path: str | None = _setting(
-        None, str | None, "folder or Hub repo of the base"
-    )
-    revision: str | None = _setting(None, str | None, "the base's branch, tag or commit")
+    base_model_name_or_path: str | None = _set(None, "folder or Hub repo of the base")
+    revision: str | None = _set(None, "the base's branch, tag or commit")
 
-    preset: str = _setting(
-        "auto", ("auto", "paper"), "auto (the default) or paper, for settings left out"
+    preset: str = _set(
+        "auto", "auto (the default) or paper, for settings left out", ("auto", "paper")
     )
-    rewrite_layers: list[int] | None = _setting(
-        None, list | None, "blocks to rewrite; None: by model or depth", "appendix B"
-    )
-    rewrite_module: str | None = _setting(
-        None, str | None, "module name with {} for the block, other families"
-    )
-    block_module: str | None = _setting(
-        None, str | None, "block name with {} for its number, other families"
-    )
+    rewrite_layers: list[int] | None = _set(None, "blocks to rewrite; None: by model or depth")
+    rewrite_module: str | None = _set(None, "module name with {} for the block, other families")
+    block_module: str | None = _set(None, "block name with {} for its number, other families")
 
-    objective: str = _setting(
-        "alphaedit", ("alphaedit", "memit"), "alphaedit (projector) or memit (inverse key moment)"
+    objective: str = _set(
+        "alphaedit", "alphaedit (projector) or memit (inverse key moment)", ("alphaedit", "memit")
     )
-    history: bool = _setting(
-        True, bool, "protect earlier batches' keys", "MEMIT's released code: False"
-    )
-    projection: bool | None = _setting(
-        None, bool | None, "project updates; None: yes for alphaedit only"
-    )
-    moment_weight: float | None = _setting(
-        None, Range(1e-9), "MEMIT's w on C0", "GPT2-XL 20,000", filled=(15_000.0, 15_000.0)
+    history: bool = _set(True, "protect earlier batches' keys; MEMIT's released code: False")
+    projection: bool | None = _set(None, "project updates; None: yes for alphaedit only")
+    moment_weight: float | None = _set(
+        None, "MEMIT's w on C0", Range(1e-9), (15_000.0, 15_000.0), "GPT2-XL 20,000"
     )
 
-    ridge: float | None = _setting(
+    ridge: float | None = _set(
         None,
-        Range(0),
         "lambda of the paper's Eq. 11; in auto, relative to the mean |P k|^2",
-        "text 1, code 10",
-        filled=(0.05, 10.0),
-    )
-    ridge_mode: str | None = _setting(
-        None,
-        _SCALES,
-        "absolute, or relative to the batch's mean |P k|^2",
-        filled=("relative", "absolute"),
-    )
-    prior_ridge: float | None = _setting(
-        None, Range(0), "of earlier rows, times their own; 0: held; None: 1"
-    )
-    layer_shares: str = _setting(
-        "equal", ("equal", "disturbance"), "of the residual: equal, or by least disturbance"
-    )
-    norm_guard: float | None = _setting(
-        None,
-        Range(1, off=True),
-        "most |Delta| relative to orthogonal keys; 0: none",
-        filled=(2.0, 0.0),
-    )
-    threshold: float | None = _setting(
-        None,
         Range(0),
-        "which eigenvalues count as zero",
-        "text 1e-2, code 2e-2",
-        filled=(0.02, 2e-2),
+        (0.05, 10.0),
+        "text 1, code 10",
     )
-    threshold_mode: str | None = _setting(
-        None,
-        (None, *THRESHOLD_MODES),
-        "absolute, relative, energy or rank",
-        filled=("energy", "absolute"),
+    ridge_mode: str | None = _set(
+        None, "absolute, or relative to the batch's mean |P k|^2", _SCALES, ("relative", "absolute")
     )
-    null_space: str | None = _setting(
-        None, str | None, "folder or Hub repo of the NullSpace, if not passed"
+    prior_ridge: float | None = _set(None, "times earlier rows' own; 0: held; None: 1", Range(0))
+    layer_shares: str = _set(
+        "equal", "of the residual: equal, or by least disturbance", ("equal", "disturbance")
     )
-    tokens_per_batch: int = _setting(
-        8192, Range(1, whole=True), "most tokens in one forward pass; bounds memory"
+    norm_guard: float | None = _set(
+        None, "most |Delta| relative to orthogonal keys; 0: none", Range(1, off=True), (2.0, 0.0)
     )
+    threshold: float | None = _set(
+        None, "which eigenvalues count as zero", Range(0), (0.02, 2e-2), "text 1e-2, code 2e-2"
+    )
+    threshold_mode: str | None = _set(
+        None, "absolute, relative, energy or rank", (None, *THRESHOLD_MODES), ("energy", "absolute")
+    )
+    null_space: str | None = _set(None, "folder or Hub repo of the NullSpace, if not passed")
+    tokens_per_batch: int = _set(8192, "most tokens in one forward pass; bounds memory", Range(1))
 
-    target_tokens: int = _setting(
-        2048, Range(1, whole=True), "most tokens optimised at once; bounds memory of gradients"
+    target_tokens: int = _set(2048, "most tokens optimised at once; bounds its memory", Range(1))
+    memory_budget: str | int | None = _set(
+        None, "above the base: sets the two bounds", "a number of bytes, or such as '8GiB'"
     )
-    memory_budget: str | int | None = _setting(
-        None, "a number of bytes, or such as '8GiB'", "above the base: sets the two bounds"
+    autocast: str | None = _set(None, "optimise z in it, state in float32", (None, "bfloat16"))
+    steps: int | None = _set(
+        None, "loss evaluations for z; 25 make 24 updates", Range(1, 100_000), (25, 25), "the code"
     )
-    autocast: str | None = _setting(
-        None, (None, "bfloat16"), "bfloat16: optimise z in it, with state in float32"
+    learning_rate: float | None = _set(
+        None, "Adam's, on z", Range(1e-9), (0.15, 0.5), "Llama-3 0.1, GPT-J and GPT2-XL 0.5"
     )
-    steps: int | None = _setting(
-        None,
-        Range(1, 100_000, whole=True),
-        "loss evaluations for z; 25 make 24 updates",
-        "the code",
-        filled=(25, 25),
+    learning_rate_mode: str | None = _set(
+        None, "absolute, or relative to |h| / sqrt(d)", _SCALES, ("relative", "absolute")
     )
-    learning_rate: float | None = _setting(
-        None, Range(1e-9), "Adam's, on z", "Llama-3 0.1, GPT-J and GPT2-XL 0.5", filled=(0.15, 0.5)
+    clamp_factor: float | None = _set(
+        None, "|z - h| is clamped to this times |h|", Range(1e-9), (1.0, 0.75), "the paper"
     )
-    learning_rate_mode: str | None = _setting(
-        None, _SCALES, "absolute, or relative to |h| / sqrt(d)", filled=("relative", "absolute")
+    kl_factor: float = _set(0.0625, "weight of KL(current || initial) at the subject", Range(0))
+    anchors: list[str] | None = _set(None, "prompts with {} whose answers edits shall keep")
+    anchor_factor: float = _set(1.0, "weight of the anchors' mean KL(current || initial)", Range(0))
+    weight_decay: float = _set(0.5, "weight of |z - h| / |h|^2", Range(0), source="the code")
+    stop_loss: float | None = _set(
+        None, "the loss at which an edit is done", Range(0), (0.2, 0.05), "the code"
     )
-    clamp_factor: float | None = _setting(
-        None, Range(1e-9), "|z - h| is clamped to this times |h|", "the paper", filled=(1.0, 0.75)
+    stop_when: str = _set(
+        "loss", "loss, or likeliest: also when greedy decoding says targets", ("loss", "likeliest")
     )
-    kl_factor: float = _setting(
-        0.0625, Range(0), "weight of KL(current || initial) at the subject", "the code"
-    )
-    anchors: list[str] | None = _setting(
-        None, list | None, "prompts with {} whose answers edits shall keep"
-    )
-    anchor_factor: float = _setting(
-        1.0, Range(0), "weight of the anchors' mean KL(current || initial)"
-    )
-    weight_decay: float = _setting(0.5, Range(0), "weight of |z - h| / |h|^2", "the code")
-    stop_loss: float | None = _setting(
-        None, Range(0), "the loss at which an edit is done", "the code", filled=(0.2, 0.05)
-    )
-    stop_when: str = _setting(
-        "loss", ("loss", "likeliest"), "loss, or likeliest: also when greedy decoding says targets"
-    )
-    kl_prompt: str = _setting(
-        "{} is a", str, "prompt whose distribution at the subject is kept", "the code"
-    )
+    kl_prompt: str = _set("{} is a", "prompt whose distribution at the subject is kept")
 
-    contexts: list[str] | None = _setting(
-        None, list | None, "texts put before prompts; None: sampled"
-    )
-    num_contexts: int = _setting(
-        5, Range(0, 1000, whole=True), "how many contexts to sample from the model", "the code: 5"
-    )
-    context_length: int = _setting(
-        10, Range(1, 1000, whole=True), "tokens in a sampled context", "the code: 10"
-    )
-    chat_template: bool = _setting(False, bool, "put prompts through the tokenizer's chat template")
-    separator: str = _setting(
-        " ", str, 'between prompt and target; "" for languages without spaces'
-    )
-    seed: int = _setting(0, int, "of the sampled contexts; recorded in the pack")
+    contexts: list[str] | None = _set(None, "texts put before prompts; None: sampled")
+    num_contexts: int = _set(5, "how many the model samples; the code: 5", Range(0, 1000))
+    context_length: int = _set(10, "tokens in a sampled context; the code: 10", Range(1, 1000))
+    chat_template: bool = _set(False, "put prompts through the tokenizer's chat template")
+    separator: str = _set(" ", 'between prompt and target; "" for languages without spaces')
+    seed: int = _set(0, "of the sampled contexts; recorded in the pack")
 
-    on_conflict: str = _setting(
+    on_conflict: str = _set(
         "error",
-        ("error", "replace", "keep"),
         "error, replace (the later wins) or keep (the earlier)",
+        ("error", "replace", "keep"),
     )
-    key_cosine: float = _setting(
-        0.999, Range(0.5, 1.0), "edits whose keys are at least this alike share one row"
-    )
-    max_hidden_ratio: float = _setting(
-        10.0, Range(1, off=True), "skip edits of |h| over this times median; 0: off"
-    )
-    capacity_bound: float = _setting(
-        0.33, Range(0, 1), "warn when edits take this share of the room; 0: never"
-    )
-    rollback_depth: int = _setting(
-        20, Range(0, whole=True), "batches whose earlier factors are kept for exact rollback"
-    )
+    key_cosine: float = _set(0.999, "edits whose keys are this alike share a row", Range(0.5, 1.0))
+    max_hidden_ratio: float = _set(10.0, "skip edits of |h| over this x median", Range(1, off=True))
+    capacity_bound: float = _set(0.33, "warn at this share of the room; 0: never", Range(0, 1))
+    rollback_depth: int = _set(20, "batches whose factors are kept for rollback", Range(0))
 
     def __post_init__(self) -> None:
         allowed = {f.name: f.metadata["allowed"] for f in fields(EditOptions)}
@@ -225,8 +162,8 @@ class EditOptions:
                 raise ValueError(f"{name}={getattr(self, name)!r} is unknown; use one of {choices}")
         if self.rewrite_layers is not None:
             self.rewrite_layers = layer_list(self.rewrite_layers)
-        for name, kind in allowed.items():
-            if isinstance(kind, (type, UnionType)) and not isinstance(getattr(self, name), kind):
+        for name, kind in KINDS.items():
+            if allowed[name] is None and not isinstance(getattr(self, name), kind):
                 raise ValueError(f"{name}={getattr(self, name)!r} must be of type {kind}")
         for name in ("contexts", "anchors"):
             if not all(isinstance(text, str) for text in getattr(self, name) or []):
@@ -238,7 +175,7 @@ class EditOptions:
             )
         for name, numbers in allowed.items():
             if isinstance(numbers, Range):
-                numbers.check(name, getattr(self, name))
+                numbers.check(name, getattr(self, name), whole=not isinstance(0.5, KINDS[name]))
         byte_count("memory_budget", self.memory_budget)
         for name in ("ridge", "threshold", "learning_rate"):
             mode = getattr(self, f"{name}_mode")
@@ -286,7 +223,7 @@ class Settings(EditOptions):
     ``threshold`` and ``threshold_mode`` alone may stay None: a null space brings its own.
 
     Raises:
-        ValueError: as ``EditOptions``, or a setting that is still open.
+        ValueError: a setting that is still open.
     """
 
     rewrite_layers: list[int]
@@ -301,22 +238,21 @@ class Settings(EditOptions):
     stop_loss: float
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        self._require_settled()
-
-    @classmethod
-    def of(cls, options: EditOptions) -> Settings:
-        """A copy, once nothing is open; values set since the options were made go unchecked."""
-        settings = cls.__new__(cls)
-        vars(settings).update(deepcopy(options.to_json()))
-        settings._require_settled()
-        return settings
-
-    def _require_settled(self) -> None:
         left = [name for name in get_annotations(Settings) if getattr(self, name) is None]
         if left:
             raise ValueError(f"{left} are open; take what AlphaEditConfig.resolve(model) gives")
 
+    @classmethod
+    def of(cls, options: EditOptions) -> Settings:
+        """A copy of options, which were checked when they were made, once nothing is open."""
+        return cls(**deepcopy(options.to_json()))
+
+
+# of each field: bool, str | None, list | None ..., as isinstance takes it
+KINDS: dict[str, Any] = {
+    name: reduce(or_, [get_origin(part) or part for part in get_args(hint) or [hint]])
+    for name, hint in get_type_hints(EditOptions).items()
+}
 
 # of each preset, by field: what it puts where the user has left None
 PRESETS: dict[str, dict[str, Any]] = {

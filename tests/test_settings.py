@@ -6,12 +6,11 @@ import runpy
 import subprocess
 import sys
 from dataclasses import fields, replace
-from types import UnionType
 
 import pytest
 
 from alphaedit_peft import AlphaEditConfig
-from alphaedit_peft.settings import PRESETS, EditOptions, Range, Settings, about
+from alphaedit_peft.settings import KINDS, PRESETS, EditOptions, Range, Settings, about
 from tests.conftest import ROOT, tiny_model
 
 FIELDS = {field.name: field for field in fields(EditOptions)}
@@ -23,13 +22,16 @@ def test_every_field_says_what_it_is_for_and_what_it_may_hold(name):
     allowed = field.metadata["allowed"]
     assert about(name) == field.metadata["help"]
     assert about(name)
-    assert isinstance(allowed, (Range, tuple, type, UnionType, str))
     values = (field.default, *field.metadata["filled"])
     if isinstance(allowed, tuple):
         assert set(values) <= set(allowed)
     elif isinstance(allowed, Range):
         for value in values:
-            allowed.check(name, value)
+            allowed.check(name, value, whole="int" in field.type)
+    elif allowed is None:
+        assert all(isinstance(value, KINDS[name]) for value in values)
+    else:
+        assert name == "memory_budget"
 
 
 def test_presets_fill_the_same_settings():
@@ -68,8 +70,6 @@ def test_settings_refuse_what_is_open():
     full, _ = AlphaEditConfig().resolve(tiny_model("llama"))
     with pytest.raises(ValueError, match=r"\['steps'\] are open; take what AlphaEditConfig.resol"):
         Settings.of(replace(full, steps=None))
-    with pytest.raises(ValueError, match=r"steps=0 is outside 1..100000"):
-        replace(Settings.of(full), steps=0)
 
 
 def test_a_null_space_may_bring_the_threshold():

@@ -27,10 +27,10 @@ def row(field: Field) -> list[str]:
     default = [f"`{value!r}`" for value in dict.fromkeys(values)]
     if isinstance(allowed, tuple):
         words = ", ".join(f"`{choice}`" for choice in allowed if choice is not None)
-    elif isinstance(allowed, (Range, str)):
-        words = str(allowed) + ", whole" * getattr(allowed, "whole", False)
+    elif isinstance(allowed, Range):
+        words = f"{allowed}{', whole' * ('int' in field.type)}"
     else:
-        words = getattr(allowed, "__name__", str(allowed))
+        words = allowed or field.type
     cells = [f"`{field.name}`", ", ".join(default), words, known["help"], known["source"]]
     return [cell.replace(" | None", " or None").replace("|", "\\|") for cell in cells]
 
