@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from alphaedit_peft.evaluation.metrics import Estimate, Values, bootstrap
+from alphaedit_peft.tables import Table
 
 PERCENT = "percent"
 NUMBER = "number"
@@ -134,8 +135,9 @@ class Scores:
             before: of the same cases on the unedited model, for a column beside it.
         """
         names = [n for n in METRICS if n in self.metrics or (before and n in before.metrics)]
-        rows = [["metric", *(["before"] if before else []), "value", "95 % interval", "cases"]]
-        rows[0][-2] = f"{100 * self.settings.get('level', 0.95):g} % interval"
+        interval = f"{100 * self.settings.get('level', 0.95):g} % interval"
+        columns = ["metric", *(["before"] if before else []), "value", interval, "cases"]
+        rows = []
         for name in names:
             now = self.metrics.get(name)
             cells = [name]
@@ -144,7 +146,7 @@ class Scores:
             bounds = [_number(name, b) for b in (now.low, now.high)] if now else []
             cells += [_shown(name, now), " .. ".join(bounds), str(now.n) if now else ""]
             rows.append(cells)
-        return "\n".join(_aligned(rows))
+        return Table(columns, rows).text()
 
     def __str__(self) -> str:
         return self.table()
@@ -185,14 +187,3 @@ def _shown(name: str, estimate: Estimate | None) -> str:
 
 def _number(name: str, value: float) -> str:
     return f"{100 * value:.1f} %" if METRICS[name] == PERCENT else f"{value:.3f}"
-
-
-def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return [
-        "  ".join(
-            cell.ljust(width) if i == 0 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]

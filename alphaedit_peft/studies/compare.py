@@ -21,6 +21,7 @@ from alphaedit_peft.metric import kind
 from alphaedit_peft.studies.base import Study, judged_before
 from alphaedit_peft.studies.methods import Method, opened
 from alphaedit_peft.studies.protocols import Progress, Run, Schedule, sequential
+from alphaedit_peft.tables import Table
 
 # Student's t, 97.5 %, for 1, 2, ... degrees of freedom; 1.96 beyond
 T_975 = (
@@ -68,8 +69,8 @@ class Comparison:
         values = [run.final.by_batch.get(metric, ()) for run in self.runs[method]]
         return [mean(batch) for batch in zip(*values, strict=True)]
 
-    def rows(self) -> tuple[list[str], list[list[str]]]:
-        """Headings, and a row a metric: each method's mean with half its interval's width."""
+    def rows(self) -> Table:
+        """A row a metric: each method's mean with half its interval's width."""
         finals = {name: self.final(name) for name in self.runs}
         rows = [
             [
@@ -84,16 +85,10 @@ class Comparison:
             mean(run.seconds / max(1, run.made) for run in runs) for runs in self.runs.values()
         ]
         rows.append(["seconds an edit", "", *(f"{cost:.2f}" for cost in costs)])
-        return ["metric", "before", *finals], rows
+        return Table(["metric", "before", *finals], rows)
 
     def __str__(self) -> str:
-        heads, rows = self.rows()
-        widths = [max(map(len, column)) for column in zip(heads, *rows, strict=True)]
-        lines = [
-            "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])])
-            for row in (heads, *rows)
-        ]
-        return "\n".join(line.rstrip() for line in lines)
+        return self.rows().text()
 
     def to_json(self) -> dict[str, Any]:
         """Everything but single cases, as plain JSON values."""

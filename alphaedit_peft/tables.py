@@ -1,0 +1,60 @@
+"""A table as a value, which every face shows: plain text, Markdown, rich and HTML.
+
+In: names of columns and rows of cells. Out: text. ``cli.printing`` and ``report.page`` set the same
+value in rich and in HTML.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+
+class Table(NamedTuple):
+    """Names of columns, of which those that begin with ``>`` are set to the right, and rows."""
+
+    columns: Sequence[str]
+    rows: Sequence[Sequence[object]]
+
+    def numbers(self) -> Table:
+        """The same table, all columns but the first set to the right."""
+        first, *others = self.columns
+        return Table([first, *(f">{name}" for name in others)], self.rows)
+
+    def text(self) -> str:
+        """Lines of equally wide columns, the first set to the left, the others to the right."""
+        lines = [[cell(value) for value in row] for row in (self.columns, *self.rows)]
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        return "\n".join(
+            "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip()
+            for row in lines
+        )
+
+    def markdown(self) -> str:
+        """A table of Markdown, in which any text stays text, with a line break at its end."""
+        rules = ("---:" if name.startswith(">") else "---" for name in self.columns)
+        lines = [
+            _row(name.removeprefix(">") for name in self.columns),
+            f"|{'|'.join(rules)}|",
+            *map(_row, self.rows),
+        ]
+        return "".join(f"{line}\n" for line in lines)
+
+
+def cell(value: object, nothing: str = "") -> str:
+    """A cell's text: floats with four significant digits, yes and no for bool."""
+    if value is None:
+        return nothing
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _row(cells: Iterable[object]) -> str:
+    return f"| {' | '.join(map(plain, cells))} |"
+
+
+def plain(value: object) -> str:
+    """Text that Markdown shows as it is, in one line."""
+    text = " ".join(str(value).split())
+    return "".join("\\" + c if c in "\\|`*_[]<>#&" else c for c in text)
