@@ -249,8 +249,18 @@ class Reader:
                 f"prompt {prompt!r} has no token, so nothing foretells what follows it"
             )
         row = Continuation(ids[:border], ids[border:])
-        self._require_fit(row.scoring_ids, max(ids), prompt)
+        self.require_fit(row.scoring_ids, max(ids), prompt)
         return row
+
+    def require_fit(self, ids: Sequence[int], largest: int, text: str) -> None:
+        """Refuse ids that the model has no positions or no embeddings for, as ``tokens`` does.
+
+        Raises:
+            ValueError: too many, or the largest is unknown.
+        """
+        find = getattr(self.model, "get_input_embeddings", None)
+        vocabulary = len(find().weight) if find else largest + 1
+        tokens.require_fit(ids, largest, text, (self.positions, vocabulary), ADVICE)
 
     def read(self, pairs: Sequence[tuple[str, str]]) -> list[Reading]:
         """What the model says about each continuation; equal pairs are run once.
@@ -293,7 +303,7 @@ class Reader:
         if not rows:
             raise ValueError(f"{len(texts)} texts hold no token to foretell; give longer ones")
         for i, ids in rows:
-            self._require_fit(ids, max(ids), texts[i])
+            self.require_fit(ids, max(ids), texts[i])
         every = [ids for _, ids in rows]
         for batch in self.batches(every):
             places = [
@@ -305,11 +315,6 @@ class Reader:
                 following=[every[batch.indices[k]][p + 1] for k, p in places],
                 texts=[rows[batch.indices[k]][0] for k, _ in places],
             )
-
-    def _require_fit(self, ids: Sequence[int], largest: int, text: str) -> None:
-        find = getattr(self.model, "get_input_embeddings", None)
-        vocabulary = len(find().weight) if find else largest + 1
-        tokens.require_fit(ids, largest, text, (self.positions, vocabulary), ADVICE)
 
     def _require_numbers(self, log_probs: Tensor) -> Tensor:
         if log_probs.isnan().any():

@@ -24,6 +24,8 @@ from rich.table import Table
 from rich.text import Text
 from typer.core import TyperGroup
 
+from alphaedit_peft.tables import cell
+
 WIDE = 24  # characters that a prompt gets, however narrow the terminal
 DECIDED = "Settings that auto decided"
 
@@ -66,7 +68,7 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) 
             no_wrap=right or name == "id",
         )
     for row in rows:
-        found.add_row(*(Text(number(cell)) for cell in row))
+        found.add_row(*(Text(cell(value)) for value in row))
     return found
 
 
@@ -87,7 +89,7 @@ def tables(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]])
 
     The first column stands in each of them; the title only in the first.
     """
-    texts = [columns, *([number(cell) for cell in row] for row in rows)]
+    texts = [columns, *([cell(value) for value in row] for row in rows)]
     first, *widths = (
         max(len(text.lstrip(">")) for text in column) + 2 for column in zip(*texts, strict=True)
     )
@@ -107,15 +109,6 @@ def tables(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]])
         )
         for n, part in enumerate(parts)
     ]
-
-
-def number(value: object) -> str:
-    """A cell's text: floats with four significant digits, None empty, yes and no for bool."""
-    if value is None:
-        return ""
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def probability(value: float | None) -> str:

@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from string import Template
 
+from alphaedit_peft.tables import cell
+
 STACKED = 4  # tables of more columns become one block a row on narrow screens
 NOTHING = "\N{EN DASH}"
 
@@ -82,26 +84,20 @@ def table(
             words, and lets a long table scroll. ``PAGE.html#search=word`` fills the box. Without
             scripts there is no box and every row is seen.
     """
-    names = [name.lstrip(">") for name in columns]
+    names = [escaped(name.lstrip(">")) for name in columns]
     kinds = [' class="number"' if name.startswith(">") else "" for name in columns]
-    head = "".join(
-        f'<th scope="col"{kind}>{escaped(name)}</th>'
-        for name, kind in zip(names, kinds, strict=True)
-    )
-    body = []
-    for row in rows:
-        cells = zip(row, names, kinds, strict=True)
-        body.append(
-            "<tr>"
-            + "".join(
-                f'<td data-name="{escaped(name)}"{kind}>{escaped(cell)}</td>'
-                for cell, name, kind in cells
-            )
-            + "</tr>"
+    heads = zip(names, kinds, strict=True)
+    head = "".join(f'<th scope="col"{kind}>{name}</th>' for name, kind in heads)
+    body = (
+        "".join(
+            f'<td data-name="{name}"{kind}>{escaped(value)}</td>'
+            for value, name, kind in zip(row, names, kinds, strict=True)
         )
+        for row in rows
+    )
     stacked = " stacked" if len(columns) > STACKED else ""
     shown = f'<table class="data{stacked}">\n<thead><tr>{head}</tr></thead>\n<tbody>\n'
-    shown += "\n".join(body) + "\n</tbody>\n</table>"
+    shown += "\n".join(f"<tr>{cells}</tr>" for cells in body) + "\n</tbody>\n</table>"
     if search is None:
         return Markup(f'<div class="wide">{shown}</div>')
     return Markup(
@@ -140,12 +136,7 @@ def escaped(value: object) -> Markup:
     """
     if isinstance(value, Markup):
         return value
-    if value is None:
-        return Markup(NOTHING)
-    if isinstance(value, bool):
-        return Markup("yes" if value else "no")
-    text = f"{value:.4g}" if isinstance(value, float) else str(value)
-    return Markup(html.escape("".join(map(_writable, text))))
+    return Markup(html.escape("".join(map(_writable, cell(value, NOTHING)))))
 
 
 def _writable(character: str) -> str:

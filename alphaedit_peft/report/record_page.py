@@ -1,16 +1,16 @@
-"""The page of a record: its request and all its prompts, with a model's answers before and after.
+"""A record of a dataset: its request and all its prompts, a model's answers to them, its page.
 
-In: a :class:`~alphaedit_peft.evaluation.Case`, and answers from ``record.ask``. Out: one
-self-contained HTML page in the manner of AlphaEdit's figures 12 and 13.
+In: a :class:`~alphaedit_peft.evaluation.Case`, a model without and with a pack. Out: answers, and
+one self-contained HTML page in the manner of AlphaEdit's figures 12 and 13.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from torch import nn
-from transformers import PreTrainedTokenizerBase
 
 from alphaedit_peft.evaluation import Case, Reader
 from alphaedit_peft.evaluation.generate import greedy
@@ -25,6 +25,9 @@ from alphaedit_peft.report.page import (
     side_by_side,
     table,
 )
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 REQUEST, PARAPHRASE, GENERATION = "request", "paraphrase", "generation"
 # part of a record -> what its prompts are there for
@@ -72,6 +75,9 @@ class Answer:
     rival: float | None = None
 
 
+Answers = Sequence[Answer]
+
+
 def prompts_of(case: Case) -> tuple[Prompt, ...]:
     """Every prompt of a case, each once in its part, in the order of ``PARTS``."""
     edit = case.edit
@@ -108,27 +114,21 @@ def ask(
         if value < 1:
             raise ValueError(f"{name}={value} leaves nothing to write; use 1 or more")
     reader = Reader(model, tokenizer)
-    free = [p.text for p in prompts if p.part == GENERATION]
-    asked = [p.text for p in prompts if p.part != GENERATION]
-    texts = dict(zip(free, greedy(reader, free, text_tokens), strict=True))
-    answers = dict(zip(asked, greedy(reader, asked, answer_tokens), strict=True))
+    said: dict[tuple[bool, str], str] = {}
+    for free, length in ((True, text_tokens), (False, answer_tokens)):
+        texts = [p.text for p in prompts if (p.part == GENERATION) == free]
+        continuations = greedy(reader, texts, length)
+        said |= {(free, t): c for t, c in zip(texts, continuations, strict=True)}
     pairs = [(p.text, t) for p in prompts for t in (p.wanted, p.rival) if t is not None]
-    readings = dict(zip(pairs, reader.read(pairs), strict=True)) if pairs else {}
-
-    def probability(prompt: Prompt, target: str | None) -> float | None:
-        return None if target is None else readings[prompt.text, target].mean_probability
-
+    read = reader.read(pairs) if pairs else []
+    found = {pair: one.mean_probability for pair, one in zip(pairs, read, strict=True)}
     return tuple(
         Answer(
-            (texts if prompt.part == GENERATION else answers)[prompt.text],
-            probability(prompt, prompt.wanted),
-            probability(prompt, prompt.rival),
+            said[p.part == GENERATION, p.text],
+            *(None if t is None else found[p.text, t] for t in (p.wanted, p.rival)),
         )
-        for prompt in prompts
+        for p in prompts
     )
-
-
-Answers = Sequence[Answer]
 
 
 def record_page(
@@ -152,31 +152,6 @@ def record_page(
         ValueError: ``after`` without ``before``, or another number of answers than prompts.
     """
     prompts = prompts_of(case)
-    require_answers(prompts, before, after)
-    sections = []
-    for part, meaning in PARTS.items():
-        where = [i for i, prompt in enumerate(prompts) if prompt.part == part]
-        if where:
-            shown = paragraph(meaning) + _table(prompts, where, before, after)
-            if part == REQUEST:
-                shown = _request(case) + shown + _chart(prompts, before, after)
-            sections.append(Section(heading(part), Markup(shown)))
-    return page(title, sections, lead)
-
-
-def heading(part: str) -> str:
-    """A part's name as a heading."""
-    return part.replace("_", " ").capitalize()
-
-
-def require_answers(
-    prompts: Sequence[Prompt], before: Answers | None, after: Answers | None
-) -> None:
-    """Refuse answers that do not belong to the prompts.
-
-    Raises:
-        ValueError: ``after`` without ``before``, or another number of answers than prompts.
-    """
     if after is not None and before is None:
         raise ValueError("after=... needs before=...: answers of the model without the edit")
     for name, answers in (("before", before), ("after", after)):
@@ -184,6 +159,21 @@ def require_answers(
             raise ValueError(
                 f"{name} holds {len(answers)} answers to {len(prompts)} prompts; ask them all"
             )
+    told = [(name, said) for name, said in (("before", before), ("after", after)) if said]
+    sections = []
+    for part, meaning in PARTS.items():
+        where = [i for i, prompt in enumerate(prompts) if prompt.part == part]
+        if where:
+            shown = paragraph(meaning) + _table(prompts, where, told)
+            if part == REQUEST:
+                shown = _request(case) + shown + _chart(prompts[0], told)
+            sections.append(Section(heading(part), Markup(shown)))
+    return page(title, sections, lead)
+
+
+def heading(part: str) -> str:
+    """A part's name as a heading."""
+    return part.replace("_", " ").capitalize()
 
 
 def _request(case: Case) -> Markup:
@@ -198,39 +188,30 @@ def _request(case: Case) -> Markup:
 
 
 def _table(
-    prompts: Sequence[Prompt], where: Sequence[int], before: Answers | None, after: Answers | None
+    prompts: Sequence[Prompt], where: Sequence[int], told: Sequence[tuple[str, Answers]]
 ) -> Markup:
-    told = [(name, answers) for name, answers in (("before", before), ("after", after)) if answers]
     wanted = any(prompts[i].wanted is not None for i in where)
     columns = ["prompt", *(["should follow"] if wanted else [])]
     for name, _ in told:
         columns += [f"model {name}", *([f"P {name}"] if wanted else [])]
     rows: list[list[object]] = []
     for i in where:
-        row: list[object] = [_marked(prompts[i]), *([prompts[i].wanted] if wanted else [])]
+        text = escaped(prompts[i].text)
+        marked = Markup(f"<strong>{text}</strong>") if prompts[i].part == REQUEST else text
+        row: list[object] = [marked, *([prompts[i].wanted] if wanted else [])]
         for _, answers in told:
             row += [answers[i].text.strip(), *([gauge(answers[i].wanted)] if wanted else [])]
         rows.append(row)
     return table(columns, rows)
 
 
-def _marked(prompt: Prompt) -> Markup:
-    text = escaped(prompt.text)
-    return Markup(f"<strong>{text}</strong>") if prompt.part == REQUEST else text
-
-
-def _chart(prompts: Sequence[Prompt], before: Answers | None, after: Answers | None) -> Markup:
+def _chart(request: Prompt, told: Sequence[tuple[str, Answers]]) -> Markup:
     """Probabilities of the new and the true target after the request."""
-    if before is None:
-        return Markup("")
     bars = []
-    for name, answers in (("before", before), ("after", after)):
-        if answers is None:
-            continue
-        for target, value in (
-            (prompts[0].wanted, answers[0].wanted),
-            (prompts[0].rival, answers[0].rival),
-        ):
+    for name, (answer, *_) in told:
+        for target, value in ((request.wanted, answer.wanted), (request.rival, answer.rival)):
             if target is not None and value is not None:
                 bars.append((f"{target.strip()}, {name}", round(100 * value, 1)))
+    if not told:
+        return Markup("")
     return side_by_side([bar_chart("Probability after the request, %", bars)])

@@ -1,7 +1,7 @@
-"""The page of an evaluation: scores as bars and tables, over the edits, by age, and their origin.
+"""Scores of an evaluation: a page with bars and curves, tables, Markdown, and their origin.
 
 In: :class:`~alphaedit_peft.report.findings.Finding` of one or more methods or models. Out: one
-self-contained HTML page.
+self-contained HTML page; tables as in AlphaEdit's Table 1; Markdown.
 """
 
 from __future__ import annotations
@@ -9,16 +9,28 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from alphaedit_peft.evaluation.metrics import Estimate
 from alphaedit_peft.evaluation.scores import METRICS, PERCENT
 from alphaedit_peft.report.charts import COLOURS, course_chart, interval_bars, with_half
-from alphaedit_peft.report.findings import Finding
 from alphaedit_peft.report.page import Markup, Section, page, paragraph, side_by_side, table
+from alphaedit_peft.tables import Table, plain
 
-UNEDITED_COLOUR = COLOURS - 1  # the quiet one
+if TYPE_CHECKING:
+    from alphaedit_peft.report.findings import Finding
+
+TABLE_1 = ("efficacy", "generalization", "specificity", "fluency", "consistency")
+RECALL = (
+    *("efficacy_recall", "generalization_recall", "specificity_recall", "same_subject_recall"),
+    *("efficacy_tokens", "generalization_tokens", "locality_tokens"),
+    *("unedited_recall", "perplexity"),
+)
 LOWER_IS_BETTER = ("perplexity",)
+DIGITS = {"perplexity": 3}  # of metrics that are no shares; 2 of the others
+UNEDITED = "unedited"
+UNEDITED_COLOUR = COLOURS - 1  # the quiet one
+NESTED = 3  # entries of a list that are shown in the table of origins
 
 
 def scores_page(
@@ -38,135 +50,49 @@ def scores_page(
         if not more:
             raise ValueError("findings=[] leave nothing to show; give at least one")
         return page(title, more)
-    main = set(main_columns(findings))
-    heads, rows = all_scores(findings)
     sections = [
-        Section("Scores", _bars(findings, [m for m in METRICS if m in main])),
+        Section("Scores", _bars(findings)),
         *_over_edits(findings),
         *_by_age(findings),
-        Section("All numbers", table([heads[0], *(f">{name}" for name in heads[1:])], rows)),
+        Section("All numbers", table(*all_scores(findings).numbers())),
         *more,
-        Section("What the numbers depend on", table(["", "value"], origins(findings))),
+        Section("What the numbers depend on", table(["", "value"], _origins(findings))),
     ]
     return page(title, sections, intervals_in_words(findings))
 
 
-def _bars(findings: Sequence[Finding], metrics: Iterable[str]) -> Markup:
-    """A chart a metric, a bar a model."""
-    charts = []
-    for metric in dict.fromkeys([*metrics, *_beside(findings)]):
-        bars = [
-            (name, found[metric], UNEDITED_COLOUR)
-            for name, found in unedited(findings)
-            if metric in found
+def scores_markdown(findings: Sequence[Finding], title: str = "Scores") -> str:
+    """Both tables and what intervals are over, as Markdown; any text in cells stays text."""
+    origins = Table(["what the numbers depend on", "value"], _origins(findings))
+    parts = [scores_table(findings).numbers(), all_scores(findings).numbers(), origins]
+    return "\n".join(
+        [
+            f"# {plain(title)}\n",
+            f"{intervals_in_words(findings)}\n",
+            *(part.markdown() for part in parts),
         ]
-        bars += [(f.name, f.final[metric], 0) for f in findings if metric in f.final]
-        percent = METRICS[metric] == PERCENT
-        caption = metric.replace("_", " ") + (", %" if percent else "")
-        note = " (lower is better)" if metric in LOWER_IS_BETTER else ""
-        scale, digits = scale_of(metric)
-        full = 1.0 if percent else None
-        charts.append(interval_bars(caption + note, bars, scale=scale, digits=digits, full=full))
-    return side_by_side(charts)
-
-
-def _beside(findings: Sequence[Finding]) -> list[str]:
-    """What is drawn beside the main columns; shares of tokens only where recall is not there."""
-    measured = {metric for found in findings for metric in found.final}
-    return [
-        metric
-        for metric in RECALL
-        if metric in measured and metric.replace("_tokens", "_recall") not in measured - {metric}
-    ]
-
-
-def _over_edits(findings: Sequence[Finding]) -> list[Section]:
-    """Curves of metrics over the edits made."""
-    charts = []
-    for metric in (*TABLE_1, *_beside(findings)):
-        courses = {
-            f.name: [(edits, e if edits else _exact(e.value)) for edits, e in f.course[metric]]
-            for f in findings
-            if f.course.get(metric)
-        }
-        if not courses:
-            continue
-        percent = METRICS[metric] == PERCENT
-        scale, ends = (100, (0.0, 100.0)) if percent else (1, None)
-        caption = metric.replace("_", " ") + (", %" if percent else "")
-        charts.append(
-            course_chart(caption, courses, x_label="edits made", scale=scale, y_range=ends)
-        )
-    if not charts:
-        return []
-    text = (
-        "Each judgement asks about all edits made until then; the bands are the intervals. At 0 "
-        "stands the unedited model on all cases, without its interval, which is over cases."
     )
-    return [Section("Over the edits", Markup(side_by_side(charts) + paragraph(text)))]
 
 
-def _by_age(findings: Sequence[Finding]) -> list[Section]:
-    """How well each batch's edits hold at the end."""
-    charts, rows = [], []
-    metrics = dict.fromkeys(m for f in findings for m, v in f.by_batch.items() if len(v) > 1)
-    for metric in metrics:
-        lines = {
-            f.name: [(i + 1, _exact(value)) for i, value in enumerate(f.by_batch[metric])]
-            for f in findings
-            if metric in f.by_batch
-        }
-        caption = metric.replace("_", " ") + ", %"
-        charts.append(
-            course_chart(
-                caption, lines, x_label="batch, the oldest first", scale=100, y_range=(0.0, 100.0)
-            )
-        )
-        for name, points in lines.items():
-            first, last = points[0][1].value, points[-1][1].value
-            rows.append((metric, name, f"{100 * first:.1f}", f"{100 * last:.1f}"))
-    if not charts:
-        return []
-    listed = table(["metric", "method", ">oldest batch, %", ">latest batch, %"], rows)
-    text = "Every edit judged after the last batch, by the batch that it was made in."
-    return [Section("By age of the edits", Markup(side_by_side(charts) + listed + paragraph(text)))]
-
-
-def _exact(value: float) -> Estimate:
-    """A value that is drawn without an interval."""
-    return Estimate(value, value, value, 0)
-
-
-TABLE_1 = ("efficacy", "generalization", "specificity", "fluency", "consistency")
-RECALL = (
-    *("efficacy_recall", "generalization_recall", "specificity_recall", "same_subject_recall"),
-    *("efficacy_tokens", "generalization_tokens", "locality_tokens"),
-    *("unedited_recall", "perplexity"),
-)
-UNEDITED = "unedited"
-DIGITS = {"perplexity": 3}  # of metrics that are no shares; 2 of the others
-NESTED = 3  # entries of a list that are shown in the table of origins
-
-
-def scores_table(findings: Sequence[Finding]) -> tuple[list[str], list[list[str]]]:
-    """Headings, and a row a model as in AlphaEdit's Table 1, the unedited ones before the others.
+def scores_table(findings: Sequence[Finding]) -> Table:
+    """A row a model as in AlphaEdit's Table 1, the unedited ones before the others.
 
     Where nothing compares new and true targets, as in zsRE, the columns are recall and token
     accuracy instead. Shares in percent, with half the width of the interval.
     """
-    metrics = main_columns(findings)
+    metrics = _main_columns(findings)
     rows = [
-        [name, *(shown(metric, found.get(metric)) for metric in metrics)]
-        for name, found in [*unedited(findings), *((f.name, f.final) for f in findings)]
+        [name, *(_shown(metric, found.get(metric)) for metric in metrics)]
+        for name, found in _models(findings)
     ]
-    return ["", *metrics], rows
+    return Table(["", *metrics], rows)
 
 
-def all_scores(findings: Sequence[Finding]) -> tuple[list[str], list[list[str]]]:
-    """Headings, and a row for every metric that was measured, a column a model."""
-    columns = [*unedited(findings), *((f.name, f.final) for f in findings)]
+def all_scores(findings: Sequence[Finding]) -> Table:
+    """A row for every metric that was measured, a column a model."""
+    columns = _models(findings)
     rows = [
-        [metric, *(shown(metric, found.get(metric)) for _, found in columns)]
+        [metric, *(_shown(metric, found.get(metric)) for _, found in columns)]
         for metric in METRICS
         if any(metric in found for _, found in columns)
     ]
@@ -174,20 +100,7 @@ def all_scores(findings: Sequence[Finding]) -> tuple[list[str], list[list[str]]]
         blank = [""] * (len(columns) - len(findings))
         costs = ["" if f.seconds is None else f"{f.seconds:.2f}" for f in findings]
         rows.append(["processor seconds an edit", *blank, *costs])
-    return ["metric", *(name for name, _ in columns)], rows
-
-
-def scores_markdown(findings: Sequence[Finding], title: str = "Scores") -> str:
-    """Both tables and what intervals are over, as Markdown; any text in cells stays text."""
-    lines = [f"# {_plain(title)}", "", intervals_in_words(findings), ""]
-    for heads, rows in (scores_table(findings), all_scores(findings)):
-        lines.append(_row(heads))
-        lines.append("|---" + "|---:" * (len(heads) - 1) + "|")
-        lines += [*map(_row, rows), ""]
-    lines.append(_row(["what the numbers depend on", "value"]))
-    lines.append("|---|---|")
-    lines += [_row([name, value]) for name, value in origins(findings)]
-    return "\n".join(lines) + "\n"
+    return Table(["metric", *(name for name, _ in columns)], rows)
 
 
 def intervals_in_words(findings: Sequence[Finding]) -> str:
@@ -206,7 +119,13 @@ def intervals_in_words(findings: Sequence[Finding]) -> str:
     )
 
 
-def main_columns(findings: Sequence[Finding]) -> list[str]:
+def _level(found: Finding) -> float:
+    judging = found.origin.get("judging", {})
+    level = judging.get("level", 0.95) if isinstance(judging, Mapping) else 0.95
+    return level if isinstance(level, float) and math.isfinite(level) else 0.95
+
+
+def _main_columns(findings: Sequence[Finding]) -> list[str]:
     """Of the paper's Table 1; where fewer than two of these were measured, recall and tokens."""
     measured = {metric for found in findings for metric in found.final}
     columns = [metric for metric in TABLE_1 if metric in measured]
@@ -215,7 +134,12 @@ def main_columns(findings: Sequence[Finding]) -> list[str]:
     return columns or sorted(measured)[: len(TABLE_1)]
 
 
-def unedited(findings: Sequence[Finding]) -> list[tuple[str, Mapping[str, Estimate]]]:
+def _models(findings: Sequence[Finding]) -> list[tuple[str, Mapping[str, Estimate]]]:
+    """The unedited models, then the others, each with its metrics."""
+    return [*_unedited(findings), *((f.name, f.final) for f in findings)]
+
+
+def _unedited(findings: Sequence[Finding]) -> list[tuple[str, Mapping[str, Estimate]]]:
     """The unedited models, each once; with the source's name where they differ."""
     distinct: dict[str, tuple[str, Mapping[str, Estimate]]] = {}
     for found in findings:
@@ -227,7 +151,102 @@ def unedited(findings: Sequence[Finding]) -> list[tuple[str, Mapping[str, Estima
     return [(f"{UNEDITED}, {name}", before) for name, before in distinct.values()]
 
 
-def origins(findings: Sequence[Finding]) -> list[tuple[str, str]]:
+def _shown(metric: str, estimate: Estimate | None) -> str:
+    """A metric with half the width of its interval, in percent where it is a share."""
+    return "" if estimate is None else with_half(estimate, *_scale_of(metric))
+
+
+def _scale_of(metric: str) -> tuple[float, int]:
+    """What a metric is multiplied with to be shown, and its digits after the point."""
+    return (100, 1) if METRICS.get(metric) == PERCENT else (1, DIGITS.get(metric, 2))
+
+
+def _bars(findings: Sequence[Finding]) -> Markup:
+    """A chart a metric, a bar a model."""
+    charts = []
+    main = _main_columns(findings)
+    for metric in dict.fromkeys([*(m for m in METRICS if m in main), *_beside(findings)]):
+        bars = [
+            (name, found[metric], UNEDITED_COLOUR)
+            for name, found in _unedited(findings)
+            if metric in found
+        ]
+        bars += [(f.name, f.final[metric], 0) for f in findings if metric in f.final]
+        note = " (lower is better)" if metric in LOWER_IS_BETTER else ""
+        scale, digits = _scale_of(metric)
+        full = 1.0 if METRICS[metric] == PERCENT else None
+        title = _caption(metric) + note
+        charts.append(interval_bars(title, bars, scale=scale, digits=digits, full=full))
+    return side_by_side(charts)
+
+
+def _beside(findings: Sequence[Finding]) -> list[str]:
+    """What is drawn beside the main columns; shares of tokens only where recall is not there."""
+    measured = {metric for found in findings for metric in found.final}
+    return [
+        metric
+        for metric in RECALL
+        if metric in measured and metric.replace("_tokens", "_recall") not in measured - {metric}
+    ]
+
+
+def _caption(metric: str) -> str:
+    return metric.replace("_", " ") + (", %" if METRICS.get(metric) == PERCENT else "")
+
+
+def _over_edits(findings: Sequence[Finding]) -> list[Section]:
+    """Curves of metrics over the edits made."""
+    charts = []
+    for metric in (*TABLE_1, *_beside(findings)):
+        courses = {
+            f.name: [(edits, e if edits else _exact(e.value)) for edits, e in f.course[metric]]
+            for f in findings
+            if f.course.get(metric)
+        }
+        if courses:
+            scale, ends = (100, (0.0, 100.0)) if METRICS[metric] == PERCENT else (1, None)
+            charts.append(
+                course_chart(
+                    _caption(metric), courses, x_label="edits made", scale=scale, y_range=ends
+                )
+            )
+    if not charts:
+        return []
+    text = (
+        "Each judgement asks about all edits made until then; the bands are the intervals. At 0 "
+        "stands the unedited model on all cases, without its interval, which is over cases."
+    )
+    return [Section("Over the edits", Markup(side_by_side(charts) + paragraph(text)))]
+
+
+def _by_age(findings: Sequence[Finding]) -> list[Section]:
+    """How well each batch's edits hold at the end."""
+    charts, rows = [], []
+    for metric in dict.fromkeys(m for f in findings for m, v in f.by_batch.items() if len(v) > 1):
+        lines = {
+            f.name: [(i, _exact(value)) for i, value in enumerate(f.by_batch[metric], start=1)]
+            for f in findings
+            if metric in f.by_batch
+        }
+        title, x_label = metric.replace("_", " ") + ", %", "batch, the oldest first"
+        charts.append(course_chart(title, lines, x_label=x_label, scale=100, y_range=(0.0, 100.0)))
+        rows += [
+            (metric, name, *(f"{100 * points[i][1].value:.1f}" for i in (0, -1)))
+            for name, points in lines.items()
+        ]
+    if not charts:
+        return []
+    listed = table(["metric", "method", ">oldest batch, %", ">latest batch, %"], rows)
+    text = "Every edit judged after the last batch, by the batch that it was made in."
+    return [Section("By age of the edits", Markup(side_by_side(charts) + listed + paragraph(text)))]
+
+
+def _exact(value: float) -> Estimate:
+    """A value that is drawn without an interval."""
+    return Estimate(value, value, value, 0)
+
+
+def _origins(findings: Sequence[Finding]) -> list[tuple[str, str]]:
     """What the numbers depend on: what all share once, the rest with the finding's name."""
     flat = {found.name: dict(_flat(found.origin)) for found in findings}
     names = dict.fromkeys(name for values in flat.values() for name in values)
@@ -242,47 +261,12 @@ def origins(findings: Sequence[Finding]) -> list[tuple[str, str]]:
     return [("read from", sources), *rows]
 
 
-def shown(metric: str, estimate: Estimate | None) -> str:
-    """A metric with half the width of its interval, in percent where it is a share."""
-    if estimate is None:
-        return ""
-    return with_half(estimate, *scale_of(metric))
-
-
-def scale_of(metric: str) -> tuple[float, int]:
-    """What a metric is multiplied with to be shown, and its digits after the point."""
-    if METRICS.get(metric) == PERCENT:
-        return 100, 1
-    return 1, DIGITS.get(metric, 2)
-
-
-def _level(found: Finding) -> float:
-    judging = found.origin.get("judging", {})
-    level = judging.get("level", 0.95) if isinstance(judging, Mapping) else 0.95
-    return level if isinstance(level, float) and math.isfinite(level) else 0.95
-
-
 def _flat(values: Mapping[str, Any], path: str = "") -> Iterable[tuple[str, str]]:
     for name, value in values.items():
         if isinstance(value, Mapping) and value:
             yield from _flat(value, f"{path}{name}.")
+        elif isinstance(value, list) and value:
+            rest = f" and {len(value) - NESTED} more" if len(value) > 2 * NESTED else ""
+            yield f"{path}{name}", ", ".join(map(str, value[:NESTED] if rest else value)) + rest
         elif value not in (None, {}, []):
-            yield f"{path}{name}", _words(value)
-
-
-def _words(value: object) -> str:
-    if isinstance(value, list):
-        rest = f" and {len(value) - NESTED} more" if len(value) > 2 * NESTED else ""
-        kept = value if not rest else value[:NESTED]
-        return ", ".join(map(str, kept)) + rest
-    return str(value)
-
-
-def _row(cells: Iterable[object]) -> str:
-    return "| " + " | ".join(_plain(cell) for cell in cells) + " |"
-
-
-def _plain(cell: object) -> str:
-    """Text that Markdown shows as it is, in one line."""
-    text = " ".join(str(cell).split())
-    return "".join("\\" + c if c in "\\|`*_[]<>#&" else c for c in text)
+            yield f"{path}{name}", str(value)

@@ -15,17 +15,17 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
 
 from alphaedit_peft import hooks, tokens
 from alphaedit_peft.report.charts import scatter_chart
 from alphaedit_peft.report.page import Markup, Section, paragraph, side_by_side, table
+from alphaedit_peft.scoring import Reader
+from alphaedit_peft.tables import Table
 
 if TYPE_CHECKING:
-    from alphaedit_peft.model import AlphaEditModel
+    from transformers import PreTrainedTokenizerBase
 
-TOKENS_PER_BATCH = 4096
-ADVICE = "shorten the prompt"
+    from alphaedit_peft.model import AlphaEditModel
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,21 +106,17 @@ def last_states(
     Raises:
         ValueError: no prompt, or one that is empty or too long for the model.
     """
+    reader = Reader(model, tokenizer)
     rows = [tokens.encode(tokenizer, prompt)[0] for prompt in prompts]
     if not rows:
         raise ValueError("prompts=[] show nothing; give at least one")
-    weight = next(model.parameters())
-    embeddings = getattr(model, "get_input_embeddings", lambda: None)()
-    vocabulary = max(map(max, filter(None, rows)), default=0) + 1
-    positions = getattr(getattr(model, "config", None), "max_position_embeddings", None)
-    limits = positions, vocabulary if embeddings is None else len(embeddings.weight)
     for prompt, row in zip(prompts, rows, strict=True):
         if not row:
             raise ValueError(f"prompt {prompt!r} has no token; leave it out")
-        tokens.require_fit(row, max(row), prompt, limits, ADVICE)
+        reader.require_fit(row, max(row), prompt)
     found: list[dict[int, Tensor]] = [{} for _ in blocks]
     with hooks.evaluating(model):
-        for batch in tokens.batches(rows, TOKENS_PER_BATCH, weight.device):
+        for batch in reader.batches(rows):
             for states, block in zip(found, blocks, strict=True):
                 output = hooks.capture_output(model, batch.inputs, block)
                 hidden = hooks.hidden_of(output)  # (batch, tokens, d)
@@ -145,7 +141,8 @@ def shift_between(where: str, before: Mapping[str, Tensor], after: Mapping[str, 
     shapes = {name: states.shape for name, states in before.items()}
     if shapes != {name: states.shape for name, states in after.items()}:
         raise ValueError(f"before has {shapes}, and after other groups or shapes; ask the same")
-    every = torch.cat([*before.values(), *after.values()]).double()  # (2 n, d)
+    first, then = ({name: s.double() for name, s in of.items()} for of in (before, after))
+    every = torch.cat([*first.values(), *then.values()])  # (2 n, d)
     if len(every) < 4:
         raise ValueError(f"{len(every) // 2} prompt spans no plane; give at least two")
     middle = every.mean(0)
@@ -153,16 +150,13 @@ def shift_between(where: str, before: Mapping[str, Tensor], after: Mapping[str, 
     plane = axes[:2].T  # (d, 2)
     total = sizes.square().sum().clamp_min(torch.finfo(torch.float64).tiny)
     shares = (sizes[:2].square() / total).tolist()
-    start = torch.cat([*before.values()]).double()
+    start = torch.cat([*first.values()])
     away = (start - start.mean(0)).norm(dim=1).mean() / start.norm(dim=1).mean()
     return Shift(
         where,
-        {name: (states.double() - middle) @ plane for name, states in before.items()},
-        {name: (states.double() - middle) @ plane for name, states in after.items()},
-        {
-            name: (after[name].double() - states.double()).norm(dim=1) / states.double().norm(dim=1)
-            for name, states in before.items()
-        },
+        {name: (states - middle) @ plane for name, states in first.items()},
+        {name: (states - middle) @ plane for name, states in then.items()},
+        {n: (then[n] - states).norm(dim=1) / states.norm(dim=1) for n, states in first.items()},
         float(away),
         (shares[0], shares[1]),
     )
@@ -170,7 +164,7 @@ def shift_between(where: str, before: Mapping[str, Tensor], after: Mapping[str, 
 
 def shift_section(shifts: Sequence[Shift]) -> Section:
     """A chart a block, and how far the prompts of each group moved."""
-    charts, rows = [], []
+    charts = []
     for found in shifts:
         first, second = (f"{100 * share:.0f} % of variance" for share in found.explained)
         groups = {
@@ -180,29 +174,27 @@ def shift_section(shifts: Sequence[Shift]) -> Section:
             ]
             for name, states in found.before.items()
         }
-        charts.append(
-            scatter_chart(
-                found.where,
-                groups,
-                x_label=f"first component, {first}",
-                y_label=f"second component, {second}",
-            )
-        )
-        for name, moves in found.relative.items():
-            far = moves.tolist()
-            cells = (median(far), max(far), found.spread)
-            rows.append((found.where, name, len(far), *(f"{100 * cell:.2f} %" for cell in cells)))
-    listed = table(
-        [
-            *("where", "prompts", ">how many", ">median move", ">largest move"),
-            ">spread without edits",
-        ],
-        rows,
-    )
+        labels = f"first component, {first}", f"second component, {second}"
+        charts.append(scatter_chart(found.where, groups, x_label=labels[0], y_label=labels[1]))
     text = (
         "Hidden states at each prompt's last token: a ring without the edits, a dot with them, "
         "on the two directions along which all of them vary most. A move is |after - before| / "
         "|before| in the whole space, so also what the picture cannot show; the spread is how far "
         "prompts lie from their middle on the same scale."
     )
+    listed = table(*moves(shifts))
     return Section("What moved inside", Markup(side_by_side(charts) + listed + paragraph(text)))
+
+
+def moves(shifts: Sequence[Shift]) -> Table:
+    """How far the prompts of each group moved, and how far apart they were, a row a block."""
+    rows = []
+    for found in shifts:
+        for name, relative in found.relative.items():
+            far = relative.tolist()
+            shares = (median(far), max(far), found.spread)
+            rows.append(
+                (found.where, name, len(far), *(f"{100 * share:.2f} %" for share in shares))
+            )
+    columns = ["where", "prompts", ">how many", ">median move", ">largest move"]
+    return Table([*columns, ">spread without edits"], rows)

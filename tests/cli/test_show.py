@@ -7,6 +7,7 @@ import pytest
 
 from alphaedit_peft.cli import printing
 from alphaedit_peft.cli.arguments import check_folder, parse_layers
+from alphaedit_peft.tables import cell
 
 
 def test_cells_are_not_markup(capsys):
@@ -77,7 +78,7 @@ def test_long_prompts_leave_room_for_every_other_column(capsys, monkeypatch):
     [(None, ""), (True, "yes"), (False, "no"), (0.000123456, "0.0001235"), (7, "7"), ("a", "a")],
 )
 def test_cells(value, text):
-    assert printing.number(value) == text
+    assert cell(value) == text
 
 
 def test_counts_and_probabilities():
