@@ -1,10 +1,12 @@
 """Pages for people: one self-contained HTML file with tables and plots, of packs and evaluations.
 
-In: values. Out: HTML as text. ``html`` has the project's one template, ``svg`` and ``charts`` the
-plots, as pure functions without any library; ``pack`` puts a pack's page together from them,
-``scores_page`` that of an evaluation, ``record_page`` that of a record, ``shift`` a picture of
-hidden states. A page asks the network for nothing, and every text in it is escaped.
+In: values. Out: HTML as text. ``page`` has the project's one template, ``charts`` the plots;
+``pack_page`` puts a pack's page together, ``scores_page`` that of an evaluation, ``record_page``
+that of a record, ``shift`` a picture of hidden states. A page asks the network for nothing, and
+every text in it is escaped.
 """
+
+from typing import TYPE_CHECKING
 
 from alphaedit_peft.report.charts import (
     bar_chart,
@@ -15,7 +17,6 @@ from alphaedit_peft.report.charts import (
     scatter_chart,
     spectrum_chart,
 )
-from alphaedit_peft.report.findings import Finding, read_findings
 from alphaedit_peft.report.pack_page import pack_page
 from alphaedit_peft.report.page import Markup, Section, facts, page, paragraph, source, table
 from alphaedit_peft.report.record_page import PARTS, Answer, Prompt, ask, prompts_of, record_page
@@ -27,6 +28,9 @@ from alphaedit_peft.report.scores_page import (
     scores_table,
 )
 from alphaedit_peft.report.shift import Shift, last_states, pack_shift, shift_between, shift_section
+
+if TYPE_CHECKING:
+    from alphaedit_peft.report.findings import Finding, read_findings
 
 __all__ = [
     "PARTS",
@@ -63,3 +67,11 @@ __all__ = [
     "spectrum_chart",
     "table",
 ]
+
+
+def __getattr__(name: str) -> object:
+    if name not in ("Finding", "read_findings"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from alphaedit_peft.report import findings  # with all that compares methods, so only when used
+
+    return getattr(findings, name)

@@ -12,23 +12,12 @@ from collections.abc import Mapping, Sequence
 
 from alphaedit_peft.evaluation.metrics import Estimate
 from alphaedit_peft.report.page import Markup, escaped
-from alphaedit_peft.report.svg import (
-    BOTTOM,
-    COLOURS,
-    HEIGHT,
-    LABEL,
-    LEFT,
-    RIGHT,
-    ROW,
-    TOP,
-    WIDTH,
-    Axis,
-    dash,
-    figure,
-    frame,
-    legend,
-)
 
+WIDTH, HEIGHT = 440, 240
+LEFT, RIGHT, TOP, BOTTOM = 52, 12, 10, 38
+COLOURS = 5  # classes stroke-0 ... of page.css
+DASHES = ("", "6 3", "2 3", "8 3 2 3")  # lines beyond the colours are told apart by these
+ROW, LABEL = 22, 130  # of a bar chart: height of a bar, width of its label
 POINTS = 400  # of a spectrum's line; more than a screen shows
 LEVELS = 10  # shades of a heat map
 NAMED = 12  # a heat map of more rows has no labels
@@ -51,10 +40,7 @@ def line_chart(
     """Lines, each through its points (x, y); one of a single point is a dot.
 
     Args:
-        title: above the chart.
         series: name -> points, in the order of x.
-        x_label: below.
-        y_label: above the vertical axis.
         y_range: lowest and highest y; None: those of the points.
         log_y: a logarithmic y axis; points at zero and below are left out.
     """
@@ -82,9 +68,7 @@ def course_chart(
     """Lines through estimates, with their intervals as a band.
 
     Args:
-        title: above the chart.
         courses: name -> (x, estimate), in the order of x.
-        x_label: below.
         scale: shown is ``scale`` times each value.
         y_range: lowest and highest y shown, of scaled values; None: those of the intervals.
     """
@@ -118,10 +102,7 @@ def scatter_chart(
     """Points that moved: a ring where each was, a dot where it is, a line between them.
 
     Args:
-        title: above the chart.
         groups: name -> ((x, y) before, (x, y) after), each in a colour of its own.
-        x_label: below.
-        y_label: above the vertical axis.
     """
     drawn = {
         name: [pair for pair in pairs if all(_finite(*point) for point in pair)]
@@ -150,7 +131,6 @@ def bar_chart(title: str, bars: Sequence[tuple[str, float]], *, unit: str = "") 
     """Bars to the right from zero, each with its label and value.
 
     Args:
-        title: above the chart.
         bars: (label, value from 0 on).
         unit: after each value.
     """
@@ -175,7 +155,6 @@ def interval_bars(
     """Bars to the right from zero, each with its interval as a line over its end.
 
     Args:
-        title: above the chart.
         bars: (label, estimate, number of its colour), estimates from 0 on.
         scale: shown is ``scale`` times the value; 100 for shares in percent.
         digits: after the point.
@@ -210,7 +189,6 @@ def heat_map(title: str, values: Sequence[Sequence[float]], labels: Sequence[str
     """A grid of cells: darker is nearer to 1, in another colour nearer to -1; 0 is empty.
 
     Args:
-        title: above the chart.
         values: rows of numbers in -1..1, equally long; a square, or wider or narrower than high.
         labels: of the rows (and of a square's columns), shown where they are at most ``NAMED``.
     """
@@ -248,7 +226,6 @@ def spectrum_chart(title: str, values: Sequence[float], kept: int) -> Markup:
     """Eigenvalues from the largest down, on a logarithmic axis, and which of them count as zero.
 
     Args:
-        title: above the chart.
         values: (d_in,), ascending; those at zero are drawn at the smallest positive one.
         kept: how many of the smallest the null space keeps; they are shaded.
     """
@@ -336,3 +313,103 @@ def _bar(
 
 def _cut(label: str, most: int) -> Markup:
     return escaped(label if len(label) <= most else label[: most - 1] + "…")
+
+
+def frame(x_axis: Axis, y_axis: Axis, x_label: str = "", y_label: str = "") -> list[str]:
+    """Grid lines and the axes' numbers and names."""
+    parts = []
+    for value in y_axis.ticks():
+        y = y_axis.place(value)
+        parts.append(
+            f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
+            f'<text x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{_tick(value)}</text>'
+        )
+    below = HEIGHT - BOTTOM + 16
+    for value in x_axis.ticks():
+        x = x_axis.place(value)
+        parts.append(f'<text x="{x:.1f}" y="{below}" text-anchor="middle">{_tick(value)}</text>')
+    middle = (LEFT + WIDTH - RIGHT) / 2
+    if x_label:
+        parts.append(
+            f'<text x="{middle}" y="{HEIGHT - 5}" text-anchor="middle">{escaped(x_label)}</text>'
+        )
+    if y_label:
+        parts.append(f'<text x="{LEFT + 6}" y="{TOP + 12}">{escaped(y_label)}</text>')
+    return parts
+
+
+def legend(names: Sequence[str], wanted: bool | None = None) -> str:
+    """Which line is whose; nothing where there is one line only."""
+    if not (len(names) > 1 if wanted is None else wanted):
+        return ""
+    keys = (
+        f'<span class="key"><svg width="26" height="10" aria-hidden="true">'
+        f'<line class="line stroke-{i % COLOURS}" stroke-width="2" x1="1" x2="25" y1="5" y2="5"'
+        f"{dash(i)}/></svg> {escaped(name)}</span>"
+        for i, name in enumerate(names)
+    )
+    return f'<p class="legend">{" ".join(keys)}</p>'
+
+
+def dash(i: int) -> str:
+    """The attribute that tells line ``i`` from one of the same colour."""
+    pattern = DASHES[i // COLOURS % len(DASHES)]
+    return f' stroke-dasharray="{pattern}"' if pattern else ""
+
+
+def figure(
+    title: str, parts: Sequence[str], width: float = 0, height: float = 0, keys: str = ""
+) -> Markup:
+    """A chart with its title and legend; without parts it says that there is nothing to draw."""
+    drawn = (
+        f'<svg class="chart" viewBox="0 0 {width:g} {height:g}" role="img" '
+        f'aria-label="{escaped(title)}">{"".join(parts)}</svg>'
+        if parts
+        else '<p class="quiet">Nothing to draw.</p>'
+    )
+    return Markup(f"<figure><figcaption>{escaped(title)}</figcaption>{keys}{drawn}</figure>")
+
+
+def _tick(value: float) -> str:
+    if value and not 1e-3 <= abs(value) < 1e5:
+        return f"{value:.0e}".replace("e-0", "e-").replace("e+0", "e")
+    return f"{value:.6g}"
+
+
+class Axis:
+    """One axis: values to places, and where its ticks are.
+
+    Args:
+        low, high: smallest and largest value.
+        start, end: their places.
+        log: whether the scale is logarithmic; values are above zero then.
+    """
+
+    def __init__(self, low: float, high: float, start: float, end: float, log: bool) -> None:
+        self.log, self.start, self.end = log, start, end
+        if low == high:
+            low, high = (low / 2, high * 2) if log else (low - 0.5, high + 0.5)
+        self.low, self.high = low, high
+
+    def place(self, value: float) -> float:
+        """Where a value is drawn; values beyond the ends are drawn at the ends."""
+        low, high = self._scaled(self.low), self._scaled(self.high)
+        share = (self._scaled(value) - low) / (high - low)
+        return self.start + min(max(share, 0.0), 1.0) * (self.end - self.start)
+
+    def ticks(self) -> list[float]:
+        """At most seven round values within the axis."""
+        if self.log:
+            first, last = math.ceil(math.log10(self.low)), math.floor(math.log10(self.high))
+            each = max(1, math.ceil((last - first) / 5))
+            found = [10.0**power for power in range(first, last + 1, each)]
+            return found if len(found) > 1 else [self.low, self.high]
+        rough = (self.high - self.low) / 5
+        size = 10.0 ** math.floor(math.log10(rough))
+        step = next(size * m for m in (1, 2, 5, 10) if size * m >= rough * 0.999)
+        first = math.ceil(self.low / step - 1e-9)
+        last = math.floor(self.high / step + 1e-9)
+        return [round(i * step, 12) for i in range(first, last + 1)]
+
+    def _scaled(self, value: float) -> float:
+        return math.log10(max(value, self.low)) if self.log else value

@@ -1,18 +1,18 @@
 """The page of a pack, for people: what it says, how well it took, how full it is, where it is from.
 
-In: an :class:`~alphaedit_peft.pack.EditPack`, and its null space where it is at hand. Out: one
-self-contained HTML page. Everything on it is read from the pack; no model is needed.
+In: a pack, and its null space where it is at hand. Out: one self-contained HTML page. Everything on
+it is read from the pack; no model is needed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from statistics import median
+from typing import TYPE_CHECKING
 
-from alphaedit_peft.nullspace import NullSpace
-from alphaedit_peft.pack import EditRecord
 from alphaedit_peft.pack.card import PLACE, base_name, loading, loading_code
 from alphaedit_peft.pack.parents import parent_in_words, stands_on
+from alphaedit_peft.pack.record import EditRecord
 from alphaedit_peft.pack.value import PackValue
 from alphaedit_peft.report.charts import gauge, line_chart
 from alphaedit_peft.report.layer_sections import (
@@ -33,6 +33,9 @@ from alphaedit_peft.report.page import (
     source,
     table,
 )
+
+if TYPE_CHECKING:
+    from alphaedit_peft.nullspace import NullSpace
 
 _USE = """\
 {loading}
@@ -59,7 +62,9 @@ def pack_page(
     """
     if null_space is not None:
         null_space = _belonging(pack, null_space)
-    rows = _row_figures(pack)
+    # rows that are mixtures of keys have no figures
+    known = {} if pack.mixed or not pack.rank else pack.factors
+    rows = {module: row_figures(delta) for module, delta in known.items()}
     sections = [
         Section("Edits", _edits(pack, rows)),
         Section("How well they took", _taking(pack)),
@@ -98,13 +103,6 @@ def _belonging(pack: PackValue, null_space: NullSpace) -> NullSpace:
     return null_space
 
 
-def _row_figures(pack: PackValue) -> dict[str, RowFigures]:
-    """By module; none where the rows are mixtures of keys."""
-    if not pack.rank or (pack.compression is not None and pack.compression.mixed):
-        return {}
-    return {module: row_figures(delta) for module, delta in pack.factors.items()}
-
-
 def _lead(pack: PackValue) -> str:
     count = len(pack.edits)
     changes = f"changes {count:,} fact{'' if count == 1 else 's'}" if count else "changes nothing"
@@ -128,28 +126,24 @@ def _edits(pack: PackValue, rows: Mapping[str, RowFigures]) -> Markup:
     )
     if not pack.records:
         return Markup(overview + paragraph("No edit has been made yet."))
-    shared = _in_common(rows) if pack.rows_are_keys else {}
-    known_before = any(record.edit.target_true for record in pack.records)
-    others = any(record.role != "own" for record in pack.records)
-    columns = ["prompt", *(["old target"] if known_before else []), "new target"]
-    columns += ["P before", "P after", ">batch", ">row"]
-    columns += [">in common"] if shared else []
-    columns += [*(["role"] if others else []), "id"]
-    cells = (
-        [
-            _prompt(record),
-            *([record.edit.target_true] if known_before else []),
-            Markup(f"<strong>{escaped(record.edit.target_new.strip())}</strong>"),
-            gauge(record.probability_before),
-            gauge(record.probability_after),
-            record.batch,
-            record.row,
-            *([_percent(shared.get(record.row))] if shared else []),
-            *([record.role] if others else []),
-            Markup(f"<code>{escaped(record.edit.id)}</code>"),
-        ]
-        for record in pack.records
-    )
+    shared: dict[int, float] = {}
+    if pack.rows_are_keys:  # how much of each row the others span, in the layer where most
+        every = [figures.in_common.tolist() for figures in rows.values()]
+        shared = {row: max(shares) for row, shares in enumerate(zip(*every, strict=True))}
+    columns: list[tuple[str, bool, Callable[[EditRecord], object]]] = [
+        ("prompt", True, _prompt),
+        ("old target", any(r.edit.target_true for r in pack.records), lambda r: r.edit.target_true),
+        ("new target", True, lambda r: _within("strong", r.edit.target_new.strip())),
+        ("P before", True, lambda r: gauge(r.probability_before)),
+        ("P after", True, lambda r: gauge(r.probability_after)),
+        (">batch", True, lambda r: r.batch),
+        (">row", True, lambda r: r.row),
+        (">in common", bool(shared), lambda r: f"{shared[r.row]:.0%}" if r.row in shared else None),
+        ("role", any(r.role != "own" for r in pack.records), lambda r: r.role),
+        ("id", True, lambda r: _within("code", r.edit.id)),
+    ]
+    kept = [(name, show) for name, wanted, show in columns if wanted]
+    cells = ([show(record) for _, show in kept] for record in pack.records)
     notes = (
         "P is the probability of the new target, before the edit's batch and right after it. Edits "
         "about one subject may share a row of the factors."
@@ -159,7 +153,7 @@ def _edits(pack: PackValue, rows: Mapping[str, RowFigures]) -> Markup:
             " In common: how much of the row's direction the other rows span, in the layer where "
             "that is most; so much of the edit would stay if it were removed without the model."
         )
-    found = table(columns, cells, search="Find an edit")
+    found = table([name for name, _ in kept], cells, search="Find an edit")
     return Markup(overview + found + f'<p class="quiet">{escaped(notes)}</p>')
 
 
@@ -167,15 +161,11 @@ def _prompt(record: EditRecord) -> Markup:
     """The filled prompt, its subject in italics."""
     start, end = record.edit.subject_span
     text = record.edit.question
-    return Markup(
-        f"{escaped(text[:start])}<em>{escaped(text[start:end])}</em>{escaped(text[end:])}"
-    )
+    return Markup(escaped(text[:start]) + _within("em", text[start:end]) + escaped(text[end:]))
 
 
-def _in_common(rows: Mapping[str, RowFigures]) -> dict[int, float]:
-    """The share of each row that the others span, in the layer where it is largest."""
-    every = [figures.in_common.tolist() for figures in rows.values()]
-    return {row: max(shares) for row, shares in enumerate(zip(*every, strict=True))}
+def _within(tag: str, text: str) -> Markup:
+    return Markup(f"<{tag}>{escaped(text)}</{tag}>")
 
 
 def _taking(pack: PackValue) -> Markup:
@@ -188,7 +178,9 @@ def _taking(pack: PackValue) -> Markup:
     ):
         found = sorted(value for value in values if value is not None)
         if found:
-            series[name] = _spread(found)
+            # evenly over 0..100
+            last = len(found) - 1
+            series[name] = [(100 * i / last if last else 50.0, v) for i, v in enumerate(found)]
             sentences.append(f"{median(found):.3f} {name} (lowest {found[0]:.3f})")
     if not series:
         return paragraph("The new targets' probabilities were not measured.")
@@ -206,13 +198,6 @@ def _taking(pack: PackValue) -> Markup:
     return Markup(paragraph(text) + side_by_side([chart]))
 
 
-def _spread(values: list[float]) -> list[tuple[float, float]]:
-    """Values in order, evenly over 0..100."""
-    if len(values) == 1:
-        return [(50.0, values[0])]
-    return [(100 * i / (len(values) - 1), value) for i, value in enumerate(values)]
-
-
 def _origin(pack: PackValue) -> Markup:
     pairs: list[tuple[str, object]] = [("Base model", base_name(pack))]
     if pack.base is not None:
@@ -221,25 +206,23 @@ def _origin(pack: PackValue) -> Markup:
     if pack.compression is not None:
         pairs.append(("Compressed", str(pack.compression)))
     pairs += [(f"Version of {name}", value) for name, value in sorted(pack.versions.items())]
-    parents = [Markup(f"<li>{escaped(parent_in_words(parent))}</li>") for parent in pack.parents]
-    listed = f"<ul>{''.join(parents)}</ul>" if parents else ""
-    above = "<h3>Made from other packs</h3>" if parents else ""
-    reasons = [(d.get("name"), d.get("value"), d.get("reason")) for d in pack.decisions]
-    if reasons:
-        chosen = table(["setting", "value", "reason"], reasons)
-        listed += f"<h3>Settings chosen by measurement</h3>{chosen}"
-    contexts = [Markup(f"<li>{escaped(text or 'none')}</li>") for text in pack.contexts]
+    parents = "".join(_within("li", parent_in_words(parent)) for parent in pack.parents)
+    listed = f"<h3>Made from other packs</h3><ul>{parents}</ul>" if parents else ""
+    if pack.decisions:
+        columns = ["setting", "value", "reason"]
+        chosen = [(d.get("name"), d.get("value"), d.get("reason")) for d in pack.decisions]
+        listed += f"<h3>Settings chosen by measurement</h3>{table(columns, chosen)}"
+    contexts = "".join(_within("li", text or "none") for text in pack.contexts)
     settings = [
-        (name, _setting(value))
-        for name, value in sorted(pack.config.to_json().items())
-        if value is not None and name != "base_model_name_or_path"
+        (name, ", ".join(map(str, v if isinstance(v, (list, tuple)) else [v])))
+        for name, v in sorted(pack.config.to_json().items())
+        if v is not None and name != "base_model_name_or_path"
     ]
     return Markup(
         table(["what", "value"], pairs)
-        + above
         + listed
-        + f"<details><summary>{len(contexts)} texts put before the prompts</summary>"
-        + f"<ol>{''.join(contexts)}</ol></details>"
+        + f"<details><summary>{len(pack.contexts)} texts put before the prompts</summary>"
+        + f"<ol>{contexts}</ol></details>"
         + "<details><summary>All settings</summary>"
         + table(["setting", "value"], settings)
         + "</details>"
@@ -248,31 +231,24 @@ def _origin(pack: PackValue) -> Markup:
 
 def _use(pack: PackValue) -> Markup:
     below = stands_on(pack)
-    mixed = pack.compression is not None and pack.compression.mixed
     code = _USE.format(
         loading=loading_code(pack.config.base_model_name_or_path),
         code=loading(PLACE, "", below),
-        purpose="to look at the edits" if mixed else "to go on editing, take edits back, merge",
+        purpose="to look at the edits"
+        if pack.mixed
+        else "to go on editing, take edits back, merge",
     )
-    more = ""
-    if below:
-        listed = "; ".join(
-            f"parent {i} is {parent_in_words({**parent, 'operation': 'the pack'})}"
-            for i, parent in enumerate(below, start=1)
-        )
-        more = paragraph(
-            "It was made on top of other packs and acts as it was made only beside them, so these "
-            f"are loaded first: {listed}."
-        )
-    return Markup(more + source(code))
-
-
-def _setting(value: object) -> str:
-    return ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
-
-
-def _percent(share: float | None) -> str | None:
-    return None if share is None else f"{share:.0%}"
+    if not below:
+        return source(code)
+    listed = "; ".join(
+        f"parent {i} is {parent_in_words({**parent, 'operation': 'the pack'})}"
+        for i, parent in enumerate(below, start=1)
+    )
+    text = (
+        "It was made on top of other packs and acts as it was made only beside them, so these "
+        f"are loaded first: {listed}."
+    )
+    return Markup(paragraph(text) + source(code))
 
 
 def _size(number: int) -> str:

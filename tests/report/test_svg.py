@@ -9,13 +9,13 @@ import pytest
 from alphaedit_peft.report.charts import (
     HEIGHT,
     WIDTH,
+    Axis,
     bar_chart,
     gauge,
     heat_map,
     line_chart,
     spectrum_chart,
 )
-from alphaedit_peft.report.svg import Axis
 
 
 def parsed(markup):
