@@ -261,6 +261,14 @@ def load_model(model: str, dtype: Dtype, device: str | None) -> tuple[Any, Any]:
     return base.eval(), tokenizer
 
 
+def load_pack(base: Any, pack: str) -> Any:
+    """The model with the edits of a folder or Hub id on it, as ``AlphaEditModel`` loads them."""
+    from alphaedit_peft import AlphaEditModel
+
+    with finding(pack):
+        return AlphaEditModel.from_pretrained(base, pack)
+
+
 def hush() -> None:
     """Switch off transformers' loading bars, and its and the Hub's advice, in this process."""
     from huggingface_hub.utils import logging as hub_logging

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import GenerationConfig
 
 from alphaedit_peft import (
     AlphaEditConfig,
@@ -28,6 +27,7 @@ from alphaedit_peft import (
     get_alphaedit_model,
     write_edits,
 )
+from alphaedit_peft.evaluation.generate import greedy
 from alphaedit_peft.scoring import Reader, score
 
 EDITS = 10
@@ -177,7 +177,6 @@ def _equal(one: Mapping[str, torch.Tensor], other: Mapping[str, torch.Tensor]) -
 
 KINDS = ("edit", "paraphrase", "same subject", "bystander")
 LONGEST = 8  # tokens of an answer
-AT_ONCE = 64  # prompts
 
 
 @dataclass(frozen=True)
@@ -215,36 +214,13 @@ class Answer:
 
 def ask(model: Any, tokenizer: Any, questions: Sequence[Question]) -> list[Answer]:
     """Ask all questions; the model is left as it was."""
-    texts = says(model, tokenizer, [question.prompt for question in questions])
     reader = Reader(model, tokenizer, AlphaEditConfig().tokens_per_batch)
+    texts = greedy(reader, [question.prompt for question in questions], LONGEST)
     new, true = (
         score(model, [reader.encode(q.prompt, target(q)) for q in questions], reader.batches)
         for target in (lambda q: q.new, lambda q: q.true)
     )
     return [
-        Answer(text, a.probability, b.probability)
+        Answer(text.partition(".")[0].strip(), a.probability, b.probability)
         for text, a, b in zip(texts, new, true, strict=True)
     ]
-
-
-@torch.no_grad()
-def says(model: Any, tokenizer: Any, prompts: Sequence[str]) -> list[str]:
-    """The model's greedy continuation of each prompt, up to the full stop."""
-    settings = GenerationConfig(
-        do_sample=False,
-        max_new_tokens=LONGEST,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    texts: list[str] = []
-    for start in range(0, len(prompts), AT_ONCE):
-        inputs = tokenizer(
-            list(prompts[start : start + AT_ONCE]),
-            padding=True,
-            padding_side="left",
-            return_tensors="pt",
-        ).to(model.device)
-        out = model.generate(**inputs, generation_config=settings)
-        new = out[:, inputs["input_ids"].shape[1] :]  # (prompts, new tokens)
-        texts += tokenizer.batch_decode(new, skip_special_tokens=True)
-    return [text.partition(".")[0].strip() for text in texts]

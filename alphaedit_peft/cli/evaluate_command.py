@@ -29,6 +29,7 @@ from alphaedit_peft.cli.arguments import (
     check_ways,
     finding,
     load_model,
+    load_pack,
     read_lines,
     read_suite,
 )
@@ -86,7 +87,7 @@ def evaluate(  # noqa: PLR0913
     if pack is not None:
         first = None if out is None else out.with_name(f"{out.stem}.before{out.suffix}")
         before = evaluation.evaluate(base, tokenizer, suite, generate=generate, results=first)
-        now = _with_pack(base, pack)
+        now = load_pack(base, pack)
     scores = evaluation.evaluate(
         now, tokenizer, suite, baseline=before, generate=generate, results=out
     )
@@ -118,13 +119,6 @@ def _suite_of_pack(pack: str, limit: int | None) -> Suite:
     if not edits:
         raise ValueError(f"{pack} holds no edit to judge; give --data FILE")
     return Suite([Case(edit, paraphrases=edit.paraphrases) for edit in edits])
-
-
-def _with_pack(base: Any, pack: str) -> Any:
-    from alphaedit_peft import AlphaEditModel
-
-    with finding(pack):
-        return AlphaEditModel.from_pretrained(base, pack)
 
 
 def _metrics(scores: Scores) -> dict[str, Any]:

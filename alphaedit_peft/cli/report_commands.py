@@ -26,8 +26,8 @@ from alphaedit_peft.cli.arguments import (
     Target,
     TargetOption,
     check_file,
-    finding,
     load_model,
+    load_pack,
     read_lines,
 )
 
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 
 TEXTS = (".md", ".markdown")
 KEPT, EDITED = "prompts to be kept", "edited prompts"
+STATES = ("before", "after")
 
 ModelOption = Annotated[
     str | None,
@@ -119,12 +120,10 @@ def _shifts(
     kept = read_lines(prompts)
     if not kept:
         raise ValueError(f"{prompts} holds no prompt; write one a line")
-    from alphaedit_peft import AlphaEditModel
     from alphaedit_peft.report import pack_shift
 
     base, tokenizer = load_model(model, dtype, device)
-    with finding(pack):
-        edited = AlphaEditModel.from_pretrained(base, pack)
+    edited = load_pack(base, pack)
     groups = {KEPT: kept, EDITED: [edit.question for edit in edited.edits]}
     return pack_shift(edited, tokenizer, groups)
 
@@ -149,29 +148,23 @@ def _moves(moved: Shift) -> dict[str, Any]:
 
 def _scores(found: Sequence[Finding]) -> list[Any]:
     from alphaedit_peft.report import all_scores, intervals_in_words, scores_table
+    from alphaedit_peft.tables import Table
 
     if not found:
         return []
-    heads, rows = scores_table(found)
-    parts: list[Any] = printing.tables("Scores", [heads[0], *(f">{n}" for n in heads[1:])], rows)
-    rest_heads, every = all_scores(found)
-    main = set(heads)
-    rest = [row for row in every if row[0] not in main]
+    main, every = scores_table(found), all_scores(found)
+    parts: list[Any] = printing.tables("Scores", *main.numbers())
+    rest = [row for row in every.rows if row[0] not in main.columns]
     if rest:  # turned round, so that many models do not make it too wide
-        columns = [rest_heads[0], *(f">{name}" for name in rest_heads[1:])]
-        parts += printing.tables("Everything else", columns, rest)
+        parts += printing.tables("Everything else", *Table(every.columns, rest).numbers())
     return [*parts, intervals_in_words(found)]
 
 
 def _moved(shifts: Sequence[Shift]) -> list[Any]:
-    from statistics import median
+    from alphaedit_peft.report.shift import moves
 
-    rows = [
-        (one.where, name, len(far), *(f"{100 * v:.2f} %" for v in (median(far), max(far))))
-        for one in shifts
-        for name, far in ((name, moves.tolist()) for name, moves in one.relative.items())
-    ]
     columns = ["hidden states", "of", ">how many", ">median move", ">largest"]
+    rows = [row[: len(columns)] for row in moves(shifts).rows]
     return [printing.table("What moved inside", columns, rows)] if rows else []
 
 
@@ -215,22 +208,17 @@ def show_record(  # noqa: PLR0913
     from alphaedit_peft.report import prompts_of, record_page
 
     prompts = prompts_of(read)
-    before = after = None
+    answers: list[tuple[Answer, ...]] = []  # before, and after with a pack
     told = ""
     if model is not None:
-        before, after, told = _answers(read, prompts, model, pack, text_tokens, dtype, device)
+        answers, told = _answers(read, prompts, model, pack, text_tokens, dtype, device)
     name = f"{file.name}, record {case}"
-    facts = {
-        "record": name,
-        "case": read.to_dict(),
-        "answers": _record_facts(prompts, before, after),
-    }
-    parts: list[Any] = [name, _request(read), *_tables(prompts, before, after)]
+    facts = {"record": name, "case": read.to_dict(), "answers": _record_facts(prompts, answers)}
+    parts: list[Any] = [name, _request(read), *_tables(prompts, answers)]
     if told:
         parts.append(told)
     if html is not None:
-        page = record_page(read, before, after, title=name, lead=told)
-        html.write_text(page, encoding="utf-8")
+        html.write_text(record_page(read, *answers, title=name, lead=told), encoding="utf-8")
         parts.append(f"Written to {html}; open it in a browser")
         facts["html"] = str(html)
     printing.show(as_json, facts, *parts)
@@ -271,44 +259,38 @@ def _answers(
     text_tokens: int,
     dtype: Dtype,
     device: str | None,
-) -> tuple[tuple[Answer, ...], tuple[Answer, ...] | None, str]:
+) -> tuple[list[tuple[Answer, ...]], str]:
     """What the model says without and with the pack, and that in a sentence."""
-    from alphaedit_peft import AlphaEditModel
     from alphaedit_peft.report import ask
 
     base, tokenizer = load_model(model, dtype, device)
     before = ask(base, tokenizer, prompts, text_tokens=text_tokens)
     if pack is None:
-        return before, None, f"Answers are those of {model}, greedily."
-    with finding(pack):
-        edited: Any = AlphaEditModel.from_pretrained(base, pack)
+        return [before], f"Answers are those of {model}, greedily."
+    edited = load_pack(base, pack)
     after = ask(edited, tokenizer, prompts, text_tokens=text_tokens)
-    same = [
-        e for e in edited.edits if (e.subject, e.prompt) == (case.edit.subject, case.edit.prompt)
-    ]
-    held = any(e.target_new.strip() == case.edit.target_new.strip() for e in same)
-    if held:
+    asked = case.edit
+    same = [e for e in edited.edits if (e.subject, e.prompt) == (asked.subject, asked.prompt)]
+    if any(e.target_new.strip() == asked.target_new.strip() for e in same):
         there = "which holds this edit"
     elif same:
         there = f"which teaches another target here, {same[-1].target_new.strip()!r}"
     else:
         there = "which does not hold this edit"
     count = printing.count(len(edited.edits), "edit")
-    return before, after, f"Before is {model}, after is with {pack} ({count}), {there}; greedily."
+    told = f"Before is {model}, after is with {pack} ({count}), {there}; greedily."
+    return [before, after], told
 
 
 def _record_facts(
-    prompts: tuple[Prompt, ...],
-    before: tuple[Answer, ...] | None,
-    after: tuple[Answer, ...] | None,
+    prompts: tuple[Prompt, ...], answers: Sequence[tuple[Answer, ...]]
 ) -> list[dict[str, Any]]:
     """Prompts with the answers to each, as plain JSON values."""
     rows = []
     for i, prompt in enumerate(prompts):
-        row: dict[str, Any] = asdict(prompt)
-        row["before"] = None if before is None else asdict(before[i])
-        row["after"] = None if after is None else asdict(after[i])
-        rows.append(row)
+        said = [asdict(found[i]) for found in answers]
+        before, after = [*said, None, None][:2]
+        rows.append({**asdict(prompt), "before": before, "after": after})
     return rows
 
 
@@ -319,15 +301,10 @@ def _request(case: Case) -> str:
     return told if edit.target_true is None else f"{told}; true target: {edit.target_true.strip()}"
 
 
-def _tables(
-    prompts: tuple[Prompt, ...],
-    before: tuple[Answer, ...] | None,
-    after: tuple[Answer, ...] | None,
-) -> list[Any]:
+def _tables(prompts: tuple[Prompt, ...], answers: Sequence[tuple[Answer, ...]]) -> list[Any]:
     """A table a part of the record."""
-    from alphaedit_peft.report import PARTS
+    from alphaedit_peft.report.record_page import PARTS, heading
 
-    told = [(name, said) for name, said in (("before", before), ("after", after)) if said]
     tables = []
     for part, meaning in PARTS.items():
         where = [i for i, prompt in enumerate(prompts) if prompt.part == part]
@@ -335,16 +312,14 @@ def _tables(
             continue
         wanted = any(prompts[i].wanted is not None for i in where)
         columns = ["prompt", *(["should\nfollow"] if wanted else [])]
-        for name, _ in told:
+        for name in STATES[: len(answers)]:
             columns += [name, *([">P"] if wanted else [])]
         rows = []
         for i in where:
             row: list[object] = [prompts[i].text, *([prompts[i].wanted] if wanted else [])]
-            for _, said in told:
+            for said in answers:
                 row.append(" ".join(said[i].text.split()))
                 row += [printing.probability(said[i].wanted)] if wanted else []
             rows.append(row)
-        tables.append(
-            printing.table(f"{part.replace('_', ' ').capitalize()}: {meaning}", columns, rows)
-        )
+        tables.append(printing.table(f"{heading(part)}: {meaning}", columns, rows))
     return tables

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from alphaedit_peft.evaluation import metrics
-from alphaedit_peft.evaluation.metrics import Estimate, bootstrap
+from alphaedit_peft.evaluation.scores import Estimate, bootstrap
 from alphaedit_peft.scoring import Reader, TextBatch
 
 Without = Callable[[], AbstractContextManager[object]]

@@ -17,20 +17,25 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from alphaedit_peft.evaluation import metrics
-from alphaedit_peft.evaluation.cases import Case, Question, Suite
+from alphaedit_peft.evaluation.cases import Case, Suite
 from alphaedit_peft.evaluation.drift import text_perplexity
 from alphaedit_peft.evaluation.generate import Sampling, greedy, sampled
-from alphaedit_peft.evaluation.metrics import Estimate, bootstrap
+from alphaedit_peft.evaluation.metrics import (
+    Pair,
+    Written,
+    fit_tfidf,
+    metrics_of,
+    pairs_of,
+    tops_of,
+)
 from alphaedit_peft.evaluation.results import JsonLines
-from alphaedit_peft.evaluation.scores import CaseScores, Scores, gather
+from alphaedit_peft.evaluation.scores import CaseScores, Estimate, Scores, bootstrap, gather
 from alphaedit_peft.scoring import Reader, Reading
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Progress = Callable[[int, int], None]
-Pair = tuple[str, str]
 
 SAME = 0.02  # largest difference of a probability between two runs of one model
 
@@ -117,7 +122,7 @@ def evaluate(
         how,
         generate,
         _baseline(baseline, suite.cases),
-        metrics.fit_tfidf(references) if references else None,
+        fit_tfidf(references) if references else None,
     )
     way = _way(how, generate, baseline is not None, references)
     file = JsonLines(Path(results), "judging", way) if results else None
@@ -158,9 +163,20 @@ class _Group:
         readings = dict(zip(pairs, self.reader.read(pairs), strict=True))
         written = self._write(cases) if self.generate else [None] * len(cases)
         return [
-            judge(case, readings, wrote, self.earlier.get(case.digest), self.vectorizer)
-            for case, wrote in zip(cases, written, strict=True)
+            self._scores(case, readings, wrote) for case, wrote in zip(cases, written, strict=True)
         ]
+
+    def _scores(
+        self, case: Case, readings: Mapping[Pair, Reading], written: Written | None
+    ) -> CaseScores:
+        before = self.earlier.get(case.digest)
+        unedited = before.tops if before else None
+        found = metrics_of(case, readings, written, unedited, self.vectorizer)
+        texts: dict[str, list[str]] = {}
+        if written is not None:
+            texts = {"answer": [written.answer], "paraphrases": list(written.paraphrases)}
+            texts["generation"] = list(written.texts)
+        return CaseScores(case.id, case.digest, found, tops_of(case, readings), texts)
 
     def _write(self, cases: Sequence[Case]) -> list[Written]:
         """What the model writes for each case: greedy after its prompts, sampled texts."""
@@ -249,128 +265,3 @@ def _require_same_model(
                 f"{file} was judged on another model: {name} of edit {case.id!r} is "
                 f"{again[name]:.3f} now and {there} there; name another file"
             )
-
-
-# kinds of questions whose answers are looked at token by token, and compared with the base's
-KINDS = ("neighborhood", "locality", "same_subject", "portability")
-COMPARED = ("neighborhood", "locality", "same_subject")
-
-
-@dataclass(frozen=True)
-class Written:
-    """What a model wrote for one case: after the edit's prompt and paraphrases, and texts."""
-
-    answer: str
-    paraphrases: tuple[str, ...]
-    texts: tuple[str, ...]
-
-
-def pairs_of(case: Case) -> list[Pair]:
-    """Every (prompt, continuation) that the case's metrics need."""
-    edit = case.edit
-    targets = [edit.target_new] + ([edit.target_true] if edit.target_true else [])
-    found = [(p, t) for p in (edit.question, *case.paraphrases) for t in targets]
-    found += [(question.prompt, edit.target_new) for question in case.neighborhood]
-    for kind in KINDS:
-        found += [(q.prompt, answer) for q in getattr(case, kind) for answer in q.answers]
-    return list(dict.fromkeys(found))
-
-
-def judge(
-    case: Case,
-    readings: Mapping[Pair, Reading],
-    written: Written | None = None,
-    before: CaseScores | None = None,
-    vectorizer: Any = None,
-) -> CaseScores:
-    """All metrics of a case.
-
-    Args:
-        case: what was asked.
-        readings: by (prompt, continuation), at least those of ``pairs_of``.
-        written: what the model wrote; None leaves out what is about free text.
-        before: the case's scores on the unedited model; None leaves out ``..._unchanged``.
-        vectorizer: from ``metrics.fit_tfidf``; None leaves out consistency.
-
-    Raises:
-        ValueError: ``before`` is of another case.
-    """
-    found: dict[str, float] = {}
-    for name, prompts in (
-        ("efficacy", (case.edit.question,)),
-        ("generalization", case.paraphrases),
-    ):
-        found |= _told(name, prompts, case, readings)
-    if case.neighborhood:
-        true = [readings[q.prompt, q.answer] for q in case.neighborhood]
-        new = [readings[q.prompt, case.edit.target_new] for q in case.neighborhood]
-        found["specificity"] = metrics.preference(true, new)
-        found["specificity_magnitude"] = metrics.magnitude(true, new)
-        found["specificity_recall"] = metrics.recall(true)
-    tops: dict[str, list[list[int]]] = {}
-    for kind in KINDS:
-        questions = getattr(case, kind)
-        if not questions:
-            continue
-        tops[kind] = [list(readings[q.prompt, q.answer].top) for q in questions]
-        if kind != "neighborhood":
-            found |= _answered(kind, questions, readings)
-        if before is not None and kind in COMPARED:
-            found[f"{kind}_unchanged"] = metrics.unchanged(tops[kind], _tops(before, case, kind))
-    if written is None:
-        return CaseScores(case.id, case.digest, found, tops)
-    found |= _of_texts(case, written, vectorizer)
-    texts = {"answer": [written.answer], "paraphrases": list(written.paraphrases)}
-    texts |= {"generation": list(written.texts)}
-    return CaseScores(case.id, case.digest, found, tops, texts)
-
-
-def _told(
-    name: str, prompts: Sequence[str], case: Case, readings: Mapping[Pair, Reading]
-) -> dict[str, float]:
-    """Metrics of prompts that should show the new target."""
-    if not prompts:
-        return {}
-    new = [readings[prompt, case.edit.target_new] for prompt in prompts]
-    found = {
-        f"{name}_recall": metrics.recall(new),
-        f"{name}_tokens": metrics.token_accuracy(new),
-        f"{name}_probability": metrics.mean([reading.mean_probability for reading in new]),
-    }
-    if case.edit.target_true:
-        true = [readings[prompt, case.edit.target_true] for prompt in prompts]
-        found[name] = metrics.preference(new, true)
-        found[f"{name}_magnitude"] = metrics.magnitude(new, true)
-    return found
-
-
-def _answered(
-    kind: str, questions: Sequence[Question], readings: Mapping[Pair, Reading]
-) -> dict[str, float]:
-    """How well questions are answered; of an answer's spellings the best one counts."""
-    spelt = [[readings[q.prompt, answer] for answer in q.answers] for q in questions]
-    hits = [float(any(reading.recalled for reading in ways)) for ways in spelt]
-    best = [max(reading.token_accuracy for reading in ways) for ways in spelt]
-    return {f"{kind}_recall": metrics.mean(hits), f"{kind}_tokens": metrics.mean(best)}
-
-
-def _of_texts(case: Case, written: Written, vectorizer: Any) -> dict[str, float]:
-    wanted = (case.edit.target_new,)
-    found = {"exact_match": float(metrics.says(written.answer, wanted))}
-    if written.paraphrases:
-        said = [float(metrics.says(text, wanted)) for text in written.paraphrases]
-        found["exact_match_paraphrases"] = metrics.mean(said)
-    if written.texts:
-        found["fluency"] = metrics.fluency(written.texts)
-        if case.references and vectorizer is not None:
-            found["consistency"] = metrics.consistency(written.texts, case.references, vectorizer)
-    return found
-
-
-def _tops(before: CaseScores, case: Case, kind: str) -> Sequence[Sequence[int]]:
-    if before.digest != case.digest:
-        raise ValueError(
-            f"baseline of edit {before.id!r} was judged on another case than {case.digest}; judge "
-            "the unedited model on the same cases"
-        )
-    return before.tops[kind]

@@ -1,10 +1,10 @@
-"""The metrics, as pure functions; the formula stands at each.
+"""The metrics of a case, and their formulas as pure functions.
 
-In: what a model said about a continuation of a prompt (:class:`~alphaedit_peft.scoring.Reading`),
-generated texts, values by case. Out: numbers, and their confidence intervals by the bootstrap over
-cases (Efron 1979). Names are those of the papers (ROME, arXiv 2202.05262, section 3.3; MEMIT, arXiv
-2210.07229; AlphaEdit, arXiv 2410.02355, appendix B). A continuation o of m tokens is taken by its
-mean log-probability, as the published evaluation code does:
+A new one is a row of ``METRICS``, a line of ``metrics_of`` and its formula. In: what a model said
+about continuations (:class:`~alphaedit_peft.scoring.Reading`), and wrote. Out: numbers. Names are
+those of the papers (ROME, arXiv 2202.05262, section 3.3; MEMIT, arXiv 2210.07229; AlphaEdit, arXiv
+2410.02355, appendix B). A continuation o of m tokens is taken by its mean log-probability, as the
+published evaluation code does:
 
     log p(o | x) = (1/m) sum_t log P(o_t | x, o_<t)
 """
@@ -14,17 +14,155 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
+
+from alphaedit_peft.evaluation.cases import Case
 
 if TYPE_CHECKING:
     from alphaedit_peft.scoring import Reading
+
+
+PERCENT = "percent"
+NUMBER = "number"
+# how each metric is shown, in the order of the table
+METRICS = {
+    "efficacy": PERCENT,
+    "generalization": PERCENT,
+    "specificity": PERCENT,
+    "score": PERCENT,
+    "efficacy_probability": NUMBER,
+    "generalization_probability": NUMBER,
+    "efficacy_magnitude": NUMBER,
+    "generalization_magnitude": NUMBER,
+    "specificity_magnitude": NUMBER,
+    "efficacy_recall": PERCENT,
+    "generalization_recall": PERCENT,
+    "specificity_recall": PERCENT,
+    "efficacy_tokens": PERCENT,
+    "generalization_tokens": PERCENT,
+    "locality_tokens": PERCENT,
+    "locality_recall": PERCENT,
+    "locality_unchanged": PERCENT,
+    "neighborhood_unchanged": PERCENT,
+    "same_subject_recall": PERCENT,
+    "same_subject_tokens": PERCENT,
+    "same_subject_unchanged": PERCENT,
+    "portability_recall": PERCENT,
+    "portability_tokens": PERCENT,
+    "exact_match": PERCENT,
+    "exact_match_paraphrases": PERCENT,
+    "fluency": NUMBER,
+    "consistency": NUMBER,
+    "unedited_recall": PERCENT,
+    "perplexity": NUMBER,
+}
+
+# kinds of questions whose answers are looked at token by token, and compared with the base's
+KINDS = ("neighborhood", "locality", "same_subject", "portability")
+COMPARED = ("neighborhood", "locality", "same_subject")
+
+Pair = tuple[str, str]
+Tops = Mapping[str, Sequence[Sequence[int]]]
+
+
+@dataclass(frozen=True)
+class Written:
+    """What a model wrote for one case: after the edit's prompt and paraphrases, and texts."""
+
+    answer: str
+    paraphrases: tuple[str, ...]
+    texts: tuple[str, ...]
+
+
+def pairs_of(case: Case) -> list[Pair]:
+    """Every (prompt, continuation) that the case's metrics need."""
+    edit = case.edit
+    targets = [edit.target_new] + ([edit.target_true] if edit.target_true else [])
+    found = [(p, t) for p in (edit.question, *case.paraphrases) for t in targets]
+    found += [(question.prompt, edit.target_new) for question in case.neighborhood]
+    for kind in KINDS:
+        found += [(q.prompt, answer) for q in getattr(case, kind) for answer in q.answers]
+    return list(dict.fromkeys(found))
+
+
+def tops_of(case: Case, readings: Mapping[Pair, Reading]) -> dict[str, list[list[int]]]:
+    """Kind of question -> the argmax ids at the places of each answer."""
+    return {
+        kind: [list(readings[q.prompt, q.answer].top) for q in getattr(case, kind)]
+        for kind in KINDS
+        if getattr(case, kind)
+    }
+
+
+def metrics_of(
+    case: Case,
+    readings: Mapping[Pair, Reading],
+    written: Written | None = None,
+    before: Tops | None = None,
+    vectorizer: Any = None,
+) -> dict[str, float]:
+    """All metrics of a case, by their names in ``METRICS``; what it does not ask for is missing.
+
+    Args:
+        case: what was asked.
+        readings: by (prompt, continuation), at least those of ``pairs_of``.
+        written: what the model wrote; None leaves out what is about free text.
+        before: ``tops_of`` the unedited model; None leaves out ``..._unchanged``.
+        vectorizer: from ``fit_tfidf``; None leaves out consistency.
+    """
+    found = _told("efficacy", (case.edit.question,), case, readings)
+    found |= _told("generalization", case.paraphrases, case, readings)
+    if case.neighborhood:
+        true = [readings[q.prompt, q.answer] for q in case.neighborhood]
+        new = [readings[q.prompt, case.edit.target_new] for q in case.neighborhood]
+        found["specificity"] = preference(true, new)
+        found["specificity_magnitude"] = magnitude(true, new)
+        found["specificity_recall"] = recall(true)
+    for kind, tops in tops_of(case, readings).items():
+        if kind != "neighborhood":
+            # of an answer's spellings the best one counts
+            asked = getattr(case, kind)
+            spelt = [[readings[q.prompt, answer] for answer in q.answers] for q in asked]
+            hits = [float(any(reading.recalled for reading in ways)) for ways in spelt]
+            best = [max(reading.token_accuracy for reading in ways) for ways in spelt]
+            found |= {f"{kind}_recall": mean(hits), f"{kind}_tokens": mean(best)}
+        if before is not None and kind in COMPARED:
+            found[f"{kind}_unchanged"] = unchanged(tops, before[kind])
+    if written is not None:
+        wanted = (case.edit.target_new,)
+        found["exact_match"] = float(says(written.answer, wanted))
+        if written.paraphrases:
+            said = [float(says(text, wanted)) for text in written.paraphrases]
+            found["exact_match_paraphrases"] = mean(said)
+        if written.texts:
+            found["fluency"] = fluency(written.texts)
+        if written.texts and case.references and vectorizer is not None:
+            found["consistency"] = consistency(written.texts, case.references, vectorizer)
+    return found
+
+
+def _told(
+    name: str, prompts: Sequence[str], case: Case, readings: Mapping[Pair, Reading]
+) -> dict[str, float]:
+    """Metrics of prompts that should show the new target."""
+    if not prompts:
+        return {}
+    new = [readings[prompt, case.edit.target_new] for prompt in prompts]
+    found = {
+        f"{name}_recall": recall(new),
+        f"{name}_tokens": token_accuracy(new),
+        f"{name}_probability": mean([reading.mean_probability for reading in new]),
+    }
+    if case.edit.target_true:
+        true = [readings[prompt, case.edit.target_true] for prompt in prompts]
+        found[name] = preference(new, true)
+        found[f"{name}_magnitude"] = magnitude(new, true)
+    return found
 
 
 def agreement(ids: Sequence[int], others: Sequence[int]) -> float:
@@ -89,17 +227,6 @@ def unchanged(tops: Sequence[Sequence[int]], before: Sequence[Sequence[int]]) ->
         before: those of the unedited model for the same prompts.
     """
     return mean([agreement(a, b) for a, b in zip(tops, before, strict=True)])
-
-
-def score(efficacy: float, generalization: float, specificity: float) -> float:
-    """Harmonic mean of the three, 0 where one is 0 (ROME's S)."""
-    three = (efficacy, generalization, specificity)
-    return 0.0 if min(three) <= 0 else len(three) / sum(1 / value for value in three)
-
-
-def perplexity(log_probs: Sequence[float]) -> float:
-    """exp( -(1/n) sum_t log P(x_t | x_<t) ), over all tokens of all texts."""
-    return math.exp(-mean(log_probs))
 
 
 def divergence(before: Tensor, after: Tensor) -> Tensor:
@@ -205,62 +332,3 @@ def says(text: str, answers: Iterable[str]) -> bool:
 
 def _goes_on(answer: str, rest: str) -> bool:
     return bool(_WORD.match(answer[-1]) and _WORD.match(rest))
-
-
-RESAMPLES = 1000
-AT_ONCE = 4_000_000  # drawn indices held at a time
-
-Values = NDArray[np.float64]
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A statistic over ``n`` cases, with the bounds of its confidence interval."""
-
-    value: float
-    low: float
-    high: float
-    n: int
-
-    def to_json(self) -> dict[str, float]:
-        """The four numbers under their names."""
-        return asdict(self)
-
-
-def bootstrap(
-    values: Sequence[float] | Sequence[Sequence[float]],
-    statistic: Callable[[Values], Values] | None = None,
-    *,
-    level: float = 0.95,
-    resamples: int = RESAMPLES,
-    seed: int = 0,
-) -> Estimate:
-    """A statistic of the cases and its percentile interval; the same seed gives the same bounds.
-
-    Args:
-        values: (n,), one number a case, or (n, k), one row a case.
-        statistic: takes means over the cases, (draws, k), to (draws,); the mean itself where not
-            given.
-        level: share of draws within the interval, in 0..1.
-        resamples: how many draws.
-        seed: of the draws.
-
-    Raises:
-        ValueError: no values, values that are not finite, or a level or number out of range.
-    """
-    table = np.asarray(values, dtype=np.float64)
-    if table.size == 0 or not np.isfinite(table).all():
-        raise ValueError(f"{table.size} values, finite or not, give no interval; pass finite ones")
-    if not 0 < level < 1 or resamples < 1:
-        raise ValueError(f"level={level}, resamples={resamples}: use 0 < level < 1, resamples >= 1")
-    table = table.reshape(len(table), -1)  # (n, k)
-    of_means = statistic or (lambda means: means[:, 0])
-    n = len(table)
-    random = np.random.default_rng(seed)
-    draws, step = [], max(1, AT_ONCE // n)
-    for start in range(0, resamples, step):
-        drawn = random.integers(0, n, (min(step, resamples - start), n))
-        draws.append(of_means(table[drawn].mean(1)))
-    low, high = np.quantile(np.concatenate(draws), [(1 - level) / 2, (1 + level) / 2])
-    value = of_means(table.mean(0, keepdims=True))[0]
-    return Estimate(float(value), float(low), float(high), n)

@@ -1,55 +1,41 @@
-"""What the judge found: one value for each case, and the metrics over all cases.
+"""What the judge found: the metrics of each case, and their means over all cases.
 
 In: numbers by case. Out: :class:`CaseScores` (plain JSON values, a line of a results file) and
-:class:`Scores`, the means with their confidence intervals, as JSON and as a text table.
+:class:`Scores`, the means with their confidence intervals by the bootstrap over cases (Efron 1979),
+as JSON and as a text table.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from alphaedit_peft.evaluation.metrics import Estimate, Values, bootstrap
+from alphaedit_peft.evaluation.metrics import METRICS, PERCENT
 from alphaedit_peft.tables import Table
 
-PERCENT = "percent"
-NUMBER = "number"
-# how each metric is shown, in the order of the table
-METRICS = {
-    "efficacy": PERCENT,
-    "generalization": PERCENT,
-    "specificity": PERCENT,
-    "score": PERCENT,
-    "efficacy_probability": NUMBER,
-    "generalization_probability": NUMBER,
-    "efficacy_magnitude": NUMBER,
-    "generalization_magnitude": NUMBER,
-    "specificity_magnitude": NUMBER,
-    "efficacy_recall": PERCENT,
-    "generalization_recall": PERCENT,
-    "specificity_recall": PERCENT,
-    "efficacy_tokens": PERCENT,
-    "generalization_tokens": PERCENT,
-    "locality_tokens": PERCENT,
-    "locality_recall": PERCENT,
-    "locality_unchanged": PERCENT,
-    "neighborhood_unchanged": PERCENT,
-    "same_subject_recall": PERCENT,
-    "same_subject_tokens": PERCENT,
-    "same_subject_unchanged": PERCENT,
-    "portability_recall": PERCENT,
-    "portability_tokens": PERCENT,
-    "exact_match": PERCENT,
-    "exact_match_paraphrases": PERCENT,
-    "fluency": NUMBER,
-    "consistency": NUMBER,
-    "unedited_recall": PERCENT,
-    "perplexity": NUMBER,
-}
 SCORED = ("efficacy", "generalization", "specificity")
+RESAMPLES = 1000
+AT_ONCE = 4_000_000  # drawn indices held at a time
+
+Values = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A statistic over ``n`` cases, with the bounds of its confidence interval."""
+
+    value: float
+    low: float
+    high: float
+    n: int
+
+    def to_json(self) -> dict[str, float]:
+        """The four numbers under their names."""
+        return asdict(self)
 
 
 @dataclass(frozen=True)
@@ -174,8 +160,47 @@ def gather(
     return Scores(found, tuple(cases), settings or {})
 
 
+def bootstrap(
+    values: Sequence[float] | Sequence[Sequence[float]],
+    statistic: Callable[[Values], Values] | None = None,
+    *,
+    level: float = 0.95,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> Estimate:
+    """A statistic of the cases and its percentile interval; the same seed gives the same bounds.
+
+    Args:
+        values: (n,), one number a case, or (n, k), one row a case.
+        statistic: takes means over the cases, (draws, k), to (draws,); the mean itself where not
+            given.
+        level: share of draws within the interval, in 0..1.
+        resamples: how many draws.
+        seed: of the draws.
+
+    Raises:
+        ValueError: no values, values that are not finite, or a level or number out of range.
+    """
+    table = np.asarray(values, dtype=np.float64)
+    if table.size == 0 or not np.isfinite(table).all():
+        raise ValueError(f"{table.size} values, finite or not, give no interval; pass finite ones")
+    if not 0 < level < 1 or resamples < 1:
+        raise ValueError(f"level={level}, resamples={resamples}: use 0 < level < 1, resamples >= 1")
+    table = table.reshape(len(table), -1)  # (n, k)
+    of_means = statistic or (lambda means: means[:, 0])
+    n = len(table)
+    random = np.random.default_rng(seed)
+    draws, step = [], max(1, AT_ONCE // n)
+    for start in range(0, resamples, step):
+        drawn = random.integers(0, n, (min(step, resamples - start), n))
+        draws.append(of_means(table[drawn].mean(1)))
+    low, high = np.quantile(np.concatenate(draws), [(1 - level) / 2, (1 + level) / 2])
+    value = of_means(table.mean(0, keepdims=True))[0]
+    return Estimate(float(value), float(low), float(high), n)
+
+
 def harmonic(means: Values) -> Values:
-    """Harmonic mean of each row, 0 where an entry is 0; (draws, k) -> (draws,)."""
+    """Harmonic mean of each row, 0 where an entry is 0 (ROME's S); (draws, k) -> (draws,)."""
     safe = np.where(means > 0, means, 1.0)
     found = means.shape[1] / (1 / safe).sum(1)
     return np.where((means > 0).all(1), found, 0.0)

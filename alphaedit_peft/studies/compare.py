@@ -15,8 +15,8 @@ from statistics import mean, stdev
 from typing import Any
 
 from alphaedit_peft.evaluation import Scores
-from alphaedit_peft.evaluation.metrics import Estimate
-from alphaedit_peft.evaluation.scores import METRICS, PERCENT
+from alphaedit_peft.evaluation.metrics import METRICS, PERCENT
+from alphaedit_peft.evaluation.scores import Estimate
 from alphaedit_peft.metric import kind
 from alphaedit_peft.studies.base import Study, judged_before
 from alphaedit_peft.studies.methods import Method, opened

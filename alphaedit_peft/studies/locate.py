@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from alphaedit_peft import hooks, tokens
 from alphaedit_peft.config import AlphaEditConfig
 from alphaedit_peft.edits import Edit
-from alphaedit_peft.evaluation.metrics import Estimate, bootstrap
+from alphaedit_peft.evaluation.scores import Estimate, bootstrap
 from alphaedit_peft.studies.tracing import MLP, STATES, Row, Run, Tracer
 
 CLASSES = ("first subject", "middle subject", "last subject", "first after", "further", "last")

@@ -19,9 +19,8 @@ from statistics import mean
 from typing import Any
 
 from alphaedit_peft.evaluation import Case, CaseScores, Scores
-from alphaedit_peft.evaluation.metrics import Estimate
 from alphaedit_peft.evaluation.results import JsonLines
-from alphaedit_peft.evaluation.scores import gather
+from alphaedit_peft.evaluation.scores import Estimate, gather
 from alphaedit_peft.studies.base import Study, judged_before
 from alphaedit_peft.studies.methods import Editor, Method, opened
 

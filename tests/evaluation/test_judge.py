@@ -9,7 +9,7 @@ import torch
 
 from alphaedit_peft import Edit, tokens
 from alphaedit_peft.evaluation import Case, Judging, Question, Scores, Suite, evaluate
-from alphaedit_peft.evaluation.scores import METRICS
+from alphaedit_peft.evaluation.metrics import METRICS
 from tests.conftest import CORPUS, tiny_model
 from tests.evaluation.models import Constant, Says, Uniform
 
