@@ -149,10 +149,14 @@ def describe(
 
 def paper_preset(config: Any) -> PaperPreset | None:
     """The paper's settings if the model has the shape of one of the paper's three models."""
-    hidden = getattr(config, "hidden_size", 0)
+    hidden, blocks = (getattr(config, name, 0) for name in ("hidden_size", "num_hidden_layers"))
+    return PAPER_PRESETS.get((config.model_type, blocks, hidden, mlp_width(config)))
+
+
+def mlp_width(config: Any) -> int:
+    """The MLP's inner width that a config states; 4 x hidden where it states none."""
     width = getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None)
-    blocks = getattr(config, "num_hidden_layers", 0)
-    return PAPER_PRESETS.get((config.model_type, blocks, hidden, width or 4 * hidden))
+    return width or 4 * getattr(config, "hidden_size", 0)
 
 
 def default_rewrite_layers(num_blocks: int) -> tuple[int, ...]:

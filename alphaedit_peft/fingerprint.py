@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from alphaedit_peft.architecture import Architecture
+from alphaedit_peft.architecture import Architecture, mlp_width
 from alphaedit_peft.devices import held_parameters
 
 SAMPLES = 64
@@ -162,14 +162,12 @@ def bare_model(model: nn.Module) -> Any:
 
 
 def _shape(config: Any, architecture: Architecture) -> dict[str, Any]:
-    """The sizes that a config states; n_inner and intermediate_size default to 4 x hidden."""
-    hidden = config.hidden_size
-    width = getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None)
+    """The sizes that a config states."""
     return {
         "model_type": architecture.model_type,
         "layers": architecture.num_blocks,
-        "hidden": hidden,
-        "intermediate": width or 4 * hidden,
+        "hidden": config.hidden_size,
+        "intermediate": mlp_width(config),
         "heads": config.num_attention_heads,
         "vocab": config.vocab_size,
     }
