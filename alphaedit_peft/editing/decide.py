@@ -1,9 +1,9 @@
 """What ``auto`` decides for the model and the edits at hand, from what it measures, with reasons.
 
-In: a runner, the tokenised edits of a first batch, the null space. Out: :class:`Decision` values, to
-print and to store in the pack; keys from which ``nullspace.disturbance`` finds the threshold. The
-paper's clamp, ridge and threshold are numbers for three models of 1.5 to 8 billion
-parameters; key norms and spectra of others differ by orders of magnitude.
+In: a runner, the tokenised edits of a first batch, the metric. Out: :class:`Decision` values, to
+print and to store in the pack; keys from which ``nullspace.threshold`` finds the threshold. The
+paper's clamp, ridge and threshold are numbers for three models of 1.5 to 8 billion parameters; key
+norms and spectra of others differ by orders of magnitude.
 """
 
 from __future__ import annotations

@@ -88,7 +88,7 @@ def by_halves(
 class Need:
     """Bytes that a batch of edits takes above the base's weights; see the module's formula.
 
-    ``held`` all the time, ``solve`` for a layer's solve and figures, ``token`` for each of a forward
+    ``held`` always, ``solve`` for a layer's solve and figures, ``token`` for each of a forward
     pass, ``suffix`` for each padded token that is optimised, ``largest`` for the largest edit that
     is optimised by itself. ``longest`` is the longest row.
     """

@@ -250,7 +250,7 @@ def cached(cache: DynamicCache) -> dict[int, Pair]:
 
 
 def aligned(pairs: Mapping[int, Pair], lengths: Tensor) -> PrefixCache:
-    """The prefix_cache of rows that a pass ran padded on the right; blocks without a pair are unread.
+    """The cache of rows that a pass ran padded on the right; blocks without a pair are unread.
 
     ``lengths`` (rows,) are on the CPU.
     """

@@ -14,7 +14,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from alphaedit_peft import embedded
 from alphaedit_peft.fingerprint import BaseFingerprint, require_same_base
-from alphaedit_peft.metric import Metric, Statistics, make_metric
+from alphaedit_peft.metric import Metric, Statistics, kind, make_metric
 from alphaedit_peft.nullspace import KeyMoments, NullSpace
 from alphaedit_peft.settings import EditOptions, Settings
 
@@ -40,12 +40,12 @@ class Resources:
     _digests: WeakKeyDictionary[Statistics, str] = field(default_factory=WeakKeyDictionary)
 
     def __post_init__(self) -> None:
-        for name, kind in (("null_space", NullSpace), ("key_moments", KeyMoments)):
+        for name, wanted in (("null_space", NullSpace), ("key_moments", KeyMoments)):
             value = getattr(self, name)
-            if not isinstance(value, kind | None):
+            if not isinstance(value, wanted | None):
                 raise TypeError(
-                    f"{name}={value!r} is a {type(value).__name__}, not a {kind.__name__}; pass "
-                    f"{kind.__name__}.from_pretrained(path){_OR_NAME if kind is NullSpace else ''}"
+                    f"{name}={value!r} is a {type(value).__name__}, not a {wanted.__name__}; pass "
+                    f"{wanted.__name__}.from_pretrained(path){_OR_NAME * (name == 'null_space')}"
                 )
 
     def find_tokenizer(self, model: nn.Module) -> PreTrainedTokenizerBase:
@@ -74,7 +74,8 @@ class Resources:
         """
         if self._metric is None or self._made_of != self._ingredients(settings, base):
             layers = settings.rewrite_layers or []
-            if self.null_space is None and settings.projects and settings.null_space is not None:
+            needed = "null_space" in kind(settings.objective).needs(settings)
+            if self.null_space is None and needed and settings.null_space is not None:
                 self.null_space = NullSpace.from_pretrained(settings.null_space, fingerprint=base)
             if self.null_space is not None:
                 self.null_space.check_base(base, layers)

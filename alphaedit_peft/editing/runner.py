@@ -129,6 +129,11 @@ class Runner:
         return torch.device("cpu") if device.type == "meta" else device
 
     @property
+    def last_block(self) -> str:
+        """Name of the model's last block."""
+        return self.architecture.block_name(self.architecture.num_blocks - 1)
+
+    @property
     def head_name(self) -> str:
         """Name of the module that turns hidden states into logits.
 

@@ -1,13 +1,16 @@
-"""Rows from their subjects on: the tokens before are in a cache, in batches of like length.
+"""Rows run again from block L with other hidden states at the subject, as often as z moves.
 
-In: token rows and the last rewrite layer L. Out: :class:`FromSubject`, a form of ``resume.Continuation``. What
-never changes is run once (see ``before``). It and the suffixes are batched by length for themselves:
-rows of one edit differ in what stands before the subject, and edits in what comes after it.
+In: token rows and the last rewrite layer L. Out: a :class:`Continuation`, log-probabilities where
+the rows read. :class:`FromSubject` runs once what z cannot reach (``_passes_before``) and keeps it
+in a cache: then only each row's suffix runs, from its subject on. Both are batched by length for
+themselves, since rows of one edit differ in what stands before the subject, and edits in what comes
+after it. :class:`WholeRows` runs all tokens, where a model does not go on from a cache to the same
+numbers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -26,290 +29,10 @@ from alphaedit_peft.editing.prefixes import (
     take,
     unread,
 )
-from alphaedit_peft.editing.runner import Runner
+from alphaedit_peft.editing.runner import Runner, at_least_float32
 from alphaedit_peft.editing.targets.autocast import Autocast
 from alphaedit_peft.hooks import gathering_logits
 from alphaedit_peft.tokens import by_length, padded
-
-
-class FromSubject:
-    """See :class:`alphaedit_peft.editing.targets.continuation.Continuation`."""
-
-    def __init__(self, runner: Runner, rows: Sequence[Row], autocast: Autocast) -> None:
-        """Run what comes before the subjects once.
-
-        Raises:
-            CacheDiffers: a model that does not keep all keys and values for each of its blocks.
-        """
-        self.rows = rows
-        passes = passes_before(runner, rows, autocast)
-        lengths = [len(row.ids) - row.subject for row in rows]
-        batched = by_length(lengths, runner.device, few=runner.few_passes)
-        self._parts = [_Part(runner, rows, autocast, some, passes) for some in batched]
-        self._places = {
-            row: (part, slot) for part in self._parts for slot, row in enumerate(part.which)
-        }
-        places = [self._places[row] for row in range(len(rows))]
-        self.hidden = torch.stack([part.states[slot, 0] for part, slot in places])  # (rows, d)
-
-    def together(self, chosen: Sequence[int]) -> list[list[int]]:
-        """See :class:`Continuation`."""
-        wanted = set(chosen)
-        found = [[row for row in part.which if row in wanted] for part in self._parts]
-        return [some for some in found if some]
-
-    def log_probs(self, chosen: Sequence[int], moved: Tensor) -> Tensor:
-        """See :class:`Continuation`."""
-        part, _ = self._places[chosen[0]]
-        return part.log_probs([self._places[row][1] for row in chosen], moved)
-
-
-class _Part:
-    """Rows whose suffixes are of like length, padded to the longest on the right.
-
-    ``which`` are the rows, in the order of the passes that they come from.
-    """
-
-    def __init__(
-        self,
-        runner: Runner,
-        rows: Sequence[Row],
-        autocast: Autocast,
-        some: Sequence[int],
-        passes: Sequence[Pass],
-    ) -> None:
-        wanted = set(some)
-        self.which = [row for p in passes for row in p.slots if row in wanted]
-        self.runner, self.autocast = runner, autocast
-        self.rows = [rows[row] for row in self.which]
-        suffixes = [row.ids[row.subject :] for row in self.rows]
-        self.inputs = padded(suffixes, runner.device)
-        self.lengths = torch.tensor([len(suffix) for suffix in suffixes])
-        device = runner.device
-        subjects = torch.tensor([row.subject for row in self.rows], device=device)
-        steps = torch.arange(int(self.lengths.max()), device=device)
-        positions = subjects[:, None] + steps  # (rows, suffix)
-        self.states = self._taken(passes, positions, lambda p: (hooks.hidden_of(p.output), 0))
-        width = int(subjects.max())
-        before = torch.arange(width, device=device) - width + subjects[:, None]
-        passed = [unread(len(self.rows), width, device)] * (runner.layers[-1] + 1)
-        pairs = [
-            tuple(self._taken(passes, before, _side(block, side)) for side in (0, 1))
-            for block in passes[0].pairs
-        ]
-        self.prefix_cache = PrefixCache(subjects.cpu(), (*passed, *pairs))  # type: ignore[arg-type]
-        self.form = hooks.form_of(passes[0].output)
-        self.blocks = [runner.architecture.block_name(i) for i in range(runner.layers[-1] + 1)]
-        self.expected: dict[int, Tensor] | None = self._expected()
-
-    def _taken(
-        self,
-        passes: Sequence[Pass],
-        positions: Tensor,
-        of: Callable[[Pass], tuple[Tensor, int]],
-    ) -> Tensor:
-        """What the passes give at tokens (rows, k), along the last axis but one.
-
-        ``of`` a pass are values by token, and the index at which its rows' prefixes end.
-        """
-        found, start = [], 0
-        for p in passes:
-            slots = [p.slots[row] for row in self.which if row in p.slots]
-            if slots:
-                values, end = of(p)
-                some = positions[start : start + len(slots)] - p.starts[slots, None] + end
-                found.append(take(values[slots], some))
-                start += len(slots)
-        return torch.cat(found)
-
-    @torch.no_grad()
-    def _expected(self) -> dict[int, Tensor]:
-        """By slot, log-probabilities (vocab,) at the last read, from whole rows.
-
-        Of the rows with the least and the most before the subject: where a cache does not
-        continue, or its padding counts, it is so for them.
-        """
-        order = sorted(
-            range(len(self.rows)), key=lambda i: (self.rows[i].subject, len(self.rows[i].ids))
-        )
-        tried = sorted({order[0], order[-1]})
-        where = [(k, self.rows[slot].reads[-1]) for k, slot in enumerate(tried)]
-        model, runner = self.runner.model, self.runner
-        inputs = padded([self.rows[slot].ids for slot in tried], runner.device)
-        with (
-            self.autocast.running_above(self.blocks[-1]),
-            gathering_logits(model, runner.head_name, where),
-        ):
-            found = log_softmax(model(**inputs, use_cache=False).logits[0])
-        return dict(zip(tried, found, strict=True))
-
-    def log_probs(self, chosen: Sequence[int], moved: Tensor) -> Tensor:
-        """See :class:`alphaedit_peft.editing.targets.continuation.Continuation`."""
-        length = int(self.lengths[list(chosen)].max())
-        rest = self.states[list(chosen), 1:length]
-        hidden = torch.cat([moved.to(rest)[:, None], rest], dim=1)  # (chosen, suffix, d)
-        inputs = {name: value[list(chosen), :length] for name, value in self.inputs.items()}
-        where = [
-            (i, position - self.rows[slot].subject)
-            for i, slot in enumerate(chosen)
-            for position in self.rows[slot].reads
-        ]
-        model = self.runner.model
-        with (
-            nullcontext() if self.expected is None else differing(),
-            self.autocast.running(hidden.device),
-            hooks.resuming_above(model, self.blocks, self.form, lambda: hidden),
-            self._last_mlp_at(where),
-            gathering_logits(model, self.runner.head_name, where),
-        ):
-            logits = model(**self.prefix_cache.chosen(chosen).followed_by(model, inputs)).logits[0]
-        log_probs = log_softmax(logits)
-        self._compare(log_probs)
-        return log_probs
-
-    def _last_mlp_at(self, where: Sequence[tuple[int, int]]) -> AbstractContextManager[None]:
-        """Let the last block's MLP run only where the head reads; nothing else follows it.
-
-        A rewrite module that the user names may be part of something that mixes tokens.
-        """
-        architecture, last = self.runner.architecture, self.runner.architecture.num_blocks - 1
-        name = architecture.rewrite_name(last).rpartition(".")[0]
-        if self.runner.settings.rewrite_module is not None or name == architecture.block_name(last):
-            return nullcontext()
-        return hooks.running_at(self.runner.model, name, where)
-
-    def _compare(self, log_probs: Tensor) -> None:
-        """At the first call: whether the suffixes give the whole rows' own log-probabilities."""
-        if self.expected is None:
-            return
-        last = torch.tensor([len(row.reads) for row in self.rows]).cumsum(0) - 1
-        slots, values = list(self.expected), torch.stack(list(self.expected.values()))
-        likely = values > -10  # far out in the suffix rounding is large and plays no part
-        found = log_probs.detach()[last[slots].to(log_probs.device)]
-        error = (found - values)[likely].abs()
-        half = self.states.dtype in (torch.bfloat16, torch.float16)
-        bound = 0.5 if half or self.autocast.dtype is not None else 0.02
-        self.expected = None
-        if not bool((error < bound).all()):
-            raise CacheDiffers
-
-
-def _side(block: int, side: int) -> Callable[[Pass], tuple[Tensor, int]]:
-    return lambda found: (found.pairs[block][side], found.width)
-
-
-@dataclass(frozen=True)
-class Pass:
-    """One pass over rows that are cut where a shared prefix ends.
-
-    ``slots``: row -> its place in the batch; ``starts`` (batch,): its tokens in the prefix;
-    ``output``: block L's, in its family's own form, of tokens from there on; ``pairs``: by block
-    above L, keys and values (batch, heads, tokens, d_head) of tokens before the subject, those of
-    the prefix in front, which end at index ``width``.
-    """
-
-    slots: dict[int, int]
-    starts: Tensor
-    output: Any
-    pairs: dict[int, Pair]
-    width: int
-
-
-@torch.no_grad()
-def passes_before(runner: Runner, rows: Sequence[Row], autocast: Autocast) -> list[Pass]:
-    """Run everything that no change at the subjects can reach."""
-    cut = cut_rows(runner, [row.ids for row in rows], [row.subject for row in rows])
-    starts = cut.starts
-    prefix_cache = _shared_cache(runner, autocast, cut.prefixes) if cut.prefixes else None
-    found = []
-    for side in cut.sides():
-        rests = [rows[row].ids[starts[row] :] for row in side]
-        for batch in runner.batches(rests, [starts[row] for row in side]):
-            which = [side[k] for k in batch.indices]
-            behind = [prefix for row in which if (prefix := cut.behind[row]) is not None]
-            own = prefix_cache.chosen(behind) if prefix_cache is not None and behind else None
-            found.append(_pass(runner, rows, autocast, which, batch.inputs, own))
-    return found
-
-
-def _shared_cache(
-    runner: Runner, autocast: Autocast, prefixes: Sequence[Sequence[int]]
-) -> PrefixCache:
-    """Keys and values of the shared prefixes, at every block."""
-    last = runner.architecture.num_blocks - 1
-    inputs, cache = recording(padded(prefixes, runner.device))
-    names = [runner.architecture.block_name(i) for i in (runner.layers[-1], last)]
-    with differing(), autocast.running_above(names[0]):
-        hooks.run_until(runner.model, inputs, names[1])
-    lengths = torch.tensor([len(prefix) for prefix in prefixes])
-    return aligned(_complete(runner, cached(cache), int(lengths.max()), 0), lengths)
-
-
-def _pass(
-    runner: Runner,
-    rows: Sequence[Row],
-    autocast: Autocast,
-    which: Sequence[int],
-    inputs: dict[str, Tensor],
-    prefix_cache: PrefixCache | None,
-) -> Pass:
-    """Run what follows the prefixes through block L, and what is before the subjects above it."""
-    model, above = runner.model, runner.layers[-1] + 1
-    blocks = [runner.architecture.block_name(i) for i in range(above)]
-    starts = (
-        torch.zeros(len(which), dtype=torch.long) if prefix_cache is None else prefix_cache.lengths
-    )
-    subjects = torch.tensor([rows[row].subject for row in which])
-    lengths = (subjects - starts).clamp_min(1)  # a subject that nothing precedes runs for itself
-    length, width = int(lengths.max()), 0 if prefix_cache is None else prefix_cache.width
-    mask = torch.arange(length) < lengths[:, None]
-    before = {"input_ids": inputs["input_ids"][:, :length]}
-    before["attention_mask"] = mask.long().to(before["input_ids"].device)
-    with differing():
-        output = hooks.capture_output(
-            model,
-            inputs if prefix_cache is None else prefix_cache.followed_by(model, inputs),
-            blocks[-1],
-        )
-        states = hooks.hidden_of(output)
-        if prefix_cache is None:
-            further, cache = recording(before)
-        else:
-            further = prefix_cache.followed_by(model, before)
-            cache = further["past_key_values"]
-        with (
-            autocast.running(states.device),
-            hooks.resuming_above(model, blocks, output, lambda: states[:, :length]),
-        ):
-            hooks.run_until(
-                model, further, runner.architecture.block_name(runner.architecture.num_blocks - 1)
-            )
-    pairs = _complete(runner, cached(cache), width + length, above)
-    slots = {row: slot for slot, row in enumerate(which)}
-    return Pass(slots, starts.to(runner.device), output, pairs, width)
-
-
-def _complete(runner: Runner, pairs: dict[int, Pair], tokens: int, first: int) -> dict[int, Pair]:
-    """The pairs of all blocks from ``first`` on, each of so many tokens."""
-    found = {block: pair for block, pair in pairs.items() if block >= first}
-    whole = all(part.shape[-2] == tokens for pair in found.values() for part in pair)
-    if not whole or len(found) != runner.architecture.num_blocks - first:
-        raise CacheDiffers
-    return found
-
-
-@contextmanager
-def differing() -> Iterator[None]:
-    """Say that the cache differs where a model fails on it; its blocks may need another kind.
-
-    What fails for another reason fails again with whole rows, and is told of then.
-    """
-    try:
-        yield
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:
-        raise CacheDiffers from error
 
 
 @dataclass(frozen=True)
@@ -354,7 +77,7 @@ class WholeRows:
 
     def __init__(self, runner: Runner, rows: Sequence[Row], autocast: Autocast) -> None:
         self.runner, self.rows, self.autocast = runner, rows, autocast
-        self.blocks = [runner.architecture.block_name(i) for i in range(runner.layers[-1] + 1)]
+        self.blocks = _blocks_below(runner)
         self.inputs = padded([row.ids for row in rows], runner.device)
         self.output = hooks.capture_output(runner.model, self.inputs, self.blocks[-1])
         self.states = hooks.hidden_of(self.output)  # (rows, tokens, d)
@@ -384,9 +107,282 @@ class WholeRows:
             hooks.resuming_above(self.runner.model, self.blocks, self.output, lambda: hidden),
             gathering_logits(self.runner.model, self.runner.head_name, where),
         ):
-            return log_softmax(self.runner.model(**inputs, use_cache=False).logits[0])
+            logits = self.runner.model(**inputs, use_cache=False).logits[0]
+        return at_least_float32(logits).log_softmax(-1)
 
 
-def log_softmax(logits: Tensor) -> Tensor:
-    """Log-probabilities in float32 or better."""
-    return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+class FromSubject:
+    """Each row from its subject on, behind a cache of what comes before."""
+
+    def __init__(self, runner: Runner, rows: Sequence[Row], autocast: Autocast) -> None:
+        """Run what comes before the subjects once.
+
+        Raises:
+            CacheDiffers: a model that does not keep all keys and values for each of its blocks.
+        """
+        passes = _passes_before(runner, rows, autocast)
+        lengths = [len(row.ids) - row.subject for row in rows]
+        batched = by_length(lengths, runner.device, few=runner.few_passes)
+        self._parts = [_Suffixes(runner, rows, autocast, some, passes) for some in batched]
+        self._places = {
+            row: (part, slot) for part in self._parts for slot, row in enumerate(part.which)
+        }
+        places = [self._places[row] for row in range(len(rows))]
+        self.hidden = torch.stack([part.states[slot, 0] for part, slot in places])  # (rows, d)
+
+    def together(self, chosen: Sequence[int]) -> list[list[int]]:
+        """See :class:`Continuation`."""
+        wanted = set(chosen)
+        found = [[row for row in part.which if row in wanted] for part in self._parts]
+        return [some for some in found if some]
+
+    def log_probs(self, chosen: Sequence[int], moved: Tensor) -> Tensor:
+        """See :class:`Continuation`."""
+        part, _ = self._places[chosen[0]]
+        return part.log_probs([self._places[row][1] for row in chosen], moved)
+
+
+def _blocks_below(runner: Runner) -> list[str]:
+    """Names of the blocks up to L."""
+    return [runner.architecture.block_name(i) for i in range(runner.layers[-1] + 1)]
+
+
+class _Suffixes:
+    """Rows whose suffixes are of like length, padded to the longest on the right.
+
+    ``which`` are the rows, in the order of the passes that they come from.
+    """
+
+    def __init__(
+        self,
+        runner: Runner,
+        rows: Sequence[Row],
+        autocast: Autocast,
+        some: Sequence[int],
+        passes: Sequence[_Pass],
+    ) -> None:
+        wanted = set(some)
+        self.which = [row for p in passes for row in p.slots if row in wanted]
+        self.runner, self.autocast = runner, autocast
+        self.rows = [rows[row] for row in self.which]
+        suffixes = [row.ids[row.subject :] for row in self.rows]
+        self.inputs = padded(suffixes, runner.device)
+        self.lengths = torch.tensor([len(suffix) for suffix in suffixes])
+        device = runner.device
+        subjects = torch.tensor([row.subject for row in self.rows], device=device)
+        steps = torch.arange(int(self.lengths.max()), device=device)
+        positions = subjects[:, None] + steps  # (rows, suffix)
+        outputs = [hooks.hidden_of(p.output) for p in passes]
+        self.states = self._taken(passes, positions, outputs, [0] * len(passes))
+        width = int(subjects.max())
+        before = torch.arange(width, device=device) - width + subjects[:, None]
+        ends = [p.width for p in passes]
+        pairs = [unread(len(self.rows), width, device)] * (runner.layers[-1] + 1)
+        for block in passes[0].pairs:
+            keys, values = (
+                self._taken(passes, before, [p.pairs[block][side] for p in passes], ends)
+                for side in (0, 1)
+            )
+            pairs.append((keys, values))
+        self.prefix_cache = PrefixCache(subjects.cpu(), tuple(pairs))
+        self.form = hooks.form_of(passes[0].output)
+        self.blocks = _blocks_below(runner)
+        self.expected: dict[int, Tensor] | None = self._expected()
+
+    def _taken(
+        self,
+        passes: Sequence[_Pass],
+        positions: Tensor,
+        values: Sequence[Tensor],
+        ends: Sequence[int],
+    ) -> Tensor:
+        """What the passes' ``values`` by token hold at (rows, k), along the last axis but one.
+
+        ``ends`` are the indices in them at which the rows' prefixes end.
+        """
+        found, start = [], 0
+        for p, given, end in zip(passes, values, ends, strict=True):
+            slots = [p.slots[row] for row in self.which if row in p.slots]
+            if slots:
+                some = positions[start : start + len(slots)] - p.starts[slots, None] + end
+                found.append(take(given[slots], some))
+                start += len(slots)
+        return torch.cat(found)
+
+    @torch.no_grad()
+    def _expected(self) -> dict[int, Tensor]:
+        """By slot, log-probabilities (vocab,) at the last read, from whole rows.
+
+        Of the rows with the least and the most before the subject: where a cache does not
+        continue, or its padding counts, it is so for them.
+        """
+        order = sorted(
+            range(len(self.rows)), key=lambda i: (self.rows[i].subject, len(self.rows[i].ids))
+        )
+        tried = sorted({order[0], order[-1]})
+        where = [(k, self.rows[slot].reads[-1]) for k, slot in enumerate(tried)]
+        model, runner = self.runner.model, self.runner
+        inputs = padded([self.rows[slot].ids for slot in tried], runner.device)
+        with (
+            self.autocast.running_above(self.blocks[-1]),
+            gathering_logits(model, runner.head_name, where),
+        ):
+            logits = model(**inputs, use_cache=False).logits[0]
+        found = at_least_float32(logits).log_softmax(-1)
+        return dict(zip(tried, found, strict=True))
+
+    def log_probs(self, chosen: Sequence[int], moved: Tensor) -> Tensor:
+        """See :class:`Continuation`; ``chosen`` are slots."""
+        length = int(self.lengths[list(chosen)].max())
+        rest = self.states[list(chosen), 1:length]
+        hidden = torch.cat([moved.to(rest)[:, None], rest], dim=1)  # (chosen, suffix, d)
+        inputs = {name: value[list(chosen), :length] for name, value in self.inputs.items()}
+        where = [
+            (i, position - self.rows[slot].subject)
+            for i, slot in enumerate(chosen)
+            for position in self.rows[slot].reads
+        ]
+        model = self.runner.model
+        with (
+            nullcontext() if self.expected is None else _differing(),
+            self.autocast.running(hidden.device),
+            hooks.resuming_above(model, self.blocks, self.form, lambda: hidden),
+            self._last_mlp_at(where),
+            gathering_logits(model, self.runner.head_name, where),
+        ):
+            logits = model(**self.prefix_cache.chosen(chosen).followed_by(model, inputs)).logits[0]
+        log_probs = at_least_float32(logits).log_softmax(-1)
+        self._compare(log_probs)
+        return log_probs
+
+    def _last_mlp_at(self, where: Sequence[tuple[int, int]]) -> AbstractContextManager[None]:
+        """Let the last block's MLP run only where the head reads; nothing else follows it.
+
+        A rewrite module that the user names may be part of something that mixes tokens.
+        """
+        architecture, last = self.runner.architecture, self.runner.last_block
+        name = architecture.rewrite_name(architecture.num_blocks - 1).rpartition(".")[0]
+        if self.runner.settings.rewrite_module is not None or name == last:
+            return nullcontext()
+        return hooks.running_at(self.runner.model, name, where)
+
+    def _compare(self, log_probs: Tensor) -> None:
+        """At the first call: whether the suffixes give the whole rows' own log-probabilities."""
+        if self.expected is None:
+            return
+        last = torch.tensor([len(row.reads) for row in self.rows]).cumsum(0) - 1
+        slots, values = list(self.expected), torch.stack(list(self.expected.values()))
+        likely = values > -10  # far out in the suffix rounding is large and plays no part
+        found = log_probs.detach()[last[slots].to(log_probs.device)]
+        error = (found - values)[likely].abs()
+        half = self.states.dtype in (torch.bfloat16, torch.float16)
+        bound = 0.5 if half or self.autocast.dtype is not None else 0.02
+        self.expected = None
+        if not bool((error < bound).all()):
+            raise CacheDiffers
+
+
+@dataclass(frozen=True)
+class _Pass:
+    """One pass over rows that are cut where a shared prefix ends.
+
+    ``slots``: row -> its place in the batch; ``starts`` (batch,): its tokens in the prefix;
+    ``output``: block L's, in its family's own form, of tokens from there on; ``pairs``: by block
+    above L, keys and values (batch, heads, tokens, d_head) of tokens before the subject, those of
+    the prefix in front, which end at index ``width``.
+    """
+
+    slots: dict[int, int]
+    starts: Tensor
+    output: Any
+    pairs: dict[int, Pair]
+    width: int
+
+
+@torch.no_grad()
+def _passes_before(runner: Runner, rows: Sequence[Row], autocast: Autocast) -> list[_Pass]:
+    """Run everything that no change at the subjects can reach."""
+    cut = cut_rows(runner, [row.ids for row in rows], [row.subject for row in rows])
+    starts = cut.starts
+    prefix_cache = _shared_cache(runner, autocast, cut.prefixes) if cut.prefixes else None
+    found = []
+    for side in cut.sides():
+        rests = [rows[row].ids[starts[row] :] for row in side]
+        for batch in runner.batches(rests, [starts[row] for row in side]):
+            which = [side[k] for k in batch.indices]
+            behind = [prefix for row in which if (prefix := cut.behind[row]) is not None]
+            own = prefix_cache.chosen(behind) if prefix_cache is not None and behind else None
+            found.append(_pass(runner, rows, autocast, which, batch.inputs, own))
+    return found
+
+
+def _shared_cache(
+    runner: Runner, autocast: Autocast, prefixes: Sequence[Sequence[int]]
+) -> PrefixCache:
+    """Keys and values of the shared prefixes, at every block."""
+    inputs, cache = recording(padded(prefixes, runner.device))
+    with _differing(), autocast.running_above(_blocks_below(runner)[-1]):
+        hooks.run_until(runner.model, inputs, runner.last_block)
+    lengths = torch.tensor([len(prefix) for prefix in prefixes])
+    return aligned(_complete(runner, cached(cache), int(lengths.max()), 0), lengths)
+
+
+def _pass(
+    runner: Runner,
+    rows: Sequence[Row],
+    autocast: Autocast,
+    which: Sequence[int],
+    inputs: dict[str, Tensor],
+    prefix_cache: PrefixCache | None,
+) -> _Pass:
+    """Run what follows the prefixes through block L, and what is before the subjects above it."""
+    model, blocks = runner.model, _blocks_below(runner)
+    starts, width = torch.zeros(len(which), dtype=torch.long), 0
+    if prefix_cache is not None:
+        starts, width = prefix_cache.lengths, prefix_cache.width
+    subjects = torch.tensor([rows[row].subject for row in which])
+    lengths = (subjects - starts).clamp_min(1)  # a subject that nothing precedes runs for itself
+    length = int(lengths.max())
+    mask = torch.arange(length) < lengths[:, None]
+    before = {"input_ids": inputs["input_ids"][:, :length]}
+    before["attention_mask"] = mask.long().to(before["input_ids"].device)
+    with _differing():
+        if prefix_cache is None:
+            further, cache = recording(before)
+        else:
+            inputs = prefix_cache.followed_by(model, inputs)
+            further = prefix_cache.followed_by(model, before)
+            cache = further["past_key_values"]
+        output = hooks.capture_output(model, inputs, blocks[-1])
+        states = hooks.hidden_of(output)
+        with (
+            autocast.running(states.device),
+            hooks.resuming_above(model, blocks, output, lambda: states[:, :length]),
+        ):
+            hooks.run_until(model, further, runner.last_block)
+    pairs = _complete(runner, cached(cache), width + length, len(blocks))
+    slots = {row: slot for slot, row in enumerate(which)}
+    return _Pass(slots, starts.to(runner.device), output, pairs, width)
+
+
+def _complete(runner: Runner, pairs: dict[int, Pair], tokens: int, first: int) -> dict[int, Pair]:
+    """The pairs of all blocks from ``first`` on, each of so many tokens."""
+    found = {block: pair for block, pair in pairs.items() if block >= first}
+    whole = all(part.shape[-2] == tokens for pair in found.values() for part in pair)
+    if not whole or len(found) != runner.architecture.num_blocks - first:
+        raise CacheDiffers
+    return found
+
+
+@contextmanager
+def _differing() -> Iterator[None]:
+    """Say that the cache differs where a model fails on it; its blocks may need another kind.
+
+    What fails for another reason fails again with whole rows, and is told of then.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        raise CacheDiffers from error
