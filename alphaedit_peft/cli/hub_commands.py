@@ -7,7 +7,7 @@ of ``hf auth login``, or the environment's ``HF_TOKEN``.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -21,12 +21,13 @@ from alphaedit_peft.cli.arguments import (
     PackArgument,
     check_folder,
     finding,
+    fingerprint_of,
     hush,
     load_model,
 )
 
 if TYPE_CHECKING:
-    from alphaedit_peft.fingerprint import BaseFingerprint
+    pass
 
 
 RepoArgument = Annotated[str, typer.Argument(metavar="REPO", help="On the Hub: user/name.")]
@@ -168,23 +169,13 @@ def pull_null_space(
 
     _hush()
     check_folder(out)
-    wanted = None if model is None else _fingerprint(*load_model(model, dtype, device))
+    wanted = None if model is None else fingerprint_of(load_model(model, dtype, device)[0])
     found = NullSpace.from_pretrained(
         repo, revision=revision, subfolder=subfolder, fingerprint=wanted
     )
     if wanted is not None:
         found.check_base(wanted, [])
-    found.save_pretrained(out)
-    facts: dict[str, Any] = {"out": str(out), **nullspace_commands.describe(found)}
-    printing.show(as_json, facts, nullspace_commands.summary_table(found), f"Written to {out}")
-
-
-def _fingerprint(base: Any, _tokenizer: Any) -> BaseFingerprint:
-    from alphaedit_peft import AlphaEditConfig
-    from alphaedit_peft.fingerprint import fingerprint
-
-    config, architecture = AlphaEditConfig().resolve(base)
-    return fingerprint(base, max(config.rewrite_layers or [0]), architecture)
+    nullspace_commands.write(found, out, as_json)
 
 
 def _hush() -> None:

@@ -6,6 +6,7 @@ In: a model and texts. Out: a NullSpace folder, and the key moments where asked 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -31,10 +32,17 @@ from alphaedit_peft.settings import about
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from alphaedit_peft import AlphaEditConfig, KeyMoments, NullSpace
+    from alphaedit_peft import KeyMoments, NullSpace
 
 
 EMBEDDED_TEXTS = 5000
+KINDS = (".npz", ".pt", ".safetensors")
+ModeOption = Annotated[str | None, typer.Option(help=f"{about('threshold_mode')}.")]
+PresetOption = Annotated[str, typer.Option(help="auto or paper.")]
+MomentsOutOption = Annotated[
+    Path | None,
+    typer.Option(metavar="DIR", help="Write the full moments too: MEMIT, other thresholds."),
+]
 
 
 def nullspace(  # noqa: PLR0913
@@ -54,8 +62,8 @@ def nullspace(  # noqa: PLR0913
         float | None,
         typer.Option(help=f"{about('threshold').capitalize()}; the preset's by default."),
     ] = None,
-    threshold_mode: Annotated[str | None, typer.Option(help=f"{about('threshold_mode')}.")] = None,
-    preset: Annotated[str, typer.Option(help="auto or paper.")] = "auto",
+    threshold_mode: ModeOption = None,
+    preset: PresetOption = "auto",
     max_tokens: Annotated[
         int | None, typer.Option(min=1, help="Stop after so many; ten times d_in is a minimum.")
     ] = None,
@@ -64,10 +72,7 @@ def nullspace(  # noqa: PLR0913
         Path | None,
         typer.Option(metavar="FILE", help="Keep the sums here, and go on from them if they exist."),
     ] = None,
-    moments_out: Annotated[
-        Path | None,
-        typer.Option(metavar="DIR", help="Write the full moments too: MEMIT, other thresholds."),
-    ] = None,
+    moments_out: MomentsOutOption = None,
     dtype: DtypeOption = Dtype.AUTO,
     device: DeviceOption = None,
     as_json: JsonOption = False,
@@ -111,10 +116,15 @@ def nullspace(  # noqa: PLR0913
     if moments_out is not None:
         moments.save_pretrained(moments_out)
     found = moments.null_space(config=config.resolve(base)[0])
+    write(found, out, as_json, {} if moments_out is None else {"moments_out": str(moments_out)})
+
+
+def write(
+    found: NullSpace, out: Path, as_json: bool, more: Mapping[str, str] | None = None
+) -> None:
+    """Save a null space, and say what it is; ``more`` is for JSON alone."""
     found.save_pretrained(out)
-    facts = {"out": str(out), **describe(found)}
-    if moments_out is not None:
-        facts["moments_out"] = str(moments_out)
+    facts = {"out": str(out), **describe(found), **(more or {})}
     printing.show(as_json, facts, summary_table(found), f"Written to {out}")
 
 
@@ -154,9 +164,6 @@ def _corpus(model: str, texts: Path | None, dataset: str | None) -> Any:
     return embedded.texts(EMBEDDED_TEXTS)
 
 
-KINDS = (".npz", ".pt", ".safetensors")
-
-
 def import_statistics(  # noqa: PLR0913
     files: Annotated[
         list[Path], typer.Argument(metavar="FILE...", help="All .npz, or one .pt or .safetensors.")
@@ -177,8 +184,8 @@ def import_statistics(  # noqa: PLR0913
         float | None,
         typer.Option(help=f"{about('threshold').capitalize()}; by default the preset's for MODEL."),
     ] = None,
-    threshold_mode: Annotated[str | None, typer.Option(help=f"{about('threshold_mode')}.")] = None,
-    preset: Annotated[str, typer.Option(help="auto or paper.")] = "auto",
+    threshold_mode: ModeOption = None,
+    preset: PresetOption = "auto",
     reach: Annotated[
         float, typer.Option(help="How far the threshold can be moved later; 1 is the thinnest.")
     ] = 10.0,
@@ -192,10 +199,7 @@ def import_statistics(  # noqa: PLR0913
     summed: Annotated[
         bool, typer.Option("--summed", help="Its matrices are sums over the tokens, not means.")
     ] = False,
-    moments_out: Annotated[
-        Path | None,
-        typer.Option(metavar="DIR", help="Write the full moments too: MEMIT, other thresholds."),
-    ] = None,
+    moments_out: MomentsOutOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Read statistics of ROME, MEMIT or AlphaEdit's own code.
@@ -239,17 +243,11 @@ def import_statistics(  # noqa: PLR0913
         else:
             of_layer = {layer: str(name).replace("{}", str(layer)) for layer in blocks or []}
             moments = read_covariances(files[0], of_layer, tokens or 0, summed=summed, model=base)
-        found = _null_space(moments, config, base, reach)
+        full = config if base is None else config.resolve(base)[0]
+        found = moments.null_space(config=full, reach=reach)
     if moments is not None and moments_out is not None:
         moments.save_pretrained(moments_out)
-    found.save_pretrained(out)
-    facts = {"out": str(out), **describe(found)}
-    printing.show(as_json, facts, summary_table(found), f"Written to {out}")
-
-
-def _null_space(moments: KeyMoments, config: AlphaEditConfig, base: Any, reach: float) -> NullSpace:
-    full = config if base is None else config.resolve(base)[0]
-    return moments.null_space(config=full, reach=reach)
+    write(found, out, as_json)
 
 
 def _kind(files: list[Path]) -> str:
