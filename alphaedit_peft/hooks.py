@@ -8,7 +8,7 @@ Blocks may return a tensor or a tuple whose first entry is the hidden state; bot
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from functools import partial
 from typing import Any
 
@@ -59,23 +59,20 @@ def watching_inputs(
     """
     with ExitStack() as stack:
         for name in names:
-            hook = model.get_submodule(name).register_forward_pre_hook(
-                lambda _module, args, name=name: see(name, args[0])
-            )
-            stack.callback(hook.remove)
+            register = model.get_submodule(name).register_forward_pre_hook
+            stack.enter_context(register(lambda _module, args, name=name: see(name, args[0])))
         yield
 
 
 @contextmanager
 def watching_output(model: nn.Module, name: str, see: Callable[[Any], object]) -> Iterator[None]:
     """Call ``see(output)`` whenever the module runs, with what it puts out in its own form."""
-    hook = model.get_submodule(name).register_forward_hook(
-        lambda _module, _args, output: (see(output), None)[1]
-    )
-    try:
+
+    def watch(_module: nn.Module, _args: Any, output: Any) -> None:
+        see(output)
+
+    with model.get_submodule(name).register_forward_hook(watch):
         yield
-    finally:
-        hook.remove()
 
 
 @contextmanager
@@ -83,11 +80,11 @@ def changing_input(
     model: nn.Module, name: str, change: Callable[[Tensor], Tensor]
 ) -> Iterator[None]:
     """Pass the first argument of a module through ``change`` before it runs."""
-    hook = model.get_submodule(name).register_forward_pre_hook(
-        lambda _module, args: (change(args[0]), *args[1:])
-    )
-    with ExitStack() as stack:
-        stack.callback(hook.remove)
+
+    def exchange(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        return change(args[0]), *args[1:]
+
+    with model.get_submodule(name).register_forward_pre_hook(exchange):
         yield
 
 
@@ -98,12 +95,10 @@ def changing_outputs(
     """Pass the hidden state that each named module puts out through its own change."""
     with ExitStack() as stack:
         for name, change in changes.items():
-            hook = model.get_submodule(name).register_forward_hook(
-                lambda _module, _args, output, change=change: with_hidden(
-                    output, change(hidden_of(output))
-                )
+            register = model.get_submodule(name).register_forward_hook
+            stack.enter_context(
+                register(lambda _m, _a, out, to=change: with_hidden(out, to(hidden_of(out))))
             )
-            stack.callback(hook.remove)
         yield
 
 
@@ -201,13 +196,8 @@ def run_until(
 
     module = model.get_submodule(last)
     register = module.register_forward_pre_hook if entering else module.register_forward_hook
-    hook = register(stop)
-    try:
+    with register(stop), suppress(_Stop):
         model(**{"use_cache": False, **inputs})
-    except _Stop:
-        pass
-    finally:
-        hook.remove()
 
 
 def capture_inputs(
@@ -231,14 +221,8 @@ def capture_output(model: nn.Module, inputs: Mapping[str, Any], block: str) -> A
     ``hidden_of`` takes the hidden state (batch, tokens, d) from it.
     """
     seen: list[Any] = []
-    hook = model.get_submodule(block).register_forward_hook(
-        lambda _module, _args, output: seen.append(output)
-    )
-    try:
-        with torch.no_grad():
-            run_until(model, inputs, block)
-    finally:
-        hook.remove()
+    with torch.no_grad(), watching_output(model, block, seen.append):
+        run_until(model, inputs, block)
     return seen[0]
 
 
