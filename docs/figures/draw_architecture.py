@@ -8,6 +8,7 @@ pairs of files that it stands for; one that points up would be red.
 """
 
 import ast
+import re
 import sys
 import textwrap
 from collections import Counter
@@ -73,7 +74,7 @@ def told(names: list[str]) -> tuple[str, str, str]:
         return "", "", "   ".join(every)
     file = folder / "__init__.py" if folder.is_dir() else folder.with_suffix(".py")
     text = ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or ""
-    purpose = text.partition("\n")[0].replace("``", "")
+    purpose = re.sub(r":\w+:|`", "", text.partition("\n")[0])
     if not folder.is_dir():
         return file.name, purpose, ""
     files = [p.relative_to(folder) for p in folder.rglob("*.py") if not p.name.startswith("__")]
