@@ -7,8 +7,10 @@ import math
 import pytest
 import torch
 
-from alphaedit_peft import tokens
-from alphaedit_peft.scoring import Reader
+from alphaedit_peft import AlphaEditConfig, tokens
+from alphaedit_peft.editing.batch import score as run_score
+from alphaedit_peft.editing.runner import Runner
+from alphaedit_peft.scoring import Reader, score
 from tests.conftest import tiny_model
 from tests.evaluation.models import Constant, Says, Uniform
 
@@ -122,3 +124,26 @@ def test_a_slow_tokenizer_and_an_empty_batch_are_refused(tokenizer):
         Reader(Uniform(), object())
     with pytest.raises(ValueError, match="tokens_per_batch=0"):
         Reader(Uniform(), tokenizer, 0)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_readings_and_scores_are_of_the_same_bits_in_the_same_batches(tokenizer, family):
+    model = tiny_model(family)
+    reader = Reader(model, tokenizer, 40)
+    rows = [reader.encode(*pair) for pair in PAIRS]
+    for found, said in zip(score(model, rows, reader.batches), reader.read(PAIRS), strict=True):
+        assert found.log_prob == float(torch.tensor(said.log_probs).sum())
+        assert (found.num_tokens, found.greedy) == (len(said.target), said.recalled)
+        assert found.probability == math.exp(found.log_prob)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_a_run_of_edits_scores_by_the_same_code(tokenizer, family):
+    model = tiny_model(family)
+    config, architecture = AlphaEditConfig(tokens_per_batch=40).resolve(model)
+    runner = Runner(model, tokenizer, config, architecture, ())
+    rows = [runner.renderer.target_row(*pair) for pair in PAIRS]
+    reader = Reader(model, tokenizer, 40)
+    asked = [reader.encode(*pair) for pair in PAIRS]
+    assert [(row.ids, row.target) for row in rows] == [(row.ids, row.target) for row in asked]
+    assert run_score(runner, rows) == score(model, asked, reader.batches)
