@@ -45,6 +45,12 @@ Refuse = Callable[[str | Path, str], NoReturn]  # raises for a file: where, and 
 _SAVING, _REPLACED = "saving", "replaced"
 _ATTEMPTS = 20
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
+FORMAT_VERSION = 1
+MAX_JSON_BYTES = 64 * 2**20
+MAX_NAMES_BYTES = 2**20  # of the list of tensors; a few hundred bytes for each layer
+MAX_TENSOR_BYTES = 64 * 2**30  # moments of 19 layers of d_in 28,672, as in 70B models
+Types = type | tuple[type, ...]
+ORIGIN: dict[str, Types] = {"tokens": int, "fingerprint": (dict, type(None)), "provenance": dict}
 
 
 def replace_folder(
@@ -170,30 +176,87 @@ def parse_tensors(
     return tensors
 
 
-def _finite(text: str) -> float:
-    value = float(text)
-    if not math.isfinite(value):
-        raise ValueError(f"{text} is not a finite number")
-    return value
+def write_artefact(
+    folder: str | Path, stem: str, tensors: Mapping[str, Tensor], values: Mapping[str, Any]
+) -> None:
+    """Write tensors and values, with the format's name and version, into a folder, in one step.
 
+    Of several processes the main one does. The folder's other files stay. A process killed at any
+    moment leaves the old two files or the new ones.
 
-def _allowed_roots(folder: Path) -> list[Path]:
-    """The folder itself and, inside the Hub's cache, the blobs that its snapshots link to.
-
-    The cache keeps a repository in models--OWNER--NAME, with snapshots/COMMIT and blobs.
+    Raises:
+        FileExistsError: ``folder`` is a file.
+        ValueError: ``folder`` is, or holds, the working directory.
+        OSError: the disk is full, or a right is missing; what was there before is untouched.
     """
-    here = folder.resolve()
-    repositories = [
-        parent.parent
-        for parent in here.parents
-        if parent.name == "snapshots" and parent.parent.name.startswith("models--")
-    ]
-    return [here, *(repository / "blobs" for repository in repositories)]
+    if not parallel.is_main():
+        return
+    kept = {name: tensor.float().cpu().contiguous() for name, tensor in tensors.items()}
+    text = json.dumps({"format": stem, "version": FORMAT_VERSION, **values}, indent=2)
+    files: dict[str, Content] = {
+        f"{stem}.safetensors": partial(_save_tensors, kept),
+        f"{stem}.json": (text + "\n").encode(),
+    }
+    replace_folder(folder, files)
 
 
-def _stamp(folder: Path) -> tuple[int, int]:
-    status = folder.stat()
-    return status.st_ino, status.st_mtime_ns
+def read_artefact(
+    folder: str | Path, stem: str, fields: Mapping[str, Types]
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read what ``write_artefact`` wrote, both files of one save.
+
+    Raises:
+        FileNotFoundError: one of the two files is missing.
+        ValueError: a file that is damaged, over its limit, of another format or version, or with
+            other fields or types of them, or tensors that are not finite float32.
+    """
+    place = left_aside(folder) or Path(folder)
+    if not place.is_dir():
+        raise FileNotFoundError(f"{folder} does not exist; give the folder of a {stem} artefact")
+    return read_steadily(place, lambda found: _read(found, stem, fields))
+
+
+def versions() -> dict[str, str]:
+    """Versions of what makes the numbers, for provenance."""
+    return {name: version(name) for name in ("alphaedit_peft", "torch", "transformers")}
+
+
+@contextlib.contextmanager
+def _locked(parent: Path) -> Iterator[bool]:
+    """Hold off other saves beside this one; False where the file system knows no locks."""
+    if fcntl is None:
+        yield False
+        return
+    handle = os.open(parent, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX)
+            alone = True
+        except OSError:
+            alone = False
+        yield alone
+    finally:
+        os.close(handle)
+
+
+def _sweep(target: Path) -> None:
+    """Undo what killed saves left: put an old folder back if it is the only one, else delete."""
+    aside = left_aside(target)
+    if aside is not None:
+        os.rename(aside, target)
+    for left in _leftovers(target, f"{_SAVING}|{_REPLACED}"):
+        shutil.rmtree(left, ignore_errors=True)
+
+
+def _leftovers(target: Path, kinds: str) -> list[Path]:
+    pattern = re.compile(rf"\.{re.escape(target.name)}\.({kinds})-[0-9a-f]{{8}}")
+    if not target.parent.is_dir():
+        return []
+    return sorted(path for path in target.parent.iterdir() if pattern.fullmatch(path.name))
+
+
+def _sibling(target: Path, kind: str) -> Path:
+    return target.with_name(f".{target.name}.{kind}-{secrets.token_hex(4)}")
 
 
 def _write_and_swap(target: Path, files: Mapping[str, Content], owned: Collection[str]) -> None:
@@ -249,19 +312,10 @@ def _carry_over(old: Path, new: Path, without: Collection[str]) -> None:
         if path.is_dir() and not path.is_symlink():
             (new / name).mkdir(exist_ok=True)
             continue
-        if not _linked(path, new / name):
+        try:  # a second name for the file, where system and file system can
+            os.link(path, new / name, follow_symlinks=False)
+        except (OSError, NotImplementedError):
             shutil.copy2(path, new / name, follow_symlinks=False)
-
-
-def _linked(path: Path, new: Path) -> bool:
-    """Give a file a second name; False where the system or the file system cannot."""
-    if os.link not in os.supports_follow_symlinks:
-        return False
-    try:
-        os.link(path, new, follow_symlinks=False)
-    except OSError:
-        return False
-    return True
 
 
 def _swap(fresh: Path, target: Path) -> None:
@@ -293,90 +347,30 @@ def _exchange(one: Path, other: Path) -> bool:
     return bool(done == 0)
 
 
-@contextlib.contextmanager
-def _locked(parent: Path) -> Iterator[bool]:
-    """Hold off other saves beside this one; False where the file system knows no locks."""
-    if fcntl is None:
-        yield False
-        return
-    handle = os.open(parent, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX)
-            alone = True
-        except OSError:
-            alone = False
-        yield alone
-    finally:
-        os.close(handle)
+def _stamp(folder: Path) -> tuple[int, int]:
+    status = folder.stat()
+    return status.st_ino, status.st_mtime_ns
 
 
-def _sweep(target: Path) -> None:
-    """Undo what killed saves left: put an old folder back if it is the only one, else delete."""
-    aside = left_aside(target)
-    if aside is not None:
-        os.rename(aside, target)
-    for left in _leftovers(target, f"{_SAVING}|{_REPLACED}"):
-        shutil.rmtree(left, ignore_errors=True)
+def _allowed_roots(folder: Path) -> list[Path]:
+    """The folder itself and, inside the Hub's cache, the blobs that its snapshots link to.
 
-
-def _sibling(target: Path, kind: str) -> Path:
-    return target.with_name(f".{target.name}.{kind}-{secrets.token_hex(4)}")
-
-
-def _leftovers(target: Path, kinds: str) -> list[Path]:
-    pattern = re.compile(rf"\.{re.escape(target.name)}\.({kinds})-[0-9a-f]{{8}}")
-    if not target.parent.is_dir():
-        return []
-    return sorted(path for path in target.parent.iterdir() if pattern.fullmatch(path.name))
-
-
-FORMAT_VERSION = 1
-MAX_JSON_BYTES = 64 * 2**20
-MAX_NAMES_BYTES = 2**20  # of the list of tensors; a few hundred bytes for each layer
-MAX_TENSOR_BYTES = 64 * 2**30  # moments of 19 layers of d_in 28,672, as in 70B models
-Types = type | tuple[type, ...]
-ORIGIN: dict[str, Types] = {"tokens": int, "fingerprint": (dict, type(None)), "provenance": dict}
-
-
-def write_artefact(
-    folder: str | Path, stem: str, tensors: Mapping[str, Tensor], values: Mapping[str, Any]
-) -> None:
-    """Write tensors and values, with the format's name and version, into a folder, in one step.
-
-    Of several processes the main one does. The folder's other files stay. A process killed at any
-    moment leaves the old two files or the new ones.
-
-    Raises:
-        FileExistsError: ``folder`` is a file.
-        ValueError: ``folder`` is, or holds, the working directory.
-        OSError: the disk is full, or a right is missing; what was there before is untouched.
+    The cache keeps a repository in models--OWNER--NAME, with snapshots/COMMIT and blobs.
     """
-    if not parallel.is_main():
-        return
-    kept = {name: tensor.float().cpu().contiguous() for name, tensor in tensors.items()}
-    text = json.dumps({"format": stem, "version": FORMAT_VERSION, **values}, indent=2)
-    files: dict[str, Content] = {
-        f"{stem}.safetensors": partial(_save_tensors, kept),
-        f"{stem}.json": (text + "\n").encode(),
-    }
-    replace_folder(folder, files)
+    here = folder.resolve()
+    repositories = [
+        parent.parent
+        for parent in here.parents
+        if parent.name == "snapshots" and parent.parent.name.startswith("models--")
+    ]
+    return [here, *(repository / "blobs" for repository in repositories)]
 
 
-def read_artefact(
-    folder: str | Path, stem: str, fields: Mapping[str, Types]
-) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read what ``write_artefact`` wrote, both files of one save.
-
-    Raises:
-        FileNotFoundError: one of the two files is missing.
-        ValueError: a file that is damaged, over its limit, of another format or version, or with
-            other fields or types of them, or tensors that are not finite float32.
-    """
-    place = left_aside(folder) or Path(folder)
-    if not place.is_dir():
-        raise FileNotFoundError(f"{folder} does not exist; give the folder of a {stem} artefact")
-    return read_steadily(place, lambda found: _read(found, stem, fields))
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text} is not a finite number")
+    return value
 
 
 def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
@@ -423,11 +417,6 @@ def _check_sizes(json_path: Path, tensor_path: Path) -> None:
                 f"{path.name}: {what} takes {size} bytes, over the limit of {limit}; make or "
                 "download it again"
             )
-
-
-def versions() -> dict[str, str]:
-    """Versions of what makes the numbers, for provenance."""
-    return {name: version(name) for name in ("alphaedit_peft", "torch", "transformers")}
 
 
 def _check_header(path: Path, stem: str, values: Any, fields: Mapping[str, Types]) -> None:
