@@ -1,4 +1,4 @@
-"""Where a model's weights are: on a device, kept elsewhere by accelerate, or split among processes.
+"""Where a model's weights are: on a device, kept elsewhere by accelerate, packed, or split up.
 
 In: a model, or one of its modules. Out: the device it computes on and its weights, wherever they
 are kept; or a sentence that refuses weights of which this process holds only a part. Accelerate
@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
+SWITCH = "support_avx512bf16_for_cpu"  # of bitsandbytes' 4-bit layers
+
 
 def computes_on(module: nn.Module) -> torch.device:
     """The device that a module's own weights are on when it runs; the CPU where it has none."""
@@ -29,15 +31,10 @@ def computes_on(module: nn.Module) -> torch.device:
 
 
 def held(module: nn.Module, name: str) -> Tensor:
-    """A module's own parameter with its values, also where accelerate keeps them elsewhere.
+    """A module's own parameter, such as ``weight``, with its values, detached.
 
-    Args:
-        module: has the parameter itself, not in a submodule.
-        name: of the parameter, such as ``weight``.
-
-    Returns:
-        The parameter, detached; a copy on the CPU where it is kept elsewhere, and an empty one
-        ("meta") where nothing knows its values.
+    It is a copy on the CPU where accelerate keeps it elsewhere, and an empty one ("meta") where
+    nothing knows its values.
     """
     parameter: Tensor = getattr(module, name).detach()
     hook = _offloading(module)
@@ -112,6 +109,32 @@ def require_whole(model: nn.Module) -> None:
         )
 
 
+@contextmanager
+def differentiable(model: nn.Module) -> Iterator[None]:
+    """Keep 4-bit layers off bitsandbytes' packed CPU kernel, which has no gradient.
+
+    Weights that are packed already are unpacked for the while, and get their packed bits back; any
+    other model is left alone.
+    """
+    layers: list[Any] = [m for m in model.modules() if getattr(m, SWITCH, False)]
+    kept: list[tuple[Any, Any, dict[str, Any]]] = []
+    try:
+        for layer in layers:
+            setattr(layer, SWITCH, False)
+            state = getattr(layer.weight, "quant_state", None)
+            if getattr(state, "packing_format_for_cpu", False):
+                kept.append((layer, layer.weight.data, dict(vars(state))))
+                _unpack(layer)
+        yield
+    finally:
+        for layer, data, values in kept:
+            layer.weight.data = data
+            vars(layer.weight.quant_state).clear()
+            vars(layer.weight.quant_state).update(values)
+        for layer in layers:
+            setattr(layer, SWITCH, True)
+
+
 def _how_split(model: nn.Module) -> str | None:
     if not torch.distributed.is_available():
         return None
@@ -137,35 +160,6 @@ def _offloading(module: nn.Module) -> Any:
     hooks = hook.hooks if isinstance(hook, SequentialHook) else (hook,)
     found = (h for h in hooks if isinstance(h, AlignDevicesHook) and h.offload)
     return next(found, None)
-
-
-SWITCH = "support_avx512bf16_for_cpu"
-
-
-@contextmanager
-def differentiable(model: nn.Module) -> Iterator[None]:
-    """Keep 4-bit layers off bitsandbytes' packed CPU kernel, which has no gradient.
-
-    Weights that are packed already are unpacked for the while, and get their packed bits back; any
-    other model is left alone.
-    """
-    layers: list[Any] = [m for m in model.modules() if getattr(m, SWITCH, False)]
-    kept: list[tuple[Any, Any, dict[str, Any]]] = []
-    try:
-        for layer in layers:
-            setattr(layer, SWITCH, False)
-            state = getattr(layer.weight, "quant_state", None)
-            if getattr(state, "packing_format_for_cpu", False):
-                kept.append((layer, layer.weight.data, dict(vars(state))))
-                _unpack(layer)
-        yield
-    finally:
-        for layer, data, values in kept:
-            layer.weight.data = data
-            vars(layer.weight.quant_state).clear()
-            vars(layer.weight.quant_state).update(values)
-        for layer in layers:
-            setattr(layer, SWITCH, True)
 
 
 def _unpack(layer: Any) -> None:

@@ -66,11 +66,8 @@ class BaseFingerprint:
         if self.digest is None or other.digest is None:
             return "the shapes agree; the weights of one are quantised or offloaded"
         stage = self._first_difference(other)
-        if stage is None:
-            return "no difference"
-        return (
-            f"the weights differ from {'the embeddings' if stage == 0 else f'block {stage - 1}'} on"
-        )
+        where = f"block {stage - 1}" if stage else "the embeddings"
+        return "no difference" if stage is None else f"the weights differ from {where} on"
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values."""
@@ -109,7 +106,7 @@ def fingerprint(model: nn.Module, last_layer: int, architecture: Architecture) -
 
     Args:
         model: the base model, unmerged; a PEFT wrapper is looked through, adapters are left out.
-        last_layer: the last block to cover; the last rewrite layer.
+        last_layer: the last block to cover.
         architecture: where the model keeps its blocks.
 
     Raises:
@@ -184,7 +181,7 @@ def _own_parameters(module: nn.Module) -> dict[str, Tensor]:
     named = {
         f".{name}".replace(".base_layer.", "."): parameter
         for name, parameter in held_parameters(module)
-        if not any(part.startswith("lora_") for part in name.split("."))
+        if ".lora_" not in f".{name}"
     }
     return dict(sorted(named.items()))
 

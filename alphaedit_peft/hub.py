@@ -58,19 +58,11 @@ class Destination:
 
 
 def push_folder(folder: Path, to: Destination, owned: Collection[str], message: str) -> str:
-    """Make a place on the Hub hold a folder's files, in one commit.
+    """Make a place on the Hub hold a folder's files, in one commit; returns its address.
 
     The Hub takes the commit as a whole or not at all, so a push that breaks off leaves the old
-    revision. Files that are there and not in ``owned`` stay. An unchanged push makes no commit.
-
-    Args:
-        folder: all its files are sent.
-        to: where to.
-        owned: names, relative to the destination, that do not survive unless the folder has them.
-        message: of the commit.
-
-    Returns:
-        The address of the commit or pull request.
+    revision. Files that are there stay, but for names in ``owned`` (relative to the destination)
+    that the folder does not have. An unchanged push makes no commit.
 
     Raises:
         PermissionError: the token may not write there.
@@ -125,7 +117,7 @@ def fetch_folder(
         names: relative to ``subfolder``; ``*`` stands for one folder's name. Those that the
             repository does not have are left out.
         revision: branch, tag, commit or ``refs/pr/N``; None: ``main``.
-        token: for private repositories; None: the one that is logged in.
+        token: None: the one that is logged in.
         subfolder: of the files within the repository.
 
     Returns:
@@ -283,14 +275,13 @@ def _is_network(error: BaseException) -> bool:
 
 
 def _root(error: BaseException) -> str:
-    last = list(_causes(error))[-1]
+    *_, last = _causes(error)
     return str(last) or type(last).__name__
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:
     cause: BaseException | None = error
     for _ in range(20):  # chains may be circular
-        if cause is None:
-            return
-        yield cause
-        cause = cause.__cause__ or cause.__context__
+        if cause is not None:
+            yield cause
+            cause = cause.__cause__ or cause.__context__

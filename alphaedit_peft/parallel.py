@@ -19,11 +19,11 @@ from torch import Tensor
 T = TypeVar("T")
 
 
+LAUNCHED = ("WORLD_SIZE", "RANK", "LOCAL_RANK")  # what launchers put into the environment
+
+
 class OtherProcessError(RuntimeError):
     """Another process failed, so that this one cannot go on."""
-
-
-LAUNCHED = ("WORLD_SIZE", "RANK", "LOCAL_RANK")  # what launchers put into the environment
 
 
 def count() -> int:
@@ -73,11 +73,7 @@ def from_main(make: Callable[[], T]) -> T:
 
 
 def summed(matrix: Tensor) -> Tensor:
-    """The sum of every process's matrix, the same bits in all; the one given stays as it is.
-
-    Args:
-        matrix: any shape and dtype, the same in all processes.
-    """
+    """The sum of every process's matrix, of one shape and dtype: the same bits in all."""
     if count() == 1:
         return matrix
     total = matrix.to(_device(), copy=True)
@@ -92,10 +88,8 @@ def share(
 
     Args:
         items: the same ones in all processes. Where there are fewer than processes, each does all.
-        work: takes items and gives tensors with one entry for each along the first axis.
-
-    Returns:
-        What ``work`` gives for all items, in their order.
+        work: takes items and gives tensors with one entry for each along the first axis, which
+            are returned for all items, in their order.
 
     Raises:
         OtherProcessError: another process has failed.
@@ -134,11 +128,7 @@ def in_step() -> Iterator[None]:
 
 
 def require_same(value: Any, what: str) -> None:
-    """Check that all processes have come to one value.
-
-    Args:
-        value: compared by ``==``; not a tensor.
-        what: names it in the error.
+    """Check that all processes have come to one value (compared by ``==``); ``what`` names it.
 
     Raises:
         RuntimeError: they differ, as they can on unlike devices.
