@@ -133,11 +133,11 @@ def benchmark(  # noqa: PLR0913
 
     from alphaedit_peft.edits import read_edits
     from alphaedit_peft.studies import benchmark as measuring
-    from alphaedit_peft.studies.benchmark import tables
+    from alphaedit_peft.studies.benchmark import pages
 
     arguments.hush()
     facts: dict[str, Any] = {}
-    parts: list[tables.Table | str] = []
+    parts: list[pages.Table | str] = []
     if model is not None or shape is not None:
         plan = measuring.Plan(edits, batches, repeats, objectives, plain_too, floor, inference)
         own = None if edits_file is None else plan.take(read_edits(edits_file))
@@ -158,11 +158,11 @@ def benchmark(  # noqa: PLR0913
         found = measuring.benchmark(subject, given, made, plan, printing.progress)
         facts = {"requests": edits_file.name if edits_file else f"made up as {requests.value}"}
         facts |= found.to_json()
-        parts += tables.measured(facts)
+        parts += pages.measured(facts)
     if curves is not None:
         grid = measuring.SMALL if curves is Curves.SMALL else measuring.FULL
         facts["curves"] = measuring.growth(grid, _device(device), printing.progress).to_json()
-        parts += tables.grown(facts["curves"])
+        parts += pages.grown(facts["curves"])
     if out is not None:
         text = json.dumps(printing.finite(facts), indent=1, allow_nan=False)
         out.write_text(text + "\n", encoding="utf-8")

@@ -10,7 +10,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 
 from alphaedit_peft.editing.runner import PHASES
-from alphaedit_peft.studies.benchmark.tables import lines, page_with, title
+from alphaedit_peft.studies.benchmark.pages import lines, page_with, title
 
 CURVES = {"edits": "rows in place", "widths": "d_in", "depths": "blocks", "hidden": "hidden size"}
 

@@ -10,7 +10,7 @@ import sys
 import pytest
 
 from alphaedit_peft.studies.benchmark import Findings, Forward, PlainSession, Session
-from alphaedit_peft.studies.benchmark.tables import BEGIN, END, lines, page_with, tables
+from alphaedit_peft.studies.benchmark.pages import BEGIN, END, lines, page_with, tables
 from alphaedit_peft.studies.benchmark.timings import Batch, Floor
 from tests.conftest import ROOT
 
