@@ -115,8 +115,6 @@ def score(model: nn.Module, rows: Sequence[Continuation], batches: Batches) -> l
     """Log-probability of each row's target, and whether greedy decoding would say it.
 
     Args:
-        model: any module that takes ``input_ids`` and ``attention_mask`` and gives ``logits``.
-        rows: prompts and targets; those with one token of a target or more.
         batches: pads token rows; how is its matter, and decides the last bits.
 
     Raises:
@@ -155,7 +153,6 @@ def log_probs_at(
     """Log-probabilities of the next token at (row, position) pairs, float32 or better.
 
     Args:
-        model: run in evaluation mode.
         inputs: ``input_ids`` and ``attention_mask``, (batch, tokens).
         where: which places; the head is run on these alone.
 

@@ -88,12 +88,7 @@ def report(  # noqa: PLR0913
         raise typer.BadParameter("--markdown is for results; give some, or --html")
     check_file("--html", html, PAGES)
     check_file("--markdown", markdown, TEXTS)
-    from alphaedit_peft.report import (
-        read_findings,
-        scores_markdown,
-        scores_page,
-        shift_section,
-    )
+    from alphaedit_peft.report import read_findings, scores_markdown, scores_page, shift_section
 
     found = read_findings(results or [])
     moved = _shifts(str(model), str(pack), prompts, dtype, device) if prompts else ()

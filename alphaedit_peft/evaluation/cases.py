@@ -100,7 +100,6 @@ class Suite:
     Args:
         cases: at least one, each once.
         unedited: facts that no edit is about.
-        texts: held-out texts.
 
     Raises:
         TypeError: something else.

@@ -34,7 +34,7 @@ def text_perplexity(
         TypeError: one text instead of a list.
         ValueError: no text with two tokens or more.
     """
-    sums = Sums(texts)
+    sums = _Sums(texts)
     for batch in reader.text_batches(texts):
         log_probs = reader.log_probs(batch.inputs, batch.places)  # (places, vocab)
         index = torch.tensor(batch.following, device=log_probs.device)
@@ -53,12 +53,8 @@ def text_divergence(
     """Mean KL(before || now) of the next-token distributions over the texts' places, in nats.
 
     Args:
-        reader: the model as it is now.
         before: the model it came from, with the same tokenizer; or what switches the edits off, as
             PEFT's ``model.disable_adapter`` does, which needs no second model.
-        texts: held out.
-        level: of the interval.
-        seed: of the interval.
 
     Returns:
         The mean over all places, with a bootstrap interval over texts.
@@ -67,7 +63,7 @@ def text_divergence(
         TypeError: one text instead of a list.
         ValueError: no text with two tokens or more, or another vocabulary.
     """
-    sums = Sums(texts)
+    sums = _Sums(texts)
     for batch in reader.text_batches(texts):
         now = reader.log_probs(batch.inputs, batch.places)  # (places, vocab)
         then = _before(reader, before, batch).to(now.device)
@@ -80,7 +76,7 @@ def text_divergence(
     return bootstrap(sums.rows(), lambda m: m[:, 0] / m[:, 1], level=level, seed=seed)
 
 
-class Sums:
+class _Sums:
     """Sums and counts by text, filled batch by batch."""
 
     def __init__(self, texts: Sequence[str]) -> None:

@@ -53,11 +53,9 @@ def sampled(
     """Prompts and how the model goes on, ``length`` tokens together, never stopping at EOS.
 
     Args:
-        reader: the model.
         prompts: (name, prompt); the name and the seed determine the draws.
         length: tokens of prompt and continuation, 100 in the papers. Texts of equal length have
             comparable entropy, hence no end before that.
-        sampling: how to sample.
 
     Raises:
         ValueError: a prompt without tokens or too long, or a name given twice.

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -92,7 +92,6 @@ def evaluate(
     Args:
         model: from transformers, from PEFT, or any module that gives ``logits``; it is judged in
             evaluation mode and put back into the mode it was in.
-        tokenizer: its fast tokenizer.
         cases: what to ask (``read_cases``); in a :class:`Suite`, with facts and texts around them.
         baseline: what this function gave for the unedited model on the same cases; adds how many
             answers are unchanged.
@@ -101,7 +100,6 @@ def evaluate(
         results: a JSON Lines file: cases in it keep their scores, those judged now are added.
             It belongs to one model, which is checked on one case, and to one way of judging.
         progress: called with the number of cases done and of all, after each group.
-        how: batches, lengths, seeds.
 
     Returns:
         The scores.
@@ -131,12 +129,7 @@ def evaluate(
     if there:
         _require_same_model(group, there[0], done[there[0].digest], results)
     count = len(there)
-    for start in range(0, len(suite.cases), how.cases_at_once):
-        some = suite.cases[start : start + how.cases_at_once]
-        if all(case.digest in done for case in some):
-            continue
-        # whole, for the batches of a run that was not stopped here
-        found = [case for case in group.judge(some) if case.digest not in done]
+    for found in group.missing(suite.cases, done):
         done |= {case.digest: case for case in found}
         count += len(found)
         if file:
@@ -157,6 +150,19 @@ class _Group:
     generate: bool
     earlier: dict[str, CaseScores]
     vectorizer: Any
+
+    def missing(
+        self, cases: Sequence[Case], done: Mapping[str, CaseScores]
+    ) -> Iterator[list[CaseScores]]:
+        """Scores of the cases that are not done, by groups of all cases in their order.
+
+        A group is judged whole, for the batches of a run that was not stopped in it.
+        """
+        for start in range(0, len(cases), self.how.cases_at_once):
+            some = cases[start : start + self.how.cases_at_once]
+            wanted = {case.digest for case in some if case.digest not in done}
+            if wanted:
+                yield [scores for scores in self.judge(some) if scores.digest in wanted]
 
     def judge(self, cases: Sequence[Case]) -> list[CaseScores]:
         pairs = list(dict.fromkeys(pair for case in cases for pair in pairs_of(case)))

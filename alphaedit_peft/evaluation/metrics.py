@@ -109,7 +109,6 @@ def metrics_of(
     """All metrics of a case, by their names in ``METRICS``; what it does not ask for is missing.
 
     Args:
-        case: what was asked.
         readings: by (prompt, continuation), at least those of ``pairs_of``.
         written: what the model wrote; None leaves out what is about free text.
         before: ``tops_of`` the unedited model; None leaves out ``..._unchanged``.

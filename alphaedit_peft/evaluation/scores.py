@@ -175,8 +175,6 @@ def bootstrap(
         statistic: takes means over the cases, (draws, k), to (draws,); the mean itself where not
             given.
         level: share of draws within the interval, in 0..1.
-        resamples: how many draws.
-        seed: of the draws.
 
     Raises:
         ValueError: no values, values that are not finite, or a level or number out of range.

@@ -63,16 +63,11 @@ def read_findings(paths: Sequence[str | Path]) -> tuple[Finding, ...]:
     """
     found = [finding for path in paths for finding in _read(Path(path))]
     names = [finding.name for finding in found]
-    named = [
-        replace(f, name=f"{f.source}: {f.name}") if names.count(f.name) > 1 else f for f in found
-    ]
-    names = [finding.name for finding in named]
-    return tuple(
-        replace(f, name=f"{f.name} ({names[:i].count(f.name) + 1})")
-        if names.count(f.name) > 1
-        else f
-        for i, f in enumerate(named)
-    )
+    names = [f"{f.source}: {f.name}" if names.count(f.name) > 1 else f.name for f in found]
+    for i, name in enumerate(names):
+        count = f" ({names[:i].count(name) + 1})" if names.count(name) > 1 else ""
+        found[i] = replace(found[i], name=name + count)
+    return tuple(found)
 
 
 def _read(path: Path) -> list[Finding]:
@@ -132,19 +127,19 @@ def _values(values: Mapping[str, Any], name: str) -> list[Finding]:
     """JSON of a comparison, or of one evaluation."""
     if "methods" in values:
         before = Scores(_estimates(values["before"]), ())
+
+        def saved(run: Mapping[str, Any]) -> Run:
+            points = tuple(map(Checkpoint.from_json, run["checkpoints"]))
+            return Run(run["head"], before, points, (), run["made"], run["seconds"])
+
         return [
-            _of_runs(method, name, before, tuple(_saved(run, before) for run in found["runs"]))
+            _of_runs(method, name, before, tuple(saved(run) for run in found["runs"]))
             for method, found in values["methods"].items()
         ]
     metrics = _estimates(values["metrics"])
     origin = {"judging": dict(values["settings"])}
     unedited = _estimates(values.get("before", {}))
     return [Finding(name, name, unedited, _required(metrics), origin=origin)]
-
-
-def _saved(run: Mapping[str, Any], before: Scores) -> Run:
-    points = tuple(Checkpoint.from_json(point) for point in run["checkpoints"])
-    return Run(run["head"], before, points, (), run["made"], run["seconds"])
 
 
 def _of_runs(name: str, source: str, before: Scores, runs: tuple[Run, ...]) -> Finding:
@@ -174,12 +169,10 @@ def _of_runs(name: str, source: str, before: Scores, runs: tuple[Run, ...]) -> F
 
 def _course(whole: Comparison, name: str, metric: str) -> list[tuple[int, Estimate]]:
     """As ``Comparison.course``; without the unedited model where the metric compares with it."""
-    known = whole
-    if metric not in whole.before.metrics:
-        start = Scores({metric: whole.final(name)[metric]}, ())
-        known = replace(whole, before=start)
-        return known.course(name, metric)[1:]
-    return known.course(name, metric)
+    if metric in whole.before.metrics:
+        return whole.course(name, metric)
+    start = Scores({metric: whole.final(name)[metric]}, ())
+    return replace(whole, before=start).course(name, metric)[1:]
 
 
 def _by_batch(runs: Sequence[Run], metric: str) -> list[float]:

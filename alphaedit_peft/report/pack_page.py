@@ -53,9 +53,7 @@ def pack_page(
     """One HTML page that shows a pack to people; it needs no network and no other file.
 
     Args:
-        pack: the pack.
         null_space: the one its edits were made with, for its spectrum and the room left.
-        title: plain text.
 
     Raises:
         ValueError: ``null_space`` is not the one that the pack was made with.

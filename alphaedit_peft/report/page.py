@@ -46,7 +46,6 @@ def page(title: str, sections: Sequence[Section], lead: object = "") -> str:
     """A whole page, light or dark as the reader's system is, with a list of its sections.
 
     Args:
-        title: plain text.
         sections: in order.
         lead: what the page is, in a sentence or two, below the title.
     """

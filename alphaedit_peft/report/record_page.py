@@ -102,8 +102,6 @@ def ask(
 
     Args:
         model: a causal language model with ``generate``.
-        tokenizer: its fast tokenizer.
-        prompts: from ``prompts_of``.
         answer_tokens: most tokens of an answer.
         text_tokens: most tokens after a beginning that is to be continued freely.
 
@@ -142,10 +140,8 @@ def record_page(
     """One HTML page of a record.
 
     Args:
-        case: the record.
         before: what a model says to ``prompts_of(case)``, in that order.
         after: what it says with a pack; needs ``before``.
-        title: plain text.
         lead: of what the answers are, below the title.
 
     Raises:

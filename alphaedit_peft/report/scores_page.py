@@ -41,7 +41,6 @@ def scores_page(
     Args:
         findings: at least one, unless there is ``more``.
         more: sections to put before the origin of the numbers.
-        title: plain text.
 
     Raises:
         ValueError: nothing to show.

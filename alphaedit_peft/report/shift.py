@@ -59,7 +59,6 @@ def pack_shift(
 
     Args:
         edited: the model with its pack; it is left as it is.
-        tokenizer: of the model.
         prompts: group -> whole prompts, such as those that should stay and those that were edited.
 
     Raises:
@@ -98,9 +97,6 @@ def last_states(
     """Hidden states at each prompt's last token after some blocks, (n, d) each, float32.
 
     Args:
-        model: a causal language model.
-        tokenizer: its fast tokenizer.
-        prompts: whole prompts.
         blocks: their names in ``model.named_modules()``.
 
     Raises:

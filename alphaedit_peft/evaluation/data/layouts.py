@@ -95,7 +95,7 @@ def counterfact_case(record: Record, snippets: Snippets | None = None) -> Case:
     Args:
         record: with ``requested_rewrite``, ``paraphrase_prompts``, ``neighborhood_prompts``,
             ``generation_prompts``; the ids of targets may be missing. ``attribute_prompts`` are
-            read past: the metrics of the papers do not use them.
+            left out: the metrics of the papers do not use them.
         snippets: reference texts by relation id and target id (``read_snippets``).
 
     Raises:
@@ -185,7 +185,7 @@ def zsre_case(record: Record, target: str = "answers") -> Case:
     asked += "?" if asked.startswith(NQ) and not asked.endswith("?") else ""
     locality = (Question(asked, record.text("loc_ans")),)
     portability: tuple[Question, ...] = ()
-    # it follows from ``alt``; a relation alone (no question) is read past
+    # it follows from ``alt``
     if target == "alt" and record.has("portability"):
         found = record.record("portability")
         ways = found.alternatives("New Answer")
