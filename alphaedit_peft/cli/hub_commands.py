@@ -22,7 +22,6 @@ from alphaedit_peft.cli.arguments import (
     check_folder,
     finding,
     fingerprint_of,
-    hush,
     load_model,
 )
 
@@ -180,8 +179,8 @@ def pull_null_space(
 
 def _hush() -> None:
     """Keep the Hub's progress bars off a stderr that nobody watches, and its advice off any."""
-    from huggingface_hub.utils import disable_progress_bars
+    from huggingface_hub.utils import disable_progress_bars, logging
 
-    hush()
+    logging.set_verbosity_error()
     if not printing.watched():
         disable_progress_bars()
