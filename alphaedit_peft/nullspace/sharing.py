@@ -155,7 +155,7 @@ def card(about: About, to: Destination, *, by_fingerprint: bool) -> str:
         f"| {row.layer} | {row.width} | {row.kept} | {row.threshold:.4g} {row.threshold_mode} |"
         for row in about.layers
     )
-    digest = None if about.fingerprint is None else about.fingerprint.digest
+    digest = about.fingerprint and about.fingerprint.digest
     use = _USE if to.subfolder is None or by_fingerprint else _USE_SUBFOLDER
     text = _CARD.format(
         base=_base(about),
@@ -171,12 +171,9 @@ def card(about: About, to: Destination, *, by_fingerprint: bool) -> str:
 def _choose(root: Path, given: str | Path, fingerprint: BaseFingerprint | None) -> str | None:
     """The name of the folder within ``root``, or None for the root itself."""
     named = {path.parent.name: _made_for(path) for path in sorted(root.glob(f"*/{HEADER}"))}
-    at_root = (root / HEADER).is_file()
     if fingerprint is not None:
         fitting = [
-            name
-            for name, base in named.items()
-            if base is not None and base.matches(fingerprint) is not False
+            n for n, base in named.items() if base and base.matches(fingerprint) is not False
         ]
         exact = [name for name in fitting if named[name] == fingerprint]
         if len(exact or fitting) == 1:
@@ -186,7 +183,7 @@ def _choose(root: Path, given: str | Path, fingerprint: BaseFingerprint | None) 
                 f"{given} holds several null spaces that fit this model: {fitting}; load one with "
                 "NullSpace.from_pretrained(..., subfolder=) and pass it as null_space="
             )
-    if at_root:
+    if (root / HEADER).is_file():
         return None
     if not named:
         raise FileNotFoundError(f"{given} holds no {HEADER}; is it a null space?")

@@ -183,17 +183,12 @@ def least_disturbing(
 ) -> tuple[float, dict[float, float]]:
     """The energy threshold at which these edits move the other tokens of their prompts least.
 
-    The ``own`` one is left only where another one is clearly better: the curve is flat at its
-    bottom, and packs of one model can only be joined where they have one threshold.
-
-    Args:
-        parts: the layers of a null space; only thresholds within their reach are looked at.
-        own: the energy threshold that it has.
-        keys: by rewrite layer.
+    A null space's ``own`` is left only where another one is clearly better: the curve is flat at
+    its bottom, and packs of one model can only be joined where they have one threshold.
 
     Returns:
-        The threshold, and for each of ``ENERGIES`` within reach the geometric mean over layers of
-        the edits' median disturbance.
+        The threshold, and for each of ``ENERGIES`` within reach of all ``parts`` the geometric mean
+        over layers of the edits' median disturbance.
 
     Raises:
         ValueError: none of them is within reach.
