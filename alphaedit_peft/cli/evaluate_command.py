@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -35,7 +35,7 @@ from alphaedit_peft.cli.arguments import (
 )
 
 if TYPE_CHECKING:
-    from alphaedit_peft.evaluation import Scores, Suite
+    from alphaedit_peft.evaluation import Suite
     from alphaedit_peft.evaluation.scores import Estimate
 
 
@@ -92,9 +92,10 @@ def evaluate(  # noqa: PLR0913
     scores = evaluation.evaluate(
         now, tokenizer, suite, baseline=before, generate=generate, results=out
     )
-    facts = {"cases": len(suite.cases), "metrics": _metrics(scores), "settings": scores.settings}
+    found = scores.to_json()
+    facts = {"cases": len(suite.cases), "metrics": found["metrics"], "settings": found["settings"]}
     if before is not None:
-        facts["before"] = _metrics(before)
+        facts["before"] = before.to_json()["metrics"]
     parts = [scores.table(before)]
     if pack is not None and suite.texts:
         reader = evaluation.Reader(now, tokenizer)
@@ -123,7 +124,3 @@ def _suite_of_pack(pack: str, limit: int | None) -> Suite:
     if not edits:
         raise ValueError(f"{pack} holds no edit to judge; give --data FILE")
     return Suite([Case(edit, paraphrases=edit.paraphrases) for edit in edits])
-
-
-def _metrics(scores: Scores) -> dict[str, Any]:
-    return {name: estimate.to_json() for name, estimate in scores.metrics.items()}

@@ -125,12 +125,14 @@ def _shifts(
 
 def _facts(found: Finding) -> dict[str, Any]:
     """A finding as plain JSON values."""
+    from alphaedit_peft.evaluation.scores import estimates_to_json
+
     return {
         "name": found.name,
         "source": found.source,
         "over": found.over,
-        "before": {name: e.to_json() for name, e in found.before.items()},
-        "final": {name: e.to_json() for name, e in found.final.items()},
+        "before": estimates_to_json(found.before),
+        "final": estimates_to_json(found.final),
         "by_batch": {name: list(means) for name, means in found.by_batch.items()},
         "seconds_an_edit": found.seconds,
     }

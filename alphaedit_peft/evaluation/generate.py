@@ -9,7 +9,7 @@ has noise of its own, so a continuation does not depend on what else is in its b
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,8 +42,8 @@ def greedy(reader: Reader, prompts: Sequence[str], max_new_tokens: int) -> list[
     Raises:
         ValueError: a prompt without tokens, or one that leaves no room for new ones.
     """
-    lengths = {prompt: len(_ids(reader, prompt)) + max_new_tokens for prompt in prompts}
-    found = _generate(reader, [(prompt, prompt) for prompt in lengths], lengths)
+    distinct = [(prompt, prompt) for prompt in dict.fromkeys(prompts)]
+    found = _generate(reader, distinct, lambda start: start + max_new_tokens)
     return [found[prompt] for prompt in prompts]
 
 
@@ -62,49 +62,40 @@ def sampled(
     """
     if len(dict(prompts)) != len(prompts):
         raise ValueError("prompts share a name, so they would share their draws; name them apart")
-    lengths = {name: length for name, _ in prompts}
-    found = _generate(reader, prompts, lengths, sampling)
+    found = _generate(reader, prompts, lambda _: length, sampling)
     return [prompt + found[name] for name, prompt in prompts]
 
 
 def _generate(
     reader: Reader,
     prompts: Sequence[tuple[str, str]],
-    lengths: dict[str, int],
+    length_for: Callable[[int], int],
     sampling: Sampling | None = None,
 ) -> dict[str, str]:
-    """Continuations by name, of prompts of equal length together."""
+    """Continuations by name; ``length_for`` a prompt of so many tokens, both together."""
     waiting: dict[tuple[int, int], list[tuple[str, tuple[int, ...]]]] = {}
     for name, prompt in prompts:
-        ids = _ids(reader, prompt)
-        _require_room(reader, prompt, len(ids), lengths[name])
-        waiting.setdefault((len(ids), lengths[name]), []).append((name, ids))
+        ids = tokens.encode(reader.tokenizer, prompt)[0]
+        start, length = len(ids), length_for(len(ids))
+        if not ids:
+            raise ValueError(f"prompt {prompt!r} has no token, so nothing can go on from it")
+        if start >= length:
+            raise ValueError(
+                f"prompt {prompt[: tokens.SHOWN]!r} has {start} tokens, which leave no room "
+                f"for new ones in {length}; raise the length"
+            )
+        if reader.positions is not None and length > reader.positions:
+            raise ValueError(
+                f"texts of {length} tokens are longer than the model's {reader.positions} "
+                "positions; lower the length"
+            )
+        waiting.setdefault((start, length), []).append((name, ids))
     found: dict[str, str] = {}
     for (start, length), rows in waiting.items():
         step = max(1, reader.tokens_per_batch // length)
         for i in range(0, len(rows), step):
             found |= _batch(reader, rows[i : i + step], length - start, sampling)
     return found
-
-
-def _ids(reader: Reader, prompt: str) -> tuple[int, ...]:
-    ids = tokens.encode(reader.tokenizer, prompt)[0]
-    if not ids:
-        raise ValueError(f"prompt {prompt!r} has no token, so nothing can go on from it")
-    return ids
-
-
-def _require_room(reader: Reader, prompt: str, start: int, length: int) -> None:
-    if start >= length:
-        raise ValueError(
-            f"prompt {prompt[: tokens.SHOWN]!r} has {start} tokens, which leave no room "
-            f"for new ones in {length}; raise the length"
-        )
-    if reader.positions is not None and length > reader.positions:
-        raise ValueError(
-            f"texts of {length} tokens are longer than the model's {reader.positions} positions; "
-            "lower the length"
-        )
 
 
 @torch.no_grad()

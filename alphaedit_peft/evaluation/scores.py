@@ -103,7 +103,7 @@ class Scores:
         """Settings, metrics and cases as plain JSON values."""
         return {
             "settings": dict(self.settings),
-            "metrics": {name: estimate.to_json() for name, estimate in self.metrics.items()},
+            "metrics": estimates_to_json(self.metrics),
             "cases": [case.to_json() for case in self.cases],
         }
 
@@ -136,6 +136,11 @@ class Scores:
 
     def __str__(self) -> str:
         return self.table()
+
+
+def estimates_to_json(metrics: Mapping[str, Estimate]) -> dict[str, dict[str, float]]:
+    """Each metric's four numbers, as plain JSON values."""
+    return {name: estimate.to_json() for name, estimate in metrics.items()}
 
 
 def gather(

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from alphaedit_peft.evaluation.metrics import METRICS, PERCENT
-from alphaedit_peft.evaluation.scores import Estimate
+from alphaedit_peft.evaluation.scores import Estimate, estimates_to_json
 from alphaedit_peft.report.charts import COLOURS, course_chart, interval_bars, with_half
 from alphaedit_peft.report.page import Markup, Section, page, paragraph, side_by_side, table
 from alphaedit_peft.tables import Table, plain
@@ -143,7 +143,7 @@ def _unedited(findings: Sequence[Finding]) -> list[tuple[str, Mapping[str, Estim
     distinct: dict[str, tuple[str, Mapping[str, Estimate]]] = {}
     for found in findings:
         if found.before:
-            key = json.dumps({m: e.to_json() for m, e in found.before.items()}, sort_keys=True)
+            key = json.dumps(estimates_to_json(found.before), sort_keys=True)
             distinct.setdefault(key, (found.name, found.before))
     if len(distinct) == 1:
         return [(UNEDITED, before) for _, before in distinct.values()]
