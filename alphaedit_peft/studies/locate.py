@@ -25,17 +25,14 @@ from alphaedit_peft.studies.tracing import MLP, STATES, Row, Run, Tracer
 
 CLASSES = ("first subject", "middle subject", "last subject", "first after", "further", "last")
 LAST_SUBJECT = CLASSES[2]
-DEEP, MANY, FEW = 16, 5, 3  # how many layers are rewritten, as in ``default_rewrite_layers``
+WINDOW = 0.2  # of the blocks: ROME restores the MLPs of 10 of GPT2-XL's 48 together
 
 
 @dataclass(frozen=True)
 class FactTrace:
-    """One fact, traced.
+    """One fact, traced: the prompt and the continuation whose probability is traced.
 
     Attributes:
-        id: of the edit that names the fact.
-        question: the prompt.
-        target: the continuation whose probability is traced.
         clean: P(target) untouched.
         corrupted: P(target) with a corrupted subject, a mean over the samples.
         tokens: the prompt's tokens from the subject on; what stands before it cannot matter.
@@ -125,14 +122,15 @@ class Located:
         One block stays above the last of them, since an edit must have something to act through.
         """
         last = max(0, min(self.peak, self.blocks - 2))
-        count = MANY if self.blocks >= DEEP else FEW
+        count = 5 if self.blocks >= 16 else 3  # as in default_rewrite_layers
         return tuple(range(max(0, last - count + 1), last + 1))
 
     def to_json(self) -> dict[str, Any]:
         """Everything as plain JSON values."""
-        own = ("set_aside", "deviation", "noise", "samples", "window", "blocks")
+        own = asdict(self)
+        facts = own.pop("traces")
         return {
-            **{name: getattr(self, name) for name in own},
+            **own,
             "clean": self.clean.to_json(),
             "corrupted": self.corrupted.to_json(),
             "effects": {
@@ -145,11 +143,8 @@ class Located:
             "peak": self.peak,
             "near_peak": list(self.near_peak),
             "suggested_layers": list(self.suggested_layers),
-            "facts": [asdict(trace) for trace in self.traces],
+            "facts": list(facts),
         }
-
-
-WINDOW = 0.2  # of the blocks: ROME restores the MLPs of 10 of GPT2-XL's 48 together
 
 
 def locate(  # noqa: PLR0913
@@ -208,13 +203,11 @@ def locate(  # noqa: PLR0913
             generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {edit.id}".encode()))
             shape = (samples, len(row.subject), tracer.width)
             draws = torch.randn(shape, generator=generator, dtype=torch.float64)
-            traces.append(
-                trace_fact(tracer, tokenizer, edit, row, draws * noise * deviation, window)
-            )
+            added = draws * noise * deviation
+            traces.append(trace_fact(tracer, tokenizer, edit, row, added, window))
             progress(f"{number} of {len(known)} facts traced")
-    return Located(
-        tuple(traces), len(edits) - len(known), deviation, noise, samples, window, blocks
-    )
+    aside = len(edits) - len(known)
+    return Located(tuple(traces), aside, deviation, noise, samples, window, blocks)
 
 
 def fact_row(

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 
 from alphaedit_peft import hooks, tokens
 from alphaedit_peft.architecture import Architecture
+from alphaedit_peft.devices import computes_on
+from alphaedit_peft.scoring import log_probs_at
 
 HIDDEN, MLP = "hidden", "mlp"
 STATES = (HIDDEN, MLP)
@@ -23,13 +25,7 @@ STATES = (HIDDEN, MLP)
 
 @dataclass(frozen=True)
 class Row:
-    """A fact as token ids.
-
-    Attributes:
-        prompt: the prompt's ids.
-        subject: positions of the subject in it, a range.
-        target: the ids that should follow.
-    """
+    """A fact as ids: the prompt, the subject's positions in it, the target that should follow."""
 
     prompt: tuple[int, ...]
     subject: range
@@ -39,6 +35,11 @@ class Row:
     def ids(self) -> tuple[int, ...]:
         """What the model reads to predict every target token."""
         return self.prompt + self.target[:-1]
+
+    @property
+    def target_places(self) -> range:
+        """Positions whose logits predict the target's tokens."""
+        return range(len(self.prompt) - 1, len(self.ids))
 
 
 @dataclass(frozen=True)
@@ -74,8 +75,7 @@ class Tracer:
     @property
     def device(self) -> torch.device:
         """Where ids go."""
-        device: torch.device = self.embeddings.weight.device  # type: ignore[assignment]
-        return torch.device("cpu") if device.type == "meta" else device
+        return computes_on(self.embeddings)
 
     def names(self, state: str, block: int, width: int = 1) -> tuple[str, ...]:
         """Modules whose output is a state: of one block, or of ``width`` blocks around it."""
@@ -106,7 +106,7 @@ class Tracer:
 
     def says(self, row: Row) -> bool:
         """Whether greedy decoding gives the target after the prompt."""
-        found = self._log_probs([row.ids], _target_places(row))[0].argmax(-1)  # (target,)
+        found = self._log_probs([row.ids], row.target_places)[0].argmax(-1)  # (target,)
         return tuple(found.tolist()) == row.target
 
     def clean(self, row: Row) -> tuple[float, dict[str, Tensor]]:
@@ -141,11 +141,8 @@ class Tracer:
             (runs,), float64 on the CPU.
         """
         size = max(1, self.tokens_per_batch // len(row.ids))
-        parts = [
-            self._together(row, states, noise, runs[start : start + size])
-            for start in range(0, len(runs), size)
-        ]
-        return torch.cat(parts)
+        parts = [runs[start : start + size] for start in range(0, len(runs), size)]
+        return torch.cat([self._together(row, states, noise, part) for part in parts])
 
     def _together(
         self, row: Row, states: dict[str, Tensor], noise: Tensor, runs: Sequence[Run]
@@ -159,7 +156,9 @@ class Tracer:
             vectors[:, row.subject[0] : row.subject[-1] + 1] += added.to(vectors)
             return vectors
 
-        changes: dict[str, Callable[[Tensor], Tensor]] = {self._name_of(self.embeddings): corrupt}
+        modules = self.model.named_modules()
+        first = next(name for name, found in modules if found is self.embeddings)
+        changes: dict[str, Callable[[Tensor], Tensor]] = {first: corrupt}
         for name in dict.fromkeys(name for run in runs for name in run.modules):
             pairs = [
                 (i, p) for i, run in enumerate(runs) if name in run.modules for p in run.places
@@ -170,7 +169,7 @@ class Tracer:
 
     def _target_probs(self, row: Row, copies: int) -> Tensor:
         """P(target) in each of several equal rows, the product over its tokens, (copies,)."""
-        log_probs = self._log_probs([row.ids] * copies, _target_places(row))
+        log_probs = self._log_probs([row.ids] * copies, row.target_places)
         target = torch.tensor(row.target, device=log_probs.device)
         chosen = log_probs.gather(2, target.expand(copies, -1)[..., None])  # (copies, target, 1)
         if chosen.isnan().any():
@@ -182,23 +181,11 @@ class Tracer:
 
     def _log_probs(self, rows: Sequence[Sequence[int]], places: Sequence[int]) -> Tensor:
         """Log-probabilities at some places of equally long rows, (rows, places, vocab)."""
-        head = hooks.head_name(self.model)
-        if head is None:
+        if hooks.head_name(self.model) is None:
             raise ValueError(f"{type(self.model).__name__} has no output head; pass a causal LM")
         where = [(i, place) for i in range(len(rows)) for place in places]
-        inputs = tokens.padded(rows, self.device)
-        with hooks.gathering_logits(self.model, head, where):
-            logits = self.model(**inputs, use_cache=False).logits[0]
-        wide = logits if logits.dtype == torch.float64 else logits.float()
-        return wide.log_softmax(-1).unflatten(0, (len(rows), len(places)))
-
-    def _name_of(self, module: nn.Module) -> str:
-        return next(name for name, found in self.model.named_modules() if found is module)
-
-
-def _target_places(row: Row) -> range:
-    """Positions whose logits predict the target's tokens."""
-    return range(len(row.prompt) - 1, len(row.ids))
+        found = log_probs_at(self.model, tokens.padded(rows, self.device), where)
+        return found.unflatten(0, (len(rows), len(places)))
 
 
 def _restoring(
