@@ -21,12 +21,13 @@ class Table(NamedTuple):
         first, *others = self.columns
         return Table([first, *(f">{name}" for name in others)], self.rows)
 
-    def text(self) -> str:
-        """Lines of equally wide columns, the first set to the left, the others to the right."""
+    def text(self, left: int = 1) -> str:
+        """Lines of equally wide columns, the first ``left`` set to the left, others to the right."""
         lines = [[cell(value) for value in row] for row in (self.columns, *self.rows)]
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        set_by = [str.ljust] * left + [str.rjust] * (len(widths) - left)
         return "\n".join(
-            "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip()
+            "  ".join(put(*one) for put, *one in zip(set_by, row, widths, strict=True)).rstrip()
             for row in lines
         )
 

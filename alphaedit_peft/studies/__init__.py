@@ -7,8 +7,14 @@ and taken up.
 
 from alphaedit_peft.studies.base import Base, Study, file_digest
 from alphaedit_peft.studies.compare import Comparison, compare
-from alphaedit_peft.studies.finetune import FineTuning, fine_tune
-from alphaedit_peft.studies.methods import METHODS, FineTuned, Method, find_methods
+from alphaedit_peft.studies.methods import (
+    METHODS,
+    FineTuned,
+    FineTuning,
+    Method,
+    find_methods,
+    fine_tune,
+)
 from alphaedit_peft.studies.protocols import Checkpoint, Run, Schedule, at_once, sequential, single
 
 __all__ = [

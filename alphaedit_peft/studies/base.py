@@ -80,7 +80,7 @@ class Study:
             later one wins by default, since data sets hold such pairs.
         how: how to judge.
         generate: whether the model also writes (see ``evaluate``); slow.
-        data: where the cases come from, as plain JSON values, for the results' provenance.
+        data: where the cases come from, as plain JSON values, for provenance.
     """
 
     base: Base

@@ -38,13 +38,7 @@ SHOWN = (
 
 @dataclass(frozen=True)
 class Comparison:
-    """Runs of several methods over the same seeds.
-
-    Attributes:
-        before: the unedited model.
-        runs: method -> its runs, one a seed.
-        seeds: of the orders.
-    """
+    """Runs of several methods: the unedited model, and by method one run for each seed."""
 
     before: Scores
     runs: Mapping[str, tuple[Run, ...]]
@@ -176,8 +170,7 @@ def shown(metric: str, estimate: Estimate | None, *, spread: bool = False) -> st
     """A metric as in tables, in percent where it is a share, with the interval's half width."""
     if estimate is None:
         return ""
-    percent = METRICS[metric] == PERCENT
-    scale, digits = (100, 1) if percent else (1, 2)
+    scale, digits = (100, 1) if METRICS[metric] == PERCENT else (1, 2)
     half = scale * (estimate.high - estimate.low) / 2
     tail = f" ± {half:.{digits}f}" if spread else ""
     return f"{scale * estimate.value:.{digits}f}{tail}"

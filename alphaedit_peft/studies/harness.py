@@ -17,6 +17,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from alphaedit_peft import hooks
+from alphaedit_peft.tables import Table
 
 # AlphaEdit, section 4.3: SST, MRPC, CoLA, RTE, NLI and MMLU
 PAPER_TASKS = ("sst2", "mrpc", "cola", "rte", "mnli", "mmlu")
@@ -91,23 +92,15 @@ def ability_table(before: Ability, after: Ability) -> str:
     """
     if before.keys() != after.keys():
         raise ValueError(f"tasks {list(before)} and {list(after)} differ; run the same ones")
-    rows = [("task", "metric", "before", "after", "change", "std. error")]
+    rows = []
     for task, metrics in after.items():
         for name, value in metrics.items():
-            old = before[task].get(name)
+            old, error = before[task].get(name), metrics.get(f"{name}_stderr")
             if name.endswith("_stderr") or old is None:
                 continue
-            error = metrics.get(f"{name}_stderr")
             shown = "" if error is None else f"{error:.3f}"
             rows.append((task, name, f"{old:.3f}", f"{value:.3f}", f"{value - old:+.3f}", shown))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  ".join(
-            cell.ljust(width) if i < 2 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    )
+    return Table(("task", "metric", "before", "after", "change", "std. error"), rows).text(left=2)
 
 
 def _task(task: str | Path) -> str | dict[str, Any]:

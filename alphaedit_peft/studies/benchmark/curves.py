@@ -26,6 +26,7 @@ from alphaedit_peft.pack import EditRecord
 from alphaedit_peft.settings import EditOptions
 from alphaedit_peft.studies.benchmark.machine import PeakMemory, clocked, describe_machine, timed
 from alphaedit_peft.studies.benchmark.measure import Say, benchmark
+from alphaedit_peft.studies.benchmark.plain import plain_update
 from alphaedit_peft.studies.benchmark.subject import (
     ENDS,
     Shape,
@@ -216,10 +217,8 @@ class System:
         return self.metric.null_space.project(0, identity), prior.T @ prior
 
     def plain(self, projector: Tensor, cache: Tensor) -> Tensor:
-        """(P (Kp Kp^T + K K^T) + lambda I)^-1 P K R^T, (d_in, d_out): the update, transposed."""
-        left = projector @ (self.keys.T @ self.keys + cache)
-        left.diagonal().add_(RIDGE)
-        return torch.linalg.solve(left, projector @ self.keys.T @ self.residuals)
+        """The update the plain way, (d_out, d_in)."""
+        return plain_update(projector, cache, self.keys, self.residuals, RIDGE)
 
 
 def _batch(curve: str, at: int, depth: int, hidden: int, device: torch.device) -> Point:

@@ -35,18 +35,11 @@ T = TypeVar("T")
 
 def describe_machine(device: torch.device) -> dict[str, Any]:
     """Processor, threads, GPU and versions, as plain JSON values."""
-    found: dict[str, Any] = {
-        "processor": _processor(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "device": str(device),
-        "versions": versions(),
-    }
+    found: dict[str, Any] = {"processor": _processor(), "cores": os.cpu_count()}
+    found |= {"threads": torch.get_num_threads(), "device": str(device), "versions": versions()}
     if device.type == "cuda":
-        properties = torch.cuda.get_device_properties(device)
-        found["gpu"] = properties.name
-        found["gpu_bytes"] = properties.total_memory
-        found["cuda"] = torch.version.cuda
+        gpu = torch.cuda.get_device_properties(device)
+        found |= {"gpu": gpu.name, "gpu_bytes": gpu.total_memory, "cuda": torch.version.cuda}
     return found
 
 
@@ -91,21 +84,16 @@ def timed(work: Callable[[], object], device: torch.device) -> float:
 
 def clocked(work: Callable[[], T], device: torch.device) -> tuple[T, float]:
     """What some work gives, and its wall seconds, waited for on a GPU."""
-    wait(device)
+    wait = partial(torch.cuda.synchronize, device) if device.type == "cuda" else lambda: None
+    wait()
     start = time.perf_counter()
     found = work()
-    wait(device)
+    wait()
     return found, time.perf_counter() - start
 
 
-def wait(device: torch.device) -> None:
-    """Wait until a GPU has done what was ordered; nothing to do elsewhere."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
 class PeakMemory:
-    """How far memory rose above where it stood when the ``with`` block began.
+    """How far memory rose ``above`` where it stood when the ``with`` block began.
 
     On a GPU: torch's own count of allocated bytes. Otherwise resident memory of the process, whose
     peak Linux lets a process set back; elsewhere it is the peak since the process began, so that
@@ -163,12 +151,7 @@ def _peak() -> int:
 
 
 def _status(name: str) -> int:
-    """A size in the process's status file, in bytes.
-
-    Raises:
-        OSError: no such file.
-        ValueError: the name is not in it.
-    """
+    """A size in the process's status file, in bytes; OSError or ValueError without it."""
     for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
         key, _, value = line.partition(":")
         if key == name:

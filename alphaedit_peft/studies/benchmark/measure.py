@@ -295,17 +295,13 @@ def _head(runs: TimedRuns) -> dict[str, Any]:
     }
 
 
-RANKS = (1, 100, 1000)
-TOKENS, PASSES = 256, 9
-
-
 def forward_times(
     subject: Subject,
     progress: Say = lambda text: None,
     *,
-    ranks: Sequence[int] = RANKS,
-    tokens: int = TOKENS,
-    passes: int = PASSES,
+    ranks: Sequence[int] = (1, 100, 1000),
+    tokens: int = 256,
+    passes: int = 9,
 ) -> tuple[Forward, ...]:
     """Time forward passes of one row of tokens.
 

@@ -109,7 +109,8 @@ class PlainModel:
                 hidden = self.hidden([rows.rows[0] for rows in edits])  # (edits, d)
             residuals = (targets - hidden.to(targets)) / (len(self.layers) - place)
             with phases.timed("solve"):
-                update = self.update(layer, keys, residuals)
+                P, cache = self.projectors[layer], self.caches[layer]
+                update = plain_update(P, cache, keys, residuals, self.settings.ridge)
             module = self.module(layer)
             with phases.timed("write"), torch.no_grad(), in_place(module):
                 weight: Tensor = module.weight  # type: ignore[assignment]
@@ -182,16 +183,17 @@ class PlainModel:
         together = torch.cat(found)
         return together.to(torch.promote_types(together.dtype, torch.float32))
 
-    def update(self, layer: int, keys: Tensor, residuals: Tensor) -> Tensor:
-        """Delta (d_out, d_in) for keys (n, d_in) and residuals (n, d_out): paper Eq. 14.
 
-        Solves (P (Kp Kp^T + K K^T) + lambda I) X = P K R^T, with keys as columns; Delta = X^T.
-        """
-        P = self.projectors[layer]
-        K = keys.T.to(P)  # (d_in, n)
-        left = P @ (K @ K.T + self.caches[layer])  # (d_in, d_in)
-        left.diagonal().add_(self.settings.ridge)
-        return torch.linalg.solve(left, P @ K @ residuals.to(P)).T
+def plain_update(P: Tensor, cache: Tensor, keys: Tensor, residuals: Tensor, ridge: float) -> Tensor:
+    """Delta (d_out, d_in) for keys (n, d_in) and residuals (n, d_out): paper Eq. 14.
+
+    Solves (P (Kp Kp^T + K K^T) + lambda I) X = P K R^T, with keys as columns; Delta = X^T. P and
+    ``cache``, which is Kp Kp^T, are (d_in, d_in).
+    """
+    K = keys.T.to(P)  # (d_in, n)
+    left = P @ (K @ K.T + cache)  # (d_in, d_in)
+    left.diagonal().add_(ridge)
+    return torch.linalg.solve(left, P @ K @ residuals.to(P)).T
 
 
 class _Search:

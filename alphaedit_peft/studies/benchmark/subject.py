@@ -12,6 +12,7 @@ import json
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -39,14 +40,10 @@ from alphaedit_peft.tokens import encode, require_offsets
 
 @dataclass(frozen=True, eq=False)
 class Subject:
-    """What is measured: a bare model with its tokenizer, and the settings of its edits.
+    """What is measured: a bare model, left with the bits it had, and the settings of its edits.
 
-    Attributes:
-        name: for the record.
-        model: bare; it is left with the bits it had.
-        tokenizer: of the model, fast.
-        config: not resolved; see ``benchmark_config``.
-        random: whether the weights are random.
+    ``tokenizer`` is a fast one, ``config`` not resolved (see ``benchmark_config``); ``random`` says
+    whether the weights are.
     """
 
     name: str
@@ -212,13 +209,8 @@ def random_model(
     """A causal language model with random weights, in evaluation mode.
 
     Every weight is made in its own dtype on its own device, so no larger copy of the model ever
-    exists. torch's random state is left as it was.
-
-    Args:
-        config: of transformers.
-        dtype: of the weights.
-        device: where they are made.
-        seed: of the weights; the same on the same device gives the same bits.
+    exists. The same seed on the same device gives the same bits; torch's random state is left as it
+    was.
 
     Raises:
         ValueError: a config that makes no causal language model.
@@ -237,10 +229,10 @@ def random_model(
     return model.eval().requires_grad_(False)
 
 
-def _shortly(error: Exception, most: int = 200) -> str:
-    """An error of transformers, which may be long, in one line of so many characters."""
+def _shortly(error: Exception) -> str:
+    """An error of transformers, which may be long, in one line."""
     text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= most else text[: most - 3] + "..."
+    return text if len(text) <= 200 else text[:197] + "..."
 
 
 WORDS = ("</s>", "<unk>", ".", "is", "a", *STARTS)
@@ -326,8 +318,6 @@ def random_texts(
 
 
 FEWEST, ENOUGH = 8, 2000  # words to make edits of
-SPACES = "ĠĊ▁"  # what stands for white space in vocabularies
-BEFORE = "is"  # a word to put in front when words are tried
 
 
 def _known_words(tokenizer: PreTrainedTokenizerBase, random: Random) -> list[str]:
@@ -338,17 +328,15 @@ def _known_words(tokenizer: PreTrainedTokenizerBase, random: Random) -> list[str
     """
     require_offsets(tokenizer)
     vocabulary = sorted(tokenizer.get_vocab())
-    alone = len(encode(tokenizer, BEFORE, special=False)[0])
-    found: list[str] = []
-    for token in random.sample(vocabulary, len(vocabulary)):
-        word = token.strip(SPACES)
-        if not (len(word) > 1 and word.isascii() and word.isalnum()):
-            continue
-        if len(encode(tokenizer, f"{BEFORE} {word}", special=False)[0]) == alone + 1:
-            found.append(word)
-        if len(found) == ENOUGH:
-            break
-    found = list(dict.fromkeys(found))
+    words = (token.strip("ĠĊ▁") for token in random.sample(vocabulary, len(vocabulary)))
+    plain = (word for word in words if len(word) > 1 and word.isascii() and word.isalnum())
+
+    def length(text: str) -> int:
+        return len(encode(tokenizer, text, special=False)[0])
+
+    alone = length("is")
+    known = (word for word in plain if length(f"is {word}") == alone + 1)
+    found = list(dict.fromkeys(islice(known, ENOUGH)))
     if len(found) < FEWEST:
         raise ValueError(
             f"tokenizer {type(tokenizer).__name__} has {len(found)} words of one token, too few to "
@@ -357,7 +345,6 @@ def _known_words(tokenizer: PreTrainedTokenizerBase, random: Random) -> list[str
     return found
 
 
-TOKENS_PER_DIRECTION = 2  # enough for a moment that can be inverted; its quality plays no part
 RAISED = 1e-3  # of the mean eigenvalue, added to every one
 MODE = "rank"
 
@@ -379,18 +366,12 @@ def collect_statistics(subject: Subject, tokens: int | None = None, seed: int = 
             cannot be used.
     """
     _, width = _rewritten(subject)
-    wanted = TOKENS_PER_DIRECTION * width if tokens is None else tokens
+    wanted = 2 * width if tokens is None else tokens  # so that moments can be inverted
     texts = random_texts(subject.tokenizer, wanted, seed=seed)
 
     def collect() -> KeyMoments:
-        found = KeyMoments.collect(
-            subject.model,
-            subject.tokenizer,
-            texts,
-            subject.config,
-            max_tokens=wanted,
-            progress=False,
-        )
+        of = (subject.model, subject.tokenizer, texts, subject.config)
+        found = KeyMoments.collect(*of, max_tokens=wanted, progress=False)
         for moment in found.moments.values():
             moment.diagonal().add_(RAISED * moment.diagonal().mean())
         return found
