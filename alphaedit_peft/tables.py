@@ -22,14 +22,15 @@ class Table(NamedTuple):
         return Table([first, *(f">{name}" for name in others)], self.rows)
 
     def text(self, left: int = 1) -> str:
-        """Lines of equally wide columns, the first ``left`` set to the left, others to the right."""
+        """Lines of equally wide columns: the first ``left`` set to the left, others right."""
         lines = [[cell(value) for value in row] for row in (self.columns, *self.rows)]
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
         set_by = [str.ljust] * left + [str.rjust] * (len(widths) - left)
-        return "\n".join(
-            "  ".join(put(*one) for put, *one in zip(set_by, row, widths, strict=True)).rstrip()
+        padded = (
+            [put(text, n) for put, text, n in zip(set_by, row, widths, strict=True)]
             for row in lines
         )
+        return "\n".join("  ".join(row).rstrip() for row in padded)
 
     def markdown(self) -> str:
         """A table of Markdown, in which any text stays text, with a line break at its end."""

@@ -137,7 +137,7 @@ def benchmark(  # noqa: PLR0913
 
     arguments.hush()
     facts: dict[str, Any] = {}
-    parts: list[pages.Table | str] = []
+    parts: list[Any] = []
     if model is not None or shape is not None:
         plan = measuring.Plan(edits, batches, repeats, objectives, plain_too, floor, inference)
         own = None if edits_file is None else plan.take(read_edits(edits_file))
@@ -167,7 +167,7 @@ def benchmark(  # noqa: PLR0913
         text = json.dumps(printing.finite(facts), indent=1, allow_nan=False)
         out.write_text(text + "\n", encoding="utf-8")
         parts.append(f"Written to {out}")
-    shown = (part if isinstance(part, str) else printing.table(*part) for part in parts)
+    shown = (part if isinstance(part, str) else printing.table(part[0], *part[1]) for part in parts)
     printing.show(as_json, facts, *shown)
 
 

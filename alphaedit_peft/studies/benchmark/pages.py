@@ -7,10 +7,11 @@ between the marks, so that pages hold no figures but these.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from alphaedit_peft.editing.runner import PHASES
+from alphaedit_peft.tables import Table
 
 BEGIN, END = "<!-- tables: docs/figures/plot_benchmark.py -->", "<!-- end of tables -->"
 MEBI, GIGA = 2**20, 10**9
@@ -84,21 +85,13 @@ def ratio_in_words(found: Values | float) -> str:
     return f"{text} ({min(runs):.3g} to {max(runs):.3g})" if len(runs) > 1 else text
 
 
-class Table(NamedTuple):
-    """A table for a terminal; columns whose heading begins with ``>`` are set to the right."""
-
-    title: str
-    heads: Sequence[str]
-    rows: Sequence[Sequence[Any]]
-
-
-def measured(found: Values) -> Iterator[Table | str]:
-    """Everything that was measured on a model."""
+def measured(found: Values) -> Iterator[tuple[str, Table] | str]:
+    """Everything that was measured on a model: sentences, and tables under their titles."""
     plan, model, machine = (found["head"][name] for name in ("plan", "model", "machine"))
     yield _about(found)
     what = f"Seconds for {_count(plan['edits'], 'edit')}; MiB: peak above what was there before"
     heads = ["run", *(f">{name}" for name in (*PHASES, "total", "MiB"))]
-    yield Table(what, heads, [[line.short, *line.cells(_seconds)] for line in lines(found)])
+    yield what, Table(heads, [[line.short, *line.cells(_seconds)] for line in lines(found)])
     yield from _remarks(found)
     rates = ", ".join(f"{name} {rate / GIGA:.3g}" for name, rate in found["rates"].items())
     place = machine.get("gpu", machine["processor"])
@@ -109,10 +102,10 @@ def measured(found: Values) -> Iterator[Table | str]:
     if found["statistics"]:
         yield f"Statistics, made once a model: {found['head']['statistics']}"
         rows = list(found["statistics"].items())
-        yield Table("Seconds of statistics", ["what", ">seconds"], rows)
+        yield "Seconds of statistics", Table(["what", ">seconds"], rows)
     if found["inference"]:
         what = f"A forward pass of {found['inference'][0]['tokens']} tokens, {model['dtype']}"
-        yield Table(what, ["model", *(f">{name}" for name in FORWARD)], _forwards(found))
+        yield what, Table(["model", *(f">{name}" for name in FORWARD)], _forwards(found))
 
 
 def _seconds(value: float) -> str:
@@ -175,8 +168,8 @@ def _count(total: int, one: str) -> str:
     return f"{total} {one}{'' if total == 1 else 's'}"
 
 
-def grown(found: Values) -> Iterator[Table]:
-    """The points of each growth curve."""
+def grown(found: Values) -> Iterator[tuple[str, Table]]:
+    """The points of each growth curve, under their titles."""
     grid = found["grid"]
     titles = {
         "edits": f"A solve at d_in {grid['d_in']:,}, over rows in place",
@@ -198,7 +191,7 @@ def grown(found: Values) -> Iterator[Table]:
             for p in found["points"]
             if p["curve"] == name
         ]
-        yield Table(title, heads, rows)
+        yield title, Table(heads, rows)
 
 
 def page_with(page: str, models: Iterable[Values]) -> str:
