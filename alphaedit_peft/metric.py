@@ -15,7 +15,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,6 +28,13 @@ COLUMNS_AT_ONCE = 1024  # of rows, made float64 for a product; fixed, as sums ro
 KEPT = 0.02  # |P k|^2 / |k|^2 below which projection is to blame for what an edit lacks
 
 Statistics = NullSpace | KeyMoments
+
+
+class Given(NamedTuple):
+    """What a metric can be made of."""
+
+    null_space: NullSpace | None = None
+    key_moments: KeyMoments | None = None
 
 
 class Metric(ABC):
@@ -49,12 +56,7 @@ class Metric(ABC):
 
     @classmethod
     @abstractmethod
-    def of(
-        cls,
-        settings: Settings,
-        null_space: NullSpace | None,
-        key_moments: KeyMoments | None,
-    ) -> Metric:
+    def of(cls, settings: Settings, given: Given) -> Metric:
         """The metric of settings, on what it ``needs``.
 
         Raises:
@@ -162,16 +164,11 @@ class Projector(Metric):
     decides = ("threshold", "ridge")
 
     @classmethod
-    def of(
-        cls,
-        settings: Settings,
-        null_space: NullSpace | None,
-        key_moments: KeyMoments | None,
-    ) -> Metric:
+    def of(cls, settings: Settings, given: Given) -> Metric:
         """See :class:`Metric`; lambda is ``ridge``."""
-        if null_space is None:
+        if given.null_space is None:
             raise ValueError("objective='alphaedit' is the projection; projection=False is MEMIT's")
-        return cls(null_space, settings.ridge, settings.ridge_mode == "relative")
+        return cls(given.null_space, settings.ridge, settings.ridge_mode == "relative")
 
     @property
     def statistics(self) -> tuple[Statistics, ...]:
@@ -266,21 +263,16 @@ class Moment(Metric):
         return (*super().needs(settings), "key_moments")
 
     @classmethod
-    def of(
-        cls,
-        settings: Settings,
-        null_space: NullSpace | None,
-        key_moments: KeyMoments | None,
-    ) -> Metric:
+    def of(cls, settings: Settings, given: Given) -> Metric:
         """See :class:`Metric`; w is ``moment_weight``."""
-        assert key_moments is not None, "it was needed"
+        assert given.key_moments is not None, "it was needed"
         if settings.projects and settings.history:
             raise ValueError(
                 "objective='memit' with projection=True keeps no history: projected rows do not "
                 "tell the keys they came from; set history=False"
             )
-        space = null_space if settings.projects else None
-        return cls(key_moments, settings.moment_weight, space)
+        space = given.null_space if settings.projects else None
+        return cls(given.key_moments, settings.moment_weight, space)
 
     @property
     def statistics(self) -> tuple[Statistics, ...]:
@@ -356,11 +348,7 @@ def make_metric(
             f"objective={settings.objective!r} needs key moments; pass "
             "key_moments=KeyMoments.collect(...)"
         )
-    return chosen.of(settings, null_space, key_moments)
-
-
-def _bytes(tensors: Iterable[Tensor]) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    return chosen.of(settings, Given(null_space, key_moments))
 
 
 def products(prior: Tensor, batches: Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -396,3 +384,7 @@ def _exactly(parts: Sequence[Tensor]) -> Iterator[tuple[slice, Tensor]]:
         for part, place in zip(parts, exact.split([len(part) for part in parts]), strict=True):
             place.copy_(part[:, columns])
         yield columns, exact
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

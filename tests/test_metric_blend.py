@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Any
 
 import pytest
 import torch
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from alphaedit_peft import AlphaEditModel, Edit, get_alphaedit_model, metric
 from alphaedit_peft.editing.runner import Runner
-from alphaedit_peft.metric import Metric, products
+from alphaedit_peft.metric import Given, Metric, products
 from alphaedit_peft.nullspace import KeyMoments, NullSpace
 from alphaedit_peft.settings import EditOptions, Settings
 from tests import oracle
@@ -38,8 +37,8 @@ class Blend(Metric):
         return ("null_space",)
 
     @classmethod
-    def of(cls, settings: Settings, null_space: Any, key_moments: Any) -> Blend:
-        return cls(null_space, settings.moment_weight, settings.ridge)
+    def of(cls, settings: Settings, given: Given) -> Blend:
+        return cls(given.null_space, settings.moment_weight, settings.ridge)
 
     @property
     def statistics(self) -> tuple[NullSpace, ...]:

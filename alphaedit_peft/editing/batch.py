@@ -19,7 +19,7 @@ from alphaedit_peft.editing.keys import take_keys
 from alphaedit_peft.editing.memory import Smaller, by_halves
 from alphaedit_peft.editing.prompts import EditRows, TokenRow
 from alphaedit_peft.editing.report import EditResult
-from alphaedit_peft.editing.runner import Limits, Runner
+from alphaedit_peft.editing.runner import Runner
 from alphaedit_peft.editing.solve_layers import SolvedLayers, Write, solve_layers
 from alphaedit_peft.editing.state import EditState, protects
 from alphaedit_peft.editing.targets import Targets, optimise_targets
@@ -72,7 +72,7 @@ def edit_batch(
     places = [i for i, rows in enumerate(edits) if rows.edit.id not in reasons]
     usable = [edits[i] for i in places]
     if not usable:
-        return state, _set_aside(edits, reasons)
+        return state, _results(edits, {}, reasons)
     taken = taken.chosen(places)
     with timed("score"):
         before = score(runner, [rows.rows[0] for rows in usable])
@@ -84,7 +84,7 @@ def edit_batch(
     groups, found, failed = _without_failures(groups, found)
     reasons |= failed
     if not groups:
-        return state, _set_aside(edits, reasons)
+        return state, _results(edits, {}, reasons)
     written = [rows for rows in usable if rows.edit.id not in failed]
     replaced = _replaced(replaces, written)
     leaders = [group.leader for group in groups]
@@ -97,13 +97,9 @@ def edit_batch(
         scores = score_after(runner, usable, before)
     parallel.require_same(repr(solution.total.tolist()), "what the batch's edits reach")
     made = outcome(runner, metric, state.rank, groups, found, solution, scores)
-    results = tuple(made.get(r.edit.id) or _set_aside([r], reasons)[0] for r in edits)
-    records = [
-        _record(rows, made[rows.edit.id], state.next_batch)
-        for rows in usable
-        if rows.edit.id in made
-    ]
-    return _next_state(state, groups, found, solution, records, replaced), results
+    new = [_record(rows, made[rows.edit.id], state.next_batch) for rows in written]
+    state = _next_state(state, groups, found, solution, new, replaced)
+    return state, _results(edits, made, reasons)
 
 
 def _shared_targets(
@@ -119,8 +115,12 @@ def _shared_targets(
     return Targets(*parallel.share(groups, optimise))
 
 
-def _set_aside(edits: Sequence[EditRows], reasons: Mapping[str, str]) -> tuple[EditResult, ...]:
-    return tuple(EditResult(rows.edit, reasons[rows.edit.id]) for rows in edits)
+def _results(
+    edits: Sequence[EditRows], made: Mapping[str, EditResult], reasons: Mapping[str, str]
+) -> tuple[EditResult, ...]:
+    """In the edits' order, those not made with their reason."""
+    every = [(rows.edit, rows.edit.id) for rows in edits]
+    return tuple(made.get(name) or EditResult(edit, reasons[name]) for edit, name in every)
 
 
 def _replaced(replaces: Mapping[str, str] | None, edits: Sequence[EditRows]) -> frozenset[str]:
@@ -249,16 +249,15 @@ def score(runner: Runner, rows: Sequence[TokenRow]) -> list[Score]:
     shortest = min(len(row.scoring_ids) for row in rows)
 
     def run(most: int) -> list[Score]:
-        limits = Limits(most, runner.target_tokens)
-        return scoring.score(runner.model, asked, replace(runner, limits=limits).batches)
+        bounded = runner.within(most, runner.settings.target_tokens)
+        return scoring.score(runner.model, asked, bounded.batches)
 
     def smaller(left: Sequence[int]) -> Smaller[int] | None:
         half = left[0] // 2
-        if half < shortest:  # each has run by itself
-            return None
-        return f"{left[0]} tokens", half, [half]
+        too_small = half < shortest  # each has run by itself
+        return None if too_small else (f"{left[0]} tokens", half, [half])
 
-    return by_halves([runner.tokens_per_batch], run, smaller, "tokens_per_batch")[0]
+    return by_halves([runner.settings.tokens_per_batch], run, smaller, "tokens_per_batch")[0]
 
 
 def score_after(
@@ -287,23 +286,16 @@ def outcome(
     solution: SolvedLayers,
     scores: Mapping[str, Scores],
 ) -> dict[str, EditResult]:
-    """A result for each new edit of the groups, by id; carried edits have none.
+    """A result for each edit that ``scores`` has by id: the new ones of the groups, as solved.
 
-    Args:
-        runner: for the layers and settings.
-        metric: of the solve, for its advice.
-        first_row: the row of ``lora_A`` that the first group got.
-        groups: as solved.
-        found: their target values.
-        solution: how far the layers reach.
-        scores: by id, of the new edits.
+    ``first_row`` is the row of ``lora_A`` that the first group got.
     """
     results = {}
     for g, group in enumerate(groups):
         for member in group.members:
-            if member.edit.id not in scores:
+            told = scores.get(member.edit.id)
+            if told is None:
                 continue
-            told = scores[member.edit.id]
             results[member.edit.id] = EditResult(
                 member.edit,
                 row=first_row + g,

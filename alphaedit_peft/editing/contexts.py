@@ -101,8 +101,7 @@ def _seed(device: torch.device, seed: int) -> None:
 class _Streams:
     """The random numbers of each context, drawn as if contexts were written one after another.
 
-    Each context has a generator, at the place where one single generator comes to it. So numbers
-    are held for one token at a time, not for all.
+    Each context has a generator, at the place where one single generator comes to it.
     """
 
     def __init__(self, seed: int, count: int, length: int) -> None:
@@ -124,14 +123,12 @@ class _Streams:
     def _place(self, scratch: Tensor) -> None:
         """Draw what all contexts will, to know where each begins."""
         source = torch.Generator(scratch.device).manual_seed(self.seed)
-        while True:
+        for number in range(self.count):
+            for _ in range(self.length if number else 0):
+                scratch.exponential_(generator=source)
             own = torch.Generator(scratch.device)
             own.set_state(source.get_state())
             self.generators.append(own)
-            if len(self.generators) == self.count:
-                return
-            for _ in range(self.length):
-                scratch.exponential_(generator=source)
 
 
 class _Drawn(LogitsProcessor):
@@ -177,8 +174,8 @@ def _batches(lengths: Sequence[int], options: EditOptions) -> list[list[int]]:
     found = []
     for length in dict.fromkeys(lengths):
         alike = [i for i, other in enumerate(lengths) if other == length]
-        step = options.tokens_per_batch // (length + options.context_length)
-        step = min(max(1, step), MOST_ROWS)
+        fitting = options.tokens_per_batch // (length + options.context_length)
+        step = min(max(1, fitting), MOST_ROWS)
         found += [alike[i : i + step] for i in range(0, len(alike), step)]
     return found
 
@@ -208,14 +205,12 @@ def _sample(
     generation_config: GenerationConfig,
     **rest: Any,
 ) -> Tensor | None:
-    """transformers' own decoding loop with the draws of ``streams``.
+    """transformers' own decoding loop with the draws of ``streams``; None where it will not do.
 
-    None where rows cannot go together: the model's own settings ask for beams or the like, it
-    runs without a cache of transformers', or has another decoding loop. What then remains is one
-    context after another.
-
-    ``generate`` calls this with what it has made of the settings and the model's own, such as a
-    temperature; processors that it is given itself would run before those.
+    Rows cannot go together where the model's own settings ask for beams or the like, it runs
+    without a cache of transformers', or has another decoding loop. ``generate`` calls this with
+    what it has made of the settings and the model's own, such as a temperature; processors that it
+    is given itself would run before those.
     """
     samples = generation_config.get_generation_mode() == GenerationMode.SAMPLE
     once = generation_config.num_return_sequences == 1

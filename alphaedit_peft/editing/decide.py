@@ -75,13 +75,13 @@ def keys_around(runner: Runner, edits: Sequence[EditRows]) -> dict[int, KeysArou
     """
     some = edits[:: math.ceil(len(edits) / PROBED)]
     rows = [rows.rows[-1] for rows in some if _others(rows.rows[-1])]
-    found: dict[int, KeysAround] = {}
-    for layer in runner.layers if rows else ():
-        around = []
-        for row, keys in zip(rows, runner.token_keys(rows, layer), strict=True):
-            around.append((keys[row.subject_last], keys[_others(row)]))
-        found[layer] = around
-    return found
+    return {
+        layer: [
+            (keys[row.subject_last], keys[_others(row)])
+            for row, keys in zip(rows, runner.token_keys(rows, layer), strict=True)
+        ]
+        for layer in (runner.layers if rows else ())
+    }
 
 
 def _others(row: TokenRow) -> list[int]:
@@ -99,30 +99,27 @@ def decisions(
 
     Args:
         runner: with the settings as decided.
-        metric: with the settings as decided.
+        metric: as decided too.
         edits: of the first batch.
         undecided: names of the settings that the user left open.
         disturbances: from ``least_disturbing``; empty where the threshold was not chosen here.
     """
-    settings = runner.settings
-    keys = keys_by_layer(runner, edits)
-    found = [_layers(runner)]
+    settings, keys = runner.settings, keys_by_layer(runner, edits)
+    known = paper_preset(runner.model.config) is not None
+    depth = f"by depth: the last one lies at 30 % of {runner.architecture.num_blocks} blocks"
+    reasons = {"rewrite_layers": "the paper's" if known else depth}
     for name in metric.decides:
         if name != "threshold" or disturbances or movable(metric.null_space, settings):
-            reason = metric.reason(name, settings, keys, disturbances)
-            found.append(Decision(name, shown(settings, name), reason))
-    found += _search(runner, edits)
-    return tuple(decision for decision in found if decision.name in undecided)
+            reasons[name] = metric.reason(name, settings, keys, disturbances)
+    reasons |= _search(runner, edits)
+    return tuple(
+        Decision(name, shown(settings, name), reason)
+        for name, reason in reasons.items()
+        if name in undecided
+    )
 
 
-def _layers(runner: Runner) -> Decision:
-    blocks = runner.architecture.num_blocks
-    known = paper_preset(runner.model.config) is not None
-    reason = "the paper's" if known else f"by depth: the last one lies at 30 % of {blocks} blocks"
-    return Decision("rewrite_layers", shown(runner.settings, "rewrite_layers"), reason)
-
-
-def _search(runner: Runner, edits: Sequence[EditRows]) -> list[Decision]:
+def _search(runner: Runner, edits: Sequence[EditRows]) -> dict[str, str]:
     """Clamp, learning rate and stopping, relative to |h| at the last rewrite layer."""
     settings, last = runner.settings, runner.layers[-1]
     hidden = runner.hidden([rows.rows[0] for rows in edits], last)  # (n, d)
@@ -130,22 +127,11 @@ def _search(runner: Runner, edits: Sequence[EditRows]) -> list[Decision]:
     step = norm / hidden.shape[1] ** 0.5
     relative = settings.learning_rate_mode == "relative"
     rate = settings.learning_rate * (step if relative else 1)
-    return [
-        Decision(
-            "clamp_factor",
-            shown(settings, "clamp_factor"),
-            f"|z - h| up to {settings.clamp_factor * norm:.3g}; the edits' median |h| after block "
-            f"{last} is {norm:.3g}",
-        ),
-        Decision(
-            "learning_rate",
-            shown(settings, "learning_rate"),
-            f"steps of {rate:.3g} a coordinate, whose size |h| / sqrt(d) is {step:.3g}",
-        ),
-        Decision(
-            "stop_loss",
-            shown(settings, "stop_loss"),
-            "a target value goes no further than the target needs, which spares the subject's "
-            "other facts",
-        ),
-    ]
+    return {
+        "clamp_factor": f"|z - h| up to {settings.clamp_factor * norm:.3g}; the edits' median |h| "
+        f"after block {last} is {norm:.3g}",
+        "learning_rate": f"steps of {rate:.3g} a coordinate, whose size |h| / sqrt(d) is "
+        f"{step:.3g}",
+        "stop_loss": "a target value goes no further than the target needs, which spares the "
+        "subject's other facts",
+    }

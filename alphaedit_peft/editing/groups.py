@@ -11,8 +11,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from alphaedit_peft.editing.prompts import EditRows
 from alphaedit_peft.edits import Edit
@@ -66,15 +66,15 @@ def sort_out(new: Sequence[Edit], existing: Sequence[Edit], on_conflict: str) ->
         by_id[edit.id] = edit
         question = _words(edit.question)
         earlier = standing.get(question)
-        if earlier is not None and _same_target(earlier, edit):
+        if earlier is not None and earlier.target_new.strip() == edit.target_new.strip():
             place = "in place" if earlier.id in in_place else "in this list"
             aside.append((edit, f"edit {earlier.id} already says so, {place}"))
             continue
         if earlier is not None and on_conflict == "error":
             raise ValueError(_contradiction(earlier, edit))
         if earlier is not None and on_conflict == "keep":
-            reason = f"it contradicts edit {earlier.id}, which is kept (on_conflict='keep')"
-            aside.append((edit, reason))
+            kept = f"it contradicts edit {earlier.id}, which is kept (on_conflict='keep')"
+            aside.append((edit, kept))
             continue
         if earlier is not None and earlier.id in chosen:
             aside.append((chosen.pop(earlier.id), f"edit {edit.id} replaces it"))
@@ -106,8 +106,8 @@ def group_by_key(
         For each group, in order of its first edit: indices of its edits, rows in place it takes
         over.
     """
-    unit = _unit(keys)
-    alike, alike_old = unit @ unit.T >= bound, unit @ _unit(old_keys).T >= bound
+    unit, old_unit = (normalize(some.double(), dim=1) for some in (keys, old_keys))
+    alike, alike_old = unit @ unit.T >= bound, unit @ old_unit.T >= bound
     members: dict[int, list[int]] = {}
     head: list[int] = []
     by_prefix: dict[str, int] = {}
@@ -117,14 +117,11 @@ def group_by_key(
         head.append(i if first == i else head[first])
         members.setdefault(head[i], []).append(i)
     old = _pairs(alike_old)
-    in_force = {row for row, _ in standing}
-    rows_of: dict[str, set[int]] = {}
-    for row, prefix in standing:
-        rows_of.setdefault(prefix, set()).add(row)
     groups = []
     for indices in members.values():
-        taken = in_force & {r for i in indices for r in old.get(i, ())}
-        taken = taken.union(*(rows_of.get(prefixes[i], set()) for i in indices))
+        rows = {row for i in indices for row in old.get(i, ())}
+        texts = {prefixes[i] for i in indices}
+        taken = {row for row, prefix in standing if row in rows or prefix in texts}
         groups.append((indices, sorted(taken)))
     return groups
 
@@ -139,14 +136,6 @@ def _pairs(alike: Tensor) -> dict[int, list[int]]:
 
 def _words(text: str) -> str:
     return " ".join(text.split())
-
-
-def _unit(keys: Tensor) -> Tensor:
-    return torch.nn.functional.normalize(keys.double(), dim=1)
-
-
-def _same_target(one: Edit, other: Edit) -> bool:
-    return one.target_new.strip() == other.target_new.strip()
 
 
 def _check_id(edit: Edit, by_id: dict[str, Edit]) -> None:

@@ -53,23 +53,18 @@ class EditKeys:
         return EditKeys(self.layer, self.keys[some], self.hidden[some], self.parts.chosen(some))
 
     def onward(self, runner: Runner) -> EditKeys:
-        """What the edits give once ``layer`` is written: keys at the next one, and h.
-
-        Above the last rewrite layer there is no next one: only h is read.
-        """
+        """What the edits give once ``layer`` is written: keys at the next one, if any, and h."""
         assert self.layer is not None, "above the last rewrite layer nothing is left to read"
         above = [layer for layer in runner.layers if layer > self.layer]
-        return _read(runner, self.parts, above[0] if above else None)
+        return _run_all(runner, self.parts, above[0] if above else None)
 
 
 def take_keys(runner: Runner, edits: Sequence[EditRows]) -> EditKeys:
     """Keys at the first rewrite layer and hidden states after the last, from one pass.
 
-    Args:
-        runner: the model as it is.
-        edits: one or more, with equally many rows each.
+    All edits have equally many rows.
     """
-    return _read(runner, parts_of(runner, edits), runner.layers[0])
+    return _run_all(runner, parts_of(runner, edits), runner.layers[0])
 
 
 def keys_by_layer(runner: Runner, edits: Sequence[EditRows]) -> dict[int, Tensor]:
@@ -95,7 +90,7 @@ class _Ran:
     prefix_cache: PrefixCache | None = None
 
 
-def _read(runner: Runner, parts: Parts, layer: int | None) -> EditKeys:
+def _run_all(runner: Runner, parts: Parts, layer: int | None) -> EditKeys:
     """Run the bare prompts to the last rewrite layer, the others to the module of ``layer``."""
     wanted = () if layer is None else (layer,)
     through = partial(_run, runner, layers=wanted, last=runner.layers[-1], whole=True)
@@ -120,15 +115,13 @@ def _run_behind(
 
 def _in_parts(parts: Sequence[Part], run: Callable[[Part], _Ran]) -> list[_Ran]:
     """Run every part, by halves where memory runs out."""
-    return by_halves(parts, run, _smaller, "tokens_per_batch")
 
+    def smaller(left: Sequence[Part]) -> Smaller[Part] | None:
+        count = len(left[0].rows)
+        less = [*left[0].halves(), *left[1:]]
+        return None if count == 1 else (f"{count} prompts", count // 2, less)
 
-def _smaller(parts: Sequence[Part]) -> Smaller[Part] | None:
-    """The first part in halves, and the others."""
-    count = len(parts[0].rows)
-    if count == 1:
-        return None
-    return f"{count} prompts", count // 2, [*parts[0].halves(), *parts[1:]]
+    return by_halves(parts, run, smaller, "tokens_per_batch")
 
 
 def _run(
@@ -198,11 +191,9 @@ def _table(layer: int, runs: Sequence[_Ran]) -> Tensor:
 
 def _hidden(runs: Sequence[_Ran]) -> Tensor:
     """h of all edits, (edits, d)."""
-    found: dict[int, Tensor] = {}
-    for ran in runs:
-        assert ran.hidden is not None, "bare prompts run through the last rewrite layer"
-        found |= {edit: ran.hidden[k] for k, (edit, _) in enumerate(ran.part.rows)}
-    return torch.stack([found[edit] for edit in range(len(found))])
+    edits = [edit for ran in runs for edit, _ in ran.part.rows]
+    hidden = torch.cat([ran.hidden for ran in runs if ran.hidden is not None])
+    return hidden[sorted(range(len(edits)), key=edits.__getitem__)]
 
 
 @dataclass(frozen=True)
@@ -256,8 +247,8 @@ class Part:
 class Parts:
     """Batches of edits' prompts.
 
-    ``bare``: the bare prompts; ``others``: those behind contexts; ``shared``: leading tokens that
-    some of ``others`` go on from, at most one batch.
+    ``bare``: bare prompts; ``others``: those behind contexts; ``shared``: leading tokens that some
+    of ``others`` go on from, at most one batch.
     """
 
     bare: tuple[Part, ...]
@@ -280,15 +271,19 @@ def parts_of(runner: Runner, edits: Sequence[EditRows]) -> Parts:
     others = [
         ((e, j), row.key_row) for e, edit in enumerate(edits) for j, row in enumerate(edit.rows[1:])
     ]
-    rows = [row for _, row in others]
-    cut = cut_rows(runner, [row.ids for row in rows], [row.subject_last for row in rows])
+    cut = cut_rows(runner, [row.ids for _, row in others], [row.subject_last for _, row in others])
     behind: list[Part] = []
     for side in cut.sides():
         some = [others[i] for i in side]
         prefixes = [prefix for i in side if (prefix := cut.behind[i]) is not None]
         behind += _batched(runner, some, [cut.starts[i] for i in side], prefixes)
     alone = _batched(runner, bare, [0] * len(bare), ())
-    return Parts(alone, tuple(behind), _shared(runner, cut.prefixes))
+    if not cut.prefixes:
+        return Parts(alone, tuple(behind))
+    last = torch.tensor([len(prefix) - 1 for prefix in cut.prefixes])
+    names = tuple((number, 0) for number in range(len(cut.prefixes)))
+    shared = Part(names, last, padded(cut.prefixes, runner.device))
+    return Parts(alone, tuple(behind), (shared,))
 
 
 def _batched(
@@ -309,12 +304,3 @@ def _batched(
             [row.ids[start:] for (_, row), start in zip(rows, starts, strict=True)], starts
         )
     )
-
-
-def _shared(runner: Runner, prefixes: Sequence[Sequence[int]]) -> tuple[Part, ...]:
-    """The prefixes as one batch, where there are any."""
-    if not prefixes:
-        return ()
-    last = torch.tensor([len(prefix) - 1 for prefix in prefixes])
-    names = tuple((number, 0) for number in range(len(prefixes)))
-    return (Part(names, last, padded(prefixes, runner.device)),)

@@ -26,13 +26,13 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
 
 from alphaedit_peft.editing.prompts import EditRows
-from alphaedit_peft.editing.runner import Limits, Runner
+from alphaedit_peft.editing.runner import Runner
 from alphaedit_peft.metric import Metric
 from alphaedit_peft.settings import byte_count, bytes_in_words
 
@@ -110,8 +110,8 @@ class Need:
         passes = self.token * max(tokens_per_batch, self.longest)
         return self.held + max(self.solve, passes, self.largest, self.suffix * target_tokens)
 
-    def limits(self, budget: int) -> Limits:
-        """The largest chunk sizes within a budget.
+    def bounds(self, budget: int) -> tuple[int, int]:
+        """The largest ``tokens_per_batch`` and ``target_tokens`` within a budget.
 
         Raises:
             ValueError: a budget below ``least``.
@@ -123,7 +123,7 @@ class Need:
                 "num_contexts or context_length"
             )
         left = budget - self.held
-        return Limits(left // self.token, left // self.suffix)
+        return left // self.token, left // self.suffix
 
 
 def within_budget(
@@ -131,12 +131,7 @@ def within_budget(
 ) -> Runner:
     """The runner with chunk sizes from ``settings.memory_budget``; as it is where there is none.
 
-    Args:
-        runner: its settings may hold a budget.
-        metric: whose statistics count.
-        edits: all that are to be made.
-        batch_size: at most so many at once.
-        rank: rows in place.
+    All ``edits`` are to be made, at most ``batch_size`` at once, over ``rank`` rows in place.
 
     Raises:
         ValueError: a budget that is too small for one edit; says how much it takes.
@@ -145,23 +140,19 @@ def within_budget(
     if budget is None or not edits:
         return runner
     need = estimate(runner, metric, edits, min(batch_size, len(edits)), rank + len(edits))
-    return replace(runner, limits=need.limits(budget))
+    return runner.within(*need.bounds(budget))
 
 
 def estimate(
     runner: Runner, metric: Metric, edits: Sequence[EditRows], together: int, rank: int
 ) -> Need:
-    """What edits take by the formula above.
-
-    Args:
-        runner: model and settings.
-        metric: whose statistics count.
-        edits: give the lengths of rows.
-        together: edits of a batch.
-        rank: rows once all are made.
-    """
-    shape = _Shape.of(runner)
-    d, f, e, vocabulary = shape.hidden, shape.width, shape.bytes, shape.vocabulary
+    """What edits take by the formula above: ``together`` in a batch, ``rank`` rows in the end."""
+    embedding: Any = runner.model.get_input_embeddings()  # type: ignore[operator]
+    vocabulary, e = len(embedding.weight), embedding.weight.element_size()
+    d, f, pair = _widths(runner)
+    pair *= 2 * e
+    blocks = runner.architecture.num_blocks
+    above = blocks - runner.layers[-1] - 1
     rows = [(*edit.rows, edit.kl_row, *edit.anchors) for edit in edits]
     every = [row for some in rows for row in some]
     p = max(row.subject_last for row in every)
@@ -169,12 +160,10 @@ def estimate(
     q, shortest = max(suffixes), min(suffixes)
     t = max(max(1, len(row.target)) for row in every)
     reads = max(-(-max(1, len(row.target)) * vocabulary // len(row.scoring_ids)) for row in every)
-    above = shape.blocks - runner.layers[-1] - 1
     held = metric.held_bytes + len(runner.layers) * (8 * rank * (f + d) + 12 * rank**2)
     copies = sum(2 * weight.numel() for _, _, weight in runner.upper_weights())
     held += together * (e * len(edits[0].rows) * (p + 1) * d + 24 * d) + copies
-    pair = 2 * e * shape.cached
-    before = pair * (shape.blocks * (2 * p + q) + above * p) + e * (p + q) * (7 * d + 3 * f)
+    before = pair * (blocks * (2 * p + q) + above * p) + e * (p + q) * (7 * d + 3 * f)
     after = pair * above * (3 * p + q) + 2 * e * (p + q) * d + (2 * e + 16) * vocabulary * t
     back = e * above * (10 * d + 4 * f)
     return Need(
@@ -187,32 +176,13 @@ def estimate(
     )
 
 
-@dataclass(frozen=True)
-class _Shape:
-    """Sizes of a model: ``cached`` is the width of keys (and of values) in its cache."""
-
-    hidden: int
-    width: int
-    cached: int
-    vocabulary: int
-    blocks: int
-    bytes: int
-
-    @classmethod
-    def of(cls, runner: Runner) -> _Shape:
-        config: Any = runner.model.config
-        embedding: Any = runner.model.get_input_embeddings()  # type: ignore[operator]
-        module: Any = runner.model.get_submodule(runner.architecture.rewrite_name(runner.layers[0]))
-        weight = getattr(module, "base_layer", module).weight
-        hidden, heads = config.hidden_size, config.num_attention_heads
-        pairs = getattr(config, "num_key_value_heads", None) or heads
-        head = getattr(config, "head_dim", None) or hidden // heads
-        width = weight.numel() // hidden if weight.is_floating_point() else module.in_features
-        return cls(
-            hidden=hidden,
-            width=width,
-            cached=pairs * head,
-            vocabulary=len(embedding.weight),
-            blocks=runner.architecture.num_blocks,
-            bytes=embedding.weight.element_size(),
-        )
+def _widths(runner: Runner) -> tuple[int, int, int]:
+    """Of hidden states, of the MLP, and of keys (and of values) in a cache."""
+    config: Any = runner.model.config
+    module: Any = runner.model.get_submodule(runner.architecture.rewrite_name(runner.layers[0]))
+    weight = getattr(module, "base_layer", module).weight
+    hidden, heads = config.hidden_size, config.num_attention_heads
+    pairs = getattr(config, "num_key_value_heads", None) or heads
+    head = getattr(config, "head_dim", None) or hidden // heads
+    width = weight.numel() // hidden if weight.is_floating_point() else module.in_features
+    return hidden, width, pairs * head

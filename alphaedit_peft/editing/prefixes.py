@@ -1,8 +1,9 @@
-"""Leading tokens that several rows share, so that they are run once.
+"""Leading tokens that several rows share, so that they are run once, and the cache they leave.
 
-In: token rows, and how many of its tokens each may share at most. Out: :class:`Cut`: where each row
-is cut, and behind which shared prefix it goes on. The prompts of all edits follow the same
-contexts, and prompts of one relation begin alike. Each row is cut at most once.
+In: token rows, and how many of its tokens each may share at most. Out: :class:`Cut`, where each row
+is cut and behind which shared prefix it goes on; :class:`PrefixCache`, what rows have behind them.
+The prompts of all edits follow the same contexts, and prompts of one relation begin alike. Each row
+is cut at most once.
 """
 
 from __future__ import annotations
@@ -37,9 +38,10 @@ class Cut:
 
     def sides(self) -> list[list[int]]:
         """The rows that follow a prefix, and those that follow none; only what is not empty."""
-        shared = [row for row, which in enumerate(self.behind) if which is not None]
-        alone = [row for row, which in enumerate(self.behind) if which is None]
-        return [side for side in (shared, alone) if side]
+        sides: tuple[list[int], list[int]] = [], []
+        for row, which in enumerate(self.behind):
+            sides[which is None].append(row)
+        return [side for side in sides if side]
 
 
 def cut_rows(runner: Runner, rows: Sequence[Ids], most: Sequence[int]) -> Cut:
@@ -51,7 +53,7 @@ def cut_rows(runner: Runner, rows: Sequence[Ids], most: Sequence[int]) -> Cut:
         most: by row, how many leading tokens it may share.
     """
     whole = Cut((), (None,) * len(rows))
-    cut = _within_a_pass(shared_prefixes(rows, most), rows, runner.tokens_per_batch)
+    cut = _within_a_pass(shared_prefixes(rows, most), rows, runner.settings.tokens_per_batch)
     saved = sum(cut.starts) - sum(map(len, cut.prefixes))
     if runner.few_passes or saved <= pass_cost(runner.device):
         return whole
@@ -136,26 +138,23 @@ def _continues(runner: Runner, rows: Sequence[Ids], cut: Cut) -> bool:
 
     Of the rows with the shortest and with the longest prefix, which are aligned at its end.
     """
+    model, device, block = runner.model, runner.device, runner.blocks_below[-1]
     shared = sorted(cut.sides()[0], key=lambda row: (cut.starts[row], len(rows[row])))
     tried = sorted({shared[0], shared[-1]})
-    block = runner.architecture.block_name(runner.layers[-1])
-    whole = hooks.capture_output(
-        runner.model, padded([rows[i] for i in tried], runner.device), block
-    )
+    starts, ends = [cut.starts[i] for i in tried], [len(rows[i]) - 1 for i in tried]
+    whole = hooks.capture_output(model, padded([rows[i] for i in tried], device), block)
     try:
-        inputs, cache = recording(padded([rows[i][: cut.starts[i]] for i in tried], runner.device))
-        hooks.run_until(runner.model, inputs, block)
-        prefix_cache = aligned(cached(cache), torch.tensor([cut.starts[i] for i in tried]))
-        rests = padded([rows[i][cut.starts[i] :] for i in tried], runner.device)
-        parts = hooks.capture_output(
-            runner.model, prefix_cache.followed_by(runner.model, rests), block
-        )
+        inputs, cache = recording(padded([rows[i][: cut.starts[i]] for i in tried], device))
+        hooks.run_until(model, inputs, block)
+        prefix_cache = aligned(cached(cache), torch.tensor(starts))
+        rests = padded([rows[i][cut.starts[i] :] for i in tried], device)
+        parts = hooks.capture_output(model, prefix_cache.followed_by(model, rests), block)
     except torch.OutOfMemoryError:
         raise
     except Exception:  # a family whose blocks need a cache of another kind
         return False
-    expected = _at(whole, [len(rows[i]) - 1 for i in tried])
-    found = _at(parts, [len(rows[i]) - cut.starts[i] - 1 for i in tried])
+    expected = _at(whole, ends)
+    found = _at(parts, [end - start for end, start in zip(ends, starts, strict=True)])
     bound = 0.1 if expected.dtype in (torch.bfloat16, torch.float16) else 0.01
     error = (found - expected).float().norm(dim=1)
     return bool((error <= bound * expected.float().norm(dim=1)).all())
@@ -203,13 +202,15 @@ class PrefixCache:
 
     def followed_by(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> dict[str, Any]:
         """The model's inputs for tokens (rows, tokens) after these: their ids and mask."""
-        ids, mask = inputs["input_ids"], inputs["attention_mask"]
+        ids, mask, cache = inputs["input_ids"], inputs["attention_mask"], DynamicCache()
+        for block, (keys, values) in enumerate(self.pairs):
+            cache.update(keys, values, block)
         steps = torch.arange(self.width, device=mask.device) - self.width
         before = steps + self.lengths[:, None].to(mask.device) >= 0  # (rows, width)
         return {
             "input_ids": ids,
             "attention_mask": torch.cat([before.to(mask), mask], dim=1),
-            "past_key_values": self._cache(),
+            "past_key_values": cache,
             "use_cache": True,
             **self._positions(model, mask),
         }
@@ -222,12 +223,6 @@ class PrefixCache:
         if "position_ids" not in inspect.signature(model.forward).parameters:
             return {}
         return {"position_ids": self.lengths[:, None].to(mask.device) + mask.cumsum(1) - 1}
-
-    def _cache(self) -> DynamicCache:
-        cache = DynamicCache()
-        for block, (keys, values) in enumerate(self.pairs):
-            cache.update(keys, values, block)
-        return cache
 
 
 def unread(rows: int, width: int, device: torch.device) -> Pair:

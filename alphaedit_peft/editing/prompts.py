@@ -90,13 +90,9 @@ class Renderer:
         rows = tuple(self._row(prompt, edit.subject, edit.target_new) for prompt in prompts)
         kl_row = self._row(self.settings.kl_prompt, edit.subject, None).key_row
         text, start = self._render(edit.prompt, edit.subject)
-        anchors = [text for text in self._anchors(edit) if text != edit.prompt]
-        kept = tuple(self._row(anchor, edit.subject, None) for anchor in anchors)
+        anchors = dict.fromkeys([*edit.anchors, *(self.settings.anchors or ())])
+        kept = tuple(self._row(a, edit.subject, None) for a in anchors if a != edit.prompt)
         return EditRows(edit, text[: start + len(edit.subject)], rows, kl_row, kept)
-
-    def _anchors(self, edit: Edit) -> tuple[str, ...]:
-        """The edit's own anchors and then the config's, each once."""
-        return tuple(dict.fromkeys([*edit.anchors, *(self.settings.anchors or ())]))
 
     def target_row(self, question: str, target: str) -> TokenRow:
         """Tokenise a whole prompt with its continuation, for scoring; no subject in it.
@@ -123,10 +119,10 @@ class Renderer:
     def _row(self, prompt: str, subject: str, target: str | None) -> TokenRow:
         text, start = self._render(prompt, subject)
         end = start + len(subject)
-        suffix = "" if target is None else self._separator(text, target) + target
-        # a chat template brings its own BOS
-        special = not self.settings.chat_template
-        ids, offsets, border = tokens.joined(self.tokenizer, text, suffix, special)
+        suffix, plain = target or "", not self.settings.chat_template  # a template brings its BOS
+        if target is not None and plain:
+            suffix = tokens.separator_between(text, target, self.settings.separator) + target
+        ids, offsets, border = tokens.joined(self.tokenizer, text, suffix, plain)
         subject_last = tokens.last_token(offsets, start, end)
         if subject_last is None:
             raise ValueError(f"subject {subject!r} has no token in {text!r}; check the tokenizer")
@@ -138,14 +134,8 @@ class Renderer:
         return self._within_limits(replace(row, target=ids[border:]), text)
 
     def _within_limits(self, row: TokenRow, text: str) -> TokenRow:
-        if self.limits is None:
-            return row
-        advice = "shorten it, or the contexts before it (context_length)"
-        largest = max(row.ids + row.target)
-        tokens.require_fit(row.scoring_ids, largest, text, self.limits, advice)
+        if self.limits is not None:
+            advice = "shorten it, or the contexts before it (context_length)"
+            largest = max(row.ids + row.target)
+            tokens.require_fit(row.scoring_ids, largest, text, self.limits, advice)
         return row
-
-    def _separator(self, text: str, target: str) -> str:
-        if self.settings.chat_template:
-            return ""
-        return tokens.separator_between(text, target, self.settings.separator)

@@ -1,7 +1,7 @@
 """What an edit run did, edit by edit and layer by layer: :class:`EditReport`.
 
-In: the river's measurements. Out: values to read, print or store; an edit that was set aside or
-that did not take says why.
+In: what a batch measured, and the factors. Out: values to read, print or store; an edit that was
+set aside or that did not take says why.
 """
 
 from __future__ import annotations
@@ -129,12 +129,15 @@ class EditReport:
 
     def to_json(self) -> dict[str, Any]:
         """The report as plain JSON values."""
-        results = [asdict(r) | {"edit": r.edit.to_dict(), "made": r.made} for r in self.results]
-        layers = [asdict(layer) for layer in self.layers]
-        decided = [decision.to_json() for decision in self.decisions]
-        found = {"results": results, "layers": layers, "decisions": decided}
-        capacity = None if self.capacity is None else self.capacity.to_json()
-        return found | {"capacity": capacity, "seconds": dict(self.seconds)}
+        return {
+            "results": [
+                asdict(r) | {"edit": r.edit.to_dict(), "made": r.made} for r in self.results
+            ],
+            "layers": [asdict(layer) for layer in self.layers],
+            "decisions": [decision.to_json() for decision in self.decisions],
+            "capacity": None if self.capacity is None else self.capacity.to_json(),
+            "seconds": dict(self.seconds),
+        }
 
     def __str__(self) -> str:
         lines = [
@@ -233,15 +236,10 @@ def layer_report(
     gram: Tensor | None = None,
     moments: MomentProducts | None = None,
 ) -> LayerReport:
-    """Measure one layer's update: its norm, and how far it moves preserved and edited keys.
+    """One layer's whole update: its norm, and how far it moves preserved and edited keys.
 
-    Args:
-        layer: block number.
-        delta: the whole update.
-        new_rows: how many of its last rows this run added.
-        weight_norm: Frobenius norm of the base weight, where known.
-        gram: A A^T, (n, n), where it is at hand.
-        moments: A C0 A^T; without it the two changes stay unknown.
+    ``new_rows`` of its last rows are of this run. ``gram`` is A A^T, (n, n), where it is at hand;
+    without ``moments``, A C0 A^T, the two changes stay unknown.
     """
     preserved = edited = None
     if moments is not None and delta.rank:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -78,18 +78,10 @@ class Phases:
 
 
 @dataclass(frozen=True)
-class Limits:
-    """Most tokens of a forward pass, and of a chunk that is optimised."""
-
-    tokens_per_batch: int
-    target_tokens: int
-
-
-@dataclass(frozen=True)
 class Runner:
     """A model ready to be edited; ``contexts`` are texts put before.
 
-    ``phases`` sums the time of what is done on it; ``limits`` take the place of the settings'.
+    ``phases`` sums the time of what is done on it.
     """
 
     model: nn.Module
@@ -98,22 +90,17 @@ class Runner:
     architecture: Architecture
     contexts: tuple[str, ...]
     phases: Phases = field(default_factory=Phases, compare=False)
-    limits: Limits | None = None
 
     @property
     def layers(self) -> tuple[int, ...]:
         """The rewrite layers, ascending; z is optimised after the last one."""
         return tuple(self.settings.rewrite_layers)
 
-    @property
-    def tokens_per_batch(self) -> int:
-        """Most tokens in one forward pass."""
-        return (self.limits or self.settings).tokens_per_batch
-
-    @property
-    def target_tokens(self) -> int:
-        """Most tokens optimised at once."""
-        return (self.limits or self.settings).target_tokens
+    def within(self, tokens_per_batch: int, target_tokens: int) -> Runner:
+        """The same with other bounds, on a forward pass and on what is optimised at once."""
+        settings = Settings.of(self.settings)
+        settings.tokens_per_batch, settings.target_tokens = tokens_per_batch, target_tokens
+        return replace(self, settings=settings)
 
     @property
     def renderer(self) -> Renderer:
@@ -129,9 +116,14 @@ class Runner:
         return torch.device("cpu") if device.type == "meta" else device
 
     @property
-    def last_block(self) -> str:
-        """Name of the model's last block."""
-        return self.architecture.block_name(self.architecture.num_blocks - 1)
+    def blocks(self) -> list[str]:
+        """Names of all blocks."""
+        return [self.architecture.block_name(i) for i in range(self.architecture.num_blocks)]
+
+    @property
+    def blocks_below(self) -> list[str]:
+        """Names of the blocks up to the last rewrite layer L, L's among them."""
+        return self.blocks[: self.layers[-1] + 1]
 
     @property
     def head_name(self) -> str:
@@ -167,9 +159,7 @@ class Runner:
         """
         if self.autocast is None:
             return
-        above = range(self.layers[-1] + 1, self.architecture.num_blocks)
-        names = [self.architecture.block_name(block) for block in above]
-        for name in [*names, self.head_name]:
+        for name in [*self.blocks[self.layers[-1] + 1 :], self.head_name]:
             for module in self.model.get_submodule(name).modules():
                 if type(module) not in (nn.Linear, Conv1D):
                     continue
@@ -189,26 +179,27 @@ class Runner:
 
         ``behind`` are the tokens that each row follows in a cache, which count too.
         """
-        return batches(rows, self.tokens_per_batch, self.device, behind, few=self.few_passes)
+        most = self.settings.tokens_per_batch
+        return batches(rows, most, self.device, behind, few=self.few_passes)
 
     def token_keys(self, rows: Sequence[TokenRow], layer: int) -> list[Tensor]:
         """Inputs of a rewrite module at every token, for each row (tokens, d_in)."""
-        name, block = self.architecture.rewrite_name(layer), self.architecture.block_name(layer)
+        name = self.architecture.rewrite_name(layer)
         found: dict[int, Tensor] = {}
         for batch in self.batches([row.ids for row in rows]):
-            inputs = hooks.capture_inputs(self.model, batch.inputs, [name], block)[name]
+            inputs = hooks.capture_inputs(self.model, batch.inputs, [name], self.blocks[layer])
             for i, index in enumerate(batch.indices):
-                found[index] = at_least_float32(inputs[i, : len(rows[index].ids)])
+                found[index] = at_least_float32(inputs[name][i, : len(rows[index].ids)])
         return [found[i] for i in range(len(rows))]
 
     def hidden(self, rows: Sequence[TokenRow], layer: int) -> Tensor:
         """Hidden states after a block at each row's subject, (rows, d), float32 or better."""
-        block = self.architecture.block_name(layer)
         found: dict[int, Tensor] = {}
         for batch in self.batches([row.key_row.ids for row in rows]):
-            state = hooks.hidden_of(hooks.capture_output(self.model, batch.inputs, block))
+            output = hooks.capture_output(self.model, batch.inputs, self.blocks[layer])
             for i, index in enumerate(batch.indices):
-                found[index] = at_least_float32(state[i, rows[index].subject_last])
+                state = hooks.hidden_of(output)[i, rows[index].subject_last]
+                found[index] = at_least_float32(state)
         return torch.stack([found[i] for i in range(len(rows))])
 
 

@@ -1,11 +1,11 @@
-"""Pour target values into the rewrite layers: keys, residuals, solve, write, layer by layer.
+"""Write target values into the rewrite layers: keys, residuals, solve, write, layer by layer.
 
 In: groups with their target values z, the factors in place. Out: longer factors, one row a group.
 Equation (MEMIT Algorithm 1, AlphaEdit Eq. 11): at layer l of the L rewrite layers still to go, the
 wanted residual is R = (z - h) / L with h taken from the model as edited so far (or a part by how
 little the layer disturbs, see ``layer_shares``); the layer gets
-Delta = R^T E (G + D)^-1 A. There is no optimisation here, so stored targets pour again at the cost
-of forward passes.
+Delta = R^T E (G + D)^-1 A. There is no optimisation here, so stored targets are written again at
+the cost of forward passes.
 """
 
 from __future__ import annotations
@@ -89,7 +89,13 @@ def solve_layers(
                 runner.settings, metric, layer, rows, residuals, state, protected
             )
         if solved[layer].doubled:
-            _tell_of_guard(runner, layer, solved[layer].doubled)
+            warnings.warn(
+                f"norm_guard={runner.settings.norm_guard:g} raised the ridge of layer {layer} "
+                f"{GUARD_FACTOR ** solved[layer].doubled:g}-fold, since edits in this batch have "
+                "nearly the same key; they reach less of their residuals: leave some of them out, "
+                "or lower key_cosine, from which on edits share a row",
+                stacklevel=2,
+            )
         shares.append(algebra.residual_share(residuals, solved[layer].reached.to(residuals)))
         kept.append(rows.square().sum(1) / now.keys.square().sum(1))
         with timed("write"):
@@ -97,24 +103,13 @@ def solve_layers(
         with timed("keys"):
             now = now.onward(runner)
     total = algebra.residual_share(targets - start, now.hidden.to(targets) - start)
-    columns = [torch.stack([part.cpu() for part in found]) for found in (shares, kept)]
     return SolvedLayers(
         {layer: found.delta for layer, found in solved.items()},
-        columns[0],
-        columns[1],
+        torch.stack([part.cpu() for part in shares]),
+        torch.stack([part.cpu() for part in kept]),
         total.cpu(),
         tuple(layer for layer, found in solved.items() if found.doubled),
         {layer: found.kept for layer, found in solved.items()},
-    )
-
-
-def _tell_of_guard(runner: Runner, layer: int, doubled: int) -> None:
-    warnings.warn(
-        f"norm_guard={runner.settings.norm_guard:g} raised the ridge of layer {layer} "
-        f"{GUARD_FACTOR**doubled:g}-fold, since edits in this batch have nearly the same key; they "
-        "reach less of their residuals: leave some of them out, or lower key_cosine, from which on "
-        "edits share a row",
-        stacklevel=2,
     )
 
 

@@ -1,7 +1,7 @@
 """What has been written into a model so far, as one value.
 
-In: the outcome of a batch. Out: :class:`EditState`, which the next batch, a rollback and a repour
-begin with.
+In: the outcome of a batch. Out: :class:`EditState`, which the next batch begins with;
+:class:`Journal` and :class:`Snapshot`, which a model keeps of an adapter.
 """
 
 from __future__ import annotations
@@ -18,8 +18,27 @@ from alphaedit_peft.factor import KeptFactor
 from alphaedit_peft.pack.record import EditRecord
 
 
+class _Recorded:
+    """What records alone tell."""
+
+    records: tuple[EditRecord, ...]
+
+    @property
+    def standing(self) -> tuple[EditRecord, ...]:
+        """Records whose row is in force: not superseded."""
+        return tuple(r for r in self.records if r.role != "superseded")
+
+    @property
+    def born(self) -> dict[int, int]:
+        """By row, the batch that made it: the highest among its records."""
+        found: dict[int, int] = {}
+        for record in self.records:
+            found[record.row] = max(found.get(record.row, -1), record.batch)
+        return found
+
+
 @dataclass(frozen=True)
-class EditState:
+class EditState(_Recorded):
     """What has been written so far: factors by layer, the journal, and z (n, d) by row.
 
     ``kept`` are factors of the solve by layer, of these rows or of others: whoever uses them checks
@@ -42,22 +61,15 @@ class EditState:
         return EditState(factors, (), self.targets[:0])
 
     @property
-    def standing(self) -> tuple[EditRecord, ...]:
-        """Records whose row is in force: not superseded."""
-        return tuple(r for r in self.records if r.role != "superseded")
-
-    @property
     def protected(self) -> list[bool]:
         """For each row, whether a standing record owns it; later solves keep its output."""
         return protects(self.standing, self.rank)
 
     @property
     def batches(self) -> list[int]:
-        """For each row the batch that made it: the highest among its records, -1 without one."""
-        found = [-1] * self.rank
-        for record in self.records:
-            found[record.row] = max(found[record.row], record.batch)
-        return found
+        """For each row the batch that made it, -1 where no record is its own."""
+        born = self.born
+        return [born.get(row, -1) for row in range(self.rank)]
 
     def lost_some(self, members: Sequence[EditRecord]) -> bool:
         """Whether edits that a row's target value was made for are missing among ``members``."""
@@ -78,7 +90,7 @@ def protects(records: Sequence[EditRecord], rank: int) -> list[bool]:
 
 
 @dataclass(frozen=True)
-class Journal:
+class Journal(_Recorded):
     """What an adapter's edits are.
 
     Args:
@@ -104,20 +116,13 @@ class Journal:
         """The journal of a model without edits."""
         return cls((), torch.zeros(0, hidden_size), 0, None)
 
-    @property
-    def standing(self) -> tuple[EditRecord, ...]:
-        """Records in force: not superseded."""
-        return tuple(record for record in self.records if record.role != "superseded")
-
     def before_batch(self, batch: int) -> list[EditRecord]:
         """Records as they stood before a batch: later edits gone, what they superseded back.
 
         A row belongs to the latest batch among its edits, so an edit that a later one's row took
         over goes back to the row it had before.
         """
-        born: dict[int, int] = {}  # row -> batch
-        for record in self.records:
-            born[record.row] = max(born.get(record.row, -1), record.batch)
+        born = self.born
         left = [record for record in self.records if record.batch < batch]
         latest = {record.edit.question: record.edit.id for record in left}
         places: dict[str, EditRecord] = {}  # id -> the record that stands for it

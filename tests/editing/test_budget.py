@@ -52,7 +52,7 @@ def bench_and_edits(tokenizer, **changes):
 def test_without_a_budget_the_config_decides(tokenizer):
     runner, edits = bench_and_edits(tokenizer, tokens_per_batch=77, target_tokens=33)
     found = within_budget(runner, OBJECTIVE, edits, 100, 0)
-    assert (found.tokens_per_batch, found.target_tokens) == (77, 33)
+    assert (found.settings.tokens_per_batch, found.settings.target_tokens) == (77, 33)
 
 
 def test_chunks_grow_with_the_budget_and_keep_to_it(tokenizer):
@@ -61,7 +61,7 @@ def test_chunks_grow_with_the_budget_and_keep_to_it(tokenizer):
         runner, edits = bench_and_edits(tokenizer, memory_budget=budget)
         found = within_budget(runner, OBJECTIVE, edits, 100, 0)
         need = estimate(runner, OBJECTIVE, edits, len(edits), len(edits))
-        limits = (found.tokens_per_batch, found.target_tokens)
+        limits = (found.settings.tokens_per_batch, found.settings.target_tokens)
         assert need.peak(*limits) <= byte_count("x", budget) < need.peak(*(2 * n for n in limits))
         sizes.append(limits)
     assert sizes == sorted(sizes)
@@ -85,7 +85,7 @@ def test_too_small_a_budget_names_what_one_edit_takes(tokenizer):
     with pytest.raises(ValueError, match=f"memory_budget=10kiB is too small .* takes {need}; "):
         within_budget(runner, OBJECTIVE, edits, 100, 0)
     runner.settings.memory_budget = need
-    assert within_budget(runner, OBJECTIVE, edits, 100, 0).target_tokens > 0
+    assert within_budget(runner, OBJECTIVE, edits, 100, 0).settings.target_tokens > 0
 
 
 def test_edits_are_the_same_under_a_budget(tokenizer):

@@ -77,7 +77,7 @@ class WholeRows:
 
     def __init__(self, runner: Runner, rows: Sequence[Row], autocast: Autocast) -> None:
         self.runner, self.rows, self.autocast = runner, rows, autocast
-        self.blocks = _blocks_below(runner)
+        self.blocks = runner.blocks_below
         self.inputs = padded([row.ids for row in rows], runner.device)
         self.output = hooks.capture_output(runner.model, self.inputs, self.blocks[-1])
         self.states = hooks.hidden_of(self.output)  # (rows, tokens, d)
@@ -88,7 +88,10 @@ class WholeRows:
         """See :class:`Continuation`."""
         lengths = [len(self.rows[i].ids) for i in chosen]
         batched = by_length(
-            lengths, self.runner.device, self.runner.target_tokens, few=self.runner.few_passes
+            lengths,
+            self.runner.device,
+            self.runner.settings.target_tokens,
+            few=self.runner.few_passes,
         )
         return [[chosen[k] for k in batch] for batch in batched]
 
@@ -142,11 +145,6 @@ class FromSubject:
         return part.log_probs([self._places[row][1] for row in chosen], moved)
 
 
-def _blocks_below(runner: Runner) -> list[str]:
-    """Names of the blocks up to L."""
-    return [runner.architecture.block_name(i) for i in range(runner.layers[-1] + 1)]
-
-
 class _Suffixes:
     """Rows whose suffixes are of like length, padded to the longest on the right.
 
@@ -186,7 +184,7 @@ class _Suffixes:
             pairs.append((keys, values))
         self.prefix_cache = PrefixCache(subjects.cpu(), tuple(pairs))
         self.form = hooks.form_of(passes[0].output)
-        self.blocks = _blocks_below(runner)
+        self.blocks = runner.blocks_below
         self.expected: dict[int, Tensor] | None = self._expected()
 
     def _taken(
@@ -260,7 +258,7 @@ class _Suffixes:
 
         A rewrite module that the user names may be part of something that mixes tokens.
         """
-        architecture, last = self.runner.architecture, self.runner.last_block
+        architecture, last = self.runner.architecture, self.runner.blocks[-1]
         name = architecture.rewrite_name(architecture.num_blocks - 1).rpartition(".")[0]
         if self.runner.settings.rewrite_module is not None or name == last:
             return nullcontext()
@@ -321,8 +319,8 @@ def _shared_cache(
 ) -> PrefixCache:
     """Keys and values of the shared prefixes, at every block."""
     inputs, cache = recording(padded(prefixes, runner.device))
-    with _differing(), autocast.running_above(_blocks_below(runner)[-1]):
-        hooks.run_until(runner.model, inputs, runner.last_block)
+    with _differing(), autocast.running_above(runner.blocks_below[-1]):
+        hooks.run_until(runner.model, inputs, runner.blocks[-1])
     lengths = torch.tensor([len(prefix) for prefix in prefixes])
     return aligned(_complete(runner, cached(cache), int(lengths.max()), 0), lengths)
 
@@ -336,7 +334,7 @@ def _pass(
     prefix_cache: PrefixCache | None,
 ) -> _Pass:
     """Run what follows the prefixes through block L, and what is before the subjects above it."""
-    model, blocks = runner.model, _blocks_below(runner)
+    model, blocks = runner.model, runner.blocks_below
     starts, width = torch.zeros(len(which), dtype=torch.long), 0
     if prefix_cache is not None:
         starts, width = prefix_cache.lengths, prefix_cache.width
@@ -359,7 +357,7 @@ def _pass(
             autocast.running(states.device),
             hooks.resuming_above(model, blocks, output, lambda: states[:, :length]),
         ):
-            hooks.run_until(model, further, runner.last_block)
+            hooks.run_until(model, further, runner.blocks[-1])
     pairs = _complete(runner, cached(cache), width + length, len(blocks))
     slots = {row: slot for slot, row in enumerate(which)}
     return _Pass(slots, starts.to(runner.device), output, pairs, width)

@@ -156,7 +156,7 @@ def chunked(runner: Runner, groups: Sequence[Group]) -> Iterator[list[int]]:
     chunk: list[int] = []
     for g in sorted(range(len(groups)), key=lambda g: max(suffixes[g])):
         count = sum(len(suffixes[i]) for i in [*chunk, g])
-        if chunk and count * max(suffixes[g]) > runner.target_tokens:
+        if chunk and count * max(suffixes[g]) > runner.settings.target_tokens:
             yield chunk
             chunk = []
         chunk.append(g)
