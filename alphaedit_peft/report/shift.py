@@ -79,11 +79,7 @@ def pack_shift(
     if len(names) > 1:
         names[1] += ", the model's last"
     return tuple(
-        shift_between(
-            name,
-            {group: states[i] for group, states in before.items()},
-            {group: states[i] for group, states in after.items()},
-        )
+        shift_between(name, *({n: of[n][i] for n in groups} for of in (before, after)))
         for i, name in enumerate(names)
     )
 

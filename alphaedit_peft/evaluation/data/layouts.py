@@ -59,7 +59,7 @@ def read_cases(
     name, values = raw_records(source, split)
     if limit is not None and limit < 1:
         raise ValueError(f"limit={limit} reads nothing; use 1 or more, or None for all")
-    records = [Record.of(entry, name, number) for number, entry in enumerate(values[:limit])]
+    records = [Record(entry, name, number) for number, entry in enumerate(values[:limit])]
     if not records:
         raise DataError(f"{name} holds no record")
     layout = layout or _layout_of(records[0])
@@ -142,7 +142,7 @@ def read_snippets(path: str | Path) -> Snippets:
     if not isinstance(entries, list):
         raise DataError(f"{Path(path).name} holds a {type(entries).__name__}, not a list")
     for number, values in enumerate(entries):
-        entry = Record.of(values, Path(path).name, number)
+        entry = Record(values, Path(path).name, number)
         texts = tuple(sample.text("text") for sample in entry.records("samples"))
         key = (entry.text("relation_id"), entry.text("target_id"))
         found[key] = found.get(key, ()) + texts

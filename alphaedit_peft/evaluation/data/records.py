@@ -26,23 +26,21 @@ class DataError(ValueError):
 
 @dataclass(frozen=True)
 class Record:
-    """One record, with its place: ``source`` is the file, ``number`` counts from 0."""
+    """One record, with its place: ``source`` is the file, ``number`` counts from 0.
+
+    Raises:
+        DataError: values that are no object.
+    """
 
     values: Mapping[str, Any]
     source: str
     number: int
     within: str = ""
 
-    @classmethod
-    def of(cls, values: object, source: str, number: int) -> Record:
-        """A record of what was read, which must be an object.
-
-        Raises:
-            DataError: something else.
-        """
-        if not isinstance(values, Mapping):
-            raise DataError(f"{source}, record {number}: {_shown(values)} is not a JSON object")
-        return cls(values, source, number)
+    def __post_init__(self) -> None:
+        if not isinstance(self.values, Mapping):
+            shown = _shown(self.values)
+            raise DataError(f"{self.source}, record {self.number}: {shown} is not a JSON object")
 
     def error(self, field: str, problem: str) -> DataError:
         """An error about a field of this record."""
