@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 LOGIN = "log in with 'hf auth login' or pass token="
 _MAIN = "main"
+# as huggingface_hub's validate_repo_id, which takes longer to import than a pack to read
+_NAME = re.compile(r"(\b[\w.-]{1,96}\b/)?\b[\w.-]{1,96}\b", re.ASCII)
 _CONFLICTS = (409, 412)  # another push at the same time; the parent commit is no longer the last
 _NETWORK = {"httpx", "httpx2", "httpcore", "httpcore2", "requests", "urllib3"}
 
@@ -166,16 +168,9 @@ def check_subfolder(subfolder: str | None) -> None:
 
 def repository_name(name: object) -> str | None:
     """What can be a repository's name, as it is; None for anything else, such as a folder here."""
-    from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id
-
-    if not isinstance(name, str):
+    if not isinstance(name, str) or not _NAME.fullmatch(name) or name.endswith(".git"):
         return None
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        return None
-    return None if Path(name).is_dir() else name
+    return None if "--" in name or ".." in name or Path(name).is_dir() else name
 
 
 def _ensure_branch(api: HfApi, repo_id: str, to: Destination) -> None:

@@ -10,17 +10,17 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from alphaedit_peft import tokens
 from alphaedit_peft.algebra import LowRankDelta
-from alphaedit_peft.evaluation import metrics
-from alphaedit_peft.nullspace import NullSpace
 from alphaedit_peft.pack.value import PackValue
-from alphaedit_peft.scoring import Reader
+
+if TYPE_CHECKING:
+    from alphaedit_peft.nullspace import NullSpace
+    from alphaedit_peft.scoring import Reader
 
 ALIKE = 0.9  # cosine from which two rows pull on each other
 MAX_ROWS = 2000  # all eigenvalues of more dependent rows take minutes
@@ -193,6 +193,9 @@ def prompt_drift(
         TypeError: one text instead of a list.
         ValueError: no prompt, or one without a token.
     """
+    from alphaedit_peft import tokens  # a pack's own figures do without
+    from alphaedit_peft.evaluation import metrics
+
     if isinstance(prompts, str):
         raise TypeError(f"prompts={prompts[:40]!r} is one text; pass a list of texts")
     rows = [tokens.encode(reader.tokenizer, text)[0][: reader.positions] for text in prompts]

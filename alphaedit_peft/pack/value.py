@@ -22,7 +22,6 @@ from torch import Tensor
 from alphaedit_peft.algebra import LowRankDelta
 from alphaedit_peft.edits import Edit
 from alphaedit_peft.fingerprint import BaseFingerprint
-from alphaedit_peft.metric import kind
 from alphaedit_peft.pack.format import (
     ADAPTER_MODEL,
     DTYPES,
@@ -186,6 +185,8 @@ class PackValue(ABC):
     @property
     def rows_are_keys(self) -> bool:
         """Whether the edits were made with rows of A that are their projected keys."""
+        from alphaedit_peft.metric import kind  # most commands on packs do without statistics
+
         return kind(self.config.objective).rows_are_keys
 
     @property
