@@ -242,17 +242,14 @@ def resuming_above(
     """
     with ExitStack() as stack:
         for name in blocks[:-1]:
-            _replace_forward(stack, model.get_submodule(name), lambda h: with_hidden(output, h))
+            _set_forward(
+                stack,
+                model.get_submodule(name),
+                lambda hidden_states, *_, **__: with_hidden(output, hidden_states),
+            )
         last = model.get_submodule(blocks[-1])
-        _replace_forward(stack, last, lambda _: with_hidden(output, hidden()))
+        _set_forward(stack, last, lambda *_, **__: with_hidden(output, hidden()))
         yield
-
-
-def _replace_forward(stack: ExitStack, block: nn.Module, give: Callable[[Tensor], Any]) -> None:
-    def passed(hidden_states: Tensor, *_args: Any, **_kwargs: Any) -> Any:
-        return give(hidden_states)
-
-    _set_forward(stack, block, passed)
 
 
 def _set_forward(stack: ExitStack, module: nn.Module, forward: Callable[..., Any]) -> None:

@@ -35,13 +35,8 @@ def load(dtype: torch.dtype = torch.float32) -> tuple[PreTrainedModel, PreTraine
     """Load the embedded model, in evaluation mode on the CPU, and its tokenizer.
 
     Both call themselves `NAME` rather than by a path of this machine, so that what is saved from
-    them (an adapter's `base_model_name_or_path`) reads the same everywhere.
-
-    Args:
-        dtype: of the weights in memory; on disk they are bfloat16.
-
-    Returns:
-        The causal language model and its fast tokenizer.
+    them (an adapter's `base_model_name_or_path`) reads the same everywhere. On disk the weights are
+    bfloat16; in memory they have this ``dtype``.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -62,14 +57,10 @@ def texts(n: int) -> list[str]:
 
 
 def records(n: int | None = None) -> list[dict[str, Any]]:
-    """The first n records of the world, or all of them (see `World.records`).
+    """The first n records of the world, or all of them, in CounterFact's layout.
 
-    Args:
-        n: how many; None for all.
-
-    Returns:
-        Records in CounterFact's layout, in the order of the world's subjects: the first six are
-        about one subject, one for each relation.
+    They are in the order of the world's subjects: the first six are about one subject, one for
+    each relation (see `World.records`).
 
     Raises:
         ValueError: n is negative or more than there are.

@@ -132,13 +132,9 @@ _SLOT = re.compile(r"<([A-Za-z]+)>")
 
 
 def plain_sentence(random: Random) -> str:
-    """Draw one plain sentence, the same for the same state of the generator.
+    """Draw one plain sentence, the same for the same state of the generator, which moves on.
 
-    Args:
-        random: the generator every choice is drawn from; it moves on.
-
-    Returns:
-        A sentence with an upper-case first letter and a full stop at its end.
+    It has an upper-case first letter and a full stop at its end.
     """
     text = random.choice(TEMPLATES)
     while slot := _SLOT.search(text):

@@ -210,13 +210,9 @@ class World:
         return [say(fact, p) for fact in self.facts for p in relation_of(fact).phrasings]
 
     def texts(self, n: int) -> list[str]:
-        """The first `n` texts of the world's stream: facts, plain sentences and mixtures of them.
+        """The first `n` texts of the world's stream, of one to three sentences each.
 
-        Args:
-            n: how many, at least 0; they never run out, and a larger n only adds to the end.
-
-        Returns:
-            n strings of one to three sentences.
+        They never run out, and a larger n only adds to the end.
 
         Raises:
             ValueError: n is negative.
@@ -228,12 +224,9 @@ class World:
     def stream(self, salt: str) -> Iterator[str]:
         """Yield texts without end; each round says every fact in every phrasing once, shuffled.
 
-        Args:
-            salt: names one of many independent orders of the same material.
-
-        Yields:
-            A fact alone (half of the time), a fact after or before a plain sentence, two facts, or
-            one to three plain sentences; never a sentence of `plain_sentences`.
+        A text is a fact alone (half of the time), a fact after or before a plain sentence, two
+        facts, or one to three plain sentences; never a sentence of `plain_sentences`. ``salt``
+        names one of many independent orders of the same material.
         """
         random = Random(f"{self.seed} stream {salt}")
         held_out = frozenset(self.plain_sentences)
