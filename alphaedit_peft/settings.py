@@ -20,6 +20,8 @@ from inspect import get_annotations
 from operator import or_
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
+# objective, a class of ``metric.KINDS`` -> whether its updates are projected unless told otherwise
+OBJECTIVES = {"alphaedit": True, "memit": False}
 THRESHOLD_MODES = ("absolute", "relative", "energy", "rank")
 _SCALES = (None, "absolute", "relative")
 _Options = TypeVar("_Options", bound="EditOptions")
@@ -75,7 +77,7 @@ class EditOptions:
     block_module: str | None = _set(None, "block name with {} for its number, other families")
 
     objective: str = _set(
-        "alphaedit", "alphaedit (projector) or memit (inverse key moment)", ("alphaedit", "memit")
+        "alphaedit", "alphaedit (projector) or memit (inverse key moment)", tuple(OBJECTIVES)
     )
     history: bool = _set(True, "protect earlier batches' keys; MEMIT's released code: False")
     projection: bool | None = _set(None, "project updates; None: yes for alphaedit only")
@@ -192,7 +194,7 @@ class EditOptions:
     @property
     def projects(self) -> bool:
         """Whether updates pass through the null-space projector."""
-        return self.objective == "alphaedit" if self.projection is None else self.projection
+        return OBJECTIVES[self.objective] if self.projection is None else self.projection
 
     @property
     def open_settings(self) -> frozenset[str]:

@@ -18,7 +18,7 @@ from alphaedit_peft import AlphaEditModel, Edit, get_alphaedit_model, metric
 from alphaedit_peft.editing.runner import Runner
 from alphaedit_peft.metric import Given, Metric, products
 from alphaedit_peft.nullspace import KeyMoments, NullSpace
-from alphaedit_peft.settings import EditOptions, Settings
+from alphaedit_peft.settings import OBJECTIVES, EditOptions, Settings
 from tests import oracle
 from tests.conftest import tiny_model
 from tests.editing.test_river import CONTEXTS, EDITS, key_moment, settings
@@ -79,9 +79,9 @@ class Blend(Metric):
 @pytest.fixture(autouse=True)
 def registered(monkeypatch):
     monkeypatch.setitem(metric.KINDS, "blend", Blend)
+    monkeypatch.setitem(OBJECTIVES, "blend", False)
     (words,) = (f for f in fields(EditOptions) if f.name == "objective")
-    allowed = (*words.metadata["allowed"], "blend")
-    monkeypatch.setattr(words, "metadata", {**words.metadata, "allowed": allowed})
+    monkeypatch.setattr(words, "metadata", {**words.metadata, "allowed": tuple(OBJECTIVES)})
 
 
 def space() -> NullSpace:

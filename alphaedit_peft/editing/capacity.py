@@ -163,11 +163,9 @@ def measure_capacity(
 
 
 def pack_capacity(pack: PackValue, null_space: NullSpace | None = None) -> Capacity | None:
-    """What a pack alone tells; None where compression made its rows mixtures of keys.
+    """What a pack alone tells, with its null space the room too.
 
-    Args:
-        pack: any.
-        null_space: the one it was made with, for the room.
+    None where compression made its rows mixtures of keys.
     """
     if pack.compression is not None and pack.compression.mixed:
         return None

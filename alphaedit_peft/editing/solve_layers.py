@@ -28,6 +28,8 @@ from alphaedit_peft.factor import KeptFactor
 from alphaedit_peft.metric import Metric
 from alphaedit_peft.settings import EditOptions
 
+GUARD_FACTOR, GUARD_STEPS = 2.0, 20
+
 Write = Callable[[int, LowRankDelta], None]
 
 
@@ -127,9 +129,6 @@ def _parts(runner: Runner, metric: Metric, leaders: Sequence[EditRows]) -> list[
     return [weight / sum(weights[i:]) for i, weight in enumerate(weights)]
 
 
-GUARD_FACTOR, GUARD_STEPS = 2.0, 20
-
-
 @dataclass(frozen=True)
 class Solved:
     """A layer after its solve.
@@ -161,8 +160,8 @@ def solve_layer(
     nearly alike would otherwise be told apart by enormous weights.
 
     Args:
-        settings: of prior ridge and norm guard.
-        metric: the metric.
+        settings: for prior ridge and norm guard.
+        metric: of the solve.
         layer: block number.
         rows: K M of the new groups, (groups, d_in).
         residuals: R, (groups, d_out).
@@ -181,8 +180,8 @@ def solve_layer(
     ridges = _ridges(settings, metric, whole, protected)
     whole = whole.factored(ridges)
     columns = whole.columns(count)  # (n + groups, groups)
-    guard, doubled = settings.norm_guard or float("inf"), 0
-    while doubled < GUARD_STEPS and _grows(whole, columns, residuals, guard):
+    doubled, guard = 0, settings.norm_guard
+    while guard and doubled < GUARD_STEPS and _growth(whole, columns, residuals) > guard:
         doubled += 1
         columns = whole.at_once(ridges * GUARD_FACTOR**doubled).columns(count)
     reached = (whole.grams[-1] @ columns) @ residuals  # (groups, d_out)
@@ -222,8 +221,6 @@ def _ridges(
     return ridges
 
 
-def _grows(factor: KeptFactor, columns: Tensor, residuals: Tensor, guard: float) -> bool:
-    if guard == float("inf"):
-        return False
+def _growth(factor: KeptFactor, columns: Tensor, residuals: Tensor) -> float:
     squares = factor.squares[len(columns) - len(residuals) :]
-    return algebra.amplification(factor.times(columns), squares, columns, residuals) > guard
+    return algebra.amplification(factor.times(columns), squares, columns, residuals)
