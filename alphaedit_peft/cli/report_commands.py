@@ -38,7 +38,6 @@ if TYPE_CHECKING:
 
 TEXTS = (".md", ".markdown")
 KEPT, EDITED = "prompts to be kept", "edited prompts"
-STATES = ("before", "after")
 
 ModelOption = Annotated[
     str | None,
@@ -300,23 +299,13 @@ def _request(case: Case) -> str:
 
 def _tables(prompts: tuple[Prompt, ...], answers: Sequence[tuple[Answer, ...]]) -> list[Any]:
     """A table a part of the record."""
-    from alphaedit_peft.report.record_page import PARTS, heading
+    from alphaedit_peft.report.record_page import PARTS, heading, part_tables
 
-    tables = []
-    for part, meaning in PARTS.items():
-        where = [i for i, prompt in enumerate(prompts) if prompt.part == part]
-        if not where:
-            continue
-        wanted = any(prompts[i].wanted is not None for i in where)
-        columns = ["prompt", *(["should\nfollow"] if wanted else [])]
-        for name in STATES[: len(answers)]:
-            columns += [name, *([">P"] if wanted else [])]
-        rows = []
-        for i in where:
-            row: list[object] = [prompts[i].text, *([prompts[i].wanted] if wanted else [])]
-            for said in answers:
-                row.append(" ".join(said[i].text.split()))
-                row += [printing.probability(said[i].wanted)] if wanted else []
-            rows.append(row)
-        tables.append(printing.table(f"{heading(part)}: {meaning}", columns, rows))
-    return tables
+    def said(answer: Answer) -> tuple[str, str]:
+        return " ".join(answer.text.split()), printing.probability(answer.wanted)
+
+    heads = ("prompt", "should\nfollow"), ("before", ">P"), ("after", ">P")
+    return [
+        printing.table(f"{heading(part)}: {PARTS[part]}", *found)
+        for part, found in part_tables(prompts, answers, heads, lambda prompt: prompt.text, said)
+    ]

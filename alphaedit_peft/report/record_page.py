@@ -6,7 +6,7 @@ one self-contained HTML page in the manner of AlphaEdit's figures 12 and 13.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -25,6 +25,7 @@ from alphaedit_peft.report.page import (
     side_by_side,
     table,
 )
+from alphaedit_peft.tables import Table
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -155,16 +156,45 @@ def record_page(
             raise ValueError(
                 f"{name} holds {len(answers)} answers to {len(prompts)} prompts; ask them all"
             )
-    told = [(name, said) for name, said in (("before", before), ("after", after)) if said]
+    told = [said for said in (before, after) if said is not None]
+    heads = ("prompt", "should follow"), ("model before", "P before"), ("model after", "P after")
     sections = []
-    for part, meaning in PARTS.items():
-        where = [i for i, prompt in enumerate(prompts) if prompt.part == part]
-        if where:
-            shown = paragraph(meaning) + _table(prompts, where, told)
-            if part == REQUEST:
-                shown = _request(case) + shown + _chart(prompts[0], told)
-            sections.append(Section(heading(part), Markup(shown)))
+    for part, found in part_tables(
+        prompts, told, heads, _marked, lambda said: (said.text.strip(), gauge(said.wanted))
+    ):
+        shown = paragraph(PARTS[part]) + table(*found)
+        if part == REQUEST:
+            shown = _request(case) + shown + _chart(prompts[0], told)
+        sections.append(Section(heading(part), Markup(shown)))
     return page(title, sections, lead)
+
+
+def part_tables(
+    prompts: Sequence[Prompt],
+    answers: Sequence[Answers],
+    heads: Sequence[tuple[str, str]],
+    asked: Callable[[Prompt], object],
+    said: Callable[[Answer], tuple[object, object]],
+) -> Iterator[tuple[str, Table]]:
+    """Each part of a record that has prompts, with a table of them and what is said to them.
+
+    Args:
+        answers: before, and after, as far as they were asked for.
+        heads: of prompts and what should follow, then of each answer and its probability; the
+            second of each is left out where nothing should follow.
+        asked: a prompt's cell.
+        said: an answer's two cells.
+    """
+    for part in PARTS:
+        found = [row for row in zip(prompts, *answers, strict=True) if row[0].part == part]
+        width = 2 if any(prompt.wanted is not None for prompt, *_ in found) else 1
+        rows = [
+            [v for pair in ((asked(p), p.wanted), *map(said, told)) for v in pair[:width]]
+            for p, *told in found
+        ]
+        columns = [name for pair in heads[: len(answers) + 1] for name in pair[:width]]
+        if rows:
+            yield part, Table(columns, rows)
 
 
 def heading(part: str) -> str:
@@ -183,28 +213,15 @@ def _request(case: Case) -> Markup:
     return facts(pairs)
 
 
-def _table(
-    prompts: Sequence[Prompt], where: Sequence[int], told: Sequence[tuple[str, Answers]]
-) -> Markup:
-    wanted = any(prompts[i].wanted is not None for i in where)
-    columns = ["prompt", *(["should follow"] if wanted else [])]
-    for name, _ in told:
-        columns += [f"model {name}", *([f"P {name}"] if wanted else [])]
-    rows: list[list[object]] = []
-    for i in where:
-        text = escaped(prompts[i].text)
-        marked = Markup(f"<strong>{text}</strong>") if prompts[i].part == REQUEST else text
-        row: list[object] = [marked, *([prompts[i].wanted] if wanted else [])]
-        for _, answers in told:
-            row += [answers[i].text.strip(), *([gauge(answers[i].wanted)] if wanted else [])]
-        rows.append(row)
-    return table(columns, rows)
+def _marked(prompt: Prompt) -> Markup:
+    text = escaped(prompt.text)
+    return Markup(f"<strong>{text}</strong>") if prompt.part == REQUEST else text
 
 
-def _chart(request: Prompt, told: Sequence[tuple[str, Answers]]) -> Markup:
+def _chart(request: Prompt, told: Sequence[Answers]) -> Markup:
     """Probabilities of the new and the true target after the request."""
     bars = []
-    for name, (answer, *_) in told:
+    for name, (answer, *_) in zip(("before", "after"), told, strict=False):
         for target, value in ((request.wanted, answer.wanted), (request.rival, answer.rival)):
             if target is not None and value is not None:
                 bars.append((f"{target.strip()}, {name}", round(100 * value, 1)))
