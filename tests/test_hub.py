@@ -13,6 +13,8 @@ import time
 import pytest
 import torch
 from huggingface_hub import HfApi, ModelCard, constants
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 from peft import AutoPeftModelForCausalLM, PeftModel
 from transformers import AutoModelForCausalLM
 
@@ -27,7 +29,7 @@ from alphaedit_peft import (
 )
 from alphaedit_peft.algebra import LowRankDelta
 from alphaedit_peft.fingerprint import BaseFingerprint, fingerprint
-from alphaedit_peft.hub import Destination
+from alphaedit_peft.hub import Destination, repository_name
 from alphaedit_peft.pack import EditRecord
 from tests.conftest import ROOT, tiny_model
 from tests.hub_server import HubServer, client_of
@@ -522,3 +524,18 @@ def test_the_example_shares_a_pack(hub):
     assert "the same from the Hub, with and without this package" in done.stdout
     assert hub.repos["me/shared"].private
     assert EditPack.from_pretrained("me/shared").rank == 1
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["gpt2", "a/b", "a.b/c_d-e", "a" * 96, "a" * 97, "a/b/c", "a--b", "a..b", "a/b.git", ".a", "a-"]
+    + ["", "/a", "a/", "a b", "café", "a/" + "b" * 97, "\n", "a\n", "x" * 96 + "/y", "-a/b"],
+)
+def test_a_repositorys_name_is_what_the_client_takes_for_one(name, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        assert repository_name(name) is None
+    else:
+        assert repository_name(name) == name
