@@ -102,140 +102,6 @@ def edit_batch(
     return state, _results(edits, made, reasons)
 
 
-def _shared_targets(
-    runner: Runner, groups: Sequence[Group], progress: Callable[[int], None]
-) -> Targets:
-    """Every group's target value; several processes optimise a share each."""
-
-    def optimise(own: Sequence[Group]) -> Sequence[Tensor]:
-        found = optimise_targets(runner, own, progress).columns
-        progress(len(groups) - len(own))
-        return found
-
-    return Targets(*parallel.share(groups, optimise))
-
-
-def _results(
-    edits: Sequence[EditRows], made: Mapping[str, EditResult], reasons: Mapping[str, str]
-) -> tuple[EditResult, ...]:
-    """In the edits' order, those not made with their reason."""
-    every = [(rows.edit, rows.edit.id) for rows in edits]
-    return tuple(made.get(name) or EditResult(edit, reasons[name]) for edit, name in every)
-
-
-def _replaced(replaces: Mapping[str, str] | None, edits: Sequence[EditRows]) -> frozenset[str]:
-    known = replaces or {}
-    return frozenset(known[rows.edit.id] for rows in edits if rows.edit.id in known)
-
-
-def _still_protected(
-    runner: Runner, state: EditState, groups: Sequence[Group], replaced: frozenset[str]
-) -> list[bool]:
-    """Rows in place that keep their output: neither replaced nor taken over by a group."""
-    taken = {row for group in groups for row in group.old_rows}
-    kept = [r for r in state.standing if r.edit.id not in replaced and r.row not in taken]
-    return protects(kept if runner.settings.history else (), state.rank)
-
-
-def _oversized(runner: Runner, edits: Sequence[EditRows], hidden: Tensor) -> dict[str, str]:
-    """Edits whose hidden state (of ``hidden``, (edits, d)) would wreck the solve by its size."""
-    last, ratio = runner.layers[-1], runner.settings.max_hidden_ratio
-    norms = hidden.norm(dim=1)
-    if not norms.isfinite().all():
-        first = edits[int((~norms.isfinite()).nonzero()[0])].edit
-        raise ValueError(
-            f"the hidden state of {first.question!r} after block {last} is not finite; the base "
-            "model's weights hold NaN or infinity, or its dtype is too narrow"
-        )
-    if ratio == 0:
-        return {}
-    limit = ratio * float(norms.median())
-    return {
-        rows.edit.id: f"its hidden state has norm {norm:.3g}, over max_hidden_ratio={ratio:g} "
-        f"times the batch's median {limit / ratio:.3g}"
-        for rows, norm in zip(edits, norms.tolist(), strict=True)
-        if not norm <= limit
-    }
-
-
-def _groups(
-    runner: Runner,
-    metric: Metric,
-    state: EditState,
-    edits: Sequence[EditRows],
-    replaced: frozenset[str],
-    keys: Tensor,
-) -> list[Group]:
-    """Edits with one key together; ``keys`` (edits, d_in) are of the first rewrite layer."""
-    first = runner.layers[0]
-    keys = metric.stored(first, metric.rows(first, keys))
-    standing = [r for r in state.standing if r.edit.id not in replaced]
-    found = group_by_key(
-        [rows.prefix for rows in edits],
-        keys,
-        [(record.row, record.prefix) for record in standing],
-        state.factors[first].A.to(keys),
-        runner.settings.key_cosine,
-    )
-    groups = []
-    for indices, old_rows in found:
-        carried = [record.edit for record in standing if record.row in old_rows]
-        members = [edits[i] for i in indices]
-        members += [runner.renderer.edit_rows(edit, runner.contexts) for edit in carried]
-        groups.append(Group(tuple(members), tuple(old_rows)))
-    return groups
-
-
-def _without_failures(
-    groups: Sequence[Group], found: Targets
-) -> tuple[list[Group], Targets, dict[str, str]]:
-    """Leave out groups whose target value is not finite, with the reason for each edit."""
-    good = found.values.isfinite().all(1) & found.losses.isfinite().to(found.values.device)
-    failed = {
-        member.edit.id: f"its target value became {float(found.losses[i])} while it was optimised; "
-        "lower learning_rate"
-        for i, group in enumerate(groups)
-        if not good[i]
-        for member in group.members
-    }
-    keep = good.nonzero()[:, 0].tolist()
-    return [groups[i] for i in keep], Targets(*(part[keep] for part in found.columns)), failed
-
-
-def _record(rows: EditRows, result: EditResult, batch: int) -> EditRecord:
-    assert result.row is not None, "an edit that was made has its row"
-    return EditRecord(
-        rows.edit,
-        row=result.row,
-        batch=batch,
-        prefix=rows.prefix,
-        probability_before=result.probability_before,
-        probability_after=result.probability_after,
-    )
-
-
-def _next_state(
-    state: EditState,
-    groups: Sequence[Group],
-    found: Targets,
-    solution: SolvedLayers,
-    new: Sequence[EditRecord],
-    replaced: frozenset[str],
-) -> EditState:
-    """The journal after a batch: replaced edits superseded, carried ones moved, new ones added."""
-    moved = {row: state.rank + g for g, group in enumerate(groups) for row in group.old_rows}
-    records, carried = [], []
-    for record in state.records:
-        if record.role != "superseded" and record.edit.id in replaced:
-            record = replace(record, role="superseded")
-        elif record.role != "superseded" and record.row in moved:
-            carried.append(replace(record, row=moved[record.row]))
-            record = replace(record, role="superseded")
-        records.append(record)
-    targets = torch.cat([state.targets, found.values.to(state.targets)])
-    return EditState(solution.factors, (*records, *carried, *new), targets, solution.solvers)
-
-
 def score(runner: Runner, rows: Sequence[TokenRow]) -> list[Score]:
     """Log-probability of each row's target, and whether greedy decoding would say it.
 
@@ -345,6 +211,140 @@ def why_not(
         f"its target value was reached ({share:.0%}), but the batch also moves the prompt's other "
         "tokens; raise ridge, rewrite other layers, or make fewer edits at once"
     )
+
+
+def _oversized(runner: Runner, edits: Sequence[EditRows], hidden: Tensor) -> dict[str, str]:
+    """Edits whose hidden state (of ``hidden``, (edits, d)) would wreck the solve by its size."""
+    last, ratio = runner.layers[-1], runner.settings.max_hidden_ratio
+    norms = hidden.norm(dim=1)
+    if not norms.isfinite().all():
+        first = edits[int((~norms.isfinite()).nonzero()[0])].edit
+        raise ValueError(
+            f"the hidden state of {first.question!r} after block {last} is not finite; the base "
+            "model's weights hold NaN or infinity, or its dtype is too narrow"
+        )
+    if ratio == 0:
+        return {}
+    limit = ratio * float(norms.median())
+    return {
+        rows.edit.id: f"its hidden state has norm {norm:.3g}, over max_hidden_ratio={ratio:g} "
+        f"times the batch's median {limit / ratio:.3g}"
+        for rows, norm in zip(edits, norms.tolist(), strict=True)
+        if not norm <= limit
+    }
+
+
+def _results(
+    edits: Sequence[EditRows], made: Mapping[str, EditResult], reasons: Mapping[str, str]
+) -> tuple[EditResult, ...]:
+    """In the edits' order, those not made with their reason."""
+    every = [(rows.edit, rows.edit.id) for rows in edits]
+    return tuple(made.get(name) or EditResult(edit, reasons[name]) for edit, name in every)
+
+
+def _replaced(replaces: Mapping[str, str] | None, edits: Sequence[EditRows]) -> frozenset[str]:
+    known = replaces or {}
+    return frozenset(known[rows.edit.id] for rows in edits if rows.edit.id in known)
+
+
+def _groups(
+    runner: Runner,
+    metric: Metric,
+    state: EditState,
+    edits: Sequence[EditRows],
+    replaced: frozenset[str],
+    keys: Tensor,
+) -> list[Group]:
+    """Edits with one key together; ``keys`` (edits, d_in) are of the first rewrite layer."""
+    first = runner.layers[0]
+    keys = metric.stored(first, metric.rows(first, keys))
+    standing = [r for r in state.standing if r.edit.id not in replaced]
+    found = group_by_key(
+        [rows.prefix for rows in edits],
+        keys,
+        [(record.row, record.prefix) for record in standing],
+        state.factors[first].A.to(keys),
+        runner.settings.key_cosine,
+    )
+    groups = []
+    for indices, old_rows in found:
+        carried = [record.edit for record in standing if record.row in old_rows]
+        members = [edits[i] for i in indices]
+        members += [runner.renderer.edit_rows(edit, runner.contexts) for edit in carried]
+        groups.append(Group(tuple(members), tuple(old_rows)))
+    return groups
+
+
+def _shared_targets(
+    runner: Runner, groups: Sequence[Group], progress: Callable[[int], None]
+) -> Targets:
+    """Every group's target value; several processes optimise a share each."""
+
+    def optimise(own: Sequence[Group]) -> Sequence[Tensor]:
+        found = optimise_targets(runner, own, progress).columns
+        progress(len(groups) - len(own))
+        return found
+
+    return Targets(*parallel.share(groups, optimise))
+
+
+def _without_failures(
+    groups: Sequence[Group], found: Targets
+) -> tuple[list[Group], Targets, dict[str, str]]:
+    """Leave out groups whose target value is not finite, with the reason for each edit."""
+    good = found.values.isfinite().all(1) & found.losses.isfinite().to(found.values.device)
+    failed = {
+        member.edit.id: f"its target value became {float(found.losses[i])} while it was optimised; "
+        "lower learning_rate"
+        for i, group in enumerate(groups)
+        if not good[i]
+        for member in group.members
+    }
+    keep = good.nonzero()[:, 0].tolist()
+    return [groups[i] for i in keep], Targets(*(part[keep] for part in found.columns)), failed
+
+
+def _still_protected(
+    runner: Runner, state: EditState, groups: Sequence[Group], replaced: frozenset[str]
+) -> list[bool]:
+    """Rows in place that keep their output: neither replaced nor taken over by a group."""
+    taken = {row for group in groups for row in group.old_rows}
+    kept = [r for r in state.standing if r.edit.id not in replaced and r.row not in taken]
+    return protects(kept if runner.settings.history else (), state.rank)
+
+
+def _record(rows: EditRows, result: EditResult, batch: int) -> EditRecord:
+    assert result.row is not None, "an edit that was made has its row"
+    return EditRecord(
+        rows.edit,
+        row=result.row,
+        batch=batch,
+        prefix=rows.prefix,
+        probability_before=result.probability_before,
+        probability_after=result.probability_after,
+    )
+
+
+def _next_state(
+    state: EditState,
+    groups: Sequence[Group],
+    found: Targets,
+    solution: SolvedLayers,
+    new: Sequence[EditRecord],
+    replaced: frozenset[str],
+) -> EditState:
+    """The journal after a batch: replaced edits superseded, carried ones moved, new ones added."""
+    moved = {row: state.rank + g for g, group in enumerate(groups) for row in group.old_rows}
+    records, carried = [], []
+    for record in state.records:
+        if record.role != "superseded" and record.edit.id in replaced:
+            record = replace(record, role="superseded")
+        elif record.role != "superseded" and record.row in moved:
+            carried.append(replace(record, row=moved[record.row]))
+            record = replace(record, role="superseded")
+        records.append(record)
+    targets = torch.cat([state.targets, found.values.to(state.targets)])
+    return EditState(solution.factors, (*records, *carried, *new), targets, solution.solvers)
 
 
 def _remedy(settings: Settings, metric: Metric, solution: SolvedLayers) -> str:
