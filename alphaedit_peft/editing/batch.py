@@ -25,7 +25,7 @@ from alphaedit_peft.editing.state import EditState, protects
 from alphaedit_peft.editing.targets import Targets, optimise_targets
 from alphaedit_peft.metric import Metric
 from alphaedit_peft.pack.record import EditRecord
-from alphaedit_peft.scoring import Continuation, Score
+from alphaedit_peft.scoring import Score
 from alphaedit_peft.settings import Settings
 
 SAID = 0.5  # a target value works if greedy decoding says the target after this share of prompts
@@ -111,12 +111,11 @@ def score(runner: Runner, rows: Sequence[TokenRow]) -> list[Score]:
     Warns:
         UserWarning: memory ran out, so that smaller passes are used.
     """
-    asked = [Continuation(row.ids, row.target) for row in rows]
     shortest = min(len(row.scoring_ids) for row in rows)
 
     def run(most: int) -> list[Score]:
         bounded = runner.within(most, runner.settings.target_tokens)
-        return scoring.score(runner.model, asked, bounded.batches)
+        return scoring.score(runner.model, rows, bounded.batches)
 
     def smaller(left: Sequence[int]) -> Smaller[int] | None:
         half = left[0] // 2

@@ -14,31 +14,20 @@ from transformers import PreTrainedTokenizerBase
 
 from alphaedit_peft import tokens
 from alphaedit_peft.edits import SLOT, Edit
+from alphaedit_peft.scoring import Continuation
 from alphaedit_peft.settings import EditOptions
 
 
 @dataclass(frozen=True)
-class TokenRow:
-    """One tokenised prompt: its ids, the subject's last token in them, and the ids to follow."""
+class TokenRow(Continuation):
+    """One tokenised prompt: its ids, those to follow, and the subject's last token in it."""
 
-    ids: tuple[int, ...]
     subject_last: int
-    target: tuple[int, ...] = ()
 
     @property
     def key_row(self) -> TokenRow:
         """The row cut after the subject: keys are causal, so nothing behind it matters."""
-        return TokenRow(self.ids[: self.subject_last + 1], self.subject_last)
-
-    @property
-    def scoring_ids(self) -> tuple[int, ...]:
-        """Ids whose forward pass predicts every target token: the prompt and target[:-1]."""
-        return self.ids + self.target[:-1]
-
-    @property
-    def target_positions(self) -> range:
-        """Positions in ``scoring_ids`` whose logits predict the target tokens."""
-        return range(len(self.ids) - 1, len(self.ids) - 1 + len(self.target))
+        return TokenRow(self.ids[: self.subject_last + 1], (), self.subject_last)
 
 
 @dataclass(frozen=True)
@@ -126,7 +115,7 @@ class Renderer:
         subject_last = tokens.last_token(offsets, start, end)
         if subject_last is None:
             raise ValueError(f"subject {subject!r} has no token in {text!r}; check the tokenizer")
-        row = TokenRow(ids[:border], subject_last)
+        row = TokenRow(ids[:border], (), subject_last)
         if target is None:
             return self._within_limits(row, text)
         if border == len(ids) or not tokens.encode(self.tokenizer, target.strip(), False)[0]:
