@@ -528,8 +528,22 @@ def test_the_example_shares_a_pack(hub):
 
 @pytest.mark.parametrize(
     "name",
-    ["gpt2", "a/b", "a.b/c_d-e", "a" * 96, "a" * 97, "a/b/c", "a--b", "a..b", "a/b.git", ".a", "a-"]
-    + ["", "/a", "a/", "a b", "café", "a/" + "b" * 97, "\n", "a\n", "x" * 96 + "/y", "-a/b"],
+    [
+        *("gpt2", "a/b", "a.b/c_d-e", "a" * 96, "a" * 97, "a/b/c", "a--b", "a..b", "a/b.git", ".a"),
+        *(
+            "a-",
+            "",
+            "/a",
+            "a/",
+            "a b",
+            "café",
+            "a/" + "b" * 97,
+            "\n",
+            "a\n",
+            "x" * 96 + "/y",
+            "-a/b",
+        ),
+    ],
 )
 def test_a_repositorys_name_is_what_the_client_takes_for_one(name, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)

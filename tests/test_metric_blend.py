@@ -21,7 +21,7 @@ from alphaedit_peft.nullspace import KeyMoments, NullSpace
 from alphaedit_peft.settings import OBJECTIVES, EditOptions, Settings
 from tests import oracle
 from tests.conftest import tiny_model
-from tests.editing.test_river import CONTEXTS, EDITS, key_moment, settings
+from tests.editing.test_batch import CONTEXTS, EDITS, key_moment, settings
 
 WEIGHT, SOFTNESS = 30.0, 0.02
 

@@ -19,7 +19,7 @@ from alphaedit_peft.editing.capacity import (
 )
 from alphaedit_peft.scoring import Reader
 from tests.conftest import tiny_model
-from tests.editing.test_river import EDITS, settings
+from tests.editing.test_batch import EDITS, settings
 
 PROMPTS = ["The capital of France is", "Anna"]
 

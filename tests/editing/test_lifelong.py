@@ -12,7 +12,7 @@ from alphaedit_peft import AlphaEditConfig, Edit, NullSpace, algebra, get_alphae
 from alphaedit_peft.algebra import LowRankDelta
 from alphaedit_peft.nullspace.threshold import layer_space
 from tests.conftest import tiny_model
-from tests.editing.test_river import CONTEXTS, key_moment, settings
+from tests.editing.test_batch import CONTEXTS, key_moment, settings
 
 D_IN, D_OUT = 24, 7
 BATCHES = (

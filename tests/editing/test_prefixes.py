@@ -13,8 +13,8 @@ from alphaedit_peft.editing.targets import optimise_targets
 from alphaedit_peft.editing.targets.autocast import Autocast
 from alphaedit_peft.editing.targets.continuation import FromSubject
 from tests.conftest import tiny_model
-from tests.editing.targets.test_tails import all_rows, with_cache, without_what_was_before
-from tests.editing.test_readings import agree, plain, runner_for, tokenised
+from tests.editing.targets.test_continuation import all_rows, with_cache, without_what_was_before
+from tests.editing.test_keys import agree, plain, runner_for, tokenised
 from tests.test_architecture import OVERRIDDEN, VARIANTS
 
 

@@ -1,4 +1,4 @@
-"""Packs are read, made of each other and written without PEFT and transformers, to the same bytes."""
+"""Packs are read, made of each other and written to the same bytes without PEFT, transformers."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ from alphaedit_peft.edits import Edit
 from alphaedit_peft.pack import EditRecord
 from alphaedit_peft.report import pack_page
 from tests.pack.conftest import make_pack
-from tests.report.test_html import HOSTILE
+from tests.report.test_page import HOSTILE
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "chrome"))), None)
 pytestmark = [

@@ -13,7 +13,7 @@ from alphaedit_peft.pack import EditRecord
 from alphaedit_peft.pack.card import PARENT, PLACE
 from alphaedit_peft.report import pack_page
 from tests.pack.conftest import D_IN, make_pack
-from tests.report.test_html import HOSTILE, Tags
+from tests.report.test_page import HOSTILE, Tags
 
 
 def shown(page):

@@ -9,7 +9,7 @@ from alphaedit_peft.evaluation import Case, Question
 from alphaedit_peft.report import Answer, ask, prompts_of, record_page
 from tests.conftest import tiny_model
 from tests.report.test_browser import BROWSER, browse  # noqa: F401
-from tests.report.test_html import HOSTILE, Tags
+from tests.report.test_page import HOSTILE, Tags
 
 
 def a_case(text="Paris"):

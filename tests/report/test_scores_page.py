@@ -24,7 +24,7 @@ from alphaedit_peft.report import (
 )
 from tests.conftest import tiny_model
 from tests.report.test_browser import BROWSER, browse  # noqa: F401
-from tests.report.test_html import HOSTILE, Tags
+from tests.report.test_page import HOSTILE, Tags
 
 
 def estimate(value, half=0.0, n=9):

@@ -9,7 +9,7 @@ from alphaedit_peft import AlphaEditConfig, NullSpace, embedded, get_alphaedit_m
 from alphaedit_peft.editing.groups import Group
 from alphaedit_peft.editing.targets import optimise_targets
 from tests.conftest import tiny_model
-from tests.editing.test_river import EDITS, runner_for, settings
+from tests.editing.test_batch import EDITS, runner_for, settings
 from tests.shared import embedded_edits
 
 

@@ -9,7 +9,7 @@ import torch
 
 from alphaedit_peft import AlphaEditModel, Edit, NullSpace
 from tests.conftest import tiny_model
-from tests.test_model import EDITS, logits, wrap
+from tests.model.test_model import EDITS, logits, wrap
 
 BORN = Edit("Anna", "{} was born in", "Rome", id="born")
 WORK = Edit("Anna", "{} works as a", "river", id="work")

@@ -15,9 +15,9 @@ from alphaedit_peft.editing.targets.continuation import CacheDiffers, FromSubjec
 from alphaedit_peft.editing.targets.loss import rows_of
 from tests import oracle
 from tests.conftest import tiny_model
-from tests.editing.test_readings import runner_for, tokenised
-from tests.editing.test_river import EDITS, settings
-from tests.editing.test_river import runner_for as bench_of
+from tests.editing.test_batch import EDITS, settings
+from tests.editing.test_batch import runner_for as bench_of
+from tests.editing.test_keys import runner_for, tokenised
 from tests.test_architecture import GATED, OVERRIDDEN, VARIANTS
 
 LAYERS = [0, 1]

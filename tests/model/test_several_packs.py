@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 
 from alphaedit_peft import AlphaEditModel, Edit, EditPack, NullSpace
 from tests.conftest import tiny_model
-from tests.test_model import EDITS, logits, same_bits, weights, wrap
-from tests.test_model_adapters import save_lora
+from tests.model.test_adapter import save_lora
+from tests.model.test_model import EDITS, logits, same_bits, weights, wrap
 
 PARENTS, CHILDREN = EDITS[:2], EDITS[2:]
 BORN = Edit("Anna", "{} was born in", "Rome", id="born")

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from alphaedit_peft import AlphaEditConfig, AlphaEditModel, EditPack, NullSpace, get_alphaedit_model
 from alphaedit_peft.pack import PackError
 from tests.conftest import tiny_model
-from tests.test_model import EDITS, logits, same_bits, weights, wrap
+from tests.model.test_model import EDITS, logits, same_bits, weights, wrap
 
 WEIGHTS = "adapter_model.safetensors"
 

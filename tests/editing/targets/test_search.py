@@ -10,7 +10,7 @@ from alphaedit_peft.editing.groups import Group
 from alphaedit_peft.editing.targets import optimise_targets
 from tests import oracle
 from tests.conftest import tiny_model
-from tests.editing.test_river import EDITS, runner_for, settings
+from tests.editing.test_batch import EDITS, runner_for, settings
 
 ANCHORS = ("{} works as a", "I think that {} lives in the")
 EDIT = Edit("Marie Curie", "{} was born in", "Rome", anchors=ANCHORS)

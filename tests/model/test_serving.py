@@ -10,7 +10,7 @@ from peft import PeftModel
 from peft.utils.hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
 
 from tests.conftest import CORPUS, ROOT, tiny_model
-from tests.test_model import EDITS, FAMILIES, logits, wrap
+from tests.model.test_model import EDITS, FAMILIES, logits, wrap
 
 PLOT = ROOT / "docs" / "figures" / "plot_serving.py"
 PACKS = {"two": EDITS[:2], "other two": EDITS[2:], "three": EDITS[:3]}

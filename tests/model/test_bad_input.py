@@ -17,7 +17,7 @@ from alphaedit_peft import (
 )
 from alphaedit_peft.fingerprint import fingerprint
 from tests.conftest import tiny_model
-from tests.test_model import EDITS, SETTINGS, logits, same_bits, weights, wrap
+from tests.model.test_model import EDITS, SETTINGS, logits, same_bits, weights, wrap
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from alphaedit_peft.editing.targets import optimise_targets, search
 from alphaedit_peft.metric import Projector
 from alphaedit_peft.settings import byte_count, bytes_in_words
 from tests.conftest import tiny_model
-from tests.editing.test_river import EDITS, runner_for, settings
+from tests.editing.test_batch import EDITS, runner_for, settings
 
 OBJECTIVE = Projector(NullSpace.identity({0: 96, 1: 96}), 0.1, True)
 
@@ -186,7 +186,7 @@ from alphaedit_peft.editing.memory import estimate
 from alphaedit_peft.settings import byte_count
 from alphaedit_peft.studies.benchmark.machine import PeakMemory
 from tests.conftest import tokenizer
-from tests.editing.test_river import settings
+from tests.editing.test_batch import settings
 
 warnings.simplefilter("ignore")
 tok = tokenizer._get_wrapped_function()()

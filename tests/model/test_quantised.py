@@ -21,8 +21,8 @@ from alphaedit_peft import (
 from alphaedit_peft.devices import SWITCH, differentiable
 from alphaedit_peft.model import lora_layer
 from tests.conftest import tiny_model
+from tests.model.test_model import same_bits
 from tests.shared import embedded_edits
-from tests.test_model import same_bits
 
 needs_bitsandbytes = pytest.mark.skipif(
     importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not here"

@@ -12,7 +12,7 @@ from alphaedit_peft.nullspace import KeyMoments
 from alphaedit_peft.nullspace.spectrum import LayerSpace
 from tests import oracle
 from tests.conftest import tiny_model
-from tests.editing.test_river import CONTEXTS, EDITS, key_moment, runner_for
+from tests.editing.test_batch import CONTEXTS, EDITS, key_moment, runner_for
 
 OPEN = AlphaEditConfig().open_settings
 

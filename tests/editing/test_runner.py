@@ -10,7 +10,7 @@ from alphaedit_peft import NullSpace, get_alphaedit_model
 from alphaedit_peft.editing.report import in_words
 from alphaedit_peft.editing.runner import PHASES, Phases
 from tests.conftest import tiny_model
-from tests.editing.test_river import EDITS, settings
+from tests.editing.test_batch import EDITS, settings
 
 PAUSE = 0.03
 

@@ -14,8 +14,8 @@ from alphaedit_peft.editing.solve_layers import solve_layers
 from alphaedit_peft.editing.state import EditState
 from alphaedit_peft.model.prepare import running
 from tests.conftest import tiny_model
-from tests.test_model import EDITS, logits, same_bits, weights, wrap
-from tests.test_several_packs import assert_close, deltas, double, on_top
+from tests.model.test_model import EDITS, logits, same_bits, weights, wrap
+from tests.model.test_several_packs import assert_close, deltas, double, on_top
 
 FIRST, SECOND = EDITS[:2], EDITS[2:]
 BORN = Edit("Anna", "{} was born in", "Rome", id="born")

@@ -11,7 +11,7 @@ from alphaedit_peft.editing.keys import keys_by_layer, take_keys
 from alphaedit_peft.editing.runner import Runner
 from alphaedit_peft.settings import Settings
 from tests import oracle
-from tests.editing.test_river import CONTEXTS, EDITS
+from tests.editing.test_batch import CONTEXTS, EDITS
 from tests.test_architecture import OVERRIDDEN, VARIANTS, build
 
 # in a float64 model, Bloom's position biases and the attention scores of GPT-J and GPT-Neo are

@@ -17,8 +17,8 @@ from alphaedit_peft import (
 from alphaedit_peft.algebra import LowRankDelta
 from alphaedit_peft.model import lora_layer
 from tests.conftest import tiny_model
+from tests.model.test_model import logits, same_bits, weights, wrap
 from tests.shared import embedded_edits
-from tests.test_model import logits, same_bits, weights, wrap
 
 FAMILIES = ("gpt2", "llama")  # Conv1D and Linear
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

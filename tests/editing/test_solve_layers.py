@@ -16,8 +16,8 @@ from alphaedit_peft.nullspace import KeyMoments
 from alphaedit_peft.settings import PRESETS, Settings
 from tests import oracle
 from tests.conftest import tiny_model
-from tests.editing.targets.test_anchors import easy_edits
-from tests.editing.test_river import EDITS, key_moment, runner_for, settings
+from tests.editing.targets.test_search import easy_edits
+from tests.editing.test_batch import EDITS, key_moment, runner_for, settings
 
 
 def reason(clamped=0.3, said=1.0, total=1.0, kept=0.5, **changes) -> str:

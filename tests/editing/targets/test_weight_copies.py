@@ -11,8 +11,8 @@ from alphaedit_peft.editing.memory import estimate
 from alphaedit_peft.editing.targets import optimise_targets
 from alphaedit_peft.editing.targets.autocast import Autocast
 from tests.conftest import tiny_model
-from tests.editing.test_budget import OBJECTIVE, bench_and_edits
-from tests.editing.test_river import EDITS, runner_for, settings
+from tests.editing.test_batch import EDITS, runner_for, settings
+from tests.editing.test_memory import OBJECTIVE, bench_and_edits
 
 CPU = torch.device("cpu")
 
