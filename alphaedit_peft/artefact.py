@@ -25,7 +25,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -41,7 +41,7 @@ except ImportError:  # Windows
 
 Found = TypeVar("Found")
 Content = bytes | Callable[[Path], object]  # a file's bytes, or what writes it to a path
-Refuse = Callable[[str | Path, str], NoReturn]  # raises for a file: where, and what is wrong
+Damaged = Callable[[str | Path, str], Exception]  # the error for a file: where, what is wrong
 _SAVING, _REPLACED = "saving", "replaced"
 _ATTEMPTS = 20
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
@@ -132,47 +132,47 @@ def read_steadily(
     raise error(f"{folder} changed {_ATTEMPTS} times while it was read; wait for its writer")
 
 
-def read_bytes(folder: Path, name: str, limit: int, refuse: Refuse) -> bytes:
+def read_bytes(folder: Path, name: str, limit: int, damaged: Damaged) -> bytes:
     """Read a regular file of at most ``limit`` bytes that lies within the folder."""
     path = folder / name
     if not path.is_file():
-        refuse(path, "the file is missing")
+        raise damaged(path, "the file is missing")
     if not any(path.resolve().is_relative_to(root) for root in _allowed_roots(folder)):
-        refuse(path, f"a link leads out of the folder, to {path.resolve()}")
+        raise damaged(path, f"a link leads out of the folder, to {path.resolve()}")
     with path.open("rb") as file:
         size = os.fstat(file.fileno()).st_size
         data = b"" if size > limit else file.read(size + 1)
     if max(size, len(data)) > limit:
-        refuse(path, f"the file is larger than the limit of {limit} bytes")
+        raise damaged(path, f"the file is larger than the limit of {limit} bytes")
     return data
 
 
-def parse_json(data: bytes, where: str | Path, refuse: Refuse) -> dict[str, Any]:
+def parse_json(data: bytes, where: str | Path, damaged: Damaged) -> dict[str, Any]:
     """Parse a JSON object with finite numbers."""
     try:
         value = json.loads(data.decode("utf-8"), parse_constant=_finite, parse_float=_finite)
         if b"\\ud" in data.lower():  # half a surrogate pair is no text: it could not be saved again
             json.dumps(value, ensure_ascii=False).encode("utf-8")
     except (ValueError, RecursionError) as error:
-        refuse(where, f"not valid JSON ({error})")
+        raise damaged(where, f"not valid JSON ({error})") from error
     if not isinstance(value, dict):
-        refuse(where, f"holds a JSON {type(value).__name__}, not an object")
+        raise damaged(where, f"holds a JSON {type(value).__name__}, not an object")
     return value
 
 
 def parse_tensors(
-    data: bytes, where: str | Path, dtypes: Collection[torch.dtype], refuse: Refuse
+    data: bytes, where: str | Path, dtypes: Collection[torch.dtype], damaged: Damaged
 ) -> dict[str, Tensor]:
     """Parse a safetensors file of finite numbers, on the CPU."""
     try:
         tensors = load(data)
     except Exception as error:  # what the parser raises on hostile bytes is not documented
-        refuse(where, f"not a safetensors file ({error})")
+        raise damaged(where, f"not a safetensors file ({error})") from error
     for key, tensor in tensors.items():
         if tensor.dtype not in dtypes:
-            refuse(where, f"{key} is {tensor.dtype}, not one of {dtypes}")
+            raise damaged(where, f"{key} is {tensor.dtype}, not one of {dtypes}")
         if not bool(torch.isfinite(tensor).all()):
-            refuse(where, f"{key} holds NaN or infinity")
+            raise damaged(where, f"{key} holds NaN or infinity")
     return tensors
 
 

@@ -68,9 +68,14 @@ class PackError(ValueError):
     """A pack whose files cannot be used: which file, what is wrong, what to do."""
 
 
+def damaged(where: str | Path, wrong: str, remedy: str = REMEDY) -> PackError:
+    """The error for a file that cannot be used."""
+    return PackError(f"{where}: {wrong}; {remedy}")
+
+
 def refuse(where: str | Path, wrong: str, remedy: str = REMEDY) -> NoReturn:
-    """Raise the error for a file that cannot be used."""
-    raise PackError(f"{where}: {wrong}; {remedy}")
+    """Raise ``damaged``."""
+    raise damaged(where, wrong, remedy)
 
 
 @dataclass(frozen=True)
@@ -134,7 +139,7 @@ def read_json(folder: Path, name: str) -> dict[str, Any]:
         PackError: as ``read_bytes``, or what is no such object.
     """
     data = read_bytes(folder, name, MAX_JSON_BYTES)
-    return artefact.parse_json(data, folder / name, refuse)
+    return artefact.parse_json(data, folder / name, damaged)
 
 
 def read_json_lines(folder: Path, name: str) -> list[tuple[int, dict[str, Any]]]:
@@ -149,7 +154,7 @@ def read_json_lines(folder: Path, name: str) -> list[tuple[int, dict[str, Any]]]
         if len(line) > MAX_LINE_BYTES:
             refuse(where, f"{len(line)} bytes are more than the limit of {MAX_LINE_BYTES}")
         if line.strip():
-            found.append((number, artefact.parse_json(line, where, refuse)))
+            found.append((number, artefact.parse_json(line, where, damaged)))
     return found
 
 
@@ -159,7 +164,7 @@ def read_tensors(folder: Path, name: str) -> dict[str, Tensor]:
     Raises:
         PackError: as ``read_bytes``, no safetensors file, another dtype, NaN or infinity.
     """
-    tensors = artefact.parse_tensors(read_bytes(folder, name), folder / name, DTYPES, refuse)
+    tensors = artefact.parse_tensors(read_bytes(folder, name), folder / name, DTYPES, damaged)
     return {key: tensor.float() for key, tensor in tensors.items()}
 
 
@@ -169,7 +174,7 @@ def read_bytes(folder: Path, name: str, limit: int = MAX_TENSOR_BYTES) -> bytes:
     Raises:
         PackError: a missing file, one that a link takes out of the folder, or one over the limit.
     """
-    return artefact.read_bytes(folder, name, limit, refuse)
+    return artefact.read_bytes(folder, name, limit, damaged)
 
 
 def json_bytes(value: Mapping[str, Any], name: str) -> bytes:
