@@ -33,7 +33,7 @@ from alphaedit_peft.model.stack import (
 )
 from alphaedit_peft.pack import EditPack, EditRecord
 from alphaedit_peft.pack.compatible import check_fit
-from alphaedit_peft.pack.conflicts import check_rule, says
+from alphaedit_peft.pack.conflicts import by_row, check_rule, says
 from alphaedit_peft.pack.record import asked
 from alphaedit_peft.pack.value import require_rows
 
@@ -265,7 +265,7 @@ def _same_key(
 ) -> dict[EditRecord, str]:
     """Records to leave out because a row before them has their key, with the reason."""
     unit = torch.nn.functional.normalize(keys.double(), dim=1)
-    before, after = _by_row(old), _by_row(new)
+    before, after = by_row(old), by_row(new)
     found: dict[EditRecord, str] = {}
     for row, members in after.items():
         for other, theirs in before.items():
@@ -302,11 +302,3 @@ def _settled(
     losers, winner = (members, old) if rule == "first" else (others, new)
     reason = f"edits {old} and {new} {why}; {winner} is kept (on_conflict={rule!r})"
     return dict.fromkeys(losers, reason)
-
-
-def _by_row(records: Iterable[EditRecord]) -> dict[int, list[EditRecord]]:
-    found: dict[int, list[EditRecord]] = {}
-    for record in records:
-        if record.role != "superseded":
-            found.setdefault(record.row, []).append(record)
-    return found

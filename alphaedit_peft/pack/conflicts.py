@@ -7,7 +7,7 @@ equal edits are kept once, and for others a rule decides. A row stays or goes as
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -28,8 +28,28 @@ class LeftOut:
     reason: str
 
 
+def check_rule(on_conflict: str) -> None:
+    """Raise a ValueError for an unknown rule."""
+    if on_conflict not in RULES:
+        raise ValueError(f"on_conflict={on_conflict!r} is unknown; use one of {RULES}")
+
+
+def says(edit: Edit) -> tuple[str, str]:
+    """What an edit asks, word by word, and answers."""
+    return asked(edit), edit.target_new.strip()
+
+
+def by_row(records: Iterable[EditRecord]) -> dict[int, list[EditRecord]]:
+    """The records that stand, by their row."""
+    found: dict[int, list[EditRecord]] = {}
+    for record in records:
+        if record.role != "superseded":
+            found.setdefault(record.row, []).append(record)
+    return found
+
+
 @dataclass(frozen=True)
-class Row:
+class _Row:
     """A row in force: number of its pack, number within that, and its standing records."""
 
     pack: int
@@ -47,24 +67,9 @@ class Row:
         return any(record.role == "own" for record in self.records)
 
 
-def check_rule(on_conflict: str) -> None:
-    """Refuse an unknown rule.
-
-    Raises:
-        ValueError: names those that there are.
-    """
-    if on_conflict not in RULES:
-        raise ValueError(f"on_conflict={on_conflict!r} is unknown; use one of {RULES}")
-
-
-def says(edit: Edit) -> tuple[str, str]:
-    """What an edit asks, word by word, and answers."""
-    return asked(edit), edit.target_new.strip()
-
-
 def settle(
     packs: Sequence[PackValue], names: Sequence[str], on_conflict: str, key_cosine: float
-) -> tuple[list[Row], tuple[LeftOut, ...]]:
+) -> tuple[list[list[int]], tuple[LeftOut, ...]]:
     """Choose the rows that one pack can hold.
 
     Args:
@@ -74,13 +79,17 @@ def settle(
         key_cosine: rows at least this alike, in the first module that all edit, are one key.
 
     Returns:
-        Rows by pack, ascending; and the edits of all other rows in force.
+        Numbers of rows by pack, ascending; and the edits of all other rows in force.
 
     Raises:
         ValueError: an unknown rule, or a contradiction under ``error``.
     """
     check_rule(on_conflict)
-    rows = [row for p, pack in enumerate(packs) for row in _rows(p, pack)]
+    rows = [
+        _Row(number, row, tuple(members))
+        for number, pack in enumerate(packs)
+        for row, members in sorted(by_row(pack.records).items())
+    ]
     gone: dict[int, str] = {}
     pairs = _meetings(packs, rows, key_cosine)
     for u, v in reversed(pairs) if on_conflict == "last" else pairs:  # winners are settled first
@@ -94,30 +103,25 @@ def settle(
         for record in rows[i].records
         if record.role == "own"
     )
-    return [row for i, row in enumerate(rows) if i not in gone], left_out
-
-
-def _rows(number: int, pack: PackValue) -> Iterator[Row]:
-    members: dict[int, list[EditRecord]] = {}
-    for record in pack.records:
-        if record.role != "superseded":
-            members.setdefault(record.row, []).append(record)
-    for row in sorted(members):
-        yield Row(number, row, tuple(members[row]))
+    chosen: list[list[int]] = [[] for _ in packs]
+    for i, row in enumerate(rows):
+        if i not in gone:
+            chosen[row.pack].append(row.number)
+    return chosen, left_out
 
 
 def _meetings(
-    packs: Sequence[PackValue], rows: Sequence[Row], key_cosine: float
+    packs: Sequence[PackValue], rows: Sequence[_Row], key_cosine: float
 ) -> list[tuple[int, int]]:
     """Pairs (earlier, later) of rows of different packs that share a key or a filled prompt."""
     pairs: set[tuple[int, int]] = set()
-    prompts: list[set[object]] = [{*row.claims} for row in rows]
-    for texts in (prompts, _prefixes(packs, rows)):
-        holders: dict[object, list[int]] = {}
-        for i, of_row in enumerate(texts):
-            for text in of_row:
-                pairs.update((j, i) for j in holders.get(text, ()))
-                holders.setdefault(text, []).append(i)
+    holders: dict[object, list[int]] = {}
+    for i, row in enumerate(rows):
+        contexts = packs[row.pack].contexts  # a prefix tells the key, among equal contexts
+        prefixes = {(contexts, record.prefix) for record in row.records if record.prefix}
+        for text in (*row.claims, *prefixes):
+            pairs.update((j, i) for j in holders.get(text, ()))
+            holders.setdefault(text, []).append(i)
     common = [m for m in packs[0].modules if all(m in pack.factors for pack in packs)]
     if common and rows:
         keys = torch.stack([packs[r.pack].factors[common[0]].A[r.number].double() for r in rows])
@@ -127,20 +131,8 @@ def _meetings(
     return sorted((u, v) for u, v in pairs if rows[u].pack != rows[v].pack)
 
 
-def _prefixes(packs: Sequence[PackValue], rows: Sequence[Row]) -> list[set[object]]:
-    """What is known of each row's key from text: its prefix, among equal contexts."""
-    return [
-        {(packs[row.pack].contexts, record.prefix) for record in row.records if record.prefix}
-        for row in rows
-    ]
-
-
-def _loser(one: Row, other: Row, names: Sequence[str], rule: str) -> tuple[Row, str]:
-    """Which of two rows, an earlier and a later pack's, is left out, and why.
-
-    Raises:
-        ValueError: they ask for different things, under ``error``.
-    """
+def _loser(one: _Row, other: _Row, names: Sequence[str], rule: str) -> tuple[_Row, str]:
+    """Which of two rows, an earlier and a later pack's, is left out, and why."""
     if one.claims == other.claims:
         first = rule != "last" if one.own == other.own else one.own
     elif other.claims.items() <= one.claims.items():
@@ -157,15 +149,17 @@ def _loser(one: Row, other: Row, names: Sequence[str], rule: str) -> tuple[Row, 
     return loses, f"{names[keeps.pack]} has it too"
 
 
-def _contradiction(one: Row, other: Row, names: Sequence[str]) -> str:
-    said = [", ".join(map(_said, row.records)) for row in (one, other)]
+def _contradiction(one: _Row, other: _Row, names: Sequence[str]) -> str:
+    said = [
+        ", ".join(
+            f"{record.edit.id} ({record.edit.question!r} -> {record.edit.target_new!r})"
+            for record in row.records
+        )
+        for row in (one, other)
+    ]
     how = "have one key" if not one.claims.keys() & other.claims.keys() else "contradict each other"
     return (
         f"edits {said[0]} of {names[one.pack]} and {said[1]} of {names[other.pack]} {how}, and a "
         "key has one value; choose with on_conflict='first' or 'last', or make them together "
         "with edit()"
     )
-
-
-def _said(record: EditRecord) -> str:
-    return f"{record.edit.id} ({record.edit.question!r} -> {record.edit.target_new!r})"

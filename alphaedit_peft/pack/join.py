@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from alphaedit_peft import algebra
+from alphaedit_peft.algebra import LowRankDelta
 from alphaedit_peft.pack.compatible import require_joinable
-from alphaedit_peft.pack.conflicts import LeftOut, Row, settle
+from alphaedit_peft.pack.conflicts import LeftOut, settle
 from alphaedit_peft.pack.parents import acting, parent_entry, stands_on
 from alphaedit_peft.pack.record import EditRecord
 from alphaedit_peft.pack.value import Pack, PackValue, require_rows
@@ -64,17 +65,13 @@ def join(
         require_rows(pack.compression, "join it with others")
     first = require_joinable(packs, names, layers)
     chains = acting(packs, names)
-    rows, left_out = settle(packs, names, on_conflict, key_cosine)
-    chosen = [sorted(row.number for row in rows if row.pack == p) for p in range(len(packs))]
+    chosen, left_out = settle(packs, names, on_conflict, key_cosine)
     solved = {}
-    for module in first.modules:
-        parts = [
-            _part(pack, chain, module, kept, first)
-            for pack, chain, kept in zip(packs, chains, chosen, strict=True)
-        ]
-        start = _ridge([a for a, _ in parts], ridge or 0.0, ridge_mode)
-        solved[module] = algebra.join(_linked(parts, packs, chains), start, norm_guard)
-    records, adopted = _adopted(_records(packs, names, rows, chosen), packs)
+    for module, like in first.factors.items():
+        parts = _parts(module, like, packs, chains, chosen)
+        start = _ridge(torch.cat([rows for rows, _ in parts]), ridge or 0.0, ridge_mode)
+        solved[module] = algebra.join(parts, start, norm_guard)
+    records, adopted = _adopted(_records(packs, names, chosen), packs)
     joined = replace(
         first,
         factors={module: joint.delta for module, joint in solved.items()},
@@ -85,18 +82,6 @@ def join(
     )
     _warn(solved, norm_guard)
     return Joined(joined, tuple(left for left in left_out if left.id not in adopted), solved)
-
-
-def _parents(packs: Sequence[PackValue], names: Sequence[str]) -> tuple[dict[str, Any], ...]:
-    """The packs joined, and those that they stand on (``beside``) and that are not among them."""
-    joined = [parent_entry("join", p, name=n) for n, p in zip(names, packs, strict=True)]
-    known = {str(parent["digest"]) for parent in joined}
-    found = []
-    for parent in (parent for pack in packs for parent in stands_on(pack)):
-        if str(parent.get("digest")) not in known:
-            known.add(str(parent.get("digest")))
-            found.append(dict(parent))
-    return (*found, *joined)
 
 
 def _check_settings(key_cosine: float, ridge: float | None, mode: str, guard: float) -> None:
@@ -110,33 +95,68 @@ def _check_settings(key_cosine: float, ridge: float | None, mode: str, guard: fl
         raise ValueError(f"norm_guard={guard!r} must be at least 1, or 0 for no bound")
 
 
-def _part(
-    pack: PackValue, chain: Sequence[PackValue], module: str, kept: Sequence[int], first: PackValue
-) -> tuple[Tensor, Tensor]:
-    """A pack's rows at a module, and what it and those that act with it put out on them.
-
-    Zeros where the pack does not edit the module.
-    """
-    if module not in pack.factors:
-        d_out, d_in = first.factors[module].B.shape[0], first.factors[module].A.shape[1]
-        return torch.zeros(len(kept), d_in), torch.zeros(len(kept), d_out)
-    rows = pack.factors[module].A[list(kept)]
-    acting_here = [p.factors[module] for p in chain if module in p.factors]
-    return rows, torch.stack([algebra.outputs(d, rows) for d in acting_here]).sum(0)
-
-
-def _linked(
-    parts: Sequence[tuple[Tensor, Tensor]],
+def _parts(
+    module: str,
+    like: LowRankDelta,
     packs: Sequence[PackValue],
     chains: Sequence[Sequence[PackValue]],
+    chosen: Sequence[list[int]],
 ) -> list[tuple[Tensor, Tensor]]:
-    """The parts, with neighbours in one chain as one: its |Delta| is no sign of a clash."""
+    """Each pack's rows at a module, and what it and those that act with it put out on them.
+
+    Zeros where a pack does not edit the module. Neighbours in one chain are one part: their |Delta|
+    is no sign of a clash.
+    """
     found: list[tuple[Tensor, Tensor]] = []
-    for number, (part, chain) in enumerate(zip(parts, chains, strict=True)):
+    for number, (pack, chain, kept) in enumerate(zip(packs, chains, chosen, strict=True)):
+        rows = torch.zeros(len(kept), like.A.shape[1])
+        outputs = torch.zeros(len(kept), like.B.shape[0])
+        if module in pack.factors:
+            rows = pack.factors[module].A[kept]
+            acting_here = [p.factors[module] for p in chain if module in p.factors]
+            outputs = torch.stack([algebra.outputs(d, rows) for d in acting_here]).sum(0)
         if number and any(packs[number - 1] is other for other in chain):
             earlier = found.pop()
-            part = (torch.cat([earlier[0], part[0]]), torch.cat([earlier[1], part[1]]))
-        found.append(part)
+            rows, outputs = torch.cat([earlier[0], rows]), torch.cat([earlier[1], outputs])
+        found.append((rows, outputs))
+    return found
+
+
+def _ridge(rows: Tensor, ridge: float, mode: str) -> float:
+    if mode == "absolute" or not len(rows):
+        return ridge
+    rows = rows.double()
+    return algebra.relative_ridge(rows @ rows.T, ridge)
+
+
+def _records(
+    packs: Sequence[PackValue], names: Sequence[str], chosen: Sequence[list[int]]
+) -> list[EditRecord]:
+    """The standing records of the rows kept, with rows and batches numbered through.
+
+    Raises:
+        ValueError: one id for two edits.
+    """
+    found: list[EditRecord] = []
+    owner: dict[str, str] = {}
+    row_before = batch_before = 0
+    for pack, name, kept in zip(packs, names, chosen, strict=True):
+        place = {row: row_before + i for i, row in enumerate(kept)}
+        batches = sorted({r.batch for r in pack.records if r.row in place})
+        batch = {number: batch_before + i for i, number in enumerate(batches)}
+        for record in pack.records:
+            if record.role == "superseded" or record.row not in place:
+                continue
+            if record.role == "own" and record.edit.id in owner:
+                raise ValueError(
+                    f"id {record.edit.id!r} names one edit in {owner[record.edit.id]} and another "
+                    f"in {name}; give each edit an id of its own"
+                )
+            if record.role == "own":
+                owner[record.edit.id] = name
+            found.append(replace(record, row=place[record.row], batch=batch[record.batch]))
+        row_before += len(place)
+        batch_before += len(batches)
     return found
 
 
@@ -149,66 +169,35 @@ def _adopted(
     found, adopted = [], set[str]()
     for record in records:
         name = record.edit.id
-        if record.role == "protected" and name not in own and theirs.get(name) == record.edit:
+        if name not in own and theirs.get(name) == record.edit:
             own.add(name)
             adopted.add(name)
-            found.append(replace(record, role="own"))
-        else:
-            found.append(record)
+            record = replace(record, role="own")
+        found.append(record)
     return found, adopted
 
 
-def _targets(packs: Sequence[PackValue], chosen: Sequence[Sequence[int]]) -> Tensor | None:
+def _targets(packs: Sequence[PackValue], chosen: Sequence[list[int]]) -> Tensor | None:
     """Target values by row, where every pack that has rows has them."""
     found = []
     for pack, kept in zip(packs, chosen, strict=True):
         if pack.targets is not None:
-            found.append(pack.targets[list(kept)])
+            found.append(pack.targets[kept])
         elif kept:
             return None
     return torch.cat(found) if found else None
 
 
-def _ridge(parts: Sequence[Tensor], ridge: float, mode: str) -> float:
-    rows = torch.cat(list(parts)).double()
-    if mode == "absolute" or not len(rows):
-        return ridge
-    return algebra.relative_ridge(rows @ rows.T, ridge)
-
-
-def _records(
-    packs: Sequence[PackValue],
-    names: Sequence[str],
-    rows: Sequence[Row],
-    chosen: Sequence[Sequence[int]],
-) -> list[EditRecord]:
-    """The records of the rows kept, with rows and batches numbered through.
-
-    Raises:
-        ValueError: one id for two edits.
-    """
-    found: list[EditRecord] = []
-    owner: dict[str, str] = {}
-    row_before = batch_before = 0
-    for p, pack in enumerate(packs):
-        place = {row: row_before + i for i, row in enumerate(chosen[p])}
-        batches = sorted({r.batch for r in pack.records if r.row in place})
-        batch = {number: batch_before + i for i, number in enumerate(batches)}
-        mine = {row.number: set(map(id, row.records)) for row in rows if row.pack == p}
-        for record in pack.records:
-            if id(record) not in mine.get(record.row, ()):
-                continue
-            if record.role == "own" and record.edit.id in owner:
-                raise ValueError(
-                    f"id {record.edit.id!r} names one edit in {owner[record.edit.id]} and another "
-                    f"in {names[p]}; give each edit an id of its own"
-                )
-            if record.role == "own":
-                owner[record.edit.id] = names[p]
-            found.append(replace(record, row=place[record.row], batch=batch[record.batch]))
-        row_before += len(place)
-        batch_before += len(batches)
-    return found
+def _parents(packs: Sequence[PackValue], names: Sequence[str]) -> tuple[dict[str, Any], ...]:
+    """The packs joined, and those that they stand on (``beside``) and that are not among them."""
+    joined = [parent_entry("join", p, name=n) for n, p in zip(names, packs, strict=True)]
+    known = {str(parent["digest"]) for parent in joined}
+    found = []
+    for parent in (parent for pack in packs for parent in stands_on(pack)):
+        if str(parent.get("digest")) not in known:
+            known.add(str(parent.get("digest")))
+            found.append(dict(parent))
+    return (*found, *joined)
 
 
 def _warn(solved: dict[str, algebra.Joint], guard: float) -> None:
