@@ -75,13 +75,8 @@ def edit(  # noqa: PLR0913
     from alphaedit_peft import read_edits
 
     arguments.check_folder(out)
-    given = {
-        "preset": preset,
-        "rewrite_layers": arguments.parse_layers(layers),
-        "ridge": ridge,
-        "steps": steps,
-        "on_conflict": on_conflict,
-    }
+    given: dict[str, Any] = {"preset": preset, "rewrite_layers": arguments.parse_layers(layers)}
+    given |= {"ridge": ridge, "steps": steps, "on_conflict": on_conflict}
     values = _settings(config, given, settings or [])
     wanted = read_edits(edits)
     moments = arguments.load_moments(key_moments)

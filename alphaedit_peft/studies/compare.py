@@ -52,11 +52,9 @@ class Comparison:
         """(edits, metric over the seeds) at each judgement, the unedited model first."""
         if metric not in self.before.metrics:
             return []
-        found = [(0, self.before.metrics[metric])]
-        for at_once in zip(*(run.checkpoints for run in self.runs[method]), strict=True):
-            values = over_seeds([checkpoint.metrics for checkpoint in at_once])
-            found.append((at_once[0].edits, values[metric]))
-        return found
+        together = zip(*(run.checkpoints for run in self.runs[method]), strict=True)
+        later = [(c[0].edits, over_seeds([one.metrics for one in c])[metric]) for c in together]
+        return [(0, self.before.metrics[metric]), *later]
 
     def retention(self, method: str, metric: str = "efficacy_recall") -> list[float]:
         """A metric at the end by batch, the first batch first, as a mean over the seeds."""
@@ -138,17 +136,15 @@ def compare(
     progress(f"the unedited model: {len(study.suite.cases)} cases judged")
     runs: dict[str, list[Run]] = {name: [] for name in names}
     for seed in seeds:
+        order = replace(schedule, order=seed)
+
+        def say(text: str, seed: int = seed) -> None:
+            progress(f"seed {seed}, {text}")
+
         for method in methods:
-            runs[method.name].append(
-                sequential(
-                    study,
-                    method,
-                    place / f"{method.name}-{seed}",
-                    replace(schedule, order=seed),
-                    before=before,
-                    progress=lambda text, seed=seed: progress(f"seed {seed}, {text}"),  # type: ignore[misc]
-                )
-            )
+            own = place / f"{method.name}-{seed}"
+            run = sequential(study, method, own, order, before=before, progress=say)
+            runs[method.name].append(run)
     return Comparison(before, {name: tuple(found) for name, found in runs.items()}, tuple(seeds))
 
 
@@ -178,8 +174,7 @@ def shown(metric: str, estimate: Estimate | None, *, spread: bool = False) -> st
 
 def _student(values: Sequence[float]) -> Estimate:
     n, middle = len(values), mean(values)
-    t = T_975[n - 2] if n - 2 < len(T_975) else 1.96
-    half = t * stdev(values) / math.sqrt(n)
+    half = (T_975[n - 2] if n - 2 < len(T_975) else 1.96) * stdev(values) / math.sqrt(n)
     return Estimate(middle, middle - half, middle + half, n)
 
 

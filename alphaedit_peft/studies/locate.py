@@ -57,10 +57,9 @@ class FactTrace:
 
 @dataclass(frozen=True)
 class Located:
-    """Traces of several facts, and how they were made.
+    """Traces of the facts that a model knows, and how they were made.
 
     Attributes:
-        traces: one a fact that the model knows.
         set_aside: how many facts it does not know.
         deviation: standard deviation of the embeddings of the facts' subjects, over all entries.
         noise: standard deviation of the noise, in units of ``deviation``.
@@ -106,9 +105,7 @@ class Located:
 
     @property
     def near_peak(self) -> tuple[int, ...]:
-        """Blocks whose effect does not differ from the peak's: the interval of the difference,
-        fact by fact, holds 0. The peak is one of them.
-        """
+        """The peak, and blocks whose difference from it, fact by fact, has 0 in its interval."""
         rows = [trace.of_class(MLP, LAST_SUBJECT) or () for trace in self.traces]
         gaps = [
             bootstrap([row[self.peak] - row[block] for row in rows]) for block in range(self.blocks)
@@ -119,7 +116,7 @@ class Located:
     def suggested_layers(self) -> tuple[int, ...]:
         """Consecutive blocks up to the peak, five in deep models, three in others (MEMIT, 4.3).
 
-        One block stays above the last of them, since an edit must have something to act through.
+        One block stays above the last of them, for an edit to act through.
         """
         last = max(0, min(self.peak, self.blocks - 2))
         count = 5 if self.blocks >= 16 else 3  # as in default_rewrite_layers
@@ -161,8 +158,8 @@ def locate(  # noqa: PLR0913
 ) -> Located:
     """Trace facts through a model: corrupt the subject, restore one state, see what comes back.
 
-    Traced is ``target_true`` where greedy decoding says it, as ROME keeps to what a model knows;
-    of an edit without one, the token that the model itself puts next.
+    Traced is ``target_true`` where greedy decoding says it (ROME keeps to what a model knows); of
+    an edit without one, the token that the model itself puts next.
 
     Args:
         model: a bare causal language model of a known family, or named in ``config``.
@@ -175,9 +172,6 @@ def locate(  # noqa: PLR0913
         window: neighbouring MLP outputs restored together; None: a fifth of the blocks.
         seed: of the noise.
         progress: called with a line of text after each fact.
-
-    Returns:
-        The traces.
 
     Raises:
         ValueError: a number out of range, no fact, or none that the model knows.

@@ -8,7 +8,7 @@ values and solve, so that a comparison shows what an objective protects and noth
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -38,13 +38,8 @@ ROME_WEIGHT = 1e-6
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._=-]*")
 
 
-class Writer(Protocol):
-    """Another editor: new weights for some of a model's parameters, by name."""
-
-    def __call__(
-        self, base: Base, config: AlphaEditConfig, edits: Sequence[Edit]
-    ) -> dict[str, Tensor]:
-        """New values of the parameters that change; the model itself stays as it is."""
+# another editor: new values of the parameters that change, by name; the model stays as it is
+Writer = Callable[[Base, AlphaEditConfig, Sequence[Edit]], dict[str, Tensor]]
 
 
 @dataclass(frozen=True)

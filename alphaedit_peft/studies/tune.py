@@ -95,13 +95,10 @@ class Setting:
 
 @dataclass(frozen=True, eq=False)
 class Tried:
-    """A setting and what it gave.
+    """A setting, how many edits were made with it, and what it gave.
 
-    Attributes:
-        setting: what was set.
-        scores: of the edited model on the probe cases.
-        drift: mean KL(unedited || edited) on the held-out texts, nats a token; None without texts.
-        made: how many of the edits were made.
+    ``scores`` are of the edited model on the probe cases, ``drift`` is the mean KL(unedited ||
+    edited) on the held-out texts in nats a token, None without texts.
     """
 
     setting: Setting
@@ -151,13 +148,7 @@ class Tried:
 
 @dataclass(frozen=True, eq=False)
 class Tuning:
-    """Everything tried on the same edits.
-
-    Attributes:
-        tried: in the grid's order.
-        before: scores of the unedited model.
-        edits: how many probe edits there are.
-    """
+    """Everything tried on the same probe edits, in the grid's order, and the unedited scores."""
 
     tried: tuple[Tried, ...]
     before: Scores
@@ -175,9 +166,7 @@ class Tuning:
 
     @cached_property
     def even(self) -> tuple[Tried, ...]:
-        """Those the recommended one is not clearly ahead of: the interval of the difference holds
-        0. The recommended one is the first of them.
-        """
+        """The recommended one, and those it is ahead of by an interval that holds 0."""
         best, *others = self.ranked
         return (best, *(other for other in others if best.ahead_of(other).low <= 0))
 

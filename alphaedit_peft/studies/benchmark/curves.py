@@ -50,15 +50,11 @@ HEAD = 64  # width of an attention head
 
 @dataclass(frozen=True)
 class Grid:
-    """The sizes of the curves.
+    """The sizes of the curves: ``new`` edits are solved in a module of ``d_out`` outputs.
 
     Attributes:
         edits: rows in place, at a width of ``d_in``.
         widths: d_in, with ``rows`` rows in place.
-        d_in: of the curve over edits.
-        rows: in place in the curve over widths.
-        new: edits in the batch that is solved.
-        d_out: of the rewrite module.
         depths: blocks of models of hidden size ``hidden[0]``.
         hidden: hidden sizes of models of ``depths[0]`` blocks.
     """
@@ -132,10 +128,8 @@ def growth(
 ) -> Growth:
     """Measure every point of a grid once, after a warm-up.
 
-    Args:
-        grid: the sizes; the largest width takes a few times its square in float32.
-        device: where systems are solved and models run.
-        progress: called with a line now and then.
+    The largest width takes a few times its square in float32, on ``device``, where systems are
+    solved and models run; ``progress`` is called with a line now and then.
     """
     place = torch.device(device)
     list(_solves(replace(grid, d_in=64, new=8), "edits", 16, 64, place))  # warms up

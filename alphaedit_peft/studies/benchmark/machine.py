@@ -62,10 +62,6 @@ def matrix_rate(dtype: torch.dtype, device: torch.device) -> float:
 
     Two operations for each multiply-add, as everywhere here. The matrices grow until a product
     takes 20 ms, to 8,192 rows at most.
-
-    Args:
-        dtype: of the matrices.
-        device: where they are multiplied.
     """
     size = SMALLEST
     while True:

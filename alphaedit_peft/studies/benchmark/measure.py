@@ -303,15 +303,14 @@ def forward_times(
     tokens: int = 256,
     passes: int = 9,
 ) -> tuple[Forward, ...]:
-    """Time forward passes of one row of tokens.
+    """Time forward passes of one row: the bare model, packs of some ranks, the last one merged.
 
     Args:
         subject: whose model is bare; it is left with the bits it had.
         progress: called with a line now and then.
         ranks: of the packs.
         tokens: in the row; fewer where the model has fewer positions.
-        passes: rounds through all of these models in turn, after one that does not count; medians
-            are given.
+        passes: rounds through all models in turn, after one that does not count; gives medians.
     """
     positions = getattr(subject.model.config, "max_position_embeddings", None) or tokens
     length = min(tokens, positions)

@@ -137,12 +137,10 @@ class Batch(Figures):
 
 @dataclass(frozen=True)
 class Floor(Figures):
-    """The arithmetic of the first batch: what was counted, and the least time it can take.
+    """The arithmetic of the first batch by phase: what was counted, the least time it can take.
 
-    Attributes:
-        operations: phase -> dtype -> operations.
-        seconds: phase -> seconds at the matrix rates of that machine.
-        tokens: padding too, as passes of one token through all blocks.
+    ``operations`` are by dtype, ``seconds`` at the matrix rates of that machine; ``tokens`` are
+    passes of one token, padding too, through all blocks.
     """
 
     DERIVED = ("total",)
