@@ -57,19 +57,13 @@ def parent_in_words(parent: Mapping[str, Any]) -> str:
 
 
 def require_alone(pack: PackValue, what: str, remedy: str) -> None:
-    """Refuse what would take a pack for the whole that stands on others.
-
-    Args:
-        pack: the pack.
-        what: was asked for, as in "it cannot be exported alone".
-        remedy: what to do.
+    """Refuse ``what`` would take a pack for the whole, as in "it cannot be exported alone".
 
     Raises:
-        ValueError: it stands on others; names them.
+        ValueError: it stands on others; names them, and the ``remedy``.
     """
-    below = stands_on(pack)
-    if below:
-        named = " and ".join(parent_in_words(parent) for parent in below)
+    named = " and ".join(parent_in_words(parent) for parent in stands_on(pack))
+    if named:
         raise ValueError(
             f"this pack was edited {named}, and holds only what differs from there, so {what}; "
             f"{remedy}"
@@ -107,7 +101,12 @@ def _below(
     for parent in stands_on(packs[number]):
         digest = str(parent.get("digest"))
         if digest not in digests:
-            _warn_missing(names[number], parent)
+            warnings.warn(
+                f"{names[number]} was edited {parent_in_words(parent)}, and that pack is not among "
+                "those joined (or has changed since), so the joined pack still stands on it and "
+                "acts as made only beside it; give that pack too, first, for one that stands alone",
+                stacklevel=5,
+            )
         elif digests.index(digest) >= digests.index(digests[number]):
             raise ValueError(
                 f"{names[number]} was edited on top of {names[digests.index(digest)]}, which comes "
@@ -116,12 +115,3 @@ def _below(
         else:
             found.add(digest)
     return found
-
-
-def _warn_missing(name: str, parent: Mapping[str, Any]) -> None:
-    warnings.warn(
-        f"{name} was edited {parent_in_words(parent)}, and that pack is not among those joined (or "
-        "has changed since), so the joined pack still stands on it and acts as made only beside "
-        "it; give that pack too, first, for one that stands alone",
-        stacklevel=6,
-    )

@@ -54,9 +54,16 @@ class EditRecord:
         if self.role not in ROLES:
             raise ValueError(f"role={self.role!r} is unknown; use one of {ROLES}")
         for name in ("row", "batch"):
-            _check_count(name, getattr(self, name))
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+                raise ValueError(f"{name}={value!r} must be a whole number from 0 on")
         for name in ("probability_before", "probability_after"):
-            _check_probability(name, getattr(self, name))
+            value = getattr(self, name)
+            number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if value is not None and not (number and 0 <= value <= 1):
+                raise ValueError(
+                    f"{name}={value!r} is outside 0..1; use None where it was not measured"
+                )
 
     def to_json(self) -> dict[str, Any]:
         """The record as plain JSON values."""
@@ -92,15 +99,3 @@ def few(ids: Collection[str], most: int = 10) -> str:
     shown = sorted(ids)
     more = len(shown) - most
     return f"{shown[:most]} and {more} more" if more > 0 else str(shown)
-
-
-def _check_count(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-        raise ValueError(f"{name}={value!r} must be a whole number from 0 on")
-
-
-def _check_probability(name: str, value: object) -> None:
-    if value is None:
-        return
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
-        raise ValueError(f"{name}={value!r} is outside 0..1; use None where it was not measured")

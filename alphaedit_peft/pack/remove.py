@@ -46,9 +46,9 @@ def remove(pack: Pack, ids: Iterable[str], *, max_share: float = 0.5) -> Removal
         raise ValueError(f"max_share={max_share!r} is a share; it must be within 0..1")
     gone = _records_of(pack, ids)
     stay = _staying(pack, gone)
-    rows = sorted(set(range(pack.rank)) - _emptied(pack, stay))
+    dropped = sorted({record.row for record in pack.records} - {record.row for record in stay})
+    rows = sorted(set(range(pack.rank)).difference(dropped))
     fixed = sorted({record.row for record in stay if record.role != "superseded"})
-    dropped = sorted(set(range(pack.rank)) - set(rows))
     factors = {}
     shares: dict[str, dict[str, float]] = {record.edit.id: {} for record in gone}
     for name, delta in pack.factors.items():
@@ -103,11 +103,6 @@ def _staying(pack: PackValue, gone: list[EditRecord]) -> list[EditRecord]:
     standing = {asked(record.edit) for record in left}
     kept = [record for record in pack.records if record.row not in rows]
     return [r for r in kept if r.role != "superseded" or asked(r.edit) in standing]
-
-
-def _emptied(pack: PackValue, stay: list[EditRecord]) -> set[int]:
-    """Rows that had records, and have none any more."""
-    return {record.row for record in pack.records} - {record.row for record in stay}
 
 
 def _warn(removal: Removal[Pack], bound: float) -> None:

@@ -19,7 +19,6 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor
 
-from alphaedit_peft.algebra import LowRankDelta
 from alphaedit_peft.edits import Edit
 from alphaedit_peft.fingerprint import BaseFingerprint
 from alphaedit_peft.pack.format import (
@@ -139,9 +138,8 @@ class PackValue(ABC):
         object.__setattr__(self, "factors", ordered)
         for name in ("records", "contexts", "parents", "decisions"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
-        _check_factors(self.factors)
-        _check_records(self.records, _rows(self.compression, self.rank))
-        _check_targets(self.targets, self.factors)
+        _check_tensors(self.factors, self.targets)
+        _check_records(self.records, self.compression, self.rank)
         if not all(isinstance(text, str) for text in self.contexts):
             raise ValueError(f"contexts={self.contexts!r} must be texts")
         for name in ("parents", "decisions"):
@@ -243,11 +241,7 @@ Pack = TypeVar("Pack", bound=PackValue)
 
 
 def require_rows(compression: Compression | None, what: str) -> None:
-    """Refuse an operation that needs to know which row of A is which edit.
-
-    Args:
-        compression: of the pack; None where it never was compressed.
-        what: the operation, as in "remove edits from it".
+    """Refuse what needs to know which row is which edit, as in "remove edits from it".
 
     Raises:
         ValueError: a pack whose rows are mixtures.
@@ -288,7 +282,7 @@ def content_files(pack: PackValue, dtype: torch.dtype) -> dict[str, bytes]:
     return files
 
 
-def _check_factors(factors: Mapping[str, LowRankDelta]) -> None:
+def _check_tensors(factors: Factors, targets: Tensor | None) -> None:
     if not factors:
         raise ValueError("factors={} names no module; give each edited module its factors")
     ranks = {name: delta.rank for name, delta in factors.items()}
@@ -298,18 +292,23 @@ def _check_factors(factors: Mapping[str, LowRankDelta]) -> None:
         for side, tensor in (("A", delta.A), ("B", delta.B)):
             if not tensor.is_floating_point() or not bool(torch.isfinite(tensor).all()):
                 raise ValueError(f"{side} of {name} ({tensor.dtype}) must be finite floats")
+        wanted = (delta.rank, delta.B.shape[0])
+        if targets is not None and tuple(targets.shape) != wanted:
+            raise ValueError(f"targets {tuple(targets.shape)} do not fit {name}: {wanted} needed")
+    if targets is not None and (
+        targets.dtype != torch.float32 or not bool(torch.isfinite(targets).all())
+    ):
+        raise ValueError(f"targets ({targets.dtype}) must be finite float32")
 
 
-def _rows(compression: Compression | None, rank: int) -> int:
-    """How many keys the records count among; more than the rank once rows are mixed."""
-    if compression is None:
-        return rank
-    if compression.rows <= rank if compression.mixed else compression.rows != rank:
-        raise ValueError(f"compression rows={compression.rows} does not fit a pack of rank {rank}")
-    return compression.rows
-
-
-def _check_records(records: Iterable[EditRecord], rank: int) -> None:
+def _check_records(
+    records: Iterable[EditRecord], compression: Compression | None, rank: int
+) -> None:
+    if compression is not None:
+        rows = compression.rows  # what records count among: more than the rank once mixed
+        if rows <= rank if compression.mixed else rows != rank:
+            raise ValueError(f"compression rows={rows} does not fit a pack of rank {rank}")
+        rank = rows
     outside = sorted({record.row for record in records if record.row >= rank})
     if outside:
         raise ValueError(f"rows {outside} of the records are outside the factors' {rank} rows")
@@ -317,14 +316,3 @@ def _check_records(records: Iterable[EditRecord], rank: int) -> None:
     twice = sorted(name for name, count in own.items() if count > 1)
     if twice:
         raise ValueError(f"edit ids {twice} occur twice; give each edit an id of its own")
-
-
-def _check_targets(targets: Tensor | None, factors: Mapping[str, LowRankDelta]) -> None:
-    if targets is None:
-        return
-    for name, delta in factors.items():
-        wanted = (delta.rank, delta.B.shape[0])
-        if tuple(targets.shape) != wanted:
-            raise ValueError(f"targets {tuple(targets.shape)} do not fit {name}: {wanted} needed")
-    if targets.dtype != torch.float32 or not bool(torch.isfinite(targets).all()):
-        raise ValueError(f"targets ({targets.dtype}) must be finite float32")
