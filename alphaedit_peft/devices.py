@@ -30,6 +30,16 @@ def computes_on(module: nn.Module) -> torch.device:
     return torch.device("cpu" if where is None else where)
 
 
+def reads_ids_on(model: Any) -> torch.device:
+    """Where token ids go: the device of a model's input embeddings, or of any parameter.
+
+    An offloaded embedding has no device of its own: accelerate moves the ids from the CPU then.
+    """
+    find = getattr(model, "get_input_embeddings", None)
+    weight = find().weight if find else next(model.parameters(), torch.empty(0))
+    return torch.device("cpu") if weight.is_meta else weight.device
+
+
 def held(module: nn.Module, name: str) -> Tensor:
     """A module's own parameter, such as ``weight``, with its values, detached.
 

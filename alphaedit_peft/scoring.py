@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from alphaedit_peft import hooks, tokens
-from alphaedit_peft.devices import brings_to_gpu
+from alphaedit_peft.devices import brings_to_gpu, reads_ids_on
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -216,10 +216,8 @@ class Reader:
 
     @property
     def device(self) -> torch.device:
-        """Where token ids go: the device of the input embeddings, or of any parameter."""
-        find = getattr(self.model, "get_input_embeddings", None)
-        weight = find().weight if find else next(self.model.parameters(), torch.empty(0))
-        return torch.device("cpu") if weight.device.type == "meta" else weight.device
+        """Where token ids go."""
+        return reads_ids_on(self.model)
 
     @property
     def positions(self) -> int | None:

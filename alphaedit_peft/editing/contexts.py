@@ -28,6 +28,7 @@ from transformers import (
 from transformers.generation import GenerationMode
 
 from alphaedit_peft import hooks
+from alphaedit_peft.devices import reads_ids_on
 from alphaedit_peft.settings import EditOptions
 
 STARTS = ("The", "Therefore", "Because", "I", "You")
@@ -51,7 +52,7 @@ def sample_contexts(
     """
     if options.contexts is not None:
         return tuple(options.contexts)
-    device, length = _device(model), options.context_length
+    device, length = reads_ids_on(model), options.context_length
     starts = [_opening(tokenizer, STARTS[i % len(STARTS)]) for i in range(options.num_contexts)]
     settings = GenerationConfig(
         do_sample=True,
@@ -71,12 +72,6 @@ def sample_contexts(
             rows = [_continued(model, [start], settings)[0] for start in starts]
     texts = [_sentence(tokenizer, row) for row in rows]
     return tuple(dict.fromkeys(text for text in texts if text))
-
-
-def _device(model: nn.Module) -> torch.device:
-    """Where token ids go and are drawn; an offloaded embedding has no device of its own."""
-    device = model.get_input_embeddings().weight.device  # type: ignore[operator]
-    return torch.device("cpu") if device.type == "meta" else device
 
 
 def _opening(tokenizer: PreTrainedTokenizerBase, start: str) -> list[int]:
@@ -187,7 +182,7 @@ def _continued(
     decode: Callable[..., Tensor | None] | None = None,
 ) -> Any:
     """Starts (rows, tokens) with what follows; ``decode`` stands in for the model's own choice."""
-    ids = torch.tensor(starts, device=_device(model))
+    ids = torch.tensor(starts, device=reads_ids_on(model))
     return model.generate(
         input_ids=ids,
         attention_mask=torch.ones_like(ids),

@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 from alphaedit_peft import hooks
 from alphaedit_peft.architecture import Architecture
-from alphaedit_peft.devices import brings_to_gpu
+from alphaedit_peft.devices import brings_to_gpu, reads_ids_on
 from alphaedit_peft.editing.prompts import Renderer, TokenRow
 from alphaedit_peft.settings import Settings
 from alphaedit_peft.tokens import PaddedBatch, batches
@@ -111,9 +111,8 @@ class Runner:
 
     @property
     def device(self) -> torch.device:
-        """Where token ids go: the device of the input embeddings."""
-        device = self.model.get_input_embeddings().weight.device  # type: ignore[operator]
-        return torch.device("cpu") if device.type == "meta" else device
+        """Where token ids go."""
+        return reads_ids_on(self.model)
 
     @property
     def blocks(self) -> list[str]:

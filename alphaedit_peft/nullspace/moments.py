@@ -27,6 +27,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from alphaedit_peft import hooks, parallel
+from alphaedit_peft.devices import reads_ids_on
 from alphaedit_peft.nullspace.corpus import TokenBatch
 
 BATCHES_PER_CHECKPOINT = 200
@@ -194,9 +195,7 @@ def _add(model: Any, names: list[str], batch: TokenBatch, sums: Sums) -> None:
                 "bfloat16 or float32, or check its weights"
             )
 
-    device = model.get_input_embeddings().weight.device
-    # an offloaded embedding has no device of its own; accelerate moves the inputs then
-    to = torch.device("cpu") if device.type == "meta" else device
+    to = reads_ids_on(model)
     inputs = {"input_ids": batch.ids.to(to), "attention_mask": batch.mask.long().to(to)}
     with torch.no_grad(), hooks.watching_inputs(model, names, see):
         hooks.run_until(model, inputs, names[-1], entering=True)
