@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from alphaedit_peft import embedded
 from alphaedit_peft.hub import repository_name
 from alphaedit_peft.pack.parents import parent_in_words, stands_on
-from alphaedit_peft.pack.record import ROLES, EditRecord
+from alphaedit_peft.pack.record import ROLES
 from alphaedit_peft.pack.value import PackValue
 
 PLACE = "path/or/repository/of/this/pack"
@@ -229,10 +229,16 @@ def _use(pack: PackValue, place: str, subfolder: str | None) -> str:
         "purpose": "to look at the edits" + ("" if pack.mixed else ", and to go on from them"),
     }
     if below:
-        named = " and ".join(_escaped(_named(parent)) for parent in below)
+        named = " and ".join(_escaped(_name(parent)) for parent in below)
         return _ABOVE.format(parents=named, them="it" if len(below) == 1 else "them", **words)
     kwargs = inside and f", adapter_kwargs=dict({inside})"
     return _ALONE.format(place=json.dumps(place), adapter_kwargs=kwargs, **words)
+
+
+def _name(parent: Mapping[str, Any]) -> str:
+    """A parent's name, without the folders it lay in, its number of edits and digest."""
+    name = PureWindowsPath(str(parent.get("name") or "another pack")).name
+    return f"{name} ({parent.get('edits')} edits, digest {str(parent.get('digest'))[:12]})"
 
 
 def _rows(pack: PackValue) -> str:
@@ -246,57 +252,46 @@ def _rows(pack: PackValue) -> str:
     )
 
 
-def _named(parent: Mapping[str, Any]) -> str:
-    """A parent's name, without the folders it lay in, its number of edits and digest."""
-    name = PureWindowsPath(str(parent.get("name") or "another pack")).name
-    return f"{name} ({parent.get('edits')} edits, digest {str(parent.get('digest'))[:12]})"
-
-
 def _provenance(pack: PackValue) -> list[tuple[str, str]]:
-    found = [("base", base_name(pack))]
+    base = [("base", base_name(pack))]
     if pack.base is not None:
         digest = pack.base.digest or "not verifiable"
-        found.append(("base fingerprint", f"{digest} ({_flat(pack.base.shape)})"))
-    found.append(("null space", _flat(pack.null_space) if pack.null_space else "not recorded"))
-    found.append(("contexts", str(len(pack.contexts))))
-    found.append(("versions", _flat(pack.versions)))
-    return found
+        base.append(("base fingerprint", f"{digest} ({_flat(pack.base.shape)})"))
+    return [
+        *base,
+        ("null space", _flat(pack.null_space) if pack.null_space else "not recorded"),
+        ("contexts", str(len(pack.contexts))),
+        ("versions", _flat(pack.versions)),
+    ]
 
 
 def _measured(pack: PackValue) -> str:
     """The probabilities of the new targets before and after, in one sentence."""
-    found = [
-        (record.probability_before, record.probability_after)
-        for record in pack.records
-        if record.role == "own"
-    ]
-    before = [p for p, _ in found if p is not None]
-    after = [p for _, p in found if p is not None]
+    own = [record for record in pack.records if record.role == "own"]
+    before = [r.probability_before for r in own if r.probability_before is not None]
+    after = [r.probability_after for r in own if r.probability_after is not None]
     if not before or not after:
         return ""
     return (
         f"Median probability of the new target: {median(before):.3g} before, {median(after):.3g} "
-        f"right after ({len(after)} of {_count(len(found), 'edit')} measured).\n\n"
+        f"right after ({len(after)} of {_count(len(own), 'edit')} measured).\n\n"
     )
 
 
 def _edit_table(pack: PackValue) -> str:
-    rows = [_edit_row(record) for record in pack.records if record.role == "own"]
-    if not rows:
+    own = [record for record in pack.records if record.role == "own"]
+    if not own:
         return "None yet.\n"
     lines = ["| subject | prompt | new target | P before | P after |", "|---|---|---|---|---|"]
-    lines += rows[:MAX_LISTED]
-    if len(rows) > MAX_LISTED:
-        more = len(rows) - MAX_LISTED
+    for record in own[:MAX_LISTED]:
+        texts = (record.edit.subject, record.edit.prompt, record.edit.target_new)
+        measured = (record.probability_before, record.probability_after)
+        cells = [*map(_escaped, texts), *("" if p is None else f"{p:.4g}" for p in measured)]
+        lines.append(f"| {' | '.join(cells)} |")
+    if len(own) > MAX_LISTED:
+        more = len(own) - MAX_LISTED
         lines += ["", f"... and {more} more, in [alphaedit/edits.jsonl](alphaedit/edits.jsonl)."]
     return "\n".join(lines) + "\n"
-
-
-def _edit_row(record: EditRecord) -> str:
-    edit = record.edit
-    cells = [_escaped(text) for text in (edit.subject, edit.prompt, edit.target_new)]
-    cells += [_probability(p) for p in (record.probability_before, record.probability_after)]
-    return f"| {' | '.join(cells)} |"
 
 
 def _escaped(text: str) -> str:
@@ -311,10 +306,6 @@ def _one_line(text: str) -> str:
 
 def _flat(values: dict[str, Any]) -> str:
     return ", ".join(f"{name} {value}" for name, value in sorted(values.items()))
-
-
-def _probability(value: float | None) -> str:
-    return "" if value is None else f"{value:.4g}"
 
 
 def _count(number: int, one: str, many: str = "") -> str:
