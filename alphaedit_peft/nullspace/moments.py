@@ -1,9 +1,10 @@
 """Key moments C0 = K0^T K0 / tokens (paper section 3.2): one pass of a corpus through a model.
 
 In: a model, the names of its rewrite modules and token batches. Out: :class:`Sums`, the sum of
-k k^T (d_in, d_in) for each module and how many tokens went in. The model runs in its own dtype on
-its own devices and stops in front of the last rewrite module; a pass that is interrupted can go on
-from a checkpoint file, and several processes take the batches in turn: all end with the same sums.
+k k^T (d_in, d_in) for each module and how many tokens went in (``space.KeyMoments`` is what users
+see of it). The model runs in its own dtype on its own devices and stops in front of the last
+rewrite module; a pass that is interrupted can go on from a checkpoint file, and several processes
+take the batches in turn: all end with the same sums.
 """
 
 from __future__ import annotations
