@@ -167,7 +167,7 @@ def pack_capacity(pack: PackValue, null_space: NullSpace | None = None) -> Capac
 
     None where compression made its rows mixtures of keys.
     """
-    if pack.compression is not None and pack.compression.mixed:
+    if pack.mixed:
         return None
     standing = {record.row for record in pack.records if record.role != "superseded"}
     factors = dict(zip(pack.layers, pack.factors.values(), strict=True))

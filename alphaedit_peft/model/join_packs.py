@@ -26,7 +26,6 @@ from alphaedit_peft.model.stack import (
     adopt,
     describe,
     loaded,
-    needed,
     new_parents,
     others,
     refuse_common,
@@ -34,6 +33,7 @@ from alphaedit_peft.model.stack import (
 from alphaedit_peft.pack import EditPack, EditRecord
 from alphaedit_peft.pack.compatible import check_fit
 from alphaedit_peft.pack.conflicts import by_row, check_rule, says
+from alphaedit_peft.pack.parents import stands_on
 from alphaedit_peft.pack.record import asked
 from alphaedit_peft.pack.value import require_rows
 
@@ -134,7 +134,7 @@ def _check_parents_joined(
     model: EditedModel, name: str, pack: EditPack, earlier: Sequence[tuple[str, EditPack]]
 ) -> None:
     """A pack's parents are joined before it, or are active beside the adapter."""
-    missing = needed(pack.parents)
+    missing = stands_on(pack.parents)
     if missing:
         there = {p.digest for p in loaded(model) if p.name in model.active_adapters}
         there |= {value.digest() for _, value in earlier}

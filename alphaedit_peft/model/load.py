@@ -25,11 +25,12 @@ from alphaedit_peft.fingerprint import fingerprint
 from alphaedit_peft.model import lora_layer
 from alphaedit_peft.model.adapter import EditedModel, make_adapter
 from alphaedit_peft.model.rollback import loaded_or_not
-from alphaedit_peft.model.stack import loaded, needed, require_parents, require_top
+from alphaedit_peft.model.stack import loaded, require_parents, require_top
 from alphaedit_peft.pack import EditPack
 from alphaedit_peft.pack.compatible import check_fit, check_shape
 from alphaedit_peft.pack.files import locate, read_steadily
 from alphaedit_peft.pack.format import ADAPTER_CONFIG, PackError, read_lora
+from alphaedit_peft.pack.parents import stands_on
 
 Wrapped = TypeVar("Wrapped", bound=EditedModel)
 
@@ -251,7 +252,7 @@ def _require_parents(
     before: Sequence[str],
     rule: str,
 ) -> None:
-    known = loaded(model) if needed(recorded) else []
+    known = loaded(model) if stands_on(recorded) else []
     there = [pack for pack in known if pack.name in before]
     rest = [pack for pack in known if pack.name not in before]
     require_parents(what, recorded, there, rest, rule)

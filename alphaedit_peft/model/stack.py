@@ -21,7 +21,7 @@ from alphaedit_peft.editing.state import EditState
 from alphaedit_peft.edits import Edit
 from alphaedit_peft.model.adapter import Adapter, EditedModel, to_pack
 from alphaedit_peft.pack import EditRecord
-from alphaedit_peft.pack.parents import BESIDE, MissingParentError
+from alphaedit_peft.pack.parents import BESIDE, MissingParentError, stands_on
 from alphaedit_peft.pack.record import asked
 from alphaedit_peft.pack.value import require_rows
 
@@ -99,7 +99,7 @@ def require_top(model: EditedModel, target: str) -> None:
     """
     known = model.edit_adapters
     on_packs = {
-        name: needed(known[name].journal.parents)
+        name: stands_on(known[name].journal.parents)
         for name in model.active_adapters
         if name != target and name in known
     }
@@ -124,11 +124,6 @@ def _as_parent(model: EditedModel, name: str) -> Parent:
     adapter = model.edit_adapters[name]
     require_rows(adapter.compression, "edit on top of it")
     return Parent(name, adapter.source, to_pack(model, adapter).digest(), adapter.state())
-
-
-def needed(parents: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """Those of a pack's recorded parents that have to be active beside it."""
-    return [parent for parent in parents if parent.get("operation") == BESIDE]
 
 
 def describe(parent: Mapping[str, Any]) -> str:
@@ -239,8 +234,8 @@ def new_parents(
     Raises:
         ValueError: one that it stands on is not active, or has changed since.
     """
-    digests = {parent.get("digest") for parent in needed(recorded)}
-    for parent in needed(recorded):
+    digests = {parent.get("digest") for parent in stands_on(recorded)}
+    for parent in stands_on(recorded):
         if parent.get("digest") in {other.digest for other in active}:
             continue
         changed = [other.name for other in active if other.source == parent.get("name")]
@@ -283,7 +278,7 @@ def require_parents(
     if rule not in ("error", "warn"):
         raise ValueError(f"missing_parents={rule!r} is unknown; use 'error' or 'warn'")
     there = {pack.digest for pack in before}
-    for parent in needed(recorded):
+    for parent in stands_on(recorded):
         if parent.get("digest") in there:
             continue
         missing = f"{what} stands on {describe(parent)}"
@@ -323,7 +318,7 @@ def require_active(
         ValueError: a parent that is not active.
     """
     there = {other.digest for other in active} | {other.source for other in active}
-    missing = [p for p in needed(recorded) if not {p.get("digest"), p.get("name")} & there]
+    missing = [p for p in stands_on(recorded) if not {p.get("digest"), p.get("name")} & there]
     if missing:
         new_parents(missing, active, target)
 

@@ -222,7 +222,7 @@ def _activate(names: Sequence[str]) -> str:
 
 
 def _use(pack: PackValue, place: str, subfolder: str | None) -> str:
-    below = stands_on(pack)
+    below = stands_on(pack.parents)
     inside = "" if subfolder is None else f"subfolder={json.dumps(subfolder)}"
     words = {
         "code": loading(place, inside, below),

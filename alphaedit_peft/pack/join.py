@@ -193,7 +193,7 @@ def _parents(packs: Sequence[PackValue], names: Sequence[str]) -> tuple[dict[str
     joined = [parent_entry("join", p, name=n) for n, p in zip(names, packs, strict=True)]
     known = {str(parent["digest"]) for parent in joined}
     found = []
-    for parent in (parent for pack in packs for parent in stands_on(pack)):
+    for parent in (parent for pack in packs for parent in stands_on(pack.parents)):
         if str(parent.get("digest")) not in known:
             known.add(str(parent.get("digest")))
             found.append(dict(parent))

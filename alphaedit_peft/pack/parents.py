@@ -9,7 +9,7 @@ they act.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from alphaedit_peft.pack.value import Pack, PackValue
@@ -39,9 +39,9 @@ def parent_entry(operation: str, pack: PackValue, **more: str) -> dict[str, Any]
     return entry
 
 
-def stands_on(pack: PackValue) -> tuple[dict[str, Any], ...]:
-    """The parents that have to act beside a pack, as it records them."""
-    return tuple(parent for parent in pack.parents if parent.get("operation") == BESIDE)
+def stands_on(parents: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Those of a pack's recorded parents that have to act beside it."""
+    return [parent for parent in parents if parent.get("operation") == BESIDE]
 
 
 def parent_in_words(parent: Mapping[str, Any]) -> str:
@@ -62,7 +62,7 @@ def require_alone(pack: PackValue, what: str, remedy: str) -> None:
     Raises:
         ValueError: it stands on others; names them, and the ``remedy``.
     """
-    named = " and ".join(parent_in_words(parent) for parent in stands_on(pack))
+    named = " and ".join(parent_in_words(parent) for parent in stands_on(pack.parents))
     if named:
         raise ValueError(
             f"this pack was edited {named}, and holds only what differs from there, so {what}; "
@@ -98,7 +98,7 @@ def _below(
 ) -> set[str]:
     """Digests of the given packs that one of them stands on, each of which comes before it."""
     found: set[str] = set()
-    for parent in stands_on(packs[number]):
+    for parent in stands_on(packs[number].parents):
         digest = str(parent.get("digest"))
         if digest not in digests:
             warnings.warn(

@@ -228,7 +228,7 @@ def _origin(pack: PackValue) -> Markup:
 
 
 def _use(pack: PackValue) -> Markup:
-    below = stands_on(pack)
+    below = stands_on(pack.parents)
     code = _USE.format(
         loading=loading_code(pack.config.base_model_name_or_path),
         code=loading(PLACE, "", below),
