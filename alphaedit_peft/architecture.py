@@ -9,10 +9,12 @@ named in the config (``block_module``, ``rewrite_module``).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
+
+from alphaedit_peft.settings import PRESETS, Options
 
 
 @dataclass(frozen=True)
@@ -145,6 +147,28 @@ def describe(
     named = type(model.get_submodule(first)).__name__ == "Conv1D"
     conv1d = family.conv1d if rewrite_module is None else named
     return Architecture(config.model_type, block_names, rewrite, conv1d, num_blocks)
+
+
+def resolve(options: Options, model: Any) -> tuple[Options, Architecture]:
+    """Fill every option left at None for a model; returns the full options and its layout.
+
+    Raises:
+        ValueError: a model that cannot be edited, or rewrite layers outside it.
+    """
+    architecture = describe(model, options.block_module, options.rewrite_module)
+    values = dict(PRESETS[options.preset])
+    values["rewrite_layers"] = default_rewrite_layers(architecture.num_blocks)
+    known = paper_preset(model.config)
+    if known is not None:
+        values["rewrite_layers"] = known.rewrite_layers
+        values["moment_weight"] = known.moment_weight
+    if known is not None and options.preset == "paper":
+        values["steps"], values["learning_rate"] = known.steps, known.learning_rate
+    full = replace(options, **{k: v for k, v in values.items() if getattr(options, k) is None})
+    full.rewrite_layers = list(architecture.check_layers(full.rewrite_layers or ()))
+    name = getattr(model.config, "_name_or_path", None) or None
+    full.base_model_name_or_path = options.base_model_name_or_path or name
+    return full, architecture
 
 
 def paper_preset(config: Any) -> PaperPreset | None:

@@ -10,15 +10,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from peft import LoraConfig, PeftConfig
 from peft.utils import TaskType
 
-from alphaedit_peft.architecture import Architecture, default_rewrite_layers, describe, paper_preset
-from alphaedit_peft.settings import PRESETS, EditOptions
+from alphaedit_peft.architecture import Architecture, resolve
+from alphaedit_peft.metric import kind, projects
+from alphaedit_peft.settings import EditOptions
 
 SIDECAR = "alphaedit"
 CONFIG_FILE = "config.json"
@@ -35,7 +36,13 @@ class AlphaEditConfig(EditOptions, PeftConfig):
     def __post_init__(self) -> None:
         PeftConfig.__post_init__(self)
         self.task_type = TaskType.CAUSAL_LM
+        kind(self.objective)
         EditOptions.__post_init__(self)
+
+    @property
+    def projects(self) -> bool:
+        """Whether updates pass through the null-space projector."""
+        return projects(self)
 
     def resolve(self, model: Any) -> tuple[AlphaEditConfig, Architecture]:
         """Fill every field left at None for this model; returns the full config and its layout.
@@ -43,21 +50,7 @@ class AlphaEditConfig(EditOptions, PeftConfig):
         Raises:
             ValueError: a model that cannot be edited, or rewrite layers outside it.
         """
-        architecture = describe(model, self.block_module, self.rewrite_module)
-        values = dict(PRESETS[self.preset])
-        values["rewrite_layers"] = default_rewrite_layers(architecture.num_blocks)
-        known = paper_preset(model.config)
-        if known is not None:
-            values["rewrite_layers"] = known.rewrite_layers
-            values["moment_weight"] = known.moment_weight
-        if known is not None and self.preset == "paper":
-            values["steps"], values["learning_rate"] = known.steps, known.learning_rate
-        missing = {k: v for k, v in values.items() if getattr(self, k) is None}
-        full = replace(self, **missing)
-        full.rewrite_layers = list(architecture.check_layers(full.rewrite_layers or ()))
-        name = getattr(model.config, "_name_or_path", None) or None
-        full.base_model_name_or_path = self.base_model_name_or_path or name
-        return full, architecture
+        return resolve(self, model)
 
     def lora_config(self, architecture: Architecture, rank: int) -> LoraConfig:
         """The plain LoRA config of an adapter: scaling 1, full module names, no patterns.

@@ -15,19 +15,20 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
-from typing import ClassVar, NamedTuple
+from typing import TYPE_CHECKING, ClassVar, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
 from alphaedit_peft import algebra
-from alphaedit_peft.nullspace import KeyMoments, NullSpace
 from alphaedit_peft.settings import EditOptions, Settings
 
+if TYPE_CHECKING:  # commands on packs ask for a kind alone
+    from alphaedit_peft.nullspace import KeyMoments, NullSpace
+
+Statistics: TypeAlias = "NullSpace | KeyMoments"
 COLUMNS_AT_ONCE = 1024  # of rows, made float64 for a product; fixed, as sums round by it
 KEPT = 0.02  # |P k|^2 / |k|^2 below which projection is to blame for what an edit lacks
-
-Statistics = NullSpace | KeyMoments
 
 
 class Given(NamedTuple):
@@ -43,6 +44,9 @@ class Metric(ABC):
     rows_are_keys: ClassVar[bool] = False
     """Whether rows are projected keys: then G = A A^T, and they tell capacity and removal."""
 
+    projected: ClassVar[bool] = False
+    """Whether its rows are projected unless ``projection`` says otherwise."""
+
     decides: ClassVar[tuple[str, ...]] = ()
     """Settings that ``auto`` decides by these statistics, in the order they are told."""
 
@@ -52,7 +56,7 @@ class Metric(ABC):
     @classmethod
     def needs(cls, settings: EditOptions) -> tuple[str, ...]:
         """Which of ``null_space`` and ``key_moments`` it takes."""
-        return ("null_space",) if settings.projects else ()
+        return ("null_space",) if projects(settings) else ()
 
     @classmethod
     @abstractmethod
@@ -160,7 +164,7 @@ class Projector(Metric):
     ridge_value: float
     relative: bool
 
-    rows_are_keys = True
+    rows_are_keys = projected = True
     decides = ("threshold", "ridge")
 
     @classmethod
@@ -266,12 +270,12 @@ class Moment(Metric):
     def of(cls, settings: Settings, given: Given) -> Metric:
         """See :class:`Metric`; w is ``moment_weight``."""
         assert given.key_moments is not None, "it was needed"
-        if settings.projects and settings.history:
+        if projects(settings) and settings.history:
             raise ValueError(
                 "objective='memit' with projection=True keeps no history: projected rows do not "
                 "tell the keys they came from; set history=False"
             )
-        space = given.null_space if settings.projects else None
+        space = given.null_space if projects(settings) else None
         return cls(given.key_moments, settings.moment_weight, space)
 
     @property
@@ -324,8 +328,20 @@ KINDS: dict[str, type[Metric]] = {"alphaedit": Projector, "memit": Moment}
 
 
 def kind(objective: str) -> type[Metric]:
-    """The class of metric that ``objective`` names."""
+    """The class of metric that ``objective`` names.
+
+    Raises:
+        ValueError: an unknown one.
+    """
+    if objective not in tuple(KINDS):
+        raise ValueError(f"objective={objective!r} is unknown; use one of {tuple(KINDS)}")
     return KINDS[objective]
+
+
+def projects(options: EditOptions) -> bool:
+    """Whether updates pass through the null-space projector."""
+    by_itself = kind(options.objective).projected
+    return by_itself if options.projection is None else options.projection
 
 
 def make_metric(

@@ -20,11 +20,9 @@ from inspect import get_annotations
 from operator import or_
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
-# objective, a class of ``metric.KINDS`` -> whether its updates are projected unless told otherwise
-OBJECTIVES = {"alphaedit": True, "memit": False}
 THRESHOLD_MODES = ("absolute", "relative", "energy", "rank")
 _SCALES = (None, "absolute", "relative")
-_Options = TypeVar("_Options", bound="EditOptions")
+Options = TypeVar("Options", bound="EditOptions")
 
 
 @dataclass(frozen=True)
@@ -76,9 +74,7 @@ class EditOptions:
     rewrite_module: str | None = _set(None, "module name with {} for the block, other families")
     block_module: str | None = _set(None, "block name with {} for its number, other families")
 
-    objective: str = _set(
-        "alphaedit", "alphaedit (projector) or memit (inverse key moment)", tuple(OBJECTIVES)
-    )
+    objective: str = _set("alphaedit", "alphaedit (projector) or memit (inverse key moment)")
     history: bool = _set(True, "protect earlier batches' keys; MEMIT's released code: False")
     projection: bool | None = _set(None, "project updates; None: yes for alphaedit only")
     moment_weight: float | None = _set(
@@ -192,11 +188,6 @@ class EditOptions:
                 raise ValueError(f"{name}={text!r} needs one '{{}}' for the subject")
 
     @property
-    def projects(self) -> bool:
-        """Whether updates pass through the null-space projector."""
-        return OBJECTIVES[self.objective] if self.projection is None else self.projection
-
-    @property
     def open_settings(self) -> frozenset[str]:
         """Names of the settings left at None, which the preset fills or ``auto`` decides."""
         filled = {"rewrite_layers", *PRESETS[self.preset]} - {"moment_weight"}  # one w for both
@@ -207,7 +198,7 @@ class EditOptions:
         return {name: getattr(self, name) for name in sorted(f.name for f in fields(EditOptions))}
 
     @classmethod
-    def from_json(cls: type[_Options], values: Mapping[str, Any]) -> _Options:
+    def from_json(cls: type[Options], values: Mapping[str, Any]) -> Options:
         """Options of ``to_json``'s values.
 
         Raises:

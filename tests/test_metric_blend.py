@@ -8,7 +8,7 @@ mean |k|^2, the sum of the spectrum.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ from alphaedit_peft import AlphaEditModel, Edit, get_alphaedit_model, metric
 from alphaedit_peft.editing.runner import Runner
 from alphaedit_peft.metric import Given, Metric, products
 from alphaedit_peft.nullspace import KeyMoments, NullSpace
-from alphaedit_peft.settings import OBJECTIVES, EditOptions, Settings
+from alphaedit_peft.settings import EditOptions, Settings
 from tests import oracle
 from tests.conftest import tiny_model
 from tests.editing.test_batch import CONTEXTS, EDITS, key_moment, settings
@@ -79,9 +79,6 @@ class Blend(Metric):
 @pytest.fixture(autouse=True)
 def registered(monkeypatch):
     monkeypatch.setitem(metric.KINDS, "blend", Blend)
-    monkeypatch.setitem(OBJECTIVES, "blend", False)
-    (words,) = (f for f in fields(EditOptions) if f.name == "objective")
-    monkeypatch.setattr(words, "metadata", {**words.metadata, "allowed": tuple(OBJECTIVES)})
 
 
 def space() -> NullSpace:

@@ -16,7 +16,7 @@ from alphaedit_peft.model.adapter import Adapter, EditedModel
 
 @contextmanager
 def all_or_nothing(adapter: Adapter, before: EditState) -> Iterator[None]:
-    """Write an adapter's factors of ``before`` back if the block does not end, whatever the reason."""
+    """Write the factors of ``before`` back if the block does not end, whatever the reason."""
     try:
         yield
     except BaseException:

@@ -14,7 +14,7 @@ import re
 import zipfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -27,9 +27,7 @@ from alphaedit_peft.artefact import versions
 from alphaedit_peft.fingerprint import BaseFingerprint, bare_model, fingerprint
 from alphaedit_peft.nullspace.space import KeyMoments, NullSpace
 from alphaedit_peft.nullspace.spectrum import PROJECTOR, LayerSpace
-
-if TYPE_CHECKING:
-    from alphaedit_peft.config import AlphaEditConfig
+from alphaedit_peft.settings import EditOptions
 
 MAX_WIDTH = 65_536  # of a matrix that is read; 17 GB in float32
 MAX_RATIO = 16  # a file may unpack to this times its size; moments hardly compress
@@ -45,7 +43,7 @@ def read_second_moments(
     files: Mapping[int, str | Path] | Iterable[str | Path],
     *,
     model: Any = None,
-    config: AlphaEditConfig | None = None,
+    config: EditOptions | None = None,
 ) -> KeyMoments:
     """Key moments from the ``.npz`` files of ROME and MEMIT: C0 = sum / count.
 
@@ -92,7 +90,7 @@ def read_covariances(
     *,
     summed: bool = False,
     model: Any = None,
-    config: AlphaEditConfig | None = None,
+    config: EditOptions | None = None,
 ) -> KeyMoments:
     """Key moments from a safetensors file that holds one matrix (d_in, d_in) a layer.
 
@@ -138,7 +136,7 @@ def read_projector(
     layers: Sequence[int],
     *,
     model: Any = None,
-    config: AlphaEditConfig | None = None,
+    config: EditOptions | None = None,
 ) -> NullSpace:
     """The null space in a ``null_space_project.pt`` of AlphaEdit's reference code.
 
@@ -352,7 +350,7 @@ def _require_file(path: Path, wanted: str) -> None:
 def _origin(
     source: str,
     model: Any,
-    config: AlphaEditConfig | None,
+    config: EditOptions | None,
     matrices: Mapping[int, Tensor],
     named: Mapping[int, str] | None = None,
 ) -> tuple[dict[int, str], BaseFingerprint | None, dict[str, Any]]:

@@ -15,12 +15,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 from tqdm import tqdm
 
 from alphaedit_peft import hooks, parallel
+from alphaedit_peft.architecture import resolve
 from alphaedit_peft.artefact import ORIGIN, Types, read_artefact, versions, write_artefact
 from alphaedit_peft.devices import require_whole
 from alphaedit_peft.fingerprint import BaseFingerprint, bare_model, fingerprint, require_same_base
@@ -30,9 +31,7 @@ from alphaedit_peft.nullspace.moments import Checkpoint, collect_sums
 from alphaedit_peft.nullspace.sharing import About, find_folder, push_null_space
 from alphaedit_peft.nullspace.spectrum import STEM, LayerSpace, LayerSummary, moment_quadratic
 from alphaedit_peft.nullspace.threshold import REACH, check_reach, decompose, null_dimension
-
-if TYPE_CHECKING:
-    from alphaedit_peft.config import AlphaEditConfig
+from alphaedit_peft.settings import EditOptions
 
 MOMENTS_STEM = "key_moments"
 MOMENTS_FIELDS: dict[str, Types] = {"modules": dict, **ORIGIN}
@@ -69,7 +68,7 @@ class KeyMoments:
         model: Any,
         tokenizer: Any,
         texts: Iterable[Any] | str,
-        config: AlphaEditConfig,
+        config: EditOptions,
         *,
         max_tokens: int | None = None,
         progress: bool = True,
@@ -104,7 +103,7 @@ class KeyMoments:
             )
         base = bare_model(model)
         require_whole(base)
-        full, architecture = config.resolve(base)
+        full, architecture = resolve(config, base)
         modules = {layer: architecture.rewrite_name(layer) for layer in full.rewrite_layers or ()}
         names = list(modules.values())
         made_for = fingerprint(base, max(modules), architecture)
@@ -135,7 +134,7 @@ class KeyMoments:
         self,
         threshold: float | None = None,
         mode: str | None = None,
-        config: AlphaEditConfig | None = None,
+        config: EditOptions | None = None,
         *,
         reach: float = 10.0,
         progress: bool = True,
@@ -231,7 +230,7 @@ class NullSpace:
         model: Any,
         tokenizer: Any,
         texts: Iterable[Any] | str,
-        config: AlphaEditConfig,
+        config: EditOptions,
         *,
         max_tokens: int | None = None,
         progress: bool = True,
@@ -253,7 +252,7 @@ class NullSpace:
             resume=resume,
             text_column=text_column,
         )
-        full = config.resolve(bare_model(model))[0]
+        full = resolve(config, bare_model(model))[0]
         return moments.null_space(config=full, progress=progress)
 
     @classmethod

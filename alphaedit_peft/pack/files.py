@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load
 from torch import Tensor
 
-from alphaedit_peft import artefact
+from alphaedit_peft import artefact, metric
 from alphaedit_peft.algebra import LowRankDelta
 from alphaedit_peft.fingerprint import BaseFingerprint
 from alphaedit_peft.hub import Destination, fetch_folder, push_folder
@@ -269,6 +269,7 @@ def _read_facts(folder: Path, options: type[EditOptions]) -> dict[str, Any]:
     del raw["format_version"]
     try:
         raw["config"] = options.from_json(raw["config"])
+        metric.kind(raw["config"].objective)
         raw["base"] = None if raw["base"] is None else BaseFingerprint.from_json(raw["base"])
         if "compression" in raw:
             raw["compression"] = Compression.from_json(raw["compression"])

@@ -19,6 +19,7 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor
 
+from alphaedit_peft import metric
 from alphaedit_peft.edits import Edit
 from alphaedit_peft.fingerprint import BaseFingerprint
 from alphaedit_peft.pack.format import (
@@ -183,9 +184,7 @@ class PackValue(ABC):
     @property
     def rows_are_keys(self) -> bool:
         """Whether the edits were made with rows of A that are their projected keys."""
-        from alphaedit_peft.metric import kind  # most commands on packs do without statistics
-
-        return kind(self.config.objective).rows_are_keys
+        return metric.kind(self.config.objective).rows_are_keys
 
     @property
     def mixed(self) -> bool:
