@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from alphaedit_peft import metric
+from alphaedit_peft.algebra import LowRankDelta
 from alphaedit_peft.edits import Edit
 from alphaedit_peft.fingerprint import BaseFingerprint
 from alphaedit_peft.pack.format import (
