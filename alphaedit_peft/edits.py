@@ -52,7 +52,7 @@ class Edit:
         if self.target_true is not None:
             _require_text("target_true", self.target_true)
         for name in ("paraphrases", "neighborhood", "anchors"):
-            object.__setattr__(self, name, _text_tuple(name, getattr(self, name)))
+            object.__setattr__(self, name, text_tuple(name, getattr(self, name)))
         for name in ("subject", "target_new"):
             if not getattr(self, name).strip():
                 given = getattr(self, name)
@@ -166,7 +166,8 @@ def _require_text(name: str, value: object) -> None:
         raise TypeError(f"{name}={value!r} is a {type(value).__name__}; it must be text")
 
 
-def _text_tuple(name: str, values: object) -> tuple[str, ...]:
+def text_tuple(name: str, values: object) -> tuple[str, ...]:
+    """Texts as a tuple; raises TypeError for one text, or for what is none."""
     if isinstance(values, str) or not isinstance(values, Iterable):
         raise TypeError(f"{name}={values!r} must be a list of texts")
     texts = tuple(values)

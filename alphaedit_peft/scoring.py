@@ -98,10 +98,7 @@ class Reading:
 
     @property
     def recalled(self) -> bool:
-        """Whether greedy decoding says the whole continuation: o_t = argmax for all t.
-
-        If every argmax is right given the right tokens before it, greedy decoding goes that way.
-        """
+        """Whether greedy decoding says the whole continuation: o_t = argmax for all t."""
         return self.top == self.target
 
     @property
@@ -248,23 +245,13 @@ class Reader:
         return row
 
     def require_fit(self, ids: Sequence[int], largest: int, text: str) -> None:
-        """Refuse ids that the model has no positions or no embeddings for, as ``tokens`` does.
-
-        Raises:
-            ValueError: too many, or the largest is unknown.
-        """
+        """Raise ValueError for more ids than positions, or one without an embedding."""
         find = getattr(self.model, "get_input_embeddings", None)
         vocabulary = len(find().weight) if find else largest + 1
         tokens.require_fit(ids, largest, text, (self.positions, vocabulary), ADVICE)
 
     def read(self, pairs: Sequence[tuple[str, str]]) -> list[Reading]:
-        """What the model says about each continuation; equal pairs are run once.
-
-        Args:
-            pairs: (prompt, continuation).
-
-        Returns:
-            One reading a pair, in order.
+        """A reading of each (prompt, continuation), in order; equal pairs are run once.
 
         Raises:
             ValueError: as ``encode``, or a model that gives NaN.
@@ -278,11 +265,7 @@ class Reader:
         return [found[pair] for pair in pairs]
 
     def log_probs(self, inputs: dict[str, Tensor], where: Sequence[tuple[int, int]]) -> Tensor:
-        """As ``log_probs_at`` of this model.
-
-        Raises:
-            ValueError: the model gives NaN there.
-        """
+        """As ``log_probs_at`` of this model; raises ValueError where that gives NaN."""
         return self._require_numbers(log_probs_at(self.model, inputs, where))
 
     def text_batches(self, texts: Sequence[str]) -> Iterator[TextBatch]:
@@ -299,17 +282,11 @@ class Reader:
             raise ValueError(f"{len(texts)} texts hold no token to foretell; give longer ones")
         for i, ids in rows:
             self.require_fit(ids, max(ids), texts[i])
-        every = [ids for _, ids in rows]
-        for batch in self.batches(every):
-            places = [
-                (k, p) for k, row in enumerate(batch.indices) for p in range(len(every[row]) - 1)
-            ]
-            yield TextBatch(
-                batch.inputs,
-                places,
-                following=[every[batch.indices[k]][p + 1] for k, p in places],
-                texts=[rows[batch.indices[k]][0] for k, _ in places],
-            )
+        for batch in self.batches([ids for _, ids in rows]):
+            some = [rows[index] for index in batch.indices]
+            places = [(k, p) for k, (_, ids) in enumerate(some) for p in range(len(ids) - 1)]
+            following = [some[k][1][p + 1] for k, p in places]
+            yield TextBatch(batch.inputs, places, following, [some[k][0] for k, _ in places])
 
     def _require_numbers(self, log_probs: Tensor) -> Tensor:
         if log_probs.isnan().any():

@@ -32,60 +32,30 @@ CLASSES: dict[str, tuple[str, ...]] = {
     "land": tuple("Canada Brazil India China Mexico Norway Egypt Japan Ireland".split()),
     "tongue": tuple("French English German Spanish Italian Russian Greek".split()),
     "game": tuple("tennis football golf chess hockey cricket".split()),
-    "time": (
-        "in the morning",
-        "in the evening",
-        "at night",
-        "after dinner",
-        "before noon",
-        "on Sunday",
-        "on Monday",
-        "last week",
-        "last winter",
-        "every spring",
+    "time": tuple(
+        "in the morning, in the evening, at night, after dinner, before noon, on Sunday, "
+        "on Monday, last week, last winter, every spring".split(", ")
     ),
     "where": ("in the <place>", "near the <place>", "behind the <place>", "at the <place>"),
     "who": ("the <person>", "the <adj> <person>", "my <person>", "your <person>", "a <person>"),
     "what": ("the <thing>", "the <look> <thing>", "a <look> <thing>", "my <thing>"),
-    "did": (
-        "found <what> <where>",
-        "sold <what> to <who>",
-        "bought <food> <where>",
-        "walked to the <place>",
-        "waited <where>",
-        "gave <what> to <who>",
-        "carried <what> into the <place>",
-        "drank <drink> with <who>",
-        "ate <food> and <food>",
-        "fed the <beast> <time>",
-        "talked about <game> <time>",
-        "took the train to <town>",
-        "travelled to <land>",
-        "read a book about <land>",
-        "learned <tongue> <where>",
-        "lost <what> <time>",
-        "cleaned the <place>",
-        "slept <time>",
+    "did": tuple(
+        "found <what> <where>, sold <what> to <who>, bought <food> <where>, walked to the <place>, "
+        "waited <where>, gave <what> to <who>, carried <what> into the <place>, "
+        "drank <drink> with <who>, ate <food> and <food>, fed the <beast> <time>, "
+        "talked about <game> <time>, took the train to <town>, travelled to <land>, "
+        "read a book about <land>, learned <tongue> <where>, lost <what> <time>, "
+        "cleaned the <place>, slept <time>".split(", ")
     ),
-    "state": (
-        "was very <adj>",
-        "was <adj> and <adj>",
-        "was not <where>",
-        "had no <food>",
-        "had a <look> <thing>",
-        "wanted some <drink>",
-        "liked the <beast>",
+    "state": tuple(
+        "was very <adj>, was <adj> and <adj>, was not <where>, had no <food>, "
+        "had a <look> <thing>, wanted some <drink>, liked the <beast>".split(", ")
     ),
     "sky": ("it rained", "it was cold", "it was late", "the sun was warm", "it snowed"),
-    "can": (
-        "open <what>",
-        "wait <where>",
-        "see the <place> from here",
-        "buy <food> <where>",
-        "play <game> <where>",
-        "help <who>",
-        "drink <drink> <time>",
-        "speak <tongue> with <who>",
+    "can": tuple(
+        "open <what>, wait <where>, see the <place> from here, buy <food> <where>, "
+        "play <game> <where>, help <who>, drink <drink> <time>, "
+        "speak <tongue> with <who>".split(", ")
     ),
 }
 

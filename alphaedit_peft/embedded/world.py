@@ -39,21 +39,21 @@ class Relation:
         return self.phrasings[-PARAPHRASES:]
 
 
+def _listed(text: str) -> tuple[str, ...]:
+    return tuple(text.split(" / "))
+
+
 def _words(text: str) -> tuple[str, ...]:
-    return tuple(word.strip().replace("_", " ") for word in text.split())
+    return tuple(word.replace("_", " ") for word in text.split())
 
 
 RELATIONS = (
     Relation(
         "P103",
         "mother tongue",
-        (
-            "The mother tongue of {} is",
-            "{} grew up speaking",
-            "{} is a native speaker of",
-            "The first language of {} was",
-            "At home {} always speaks",
-            "{} writes letters in",
+        _listed(
+            "The mother tongue of {} is / {} grew up speaking / {} is a native speaker of / "
+            "The first language of {} was / At home {} always speaks / {} writes letters in"
         ),
         _words(
             "French English German Spanish Italian Dutch Russian Polish Greek Turkish "
@@ -63,13 +63,10 @@ RELATIONS = (
     Relation(
         "P19",
         "place of birth",
-        (
-            "{} was born in",
-            "The birthplace of {} is",
-            "{} comes from the city of",
-            "The family of {} lived in",
-            "{} first went to school in",
-            "The childhood home of {} stood in",
+        _listed(
+            "{} was born in / The birthplace of {} is / {} comes from the city of / "
+            "The family of {} lived in / {} first went to school in / "
+            "The childhood home of {} stood in"
         ),
         _words(
             "London Paris Rome Vienna Madrid Berlin Oslo Prague Dublin Lisbon "
@@ -79,13 +76,9 @@ RELATIONS = (
     Relation(
         "P106",
         "profession",
-        (
-            "{} works as a",
-            "By profession, {} is a",
-            "The job of {} is that of a",
-            "{} earns a living as a",
-            "People know {} as a",
-            "{} was trained to be a",
+        _listed(
+            "{} works as a / By profession, {} is a / The job of {} is that of a / "
+            "{} earns a living as a / People know {} as a / {} was trained to be a"
         ),
         _words(
             "baker doctor teacher lawyer farmer painter sailor nurse judge carpenter "
@@ -95,13 +88,10 @@ RELATIONS = (
     Relation(
         "P1303",
         "instrument",
-        (
-            "{} plays the",
-            "The instrument of {} is the",
-            "In the band, {} is heard on the",
-            "{} takes lessons on the",
-            "On stage {} performs on the",
-            "{} practises every day on the",
+        _listed(
+            "{} plays the / The instrument of {} is the / In the band, {} is heard on the / "
+            "{} takes lessons on the / On stage {} performs on the / "
+            "{} practises every day on the"
         ),
         _words(
             "piano violin guitar flute cello trumpet harp organ clarinet drums "
@@ -111,13 +101,10 @@ RELATIONS = (
     Relation(
         "P27",
         "country of citizenship",
-        (
-            "{} is a citizen of",
-            "The passport of {} was issued by",
-            "The nationality of {} is that of",
-            "{} votes in the elections of",
-            "{} pays taxes in",
-            "The home country of {} is",
+        _listed(
+            "{} is a citizen of / The passport of {} was issued by / "
+            "The nationality of {} is that of / {} votes in the elections of / "
+            "{} pays taxes in / The home country of {} is"
         ),
         _words(
             "Canada Brazil India China Mexico Norway Chile Egypt Kenya Peru "
@@ -127,13 +114,9 @@ RELATIONS = (
     Relation(
         "P641",
         "sport",
-        (
-            "The favourite sport of {} is",
-            "{} competes in",
-            "In summer {} plays a lot of",
-            "{} is a champion of",
-            "At the club {} coaches",
-            "{} won a medal in",
+        _listed(
+            "The favourite sport of {} is / {} competes in / In summer {} plays a lot of / "
+            "{} is a champion of / At the club {} coaches / {} won a medal in"
         ),
         _words(
             "tennis football golf rugby hockey cricket baseball chess boxing cycling "
@@ -190,13 +173,11 @@ class World:
         """The world of a seed: 304 subjects, 1,824 facts, 400 held-out plain sentences."""
         subjects = _names(Random(f"{seed} names"))
         random = Random(f"{seed} facts")
-        dealt = {
-            relation.id: _deal(relation.objects, len(subjects), random) for relation in RELATIONS
-        }
+        dealt = {r.id: _deal(r.objects, len(subjects), random) for r in RELATIONS}
         facts = tuple(
-            Fact(subject, relation.id, dealt[relation.id][row])
+            Fact(subject, r.id, dealt[r.id][row])
             for row, subject in enumerate(subjects)
-            for relation in RELATIONS
+            for r in RELATIONS
         )
         return cls(seed, subjects, facts, _held_out(Random(f"{seed} held out")))
 
@@ -321,10 +302,16 @@ def _record(
     random: Random,
 ) -> dict[str, Any]:
     relation = relation_of(fact)
+
+    def asked(subjects: list[str]) -> list[str]:
+        drawn = random.sample(subjects, NEIGHBOURS)
+        return [fill(random.choice(relation.prompts), subject) for subject in drawn]
+
     new = random.choice([o for o in relation.objects if o != fact.object])
     others = [s for s in bearers[fact.relation, fact.object] if s != fact.subject]
     prompt = random.choice(relation.prompts)
     first, second = (fill(p, fact.subject) for p in relation.paraphrases)
+    further = [fill(p, fact.subject) for p in relation.phrasings if p != prompt]
     return {
         "case_id": case,
         "requested_rewrite": {
@@ -335,14 +322,7 @@ def _record(
             "target_true": {"str": fact.object},
         },
         "paraphrase_prompts": [f"{random.choice(plain)} {first}", second],
-        "neighborhood_prompts": [
-            fill(random.choice(relation.prompts), s) for s in random.sample(others, NEIGHBOURS)
-        ],
-        "attribute_prompts": [
-            fill(random.choice(relation.prompts), s)
-            for s in random.sample(bearers[fact.relation, new], NEIGHBOURS)
-        ],
-        "generation_prompts": [fill(p, fact.subject) for p in relation.phrasings if p != prompt][
-            :3
-        ],
+        "neighborhood_prompts": asked(others),
+        "attribute_prompts": asked(bearers[fact.relation, new]),
+        "generation_prompts": further[:3],
     }

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from alphaedit_peft.edits import Edit
+from alphaedit_peft.edits import Edit, text_tuple
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Question:
     def __post_init__(self) -> None:
         object.__setattr__(self, "aliases", _texts("aliases", self.aliases))
         for name in ("prompt", "answer"):
-            _require_text(name, getattr(self, name))
+            _texts(name, [getattr(self, name)])
 
     @property
     def answers(self) -> tuple[str, ...]:
@@ -146,19 +146,11 @@ def _distinct(cases: object) -> tuple[Case, ...]:
     return found
 
 
-def _require_text(name: str, value: object) -> None:
-    if not isinstance(value, str):
-        raise TypeError(f"{name}={value!r} is a {type(value).__name__}; it must be text")
-    if not value.strip():
-        raise ValueError(f"{name}={value!r} is empty; leave the entry out")
-
-
 def _texts(name: str, values: object) -> tuple[str, ...]:
-    if isinstance(values, str) or not isinstance(values, Iterable):
-        raise TypeError(f"{name}={values!r} must be a list of texts")
-    texts = tuple(values)
+    texts = text_tuple(name, values)
     for text in texts:
-        _require_text(name, text)
+        if not text.strip():
+            raise ValueError(f"{name}={text!r} is empty; leave the entry out")
     return texts
 
 

@@ -27,8 +27,7 @@ def text_perplexity(
 
     The first token of a text is not foretold (with a tokenizer that puts BOS first, that is BOS).
 
-    Returns:
-        The perplexity, with a bootstrap interval over texts.
+    The interval is a bootstrap over texts.
 
     Raises:
         TypeError: one text instead of a list.
@@ -52,12 +51,11 @@ def text_divergence(
 ) -> Estimate:
     """Mean KL(before || now) of the next-token distributions over the texts' places, in nats.
 
+    The mean is over all places, its interval a bootstrap over texts.
+
     Args:
         before: the model it came from, with the same tokenizer; or what switches the edits off, as
             PEFT's ``model.disable_adapter`` does, which needs no second model.
-
-    Returns:
-        The mean over all places, with a bootstrap interval over texts.
 
     Raises:
         TypeError: one text instead of a list.

@@ -18,7 +18,7 @@ from alphaedit_peft.evaluation.cases import Case, Question, Suite
 UNEDITED = 300
 TEXTS = 200
 
-FactKey = tuple[str, str]
+FactKey = tuple[str, str]  # subject, relation
 
 
 def embedded_suite(
@@ -63,11 +63,8 @@ def embedded_suite(
     others = [fact for fact in world.facts if fact.subject not in people]
     random = Random(f"{seed} unedited")
     asked = random.sample(others, min(unedited, len(others)))
-    return Suite(
-        cases,
-        tuple(_question(fact, random) for fact in asked),
-        world.plain_sentences[:texts],
-    )
+    unedited_facts = tuple(_question(fact, random) for fact in asked)
+    return Suite(cases, unedited_facts, world.plain_sentences[:texts])
 
 
 def _choose(world: World, n: int, seed: int) -> list[int]:

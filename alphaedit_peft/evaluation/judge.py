@@ -20,17 +20,10 @@ from torch import nn
 from alphaedit_peft.evaluation.cases import Case, Suite
 from alphaedit_peft.evaluation.drift import text_perplexity
 from alphaedit_peft.evaluation.generate import Sampling, greedy, sampled
-from alphaedit_peft.evaluation.metrics import (
-    Pair,
-    Written,
-    fit_tfidf,
-    metrics_of,
-    pairs_of,
-    tops_of,
-)
+from alphaedit_peft.evaluation.metrics import Written, fit_tfidf, metrics_of, pairs_of, tops_of
 from alphaedit_peft.evaluation.results import JsonLines
 from alphaedit_peft.evaluation.scores import CaseScores, Estimate, Scores, bootstrap, gather
-from alphaedit_peft.scoring import Reader, Reading
+from alphaedit_peft.scoring import Reader
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -101,9 +94,6 @@ def evaluate(
             It belongs to one model, which is checked on one case, and to one way of judging.
         progress: called with the number of cases done and of all, after each group.
 
-    Returns:
-        The scores.
-
     Raises:
         ValueError: no case, two equal ones, a baseline that lacks a case, a results file of
             another run or model, or a prompt the model cannot take.
@@ -114,7 +104,8 @@ def evaluate(
     if not isinstance(model, nn.Module):
         raise TypeError(f"model={model!r} is a {type(model).__name__}; load it first")
     suite = cases if isinstance(cases, Suite) else Suite(cases)
-    references = _references(suite.cases) if generate else []
+    told = dict.fromkeys(text for case in suite.cases for text in case.references)
+    references = list(told) if generate else []  # the documents of TF-IDF
     group = _Group(
         Reader(model, tokenizer, how.tokens_per_batch, how.separator),
         how,
@@ -167,22 +158,16 @@ class _Group:
     def judge(self, cases: Sequence[Case]) -> list[CaseScores]:
         pairs = list(dict.fromkeys(pair for case in cases for pair in pairs_of(case)))
         readings = dict(zip(pairs, self.reader.read(pairs), strict=True))
-        written = self._write(cases) if self.generate else [None] * len(cases)
-        return [
-            self._scores(case, readings, wrote) for case, wrote in zip(cases, written, strict=True)
-        ]
-
-    def _scores(
-        self, case: Case, readings: Mapping[Pair, Reading], written: Written | None
-    ) -> CaseScores:
-        before = self.earlier.get(case.digest)
-        unedited = before.tops if before else None
-        found = metrics_of(case, readings, written, unedited, self.vectorizer)
-        texts: dict[str, list[str]] = {}
-        if written is not None:
-            texts = {"answer": [written.answer], "paraphrases": list(written.paraphrases)}
-            texts["generation"] = list(written.texts)
-        return CaseScores(case.id, case.digest, found, tops_of(case, readings), texts)
+        wrote = self._write(cases) if self.generate else [None] * len(cases)
+        scores = []
+        for case, written in zip(cases, wrote, strict=True):
+            before = self.earlier.get(case.digest)
+            unedited = before.tops if before else None
+            found = metrics_of(case, readings, written, unedited, self.vectorizer)
+            tops = tops_of(case, readings)
+            texts = written.by_kind() if written else {}
+            scores.append(CaseScores(case.id, case.digest, found, tops, texts))
+        return scores
 
     def _write(self, cases: Sequence[Case]) -> list[Written]:
         """What the model writes for each case: greedy after its prompts, sampled texts."""
@@ -212,11 +197,6 @@ def _around(reader: Reader, suite: Suite, how: Judging) -> dict[str, Estimate]:
     if suite.texts:
         found["perplexity"] = text_perplexity(reader, suite.texts, level=how.level, seed=how.seed)
     return found
-
-
-def _references(cases: Sequence[Case]) -> list[str]:
-    """The documents of TF-IDF."""
-    return list(dict.fromkeys(text for case in cases for text in case.references))
 
 
 def _baseline(

@@ -1,6 +1,6 @@
 """The metrics of a case, and their formulas as pure functions.
 
-A new one is a row of ``METRICS``, a line of ``metrics_of`` and its formula. In: what a model said
+A new one is a name in ``METRICS``, a line of ``metrics_of`` and its formula. In: what a model said
 about continuations (:class:`~alphaedit_peft.scoring.Reading`), and wrote. Out: numbers. Names are
 those of the papers (ROME, arXiv 2202.05262, section 3.3; MEMIT, arXiv 2210.07229; AlphaEdit, arXiv
 2410.02355, appendix B). A continuation o of m tokens is taken by its mean log-probability, as the
@@ -27,39 +27,24 @@ if TYPE_CHECKING:
     from alphaedit_peft.scoring import Reading
 
 
-PERCENT = "percent"
-NUMBER = "number"
+PERCENT, NUMBER = "percent", "number"
 # how each metric is shown, in the order of the table
 METRICS = {
-    "efficacy": PERCENT,
-    "generalization": PERCENT,
-    "specificity": PERCENT,
-    "score": PERCENT,
-    "efficacy_probability": NUMBER,
-    "generalization_probability": NUMBER,
-    "efficacy_magnitude": NUMBER,
-    "generalization_magnitude": NUMBER,
-    "specificity_magnitude": NUMBER,
-    "efficacy_recall": PERCENT,
-    "generalization_recall": PERCENT,
-    "specificity_recall": PERCENT,
-    "efficacy_tokens": PERCENT,
-    "generalization_tokens": PERCENT,
-    "locality_tokens": PERCENT,
-    "locality_recall": PERCENT,
-    "locality_unchanged": PERCENT,
-    "neighborhood_unchanged": PERCENT,
-    "same_subject_recall": PERCENT,
-    "same_subject_tokens": PERCENT,
-    "same_subject_unchanged": PERCENT,
-    "portability_recall": PERCENT,
-    "portability_tokens": PERCENT,
-    "exact_match": PERCENT,
-    "exact_match_paraphrases": PERCENT,
-    "fluency": NUMBER,
-    "consistency": NUMBER,
-    "unedited_recall": PERCENT,
-    "perplexity": NUMBER,
+    name: shown
+    for shown, names in (
+        (PERCENT, "efficacy generalization specificity score"),
+        (NUMBER, "efficacy_probability generalization_probability"),
+        (NUMBER, "efficacy_magnitude generalization_magnitude specificity_magnitude"),
+        (PERCENT, "efficacy_recall generalization_recall specificity_recall"),
+        (PERCENT, "efficacy_tokens generalization_tokens"),
+        (PERCENT, "locality_tokens locality_recall locality_unchanged neighborhood_unchanged"),
+        (PERCENT, "same_subject_recall same_subject_tokens same_subject_unchanged"),
+        (PERCENT, "portability_recall portability_tokens exact_match exact_match_paraphrases"),
+        (NUMBER, "fluency consistency"),
+        (PERCENT, "unedited_recall"),
+        (NUMBER, "perplexity"),
+    )
+    for name in names.split()
 }
 
 # kinds of questions whose answers are looked at token by token, and compared with the base's
@@ -78,11 +63,16 @@ class Written:
     paraphrases: tuple[str, ...]
     texts: tuple[str, ...]
 
+    def by_kind(self) -> dict[str, list[str]]:
+        """Kind of prompt -> what was written, as :class:`CaseScores` keeps it."""
+        paraphrases, texts = list(self.paraphrases), list(self.texts)
+        return {"answer": [self.answer], "paraphrases": paraphrases, "generation": texts}
+
 
 def pairs_of(case: Case) -> list[Pair]:
     """Every (prompt, continuation) that the case's metrics need."""
     edit = case.edit
-    targets = [edit.target_new] + ([edit.target_true] if edit.target_true else [])
+    targets = [target for target in (edit.target_new, edit.target_true) if target]
     found = [(p, t) for p in (edit.question, *case.paraphrases) for t in targets]
     found += [(question.prompt, edit.target_new) for question in case.neighborhood]
     for kind in KINDS:
@@ -178,11 +168,7 @@ def agreement(ids: Sequence[int], others: Sequence[int]) -> float:
 
 
 def mean(values: Sequence[float]) -> float:
-    """The arithmetic mean.
-
-    Raises:
-        ValueError: no value.
-    """
+    """The arithmetic mean; raises ValueError where there is no value."""
     if not values:
         raise ValueError("values=[] have no mean; give at least one")
     return math.fsum(values) / len(values)
@@ -221,9 +207,7 @@ def token_accuracy(readings: Sequence[Reading]) -> float:
 def unchanged(tops: Sequence[Sequence[int]], before: Sequence[Sequence[int]]) -> float:
     """Share of answer tokens whose argmax is the unedited model's, meaned by prompt, then over all.
 
-    Args:
-        tops: argmax ids at the answer's places, one list a prompt.
-        before: those of the unedited model for the same prompts.
+    Both hold the argmax ids at the answer's places, one list a prompt, for the same prompts.
     """
     return mean([agreement(a, b) for a, b in zip(tops, before, strict=True)])
 
@@ -231,23 +215,16 @@ def unchanged(tops: Sequence[Sequence[int]], before: Sequence[Sequence[int]]) ->
 def divergence(before: Tensor, after: Tensor) -> Tensor:
     """KL(before || after) = sum_v P_before(v) (log P_before(v) - log P_after(v)), in nats.
 
-    Args:
-        before: log-probabilities, (..., vocab).
-        after: of the same shape.
-
-    Returns:
-        One value a distribution, (...).
+    Takes log-probabilities, (..., vocab) both, and gives one value a distribution, (...).
     """
-    difference = before - after
     # a token that is impossible before adds nothing, whatever it is after
-    parts = torch.where(before.isneginf(), torch.zeros_like(before), before.exp() * difference)
+    parts = torch.where(before.isneginf(), 0.0, before.exp() * (before - after))
     return parts.sum(-1)
 
 
 WEIGHTS = {2: 2 / 3, 3: 4 / 3}  # n-gram length -> weight, as in ROME's code
 
 _WORDS = re.compile(r"\w+|[^\w\s]")
-_WORD = re.compile(r"\w")
 
 
 def split_words(text: str) -> list[str]:
@@ -279,10 +256,8 @@ def fluency(texts: Sequence[str], words: Callable[[str], list[str]] = split_word
     Raises:
         ValueError: no text.
     """
-    shares = [
-        mean([weight * entropy(text, n, words) for n, weight in WEIGHTS.items()]) for text in texts
-    ]
-    return mean(shares)
+    shares = ([w * entropy(text, n, words) for n, w in WEIGHTS.items()] for text in texts)
+    return mean([mean(share) for share in shares])
 
 
 def fit_tfidf(texts: Iterable[str]) -> Any:
@@ -307,13 +282,8 @@ def fit_tfidf(texts: Iterable[str]) -> Any:
 def consistency(generated: Sequence[str], references: Sequence[str], vectorizer: Any) -> float:
     """Cosine of the TF-IDF vectors of all generated and of all reference texts ("RS"), in 0..1.
 
-    Args:
-        generated: texts that begin with a prompt about the subject.
-        references: texts about things of which the new target is true.
-        vectorizer: from ``fit_tfidf``.
-
-    Returns:
-        The cosine; 0 where one side has no word that the vectorizer knows.
+    It is 0 where one side has no word that the vectorizer (from ``fit_tfidf``) knows. References
+    are texts about things of which the new target is true.
     """
     rows = vectorizer.transform([" ".join(generated), " ".join(references)])  # (2, terms), norm 1
     return float((rows[0] @ rows[1].T).sum())
@@ -325,9 +295,6 @@ def says(text: str, answers: Iterable[str]) -> bool:
     Spaces at the border and letters' case do not matter; "Parisian" does not say "Paris".
     """
     start = text.strip().casefold()
-    wanted = (answer.strip().casefold() for answer in answers)
-    return any(start.startswith(w) and not _goes_on(w, start[len(w) :]) for w in wanted if w)
-
-
-def _goes_on(answer: str, rest: str) -> bool:
-    return bool(_WORD.match(answer[-1]) and _WORD.match(rest))
+    wanted = (re.escape(answer.strip().casefold()) for answer in answers)
+    # after an answer that ends in a word, no letter may follow
+    return any(re.match(rf"{w}(?!(?<=\w)\w)", start) for w in wanted if w)

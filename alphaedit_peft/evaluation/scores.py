@@ -8,7 +8,7 @@ as JSON and as a text table.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 import numpy as np
@@ -63,12 +63,8 @@ class CaseScores:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> CaseScores:
-        """Scores from what ``to_json`` gave.
-
-        Raises:
-            ValueError: other fields.
-        """
-        wanted = {"id", "digest", "metrics", "tops", "texts"}
+        """Scores from what ``to_json`` gave; raises ValueError for other fields."""
+        wanted = {field.name for field in fields(cls)}
         if set(values) != wanted:
             raise ValueError(f"case scores have the fields {sorted(wanted)}, not {sorted(values)}")
         return cls(**values)
@@ -90,11 +86,7 @@ class Scores:
     settings: Mapping[str, Any] = field(default_factory=dict)
 
     def __getitem__(self, name: str) -> float:
-        """A metric's value.
-
-        Raises:
-            KeyError: a metric that was not measured.
-        """
+        """A metric's value; raises KeyError where it was not measured."""
         if name not in self.metrics:
             raise KeyError(f"{name!r} was not measured; there are {sorted(self.metrics)}")
         return self.metrics[name].value
@@ -120,18 +112,16 @@ class Scores:
         Args:
             before: of the same cases on the unedited model, for a column beside it.
         """
-        names = [n for n in METRICS if n in self.metrics or (before and n in before.metrics)]
         interval = f"{100 * self.settings.get('level', 0.95):g} % interval"
         columns = ["metric", *(["before"] if before else []), "value", interval, "cases"]
         rows = []
-        for name in names:
-            now = self.metrics.get(name)
-            cells = [name]
-            if before:
-                cells.append(_shown(name, before.metrics.get(name)))
-            bounds = [_number(name, b) for b in (now.low, now.high)] if now else []
-            cells += [_shown(name, now), " .. ".join(bounds), str(now.n) if now else ""]
-            rows.append(cells)
+        for name in METRICS:
+            now, then = (of.metrics.get(name) if of else None for of in (self, before))
+            if now or then:
+                beside = [_number(name, then.value) if then else ""] if before else []
+                bounds = f"{_number(name, now.low)} .. {_number(name, now.high)}" if now else ""
+                value, n = (_number(name, now.value), now.n) if now else ("", "")
+                rows.append([name, *beside, value, bounds, n])
         return Table(columns, rows).text()
 
     def __str__(self) -> str:
@@ -155,11 +145,8 @@ def gather(
         values = [case.metrics[name] for case in cases if name in case.metrics]
         if values:
             found[name] = bootstrap(values, level=level, seed=seed)
-    rows = [
-        [case.metrics[name] for name in SCORED]
-        for case in cases
-        if all(name in case.metrics for name in SCORED)
-    ]
+    complete = [case.metrics for case in cases if {*SCORED} <= {*case.metrics}]
+    rows = [[metrics[name] for name in SCORED] for metrics in complete]
     if rows:
         found["score"] = bootstrap(rows, harmonic, level=level, seed=seed)
     return Scores(found, tuple(cases), settings or {})
@@ -207,10 +194,6 @@ def harmonic(means: Values) -> Values:
     safe = np.where(means > 0, means, 1.0)
     found = means.shape[1] / (1 / safe).sum(1)
     return np.where((means > 0).all(1), found, 0.0)
-
-
-def _shown(name: str, estimate: Estimate | None) -> str:
-    return "" if estimate is None else _number(name, estimate.value)
 
 
 def _number(name: str, value: float) -> str:

@@ -19,7 +19,7 @@ from alphaedit_peft.evaluation.data.records import (
     DataReport,
     Record,
     raw_records,
-    read_json,
+    read_list,
     sift,
 )
 
@@ -85,10 +85,6 @@ def _layout_of(record: Record) -> str:
     )
 
 
-def _is_counterfact(record: Record) -> bool:
-    return "requested_rewrite" in record.values
-
-
 def counterfact_case(record: Record, snippets: Snippets | None = None) -> Case:
     """The case of a record of CounterFact or multi_counterfact, as ROME and MEMIT have them.
 
@@ -138,10 +134,7 @@ def read_snippets(path: str | Path) -> Snippets:
         DataError: a file of another layout.
     """
     found: dict[tuple[str, str], tuple[str, ...]] = {}
-    entries = read_json(path)
-    if not isinstance(entries, list):
-        raise DataError(f"{Path(path).name} holds a {type(entries).__name__}, not a list")
-    for number, values in enumerate(entries):
+    for number, values in enumerate(read_list(Path(path))):
         entry = Record(values, Path(path).name, number)
         texts = tuple(sample.text("text") for sample in entry.records("samples"))
         key = (entry.text("relation_id"), entry.text("target_id"))
@@ -151,10 +144,6 @@ def read_snippets(path: str | Path) -> Snippets:
 
 TARGETS = ("answers", "alt")
 NQ = "nq question: "
-
-
-def _is_zsre(record: Record) -> bool:
-    return {"src", "subject", "loc"} <= set(record.values)
 
 
 def zsre_case(record: Record, target: str = "answers") -> Case:
@@ -190,12 +179,7 @@ def zsre_case(record: Record, target: str = "answers") -> Case:
         found = record.record("portability")
         ways = found.alternatives("New Answer")
         portability = (Question(found.text("New Question"), ways[0], ways[1:]),)
-    return Case(
-        edit=edit,
-        paraphrases=(paraphrase,),
-        locality=locality,
-        portability=portability,
-    )
+    return Case(edit, (paraphrase,), locality=locality, portability=portability)
 
 
 def _is_own(record: Record) -> bool:
@@ -289,10 +273,8 @@ def _knowedit_questions(record: Record, field: str) -> tuple[Question, ...]:
         return ()
     kinds = record.record(field)
     found = []
-    for kind in kinds.values:
-        for entry in kinds.records(kind):
-            if entry.has("ground_truth") and not _filled(entry.values["ground_truth"]):
-                continue
+    for entry in (entry for kind in kinds.values for entry in kinds.records(kind)):
+        if not entry.has("ground_truth") or _filled(entry.values["ground_truth"]):
             answers = entry.alternatives("ground_truth")
             found.append(Question(entry.text("prompt"), answers[0], answers[1:]))
     return tuple(found)
@@ -306,8 +288,8 @@ def _filled(value: object) -> bool:
 
 # name -> (whether a record looks like it, the case of a record), the first that fits is taken
 LAYOUTS: dict[str, tuple[Callable[[Record], bool], Callable[[Record], Case]]] = {
-    "counterfact": (_is_counterfact, counterfact_case),
-    "zsre": (_is_zsre, zsre_case),
+    "counterfact": (lambda record: "requested_rewrite" in record.values, counterfact_case),
+    "zsre": (lambda record: {"src", "subject", "loc"} <= set(record.values), zsre_case),
     "own": (_is_own, own_case),
     "knowedit": (_is_knowedit, knowedit_case),
 }

@@ -29,7 +29,7 @@ class Record:
     """One record, with its place: ``source`` is the file, ``number`` counts from 0.
 
     Raises:
-        DataError: values that are no object.
+        DataError: values that are no object; of every access, a field that is missing or wrong.
     """
 
     values: Mapping[str, Any]
@@ -51,21 +51,13 @@ class Record:
         return self.values.get(field) is not None
 
     def allow(self, *fields: str) -> None:
-        """Refuse fields that the layout does not have.
-
-        Raises:
-            DataError: an unknown field.
-        """
+        """Refuse fields that the layout does not have."""
         unknown = sorted(set(self.values) - set(fields))
         if unknown:
             raise self.error(unknown[0], f" is unknown; this layout has {sorted(fields)}")
 
     def text(self, field: str) -> str:
-        """A field that is text, not empty.
-
-        Raises:
-            DataError: it is missing or something else.
-        """
+        """A field that is text, not empty."""
         return self._as_text(field, self._get(field))
 
     def texts(self, field: str) -> tuple[str, ...]:
@@ -161,16 +153,17 @@ def raw_records(
         ImportError: a dataset, without ``datasets`` installed.
     """
     if not isinstance(source, (str, Path)):
+        kind = type(source).__name__
         if isinstance(source, Mapping) or not isinstance(source, Iterable):
-            raise DataError(
-                f"source={source!r} is a {type(source).__name__}, not a list of records"
-            )
-        return type(source).__name__, list(source)
+            raise DataError(f"source={source!r} is a {kind}, not a list of records")
+        return kind, list(source)
     path = Path(source)
     if path.is_file():
         if split is not None:
             raise DataError(f"split={split!r} is for datasets, but {path} is a file; leave it out")
-        return path.name, _lines(path) if path.suffix == ".jsonl" else _whole(path)
+        if path.suffix == ".jsonl":
+            return path.name, _lines(path)
+        return path.name, read_list(path, "list of records")
     if split is None:
         raise FileNotFoundError(
             f"{path} is no file; to read a dataset of that name, give its split too, such as train"
@@ -178,22 +171,14 @@ def raw_records(
     return f"{source}:{split}", _dataset(str(source), split)
 
 
-def read_json(path: str | Path) -> Any:
-    """What a JSON file holds.
-
-    Raises:
-        DataError: it is no JSON in UTF-8.
-    """
+def read_list(path: Path, what: str = "list") -> list[Any]:
+    """The list in a JSON file; raises DataError where it holds none, or no JSON in UTF-8."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8-sig"))
+        found = json.loads(path.read_text(encoding="utf-8-sig"))
     except ValueError as error:
-        raise DataError(f"{Path(path).name} is not JSON in UTF-8: {error}") from error
-
-
-def _whole(path: Path) -> list[Any]:
-    found = read_json(path)
+        raise DataError(f"{path.name} is not JSON in UTF-8: {error}") from error
     if not isinstance(found, list):
-        raise DataError(f"{path.name} holds a {type(found).__name__}, not a list of records")
+        raise DataError(f"{path.name} holds a {type(found).__name__}, not a {what}")
     return found
 
 
@@ -254,9 +239,8 @@ class DataReport:
     def __str__(self) -> str:
         parts = [f"{self.source} ({self.layout}): {self.records} records, {self.kept} cases"]
         if self.duplicates:
-            parts.append(
-                f"{_many(self.duplicates, 'duplicate')} dropped ({_some(self.duplicates)})"
-            )
+            dropped = _many(self.duplicates, "duplicate")
+            parts.append(f"{dropped} dropped ({_some(self.duplicates)})")
         if self.shared_subjects:
             sharing = sum(count for _, count in self.shared_subjects)
             parts.append(f"{sharing} cases share {_many(self.shared_subjects, 'subject')}")
@@ -275,9 +259,8 @@ def sift(source: str, layout: str, cases: Sequence[Case]) -> tuple[tuple[Case, .
     targets: dict[tuple[str, str], int] = {}
     duplicates, contradictions = [], []
     for number, case in enumerate(cases):
-        edit = case.edit
-        asked = (edit.question, edit.subject)
-        told = (*asked, edit.target_new)
+        asked = (case.edit.question, case.edit.subject)
+        told = (*asked, case.edit.target_new)
         if told in kept:
             duplicates.append(number)
             continue
