@@ -25,7 +25,7 @@ NUMBERS = 104  # of bars with intervals: width of the numbers
 
 Points = Sequence[tuple[float, float]]
 Course = Sequence[tuple[float, Estimate]]
-Moved = Sequence[tuple[tuple[float, float], tuple[float, float]]]
+Moved = Sequence[Sequence[Sequence[float]]]  # ((x, y) before, (x, y) after)
 
 
 def line_chart(
@@ -101,8 +101,7 @@ def scatter_chart(
 ) -> Markup:
     """Points that moved: a ring where each was, a dot where it is, a line between them.
 
-    Args:
-        groups: name -> ((x, y) before, (x, y) after), each in a colour of its own.
+    Each group, name -> ((x, y) before, (x, y) after), has a colour of its own.
     """
     drawn = {
         name: [pair for pair in pairs if all(_finite(*point) for point in pair)]
@@ -112,28 +111,25 @@ def scatter_chart(
     if not every:
         return figure(title, [])
     xs, ys = zip(*every, strict=True)
-    x_axis = Axis(min(xs), max(xs), LEFT + 6, WIDTH - RIGHT - 6, False)
-    y_axis = Axis(min(ys), max(ys), HEIGHT - BOTTOM - 6, TOP + 16, False)
-    parts = frame(x_axis, y_axis, x_label, y_label)
+    axes = (
+        Axis(min(xs), max(xs), LEFT + 6, WIDTH - RIGHT - 6),
+        Axis(min(ys), max(ys), HEIGHT - BOTTOM - 6, TOP + 16),
+    )
+    parts = frame(*axes, x_label, y_label)
     for i, pairs in enumerate(drawn.values()):
         for pair in pairs:
-            ring, dot = _places(pair, x_axis, y_axis)
+            ring, dot = _places(pair, *axes)
             (x1, y1), (x2, y2) = ring.split(","), dot.split(",")
             stroke = f'class="stroke-{i % COLOURS}"'
             parts.append(
                 f'<line {stroke} opacity="0.6" x1="{x1}" y1="{y1}" x2="{x2}" y2="{y2}"/>'
                 f'<circle {stroke} fill="none" cx="{x1}" cy="{y1}" r="3.5"/>{_dot(dot, i, 2)}'
             )
-    return figure(title, parts, WIDTH, HEIGHT, legend(list(drawn), len(drawn) > 0))
+    return figure(title, parts, WIDTH, HEIGHT, legend(list(drawn), 1))
 
 
 def bar_chart(title: str, bars: Sequence[tuple[str, float]], *, unit: str = "") -> Markup:
-    """Bars to the right from zero, each with its label and value.
-
-    Args:
-        bars: (label, value from 0 on).
-        unit: after each value.
-    """
+    """Bars to the right from zero for each (label, value from 0 on), with ``unit`` after each."""
     known = [(name, value) for name, value in bars if math.isfinite(value)]
     longest = max((value for _, value in known), default=0.0)
     parts = []
@@ -162,7 +158,7 @@ def interval_bars(
     """
     known = [bar for bar in bars if math.isfinite(bar[1].value)]
     ends = [found.high if math.isfinite(found.high) else found.value for _, found, _ in known]
-    axis = Axis(0.0, full or max(ends, default=0.0) or 1.0, LABEL, WIDTH - NUMBERS, False)
+    axis = Axis(0.0, full or max(ends, default=0.0) or 1.0, LABEL, WIDTH - NUMBERS)
     parts = []
     for i, (name, found, colour) in enumerate(known):
         length = axis.place(found.value) - LABEL
@@ -196,8 +192,7 @@ def heat_map(title: str, values: Sequence[Sequence[float]], labels: Sequence[str
     if not n:
         return figure(title, [])
     named = labels if n <= NAMED else ()
-    left = 120 if named else 4
-    wide = len(values[0])
+    left, wide = 120 if named else 4, len(values[0])
     cell = min(28.0, (WIDTH - left - 4) / max(n, wide))
     shades: dict[int, list[str]] = {}
     for i, row in enumerate(values):
@@ -211,23 +206,21 @@ def heat_map(title: str, values: Sequence[Sequence[float]], labels: Sequence[str
         f'opacity="{min(abs(level) / LEVELS, 1):.1f}"/>'
         for level, places in sorted(shades.items())
     ]
-    size = n * cell
-    edge = f'x="{left}" y="0.5" width="{wide * cell:.2f}" height="{size:.2f}"'
+    edge = f'x="{left}" y="0.5" width="{wide * cell:.2f}" height="{n * cell:.2f}"'
     parts.append(f'<rect class="grid" fill="none" {edge}/>')
     for i, label in enumerate(named):
         parts.append(
             f'<text x="{left - 6}" y="{(i + 0.5) * cell + 4:.1f}" text-anchor="end">'
             f"<title>{escaped(label)}</title>{_cut(label, 16)}</text>"
         )
-    return figure(title, parts, WIDTH, size + 2)
+    return figure(title, parts, WIDTH, n * cell + 2)
 
 
 def spectrum_chart(title: str, values: Sequence[float], kept: int) -> Markup:
     """Eigenvalues from the largest down, on a logarithmic axis, and which of them count as zero.
 
-    Args:
-        values: (d_in,), ascending; those at zero are drawn at the smallest positive one.
-        kept: how many of the smallest the null space keeps; they are shaded.
+    Those at zero in ``values``, (d_in,), ascending, are drawn at the smallest positive one; the
+    ``kept`` smallest, which the null space keeps, are shaded.
     """
     falling = [float(value) for value in reversed(values)]
     positive = [value for value in falling if 0 < value < math.inf]
@@ -238,16 +231,16 @@ def spectrum_chart(title: str, values: Sequence[float], kept: int) -> Markup:
     points = [(i + 1.0, max(falling[i], floor)) for i in range(0, len(falling), step)]
     if points[-1][0] != len(falling):
         points.append((float(len(falling)), max(falling[-1], floor)))
-    x_axis, y_axis = _axes(points, log_y=True)
-    edge = x_axis.place(len(falling) - kept + 0.5)
-    within = x_axis.end - edge > 150
-    x, side = ((edge + x_axis.end) / 2, "middle") if within else (edge - 6, "end")
+    axes = _axes(points, log_y=True)
+    edge = axes[0].place(len(falling) - kept + 0.5)
+    width = axes[0].end - edge
+    x, side = ((edge + axes[0].end) / 2, "middle") if width > 150 else (edge - 6, "end")
     parts = [
-        f'<rect class="area" x="{edge:.1f}" y="{TOP}" width="{max(x_axis.end - edge, 0):.1f}" '
+        f'<rect class="area" x="{edge:.1f}" y="{TOP}" width="{max(width, 0):.1f}" '
         f'height="{HEIGHT - TOP - BOTTOM}"/>',
-        *frame(x_axis, y_axis, "direction, largest eigenvalue first"),
+        *frame(*axes, "direction, largest eigenvalue first"),
         f'<line class="mark" x1="{edge:.1f}" x2="{edge:.1f}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>',
-        _line(_places(points, x_axis, y_axis), 0),
+        _line(_places(points, *axes), 0),
         f'<text class="strong" x="{x:.1f}" y="{TOP + 16}" text-anchor="{side}">'
         f"{kept:,} of {len(falling):,} kept</text>",
     ]
@@ -276,11 +269,11 @@ def _axes(
 ) -> tuple[Axis, Axis]:
     xs, ys = zip(*points, strict=True)
     low, high = y_range or (min(ys), max(ys))
-    right, bottom = WIDTH - RIGHT, HEIGHT - BOTTOM
-    return Axis(min(xs), max(xs), LEFT, right, False), Axis(low, high, bottom, TOP, log_y)
+    across = Axis(min(xs), max(xs), LEFT, WIDTH - RIGHT)
+    return across, Axis(low, high, HEIGHT - BOTTOM, TOP, log_y)
 
 
-def _places(points: Points, x_axis: Axis, y_axis: Axis) -> list[str]:
+def _places(points: Sequence[Sequence[float]], x_axis: Axis, y_axis: Axis) -> list[str]:
     return [f"{x_axis.place(x):.1f},{y_axis.place(y):.1f}" for x, y in points]
 
 
@@ -328,19 +321,17 @@ def frame(x_axis: Axis, y_axis: Axis, x_label: str = "", y_label: str = "") -> l
     for value in x_axis.ticks():
         x = x_axis.place(value)
         parts.append(f'<text x="{x:.1f}" y="{below}" text-anchor="middle">{_tick(value)}</text>')
-    middle = (LEFT + WIDTH - RIGHT) / 2
     if x_label:
-        parts.append(
-            f'<text x="{middle}" y="{HEIGHT - 5}" text-anchor="middle">{escaped(x_label)}</text>'
-        )
+        place = f'x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 5}" text-anchor="middle"'
+        parts.append(f"<text {place}>{escaped(x_label)}</text>")
     if y_label:
         parts.append(f'<text x="{LEFT + 6}" y="{TOP + 12}">{escaped(y_label)}</text>')
     return parts
 
 
-def legend(names: Sequence[str], wanted: bool | None = None) -> str:
-    """Which line is whose; nothing where there is one line only."""
-    if not (len(names) > 1 if wanted is None else wanted):
+def legend(names: Sequence[str], least: int = 2) -> str:
+    """Which line is whose; nothing where there are fewer than ``least``."""
+    if len(names) < least:
         return ""
     keys = (
         f'<span class="key"><svg width="26" height="10" aria-hidden="true">'
@@ -377,15 +368,11 @@ def _tick(value: float) -> str:
 
 
 class Axis:
-    """One axis: values to places, and where its ticks are.
+    """One axis, from ``low`` at ``start`` to ``high`` at ``end``; if ``log``, of values above 0."""
 
-    Args:
-        low, high: smallest and largest value.
-        start, end: their places.
-        log: whether the scale is logarithmic; values are above zero then.
-    """
-
-    def __init__(self, low: float, high: float, start: float, end: float, log: bool) -> None:
+    def __init__(
+        self, low: float, high: float, start: float, end: float, log: bool = False
+    ) -> None:
         self.log, self.start, self.end = log, start, end
         if low == high:
             low, high = (low / 2, high * 2) if log else (low - 0.5, high + 0.5)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from alphaedit_peft.algebra import LowRankDelta
 from alphaedit_peft.editing.capacity import ALIKE, pack_capacity
+from alphaedit_peft.edits import Edit
 from alphaedit_peft.pack.value import PackValue
 from alphaedit_peft.report.charts import bar_chart, heat_map, spectrum_chart
 from alphaedit_peft.report.page import Markup, Section, facts, paragraph, side_by_side, table
@@ -66,16 +67,16 @@ def row_figures(delta: LowRankDelta) -> RowFigures:
     A = delta.A[:MAX_ROWS].double()
     G = A @ A.T  # (n, n)
     size = G.diagonal()
-    values, vectors = torch.linalg.eigh(_unit(G, size))  # of the rows at length 1
-    zeros = int((size == 0).sum())
+    cosines = _unit(G, size)
+    values, vectors = torch.linalg.eigh(cosines)  # of the rows at length 1
     bound = len(A) * torch.finfo(torch.float32).eps  # what float32 rows can tell from 0
     rank = int((values > bound).sum())
     inverse = (vectors.square() / values.clamp_min(bound)).sum(1)
     alone = torch.where(size > 0, 1 / inverse.clamp_min(1.0), 1.0)
     full = torch.linalg.eigvalsh(G) if len(G) else torch.ones(1)
-    dependent = rank < len(A) or zeros > 0
+    dependent = rank < len(A) or bool((size == 0).any())
     condition = float("inf") if dependent else float(full[-1] / full[0])
-    return RowFigures(len(A), rank, condition, _unit(G, size), 1 - alone)
+    return RowFigures(len(A), rank, condition, cosines, 1 - alone)
 
 
 def _unit(G: Tensor, size: Tensor) -> Tensor:
@@ -127,13 +128,13 @@ def key_section(pack: PackValue, rows: Mapping[str, RowFigures]) -> Section:
         mixed = "The pack was compressed to a lower rank, so its rows are mixtures of keys."
         none = mixed if pack.rank else "The pack holds no rows."
         return Section(heading, paragraph("There is one key only." if rows else none))
-    names, subjects = _row_names(pack)
+    edits = _edits_of_rows(pack)
     layers = dict(zip(pack.modules, pack.layers, strict=True))
     charts = []
     for module, found in [*rows.items()][:MAX_CHARTS]:
         title = f"Layer {layers[module]}"
         if first <= MAX_CELLS:
-            labels = [subjects.get(row, str(row)) for row in range(first)]
+            labels = [edits[r].subject if r in edits else str(r) for r in range(first)]
             charts.append(heat_map(f"{title}: cosines of the rows", found.cosines.tolist(), labels))
         else:
             i, j = torch.triu_indices(first, first, offset=1)
@@ -149,8 +150,8 @@ def key_section(pack: PackValue, rows: Mapping[str, RowFigures]) -> Section:
         text += f" These are the first {first:,} rows of {pack.rank:,}."
     module, found = [*rows.items()][-1]
     closest = [
-        (cosine, names.get(one, f"row {one}"), names.get(other, f"row {other}"))
-        for cosine, one, other in found.closest(CLOSEST)
+        (cosine, *(edits[row].question if row in edits else f"row {row}" for row in rows_of))
+        for cosine, *rows_of in found.closest(CLOSEST)
     ]
     pairs = table([">cosine", "edit", "nearest to it"], closest)
     above = Markup(f"<h3>The nearest pairs, in layer {layers[module]}</h3>")
@@ -183,14 +184,12 @@ def null_space_section(pack: PackValue, null_space: NullSpace | None) -> Section
     return Section("Null space", Markup(paragraph(text) + facts(pairs) + side_by_side(charts)))
 
 
-def _row_names(pack: PackValue) -> tuple[dict[int, str], dict[int, str]]:
-    """The question and the subject of each row's first edit, one in force if there is one."""
-    names: dict[int, str] = {}
-    subjects: dict[int, str] = {}
+def _edits_of_rows(pack: PackValue) -> dict[int, Edit]:
+    """Each row's first edit, one in force if there is one."""
+    edits: dict[int, Edit] = {}
     for record in sorted(pack.records, key=lambda record: record.role == "superseded"):
-        names.setdefault(record.row, record.edit.question)
-        subjects.setdefault(record.row, record.edit.subject)
-    return names, subjects
+        edits.setdefault(record.row, record.edit)
+    return edits
 
 
 def histogram(values: Tensor, low: float, high: float, bins: int) -> list[tuple[str, int]]:

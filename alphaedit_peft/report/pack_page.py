@@ -76,11 +76,7 @@ def pack_page(
 
 
 def _belonging(pack: PackValue, null_space: NullSpace) -> NullSpace:
-    """The null space at the pack's threshold.
-
-    Raises:
-        ValueError: it is another one, or the pack was made with MEMIT.
-    """
+    """The null space at the pack's threshold; ValueError where the pack was not made with it."""
     made = pack.null_space
     if made is None or not pack.rows_are_keys:
         raise ValueError(
@@ -88,10 +84,8 @@ def _belonging(pack: PackValue, null_space: NullSpace) -> NullSpace:
             "rows come from; leave the null space out"
         )
     threshold, mode = made.get("threshold"), made.get("mode")
-    if threshold is not None and (threshold, mode) != (
-        null_space.threshold,
-        null_space.threshold_mode,
-    ):
+    given = null_space.threshold, null_space.threshold_mode
+    if threshold is not None and (threshold, mode) != given:
         null_space = null_space.with_threshold(threshold, mode)
     if null_space.digest() != made.get("digest"):
         raise ValueError(
@@ -112,6 +106,8 @@ def _lead(pack: PackValue) -> str:
 
 
 def _edits(pack: PackValue, rows: Mapping[str, RowFigures]) -> Markup:
+    size, dtype = pack.size_bytes, str(pack.dtype).removeprefix("torch.")
+    shown = f"{size / 1e6:.1f} MB" if size >= 1e6 else f"{size / 1e3:.0f} kB"
     overview = facts(
         [
             ("Base model", base_name(pack)),
@@ -119,7 +115,7 @@ def _edits(pack: PackValue, rows: Mapping[str, RowFigures]) -> Markup:
             ("Batches", len(pack.batches)),
             ("Layers", ", ".join(map(str, pack.layers)) or "none"),
             ("Rank", f"{pack.rank:,}"),
-            ("Factors", f"{_size(pack.size_bytes)}, {str(pack.dtype).removeprefix('torch.')}"),
+            ("Factors", f"{shown}, {dtype}"),
         ]
     )
     if not pack.records:
@@ -168,14 +164,10 @@ def _within(tag: str, text: str) -> Markup:
 
 def _taking(pack: PackValue) -> Markup:
     own = [record for record in pack.records if record.role == "own"]
-    series = {}
-    sentences = []
-    for name, values in (
-        ("before", [record.probability_before for record in own]),
-        ("after", [record.probability_after for record in own]),
-    ):
-        found = sorted(value for value in values if value is not None)
-        if found:
+    series, sentences = {}, []
+    for name in ("before", "after"):
+        values = [getattr(record, f"probability_{name}") for record in own]
+        if found := sorted(value for value in values if value is not None):
             # evenly over 0..100
             last = len(found) - 1
             series[name] = [(100 * i / last if last else 50.0, v) for i, v in enumerate(found)]
@@ -187,12 +179,8 @@ def _taking(pack: PackValue) -> Markup:
         f"The median probability of the new targets was {' and '.join(sentences)}; {measured:,} of "
         f"{len(own):,} edits were measured, each right after its batch."
     )
-    chart = line_chart(
-        "Probability of the new target, edits in order of it",
-        series,
-        x_label="share of the edits, %",
-        y_range=(0.0, 1.0),
-    )
+    title, x_label = "Probability of the new target, edits in order of it", "share of the edits, %"
+    chart = line_chart(title, series, x_label=x_label, y_range=(0.0, 1.0))
     return Markup(paragraph(text) + side_by_side([chart]))
 
 
@@ -216,26 +204,19 @@ def _origin(pack: PackValue) -> Markup:
         for name, v in sorted(pack.config.to_json().items())
         if v is not None and name != "base_model_name_or_path"
     ]
-    return Markup(
-        table(["what", "value"], pairs)
-        + listed
-        + f"<details><summary>{len(pack.contexts)} texts put before the prompts</summary>"
-        + f"<ol>{contexts}</ol></details>"
-        + "<details><summary>All settings</summary>"
-        + table(["setting", "value"], settings)
-        + "</details>"
-    )
+    hidden = [
+        (f"{len(pack.contexts)} texts put before the prompts", f"<ol>{contexts}</ol>"),
+        ("All settings", table(["setting", "value"], settings)),
+    ]
+    folded = (f"<details><summary>{name}</summary>{html}</details>" for name, html in hidden)
+    return Markup(table(["what", "value"], pairs) + listed + "".join(folded))
 
 
 def _use(pack: PackValue) -> Markup:
     below = stands_on(pack.parents)
-    code = _USE.format(
-        loading=loading_code(pack.config.base_model_name_or_path),
-        code=loading(PLACE, "", below),
-        purpose="to look at the edits"
-        if pack.mixed
-        else "to go on editing, take edits back, merge",
-    )
+    more = "to look at the edits" if pack.mixed else "to go on editing, take edits back, merge"
+    start = loading_code(pack.config.base_model_name_or_path)
+    code = _USE.format(loading=start, code=loading(PLACE, "", below), purpose=more)
     if not below:
         return source(code)
     listed = "; ".join(
@@ -247,7 +228,3 @@ def _use(pack: PackValue) -> Markup:
         f"are loaded first: {listed}."
     )
     return Markup(paragraph(text) + source(code))
-
-
-def _size(number: int) -> str:
-    return f"{number / 1e6:.1f} MB" if number >= 1e6 else f"{number / 1e3:.0f} kB"

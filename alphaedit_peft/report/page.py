@@ -31,12 +31,7 @@ class Markup(str):
 
 @dataclass(frozen=True)
 class Section:
-    """A part of a page.
-
-    Args:
-        heading: plain text; the page's contents list it.
-        html: what stands below it.
-    """
+    """A part of a page: a heading, which its contents list, and what stands below."""
 
     heading: str
     html: Markup
@@ -45,21 +40,16 @@ class Section:
 def page(title: str, sections: Sequence[Section], lead: object = "") -> str:
     """A whole page, light or dark as the reader's system is, with a list of its sections.
 
-    Args:
-        sections: in order.
-        lead: what the page is, in a sentence or two, below the title.
+    Below the title stands ``lead``: what the page is, in a sentence or two.
     """
     script = _resource("page.js")
     digest = base64.b64encode(hashlib.sha256(script.encode("utf-8")).digest()).decode("ascii")
-    anchors = [f"{i}-{_slug(section.heading)}" for i, section in enumerate(sections, 1)]
-    contents = (
-        f'<a href="#{anchor}">{escaped(section.heading)}</a>'
-        for anchor, section in zip(anchors, sections, strict=True)
-    )
-    body = (
-        f'<section id="{anchor}">\n<h2>{escaped(section.heading)}</h2>\n{section.html}\n</section>'
-        for anchor, section in zip(anchors, sections, strict=True)
-    )
+    contents, body = [], []
+    for i, section in enumerate(sections, start=1):
+        slug = re.sub(r"[^a-z0-9]+", "-", section.heading.lower()).strip("-")
+        anchor, heading = f"{i}-{slug}", escaped(section.heading)
+        contents.append(f'<a href="#{anchor}">{heading}</a>')
+        body.append(f'<section id="{anchor}">\n<h2>{heading}</h2>\n{section.html}\n</section>')
     return Template(_resource("page.html")).substitute(
         title=escaped(title),
         lead=escaped(lead),
@@ -141,10 +131,6 @@ def escaped(value: object) -> Markup:
 def _writable(character: str) -> str:
     known = character in "\n\t" or unicodedata.category(character) not in ("Cc", "Cs")
     return character if known else "\ufffd"
-
-
-def _slug(heading: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", heading.lower()).strip("-")
 
 
 def _resource(name: str) -> str:

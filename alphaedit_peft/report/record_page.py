@@ -45,30 +45,21 @@ PARTS = {
 
 @dataclass(frozen=True)
 class Prompt:
-    """One prompt of a record.
+    """One prompt of a record."""
 
-    Attributes:
-        part: a key of ``PARTS``.
-        text: the prompt.
-        wanted: what should follow it; None where anything may.
-        rival: the target that it is compared with: before the edit the true one of what is
-            taught, the new target where an answer should stay.
-    """
-
-    part: str
+    part: str  # a key of PARTS
     text: str
-    wanted: str | None = None
+    wanted: str | None = None  # what should follow it; None where anything may
+    # the target it is compared with: the true one of what is taught, the new one where an answer
+    # should stay
     rival: str | None = None
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What a model says to a prompt.
+    """A model's greedy continuation of a prompt, and what it holds of the prompt's two targets.
 
-    Attributes:
-        text: its greedy continuation.
-        wanted: probability of what should follow, the geometric mean over its tokens.
-        rival: likewise of the target that it is compared with.
+    Both are probabilities, the geometric mean over the target's tokens.
     """
 
     text: str
@@ -156,6 +147,13 @@ def record_page(
             raise ValueError(
                 f"{name} holds {len(answers)} answers to {len(prompts)} prompts; ask them all"
             )
+    edit, true = case.edit, case.edit.target_true
+    request = [
+        ("subject", edit.subject),
+        ("prompt", edit.prompt),
+        ("new target", edit.target_new.strip()),
+        ("true target", true and true.strip()),
+    ]
     told = [said for said in (before, after) if said is not None]
     heads = ("prompt", "should follow"), ("model before", "P before"), ("model after", "P after")
     sections = []
@@ -164,7 +162,7 @@ def record_page(
     ):
         shown = paragraph(PARTS[part]) + table(*found)
         if part == REQUEST:
-            shown = _request(case) + shown + _chart(prompts[0], told)
+            shown = facts(request) + shown + _chart(prompts[0], told)
         sections.append(Section(heading(part), Markup(shown)))
     return page(title, sections, lead)
 
@@ -182,8 +180,7 @@ def part_tables(
         answers: before, and after, as far as they were asked for.
         heads: of prompts and what should follow, then of each answer and its probability; the
             second of each is left out where nothing should follow.
-        asked: a prompt's cell.
-        said: an answer's two cells.
+        asked: gives a prompt's cell; ``said`` an answer's two.
     """
     for part in PARTS:
         found = [row for row in zip(prompts, *answers, strict=True) if row[0].part == part]
@@ -202,17 +199,6 @@ def heading(part: str) -> str:
     return part.replace("_", " ").capitalize()
 
 
-def _request(case: Case) -> Markup:
-    edit = case.edit
-    pairs = [
-        ("subject", edit.subject),
-        ("prompt", edit.prompt),
-        ("new target", edit.target_new.strip()),
-        ("true target", None if edit.target_true is None else edit.target_true.strip()),
-    ]
-    return facts(pairs)
-
-
 def _marked(prompt: Prompt) -> Markup:
     text = escaped(prompt.text)
     return Markup(f"<strong>{text}</strong>") if prompt.part == REQUEST else text
@@ -220,11 +206,11 @@ def _marked(prompt: Prompt) -> Markup:
 
 def _chart(request: Prompt, told: Sequence[Answers]) -> Markup:
     """Probabilities of the new and the true target after the request."""
+    if not told:
+        return Markup("")
     bars = []
     for name, (answer, *_) in zip(("before", "after"), told, strict=False):
         for target, value in ((request.wanted, answer.wanted), (request.rival, answer.rival)):
             if target is not None and value is not None:
                 bars.append((f"{target.strip()}, {name}", round(100 * value, 1)))
-    if not told:
-        return Markup("")
     return side_by_side([bar_chart("Probability after the request, %", bars)])

@@ -63,14 +63,9 @@ def scores_page(
 def scores_markdown(findings: Sequence[Finding], title: str = "Scores") -> str:
     """Both tables and what intervals are over, as Markdown; any text in cells stays text."""
     origins = Table(["what the numbers depend on", "value"], _origins(findings))
-    parts = [scores_table(findings).numbers(), all_scores(findings).numbers(), origins]
-    return "\n".join(
-        [
-            f"# {plain(title)}\n",
-            f"{intervals_in_words(findings)}\n",
-            *(part.markdown() for part in parts),
-        ]
-    )
+    tables = [scores_table(findings).numbers(), all_scores(findings).numbers(), origins]
+    above = [f"# {plain(title)}\n", f"{intervals_in_words(findings)}\n"]
+    return "\n".join([*above, *(part.markdown() for part in tables)])
 
 
 def scores_table(findings: Sequence[Finding]) -> Table:
@@ -80,21 +75,15 @@ def scores_table(findings: Sequence[Finding]) -> Table:
     accuracy instead. Shares in percent, with half the width of the interval.
     """
     metrics = _main_columns(findings)
-    rows = [
-        [name, *(_shown(metric, found.get(metric)) for metric in metrics)]
-        for name, found in _models(findings)
-    ]
+    rows = [[name, *(_shown(m, of.get(m)) for m in metrics)] for name, of in _models(findings)]
     return Table(["", *metrics], rows)
 
 
 def all_scores(findings: Sequence[Finding]) -> Table:
     """A row for every metric that was measured, a column a model."""
     columns = _models(findings)
-    rows = [
-        [metric, *(_shown(metric, found.get(metric)) for _, found in columns)]
-        for metric in METRICS
-        if any(metric in found for _, found in columns)
-    ]
+    measured = [m for m in METRICS if any(m in of for _, of in columns)]
+    rows = [[m, *(_shown(m, of.get(m)) for _, of in columns)] for m in measured]
     if any(f.seconds is not None for f in findings):
         blank = [""] * (len(columns) - len(findings))
         costs = ["" if f.seconds is None else f"{f.seconds:.2f}" for f in findings]
@@ -144,10 +133,9 @@ def _unedited(findings: Sequence[Finding]) -> list[tuple[str, Mapping[str, Estim
     for found in findings:
         if found.before:
             key = json.dumps(estimates_to_json(found.before), sort_keys=True)
-            distinct.setdefault(key, (found.name, found.before))
-    if len(distinct) == 1:
-        return [(UNEDITED, before) for _, before in distinct.values()]
-    return [(f"{UNEDITED}, {name}", before) for name, before in distinct.values()]
+            distinct.setdefault(key, (f"{UNEDITED}, {found.name}", found.before))
+    models = list(distinct.values())
+    return [(UNEDITED, models[0][1])] if len(models) == 1 else models
 
 
 def _shown(metric: str, estimate: Estimate | None) -> str:
@@ -165,12 +153,9 @@ def _bars(findings: Sequence[Finding]) -> Markup:
     charts = []
     main = _main_columns(findings)
     for metric in dict.fromkeys([*(m for m in METRICS if m in main), *_beside(findings)]):
-        bars = [
-            (name, found[metric], UNEDITED_COLOUR)
-            for name, found in _unedited(findings)
-            if metric in found
-        ]
-        bars += [(f.name, f.final[metric], 0) for f in findings if metric in f.final]
+        models = [(*model, UNEDITED_COLOUR) for model in _unedited(findings)]
+        models += [(f.name, f.final, 0) for f in findings]
+        bars = [(name, of[metric], colour) for name, of, colour in models if metric in of]
         note = " (lower is better)" if metric in LOWER_IS_BETTER else ""
         scale, digits = _scale_of(metric)
         full = 1.0 if METRICS[metric] == PERCENT else None
@@ -182,11 +167,8 @@ def _bars(findings: Sequence[Finding]) -> Markup:
 def _beside(findings: Sequence[Finding]) -> list[str]:
     """What is drawn beside the main columns; shares of tokens only where recall is not there."""
     measured = {metric for found in findings for metric in found.final}
-    return [
-        metric
-        for metric in RECALL
-        if metric in measured and metric.replace("_tokens", "_recall") not in measured - {metric}
-    ]
+    others = {metric: measured - {metric} for metric in RECALL if metric in measured}
+    return [m for m, known in others.items() if m.replace("_tokens", "_recall") not in known]
 
 
 def _caption(metric: str) -> str:
@@ -203,12 +185,9 @@ def _over_edits(findings: Sequence[Finding]) -> list[Section]:
             if f.course.get(metric)
         }
         if courses:
+            title, x_label = _caption(metric), "edits made"
             scale, ends = (100, (0.0, 100.0)) if METRICS[metric] == PERCENT else (1, None)
-            charts.append(
-                course_chart(
-                    _caption(metric), courses, x_label="edits made", scale=scale, y_range=ends
-                )
-            )
+            charts.append(course_chart(title, courses, x_label=x_label, scale=scale, y_range=ends))
     if not charts:
         return []
     text = (
@@ -248,9 +227,8 @@ def _exact(value: float) -> Estimate:
 def _origins(findings: Sequence[Finding]) -> list[tuple[str, str]]:
     """What the numbers depend on: what all share once, the rest with the finding's name."""
     flat = {found.name: dict(_flat(found.origin)) for found in findings}
-    names = dict.fromkeys(name for values in flat.values() for name in values)
     rows = []
-    for name in names:
+    for name in dict.fromkeys(name for values in flat.values() for name in values):
         values = {values.get(name) for values in flat.values()}
         if len(values) == 1:
             rows.append((name, str(next(iter(values)))))

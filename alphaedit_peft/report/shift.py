@@ -74,10 +74,8 @@ def pack_shift(
     with edited.disable_adapter():
         before = {n: last_states(base, tokenizer, texts, blocks) for n, texts in groups.items()}
     after = {n: last_states(base, tokenizer, texts, blocks) for n, texts in groups.items()}
-    names = [f"After block {number}" for number in numbers]
-    names[0] += ", the last that is rewritten"
-    if len(names) > 1:
-        names[1] += ", the model's last"
+    which = ("the last that is rewritten", "the model's last")
+    names = [f"After block {n}, {said}" for n, said in zip(numbers, which, strict=False)]
     return tuple(
         shift_between(name, *({n: of[n][i] for n in groups} for of in (before, after)))
         for i, name in enumerate(names)
@@ -110,8 +108,8 @@ def last_states(
     with hooks.evaluating(model):
         for batch in reader.batches(rows):
             for states, block in zip(found, blocks, strict=True):
-                output = hooks.capture_output(model, batch.inputs, block)
-                hidden = hooks.hidden_of(output)  # (batch, tokens, d)
+                # (batch, tokens, d)
+                hidden = hooks.hidden_of(hooks.capture_output(model, batch.inputs, block))
                 for i, index in enumerate(batch.indices):
                     states[index] = hidden[i, len(rows[index]) - 1].float().cpu()
     return [torch.stack([states[i] for i in range(len(rows))]) for states in found]
@@ -160,10 +158,7 @@ def shift_section(shifts: Sequence[Shift]) -> Section:
     for found in shifts:
         first, second = (f"{100 * share:.0f} % of variance" for share in found.explained)
         groups = {
-            name: [
-                ((a[0], a[1]), (b[0], b[1]))
-                for a, b in zip(states.tolist(), found.after[name].tolist(), strict=True)
-            ]
+            name: list(zip(states.tolist(), found.after[name].tolist(), strict=True))
             for name, states in found.before.items()
         }
         labels = f"first component, {first}", f"second component, {second}"
@@ -174,8 +169,8 @@ def shift_section(shifts: Sequence[Shift]) -> Section:
         "|before| in the whole space, so also what the picture cannot show; the spread is how far "
         "prompts lie from their middle on the same scale."
     )
-    listed = table(*moves(shifts))
-    return Section("What moved inside", Markup(side_by_side(charts) + listed + paragraph(text)))
+    content = side_by_side(charts) + table(*moves(shifts)) + paragraph(text)
+    return Section("What moved inside", Markup(content))
 
 
 def moves(shifts: Sequence[Shift]) -> Table:
@@ -184,9 +179,7 @@ def moves(shifts: Sequence[Shift]) -> Table:
     for found in shifts:
         for name, relative in found.relative.items():
             far = relative.tolist()
-            shares = (median(far), max(far), found.spread)
-            rows.append(
-                (found.where, name, len(far), *(f"{100 * share:.2f} %" for share in shares))
-            )
+            shares = [f"{100 * share:.2f} %" for share in (median(far), max(far), found.spread)]
+            rows.append((found.where, name, len(far), *shares))
     columns = ["where", "prompts", ">how many", ">median move", ">largest move"]
     return Table([*columns, ">spread without edits"], rows)

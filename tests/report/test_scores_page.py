@@ -11,17 +11,15 @@ import torch
 from alphaedit_peft.evaluation.scores import Estimate
 from alphaedit_peft.report import (
     Finding,
-    course_chart,
-    interval_bars,
     last_states,
     read_findings,
-    scatter_chart,
     scores_markdown,
     scores_page,
     scores_table,
     shift_between,
     shift_section,
 )
+from alphaedit_peft.report.charts import course_chart, interval_bars, scatter_chart
 from tests.conftest import tiny_model
 from tests.report.test_browser import BROWSER, browse  # noqa: F401
 from tests.report.test_page import HOSTILE, Tags
