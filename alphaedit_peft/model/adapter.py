@@ -83,12 +83,11 @@ class Adapter:
             RuntimeError: something else has changed the factors.
         """
         if not self.unchanged:
-            name = self.name
             raise RuntimeError(
-                f"the factors of adapter {name!r} are not those its edits were written to: "
+                f"the factors of adapter {self.name!r} are not those its edits were written to: "
                 "hotswap_adapter, training or something else changed them, so its edits are no "
-                f"longer known; load the pack with load_adapter(folder, {name!r}), or drop "
-                f"the adapter with delete_adapter({name!r})"
+                f"longer known; load the pack with load_adapter(folder, {self.name!r}), or drop "
+                f"the adapter with delete_adapter({self.name!r})"
             )
         return self.journal
 
@@ -105,8 +104,9 @@ class Adapter:
             targets = torch.full((self.journal.rank, width), torch.nan)
         return EditState(factors, self.journal.records, targets, self.kept)
 
-    def grams(self, factors: Mapping[int, LowRankDelta]) -> dict[int, Tensor]:
-        """A A^T (n, n) by layer, as far as the last solves have it for these factors."""
+    def grams(self) -> dict[int, Tensor]:
+        """A A^T (n, n) by layer, as far as the last solves have it for the factors."""
+        factors = self.factors
         both = self.kept.keys() & factors
         found = {layer: self.kept[layer].gram_of(factors[layer].A) for layer in both}
         return {layer: gram for layer, gram in found.items() if gram is not None}
@@ -124,15 +124,8 @@ class Adapter:
         """Hold the state that was written; ``changes`` are further fields of the journal."""
         self.compression, self.kept = None, state.kept
         targets = state.targets if state.targets.isfinite().all() else None
-        self.keep(
-            replace(
-                self.journal,
-                records=state.records,
-                targets=targets,
-                rank=state.rank,
-                **changes,
-            )
-        )
+        held = replace(self.journal, records=state.records, targets=targets, rank=state.rank)
+        self.keep(replace(held, **changes))
 
     def _stamp(self) -> tuple[int, ...]:
         return tuple(
@@ -180,13 +173,9 @@ class EditedModel(Protocol):
 
 
 def make_adapter(model: EditedModel, name: str, journal: Journal, **known: Any) -> Adapter:
-    """Hold an adapter's edits in the model: the one place where an :class:`Adapter` is made.
+    """Hold an adapter's edits in the model, for the factors that are in its LoRA layers.
 
-    Args:
-        model: whose LoRA layers hold the factors that the journal belongs to.
-        name: PEFT's name of the adapter.
-        journal: of its edits.
-        **known: further fields of :class:`Adapter`.
+    The one place where an :class:`Adapter` is made; ``known`` are further fields of it.
     """
     base, layers = model.get_base_model(), model.alphaedit_config.rewrite_layers or ()
     found = {layer: base.get_submodule(model.architecture.rewrite_name(layer)) for layer in layers}
@@ -216,11 +205,10 @@ def name_of(model: EditedModel, adapter_name: str | None) -> str:
 
 
 def adapter_of(model: EditedModel, adapter_name: str | None) -> Adapter:
-    """The adapter that a call means, with its edits.
+    """The adapter that a call means, see ``name_of``, with its edits.
 
     Raises:
-        RuntimeError: a plain LoRA, whose edits are not known; and as ``name_of``.
-        ValueError: as ``name_of``.
+        RuntimeError: a plain LoRA, whose edits are not known.
     """
     name = name_of(model, adapter_name)
     if name not in model.edit_adapters:

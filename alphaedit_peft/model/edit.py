@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 
 from alphaedit_peft import parallel
 from alphaedit_peft.editing.batch import edit_batch
-from alphaedit_peft.editing.decide import Decision, in_force
+from alphaedit_peft.editing.decide import in_force
 from alphaedit_peft.editing.groups import sort_out
 from alphaedit_peft.editing.memory import within_budget
 from alphaedit_peft.editing.prompts import EditRows
@@ -34,9 +34,9 @@ from alphaedit_peft.model.stack import (
     adopt,
     new_parents,
     others,
-    refuse_common,
     refuse_contradictions,
     require_active,
+    with_parents,
     without_parents,
 )
 from alphaedit_peft.pack import EditRecord
@@ -59,10 +59,8 @@ def edit(
         raise ValueError(f"batch_size={batch_size!r} must be a whole number, at least 1")
     with running(model, adapter) as (runner, metric):
         on_conflict, parents = runner.settings.on_conflict, others(model, adapter)
-        new = new_parents(adapter.journal.parents, parents, adapter.name)
-        refuse_common(adapter.edits, new, adapter.name)
+        adopted = with_parents(adapter, parents)
         refuse_contradictions(given, parents, on_conflict)
-        adopted = adopt(adapter.state(), new)
         plan = sort_out(given, [record.edit for record in adopted.standing], on_conflict)
         with runner.phases.timed("contexts"):
             rows = [runner.renderer.edit_rows(edit, runner.contexts) for edit in plan.to_make]
@@ -77,7 +75,9 @@ def edit(
                 batch = rows[start : start + batch_size]
                 make = (model, adapter, runner, metric, batch)
                 found += _make(*make, parents, plan.replaced, bar.update)
-                _note(adapter, decided)
+                if decided and adapter.journal.rank:  # kept with the first edits
+                    told = tuple(decision.to_json() for decision in decided)
+                    adapter.keep(replace(adapter.journal, decisions=told))
         found.sort(key=lambda result: given.index(result.edit))
         with runner.phases.timed("score"):
             layers, full = layer_reports(model, adapter, adopted.rank), capacity(model, adapter)
@@ -134,14 +134,8 @@ def rebuild(
 ) -> None:
     """Pour records again, on top of the other active packs; wholly or not at all.
 
-    Args:
-        model: the model.
-        adapter: whose factors are made anew.
-        records: which.
-        stored: holds their target values; None: the adapter itself.
-        ancestors: packs that these come from, to be recorded.
-        contexts: for an adapter that has none yet.
-        together: all in one batch.
+    ``stored`` holds their target values, or the adapter itself; ``ancestors`` are the packs that
+    they come from, to be recorded; ``contexts`` are for an adapter that has none yet.
 
     Raises:
         ValueError: a pack saved without target values, or a parent that is not active.
@@ -214,13 +208,6 @@ def _commit(
         parents=parents,
         decisions=tuple(in_force(journal.decisions, model.alphaedit_config)),
     )
-
-
-def _note(adapter: Adapter, decided: Sequence[Decision]) -> None:
-    """Keep what was decided for the first edits with them."""
-    if decided and adapter.journal.rank:
-        found = tuple(decision.to_json() for decision in decided)
-        adapter.keep(replace(adapter.journal, decisions=found))
 
 
 def _known_ids(adapter: Adapter, edit_ids: Sequence[str]) -> set[str]:

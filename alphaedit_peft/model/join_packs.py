@@ -8,7 +8,7 @@ model, on stored keys alone.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -21,15 +21,7 @@ from alphaedit_peft.model.adapter import Adapter, EditedModel
 from alphaedit_peft.model.edit import rebuild
 from alphaedit_peft.model.load import edits_same_modules
 from alphaedit_peft.model.prepare import running
-from alphaedit_peft.model.stack import (
-    Parent,
-    adopt,
-    describe,
-    loaded,
-    new_parents,
-    others,
-    refuse_common,
-)
+from alphaedit_peft.model.stack import Parent, describe, loaded, others, with_parents
 from alphaedit_peft.pack import EditPack, EditRecord
 from alphaedit_peft.pack.compatible import check_fit
 from alphaedit_peft.pack.conflicts import by_row, check_rule, says
@@ -70,26 +62,19 @@ def join(
         beside = _own_edits(adapter, parents, first)
         module, bound = model.architecture.rewrite_name(first), model.alphaedit_config.key_cosine
         for name, pack in named:
-            beside = with_pack(beside, name, pack, module, on_conflict, bound)
+            beside = beside.with_pack(name, pack, module, on_conflict, bound)
         joined = [record.edit for record in beside.pouring if record.role == "own"]
         ancestors = [
-            {
-                "operation": "join",
-                "name": name,
-                "digest": pack.digest(),
-                "edits": len(pack.edits),
-            }
-            for name, pack in named
+            {"operation": "join", "name": name, "digest": p.digest(), "edits": len(p.edits)}
+            for name, p in named
         ]
         rebuild(model, adapter, beside.pouring, beside.stored, ancestors, contexts)
     return JoinReport(tuple(joined), beside.set_aside)
 
 
-def _own_edits(adapter: Adapter, parents: Sequence[Parent], first: int) -> PacksBeside:
+def _own_edits(adapter: Adapter, parents: Sequence[Parent], first: int) -> _Beside:
     """The adapter's own edits, which come first, and those of the packs it stands on."""
-    new = new_parents(adapter.journal.parents, parents, adapter.name)
-    refuse_common(adapter.edits, new, adapter.name)
-    state = adopt(adapter.state(), new)
+    state = with_parents(adapter, parents)
     if not state.targets.isfinite().all():
         raise ValueError(
             f"adapter {adapter.name!r} was saved without target values, which joining pours "
@@ -97,7 +82,7 @@ def _own_edits(adapter: Adapter, parents: Sequence[Parent], first: int) -> Packs
         )
     names = {r.edit.id: f"adapter {adapter.name!r}" for r in state.records}
     names |= {r.edit.id: f"adapter {other.name!r}" for other in parents for r in other.own}
-    return PacksBeside(state, state.factors[first].A, state.records, names)
+    return _Beside(state, state.factors[first].A, state.records, names)
 
 
 def _check_joinable(model: EditedModel, name: str, pack: EditPack) -> None:
@@ -134,16 +119,17 @@ def _check_parents_joined(
     model: EditedModel, name: str, pack: EditPack, earlier: Sequence[tuple[str, EditPack]]
 ) -> None:
     """A pack's parents are joined before it, or are active beside the adapter."""
-    missing = stands_on(pack.parents)
-    if missing:
-        there = {p.digest for p in loaded(model) if p.name in model.active_adapters}
-        there |= {value.digest() for _, value in earlier}
-        missing = [parent for parent in missing if parent.get("digest") not in there]
-    if missing:
-        raise ValueError(
-            f"{name} stands on {describe(missing[0])}, which is neither joined before it nor "
-            f"active; give that pack too, before {name}"
-        )
+    parents = stands_on(pack.parents)
+    if not parents:
+        return
+    there = {p.digest for p in loaded(model) if p.name in model.active_adapters}
+    there |= {value.digest() for _, value in earlier}
+    for parent in parents:
+        if parent.get("digest") not in there:
+            raise ValueError(
+                f"{name} stands on {describe(parent)}, which is neither joined before it nor "
+                f"active; give that pack too, before {name}"
+            )
 
 
 def _named(pack: EditPack | str | Path, number: int) -> tuple[str, EditPack]:
@@ -159,7 +145,7 @@ def _named(pack: EditPack | str | Path, number: int) -> tuple[str, EditPack]:
 
 
 @dataclass(frozen=True)
-class PacksBeside:
+class _Beside:
     """Packs laid beside each other, to be poured as one.
 
     Args:
@@ -176,129 +162,116 @@ class PacksBeside:
     names: Mapping[str, str]
     set_aside: tuple[tuple[Edit, str], ...] = ()
 
+    def with_pack(self, name: str, pack: EditPack, module: str, rule: str, bound: float) -> _Beside:
+        """A pack's own edits added; rows of A in ``module`` are one key from cosine ``bound`` on.
 
-def with_pack(
-    beside: PacksBeside, name: str, pack: EditPack, module: str, rule: str, bound: float
-) -> PacksBeside:
-    """Lay a pack beside those before it.
+        A parent's edit that the pack solved anew, with one of its own of the same key, is poured as
+        the pack has it.
 
-    A parent's edit that the pack solved anew, with one of its own of the same key, is poured as the
-    pack has it.
+        Raises:
+            ValueError: a conflict under the rule ``error``, or one id for two edits.
+        """
+        rank, batch, targets = self.stored.rank, self.stored.next_batch, self.stored.targets
+        rows = {record.row for record in pack.records if record.role == "own"}
+        new = [
+            replace(record, row=record.row + rank, batch=record.batch + batch)
+            for record in pack.records
+            if record.role != "superseded" and record.row in rows
+        ]
+        carried = {record.edit.id for record in new if record.role == "protected"}
+        anew = carried & {record.edit.id for record in self.pouring if record.role == "own"}
+        old = [record for record in self.pouring if record.edit.id not in carried]
+        new = [replace(r, role="own") if r.edit.id in anew else r for r in new]
+        keys = torch.cat([self.keys, pack.factors[module].A.to(self.keys)])
+        settle = _Settle(self.names, name, rule)
+        found = settle.same_or_contrary(old, new)
+        rest, left = ([r for r in part if r not in found] for part in (old, new))
+        found |= settle.same_key(rest, left, keys, bound)
+        if pack.targets is not None:
+            targets = torch.cat([targets, pack.targets.to(targets)])
+        return _Beside(
+            stored=EditState({}, (*self.stored.records, *new), targets),
+            keys=keys,
+            pouring=tuple(record for record in (*old, *new) if record not in found),
+            names={**{record.edit.id: name for record in new}, **self.names},
+            set_aside=(*self.set_aside, *((r.edit, reason) for r, reason in found.items())),
+        )
+
+
+@dataclass(frozen=True)
+class _Settle:
+    """What is left out, with the reason, where a pack ``name`` meets the edits before it.
 
     Args:
-        beside: what is there.
-        name: of the pack, for messages.
-        pack: its own edits are added.
-        module: whose rows of A tell which keys are alike.
+        names: id of an edit before it -> pack that it came with.
+        name: of the pack.
         rule: ``error``, ``first`` or ``last``.
-        bound: cosine from which two rows are one key.
-
-    Raises:
-        ValueError: a conflict under ``error``, or one id for two edits.
     """
-    rank, batch = beside.stored.rank, beside.stored.next_batch
-    rows = {record.row for record in pack.records if record.role == "own"}
-    new = [
-        replace(record, row=record.row + rank, batch=record.batch + batch)
-        for record in pack.records
-        if record.role != "superseded" and record.row in rows
-    ]
-    carried = {record.edit.id for record in new if record.role == "protected"}
-    anew = carried & {record.edit.id for record in beside.pouring if record.role == "own"}
-    old = [record for record in beside.pouring if record.edit.id not in carried]
-    new = [replace(r, role="own") if r.edit.id in anew else r for r in new]
-    keys = torch.cat([beside.keys, pack.factors[module].A.to(beside.keys)])
-    names = {**{record.edit.id: name for record in new}, **beside.names}
-    here = {record.edit.id: name for record in new}
-    found = _same_or_contrary(old, new, beside.names, here, rule)
-    rest, left = ([r for r in part if r not in found] for part in (old, new))
-    found |= _same_key(rest, left, keys, (beside.names, here), rule, bound)
-    assert pack.targets is not None or not pack.records, "checked before"
-    targets = beside.stored.targets
-    if pack.targets is not None:
-        targets = torch.cat([targets, pack.targets.to(targets)])
-    stored = EditState({}, (*beside.stored.records, *new), targets)
-    pouring = tuple(record for record in (*old, *new) if record not in found)
-    aside = tuple((record.edit, reason) for record, reason in found.items())
-    return PacksBeside(stored, keys, pouring, names, (*beside.set_aside, *aside))
 
+    names: Mapping[str, str]
+    name: str
+    rule: str
 
-def _same_or_contrary(
-    old: Iterable[EditRecord],
-    new: Iterable[EditRecord],
-    names: Mapping[str, str],
-    here: Mapping[str, str],
-    rule: str,
-) -> dict[EditRecord, str]:
-    """Records to leave out because another says the same or otherwise, with the reason."""
-    standing = [record for record in old if record.role != "superseded"]
-    said = {asked(record.edit): record for record in standing}
-    ids = {record.edit.id: record for record in standing}
-    found: dict[EditRecord, str] = {}
-    for record in new:
-        edit, other = record.edit, ids.get(record.edit.id)
-        if other is not None and says(other.edit) != says(record.edit):
+    def same_or_contrary(
+        self, old: Sequence[EditRecord], new: Sequence[EditRecord]
+    ) -> dict[EditRecord, str]:
+        """Records to leave out because another says the same or otherwise."""
+        standing = [record for record in old if record.role != "superseded"]
+        said = {asked(record.edit): record for record in standing}
+        ids = {record.edit.id: record.edit for record in standing}
+        found: dict[EditRecord, str] = {}
+        for record in new:
+            edit = record.edit
+            namesake, other = ids.get(edit.id, edit), said.get(asked(edit))
+            if says(namesake) != says(edit):
+                raise ValueError(
+                    f"id {edit.id!r} names two edits: {namesake.question!r} -> "
+                    f"{namesake.target_new!r} of {self.names[edit.id]} and {edit.question!r} -> "
+                    f"{edit.target_new!r} of {self.name}; give each its own id"
+                )
+            if other is None or record.role != "own":
+                continue
+            earlier = other.edit
+            if says(earlier) == says(edit):
+                found[record] = f"edit {earlier.id} of {self.names[earlier.id]} already says so"
+                continue
+            why = f"contradict each other: {edit.question!r} -> {earlier.target_new!r} and "
+            found |= self._losers([other], [record], f"{why}{edit.target_new!r}")
+        return found
+
+    def same_key(
+        self, old: Sequence[EditRecord], new: Sequence[EditRecord], keys: Tensor, bound: float
+    ) -> dict[EditRecord, str]:
+        """Records to leave out because a row before them has their key, or they have its."""
+        unit = torch.nn.functional.normalize(keys.double(), dim=1)
+        before = by_row(old)
+        found: dict[EditRecord, str] = {}
+        for row, members in by_row(new).items():
+            for other, theirs in before.items():
+                cosine = float(unit[row] @ unit[other])
+                prefixes = {record.prefix for record in theirs} - {""}
+                alike = cosine >= bound or prefixes & {record.prefix for record in members}
+                if alike and not found.keys() & {*members, *theirs}:
+                    why = f"have one key (cosine {cosine:.4f}), and a target value each"
+                    found |= self._losers(theirs, members, why)
+        return found
+
+    def _losers(
+        self, others: Sequence[EditRecord], members: Sequence[EditRecord], why: str
+    ) -> dict[EditRecord, str]:
+        """Those of two sides that lose by the rule."""
+        old, new = others[0].edit.id, members[0].edit.id
+        said = f"edits {old} of {self.names[old]} and {new} of {self.name} {why}"
+        if self.rule == "error":
             raise ValueError(
-                f"id {edit.id!r} names two edits: {other.edit.question!r} -> "
-                f"{other.edit.target_new!r} of {names[edit.id]} and {edit.question!r} -> "
-                f"{edit.target_new!r} of {here[edit.id]}; give each its own id"
+                f"{said}; keep one of them with on_conflict='first' or 'last', and make the other "
+                "again with edit() if both are wanted"
             )
-        other = said.get(asked(record.edit))
-        if other is None or record.role != "own":
-            continue
-        if says(other.edit) == says(record.edit):
-            found[record] = f"edit {other.edit.id} of {names[other.edit.id]} already says so"
-            continue
-        why = f"contradict each other: {edit.question!r} -> {other.edit.target_new!r} and "
-        why += repr(edit.target_new)
-        found |= _settled([other], [record], names, here, why, rule)
-    return found
-
-
-def _same_key(
-    old: Sequence[EditRecord],
-    new: Sequence[EditRecord],
-    keys: Tensor,
-    names: tuple[Mapping[str, str], Mapping[str, str]],
-    rule: str,
-    bound: float,
-) -> dict[EditRecord, str]:
-    """Records to leave out because a row before them has their key, with the reason."""
-    unit = torch.nn.functional.normalize(keys.double(), dim=1)
-    before, after = by_row(old), by_row(new)
-    found: dict[EditRecord, str] = {}
-    for row, members in after.items():
-        for other, theirs in before.items():
-            cosine = float(unit[row] @ unit[other])
-            prefixes = {record.prefix for record in theirs} - {""}
-            alike = cosine >= bound or prefixes & {record.prefix for record in members}
-            if alike and not found.keys() & {*members, *theirs}:
-                why = f"have one key (cosine {cosine:.4f}), and a target value each"
-                found |= _settled(theirs, members, *names, why, rule)
-    return found
-
-
-def _settled(
-    others: Sequence[EditRecord],
-    members: Sequence[EditRecord],
-    names: Mapping[str, str],
-    here: Mapping[str, str],
-    why: str,
-    rule: str,
-) -> dict[EditRecord, str]:
-    """Those of two sides that lose, with the reason."""
-    old, new = others[0].edit.id, members[0].edit.id
-    if rule == "error":
-        raise ValueError(
-            f"edits {old} of {names[old]} and {new} of {here[new]} {why}; keep one of them with "
-            "on_conflict='first' or 'last', and make the other again with edit() if both are wanted"
-        )
-    if rule == "last" and any(record.role == "protected" for record in others):
-        raise ValueError(
-            f"edits {old} of {names[old]} and {new} of {here[new]} {why}; the first belongs to a "
-            "pack that this one stands on and cannot be taken back here, so join that one too, or "
-            "keep it with on_conflict='first'"
-        )
-    losers, winner = (members, old) if rule == "first" else (others, new)
-    reason = f"edits {old} and {new} {why}; {winner} is kept (on_conflict={rule!r})"
-    return dict.fromkeys(losers, reason)
+        if self.rule == "last" and any(record.role == "protected" for record in others):
+            raise ValueError(
+                f"{said}; the first belongs to a pack that this one stands on and cannot be taken "
+                "back here, so join that one too, or keep it with on_conflict='first'"
+            )
+        losers, winner = (members, old) if self.rule == "first" else (others, new)
+        reason = f"edits {old} and {new} {why}; {winner} is kept (on_conflict={self.rule!r})"
+        return dict.fromkeys(losers, reason)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -25,12 +26,11 @@ from alphaedit_peft.fingerprint import fingerprint
 from alphaedit_peft.model import lora_layer
 from alphaedit_peft.model.adapter import EditedModel, make_adapter
 from alphaedit_peft.model.rollback import loaded_or_not
-from alphaedit_peft.model.stack import loaded, require_parents, require_top
+from alphaedit_peft.model.stack import require_parents, require_top
 from alphaedit_peft.pack import EditPack
 from alphaedit_peft.pack.compatible import check_fit, check_shape
 from alphaedit_peft.pack.files import locate, read_steadily
 from alphaedit_peft.pack.format import ADAPTER_CONFIG, PackError, read_lora
-from alphaedit_peft.pack.parents import stands_on
 
 Wrapped = TypeVar("Wrapped", bound=EditedModel)
 
@@ -46,16 +46,8 @@ def wrap_with_pack(
 ) -> Wrapped:
     """A bare model with a pack on it; see :meth:`AlphaEditModel.from_pretrained`.
 
-    Args:
-        wrap: makes the edited model of a base and a config; ``plain_lora=`` for a LoRA without
-            edits.
-        base: the bare model.
-        model_id: a pack's folder, or a Hub repository.
-        where: revision, token and subfolder.
-        allow_base_mismatch: whether another base of the same shapes will do.
-        missing_parents: ``error`` or ``warn``.
+    ``wrap`` makes the edited model of a base and a config, or ``plain_lora=`` a LoRA's.
     """
-    require_path(model_id)
     try:
         pack = EditPack.from_pretrained(model_id, **where)
     except FileNotFoundError as error:
@@ -67,7 +59,7 @@ def wrap_with_pack(
     if pack.base is not None and not allow_base_mismatch:
         own = fingerprint(base, max(layers), architecture)
     check_fit(pack, base, modules, own)
-    require_parents("this pack", pack.parents, [], [], missing_parents)
+    require_parents("this pack", pack.parents, missing_parents)
     model = wrap(base, pack.config)
     name = model.active_adapters[0]
     for module, delta in pack.factors.items():
@@ -118,7 +110,9 @@ def load_adapter(
     """Load an adapter beside the others; see :meth:`AlphaEditModel.load_adapter`."""
     require_path(model_id)
     where = {key: kwargs[key] for key in kwargs.keys() & {"revision", "token", "subfolder"}}
-    pack = _pack_or_none(model_id, where)
+    pack = None
+    with suppress(FileNotFoundError):  # a LoRA without sidecar, or what PEFT refuses
+        pack = EditPack.from_pretrained(model_id, **where)
     require_top(model, adapter_name)
     base = model.get_base_model()
     if pack is not None:
@@ -126,7 +120,7 @@ def load_adapter(
         check_fit(pack, base, pack.modules, own)
         _require_same_place(base, pack, adapter_name)
         beside = [name for name in model.active_adapters if name != adapter_name]
-        _require_parents(model, "this pack", pack.parents, beside, missing_parents)
+        require_parents("this pack", pack.parents, missing_parents, model, beside)
     with loaded_or_not(model, adapter_name):
         if pack is not None and adapter_name in model.peft_config:
             _make_room(base, pack, adapter_name)
@@ -161,7 +155,7 @@ def set_adapter(
     for i, name in enumerate(names):
         if name in model.edit_adapters:
             parents = model.edit_adapters[name].journal.parents
-            _require_parents(model, f"adapter {name!r}", parents, names[:i], missing_parents)
+            require_parents(f"adapter {name!r}", parents, missing_parents, model, names[:i])
     model.active_adapter = names[0]  # PEFT looks up one config by it
     model.base_model.set_adapter(names if len(names) > 1 else names[0], inference_mode)
 
@@ -181,11 +175,7 @@ def edits_same_modules(model: EditedModel, pack: EditPack) -> bool:
 
 
 def require_path(model_id: object) -> None:
-    """Refuse what is neither a path nor a repository's name.
-
-    Raises:
-        TypeError: says what was given.
-    """
+    """Refuse what is neither a path nor a repository's name, by a TypeError."""
     if not isinstance(model_id, str | os.PathLike):
         raise TypeError(
             f"model_id={model_id!r} is a {type(model_id).__name__}; pass the pack's folder as a "
@@ -236,26 +226,6 @@ def _hold_pack(model: EditedModel, name: str, pack: EditPack, model_id: str | Pa
     here = Path(model_id)
     source = here.resolve().name if here.is_dir() else str(model_id)
     make_adapter(model, name, journal, source=source, compression=pack.compression)
-
-
-def _pack_or_none(model_id: str | Path, where: Mapping[str, Any]) -> EditPack | None:
-    try:
-        return EditPack.from_pretrained(model_id, **where)
-    except FileNotFoundError:
-        return None
-
-
-def _require_parents(
-    model: EditedModel,
-    what: str,
-    recorded: Sequence[dict[str, Any]],
-    before: Sequence[str],
-    rule: str,
-) -> None:
-    known = loaded(model) if stands_on(recorded) else []
-    there = [pack for pack in known if pack.name in before]
-    rest = [pack for pack in known if pack.name not in before]
-    require_parents(what, recorded, there, rest, rule)
 
 
 def _require_same_place(base: nn.Module, pack: EditPack, adapter_name: str) -> None:

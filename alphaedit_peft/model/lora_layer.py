@@ -27,11 +27,7 @@ class ExactLinear(lora.Linear):
     """A LoRA layer whose merge rounds once and whose unmerge restores the original bits."""
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Add the adapters to the base weight: summed in float32 or better, rounded once.
-
-        Args:
-            safe_merge: refuse a result that is not finite, as in PEFT.
-            adapter_names: which adapters; None: the active ones.
+        """Add the adapters, or the active ones, to the base weight: summed, then rounded once.
 
         Raises:
             ValueError: a result that is not finite, under ``safe_merge``.
@@ -66,13 +62,9 @@ class ExactLinear(lora.Linear):
 
     @torch.no_grad()
     def rounding_error(self, adapters: Iterable[str]) -> float:
-        """How far merging adapters misses their update D: |round(W + D) - W - D| / |D|.
+        """How far merging misses the update D: |round(W + D) - W - D| / |D|, 0 where D is 0.
 
-        Args:
-            adapters: names; those without factors in this layer do not count.
-
-        Returns:
-            The share of D in Frobenius norm; 0 where D is 0.
+        Adapters without factors in this layer do not count.
         """
         names = [name for name in adapters if name in self.lora_A]
         base: Any = self.get_base_layer()
@@ -129,11 +121,7 @@ def make_exact(model: nn.Module) -> None:
 
 
 def require_factors(model: nn.Module, adapter: str) -> None:
-    """Refuse an adapter whose factors PEFT left empty, as it does beside weights kept elsewhere.
-
-    Raises:
-        ValueError: names the first module.
-    """
+    """Refuse an adapter whose factors PEFT left empty, as it does beside weights kept elsewhere."""
     for name, layer in lora_layers(model).items():
         if adapter in layer.lora_A and layer.lora_A[adapter].weight.is_meta:
             raise ValueError(
@@ -144,11 +132,7 @@ def require_factors(model: nn.Module, adapter: str) -> None:
 
 
 def refuse_merge(layer: Any, *_: Any, **__: Any) -> NoReturn:
-    """What a layer that cannot be merged exactly does instead.
-
-    Raises:
-        RuntimeError: always; says which kind of layer, why, and the way out.
-    """
+    """What a layer that cannot be merged exactly does instead: a RuntimeError that says why."""
     kind = type(layer.get_base_layer()).__name__
     weight = getattr(layer.get_base_layer(), "weight", None)
     if weight is not None and not weight.is_floating_point():
@@ -163,19 +147,12 @@ def refuse_merge(layer: Any, *_: Any, **__: Any) -> NoReturn:
 
 
 def require_plain(layer: Any, adapters: Iterable[str]) -> None:
-    """Refuse to merge adapters that add more to a layer than (alpha / r) B A.
-
-    Raises:
-        RuntimeError: a DoRA or another variant, or a LoRA bias; says which adapter.
-    """
+    """Refuse, by a RuntimeError, to merge what adds more to a layer than (alpha / r) B A."""
     for name in adapters:
-        more = None
+        more = "has a LoRA bias" if layer.lora_bias.get(name, False) else ""
         if name in layer.lora_variant:
-            more = (
-                f"is a DoRA or another variant of LoRA ({type(layer.lora_variant[name]).__name__})"
-            )
-        elif layer.lora_bias.get(name, False):
-            more = "has a LoRA bias"
+            variant = type(layer.lora_variant[name]).__name__
+            more = f"is a DoRA or another variant of LoRA ({variant})"
         if more:
             raise RuntimeError(
                 f"adapter {name!r} {more}: only plain LoRA can be merged here exactly; use it "
@@ -219,13 +196,7 @@ def remembered(model: nn.Module, adapter: str) -> dict[str, dict[str, Any]]:
 
 
 def put_back(model: nn.Module, adapter: str, before: dict[str, dict[str, Any]]) -> None:
-    """Undo what loading an adapter did: its factors, or its being there, and its new layers.
-
-    Args:
-        model: whose LoRA layers hold it.
-        adapter: its name.
-        before: what ``remembered`` gave before it was loaded.
-    """
+    """Undo what loading an adapter did, by what ``remembered`` gave ``before``, new layers too."""
     for name, layer in lora_layers(model).items():
         was = before.get(name, {"A": None})
         if was["A"] is not None:

@@ -20,14 +20,13 @@ from transformers import PreTrainedTokenizerBase
 
 from alphaedit_peft import parallel
 from alphaedit_peft.algebra import LowRankDelta
-from alphaedit_peft.architecture import Architecture
 from alphaedit_peft.config import AlphaEditConfig
 from alphaedit_peft.devices import require_whole
 from alphaedit_peft.editing.capacity import Capacity
 from alphaedit_peft.editing.report import EditReport
 from alphaedit_peft.editing.resources import Resources
 from alphaedit_peft.edits import Edit
-from alphaedit_peft.fingerprint import BaseFingerprint, fingerprint
+from alphaedit_peft.fingerprint import fingerprint
 from alphaedit_peft.model import edit, load, lora_layer, merge, prepare
 from alphaedit_peft.model.adapter import Adapter, Moved, adapter_of, name_of, to_pack
 from alphaedit_peft.model.join_packs import JoinReport, join
@@ -70,13 +69,6 @@ class AlphaEditModel(PeftModelForCausalLM):
     tokenizer and the statistics; ``edit_adapters`` the adapters whose edits are known, by name.
     """
 
-    alphaedit_config: AlphaEditConfig
-    architecture: Architecture
-    base_fingerprint: BaseFingerprint
-    resources: Resources
-    edit_adapters: dict[str, Adapter]
-    left_open: frozenset[str]
-    moved: Moved | None
     base_model: Any  # PEFT's LoraModel
     config: Any  # the base model's
 
@@ -115,8 +107,9 @@ class AlphaEditModel(PeftModelForCausalLM):
         self.alphaedit_config, self.architecture = full, architecture
         self.base_fingerprint = own_fingerprint
         self.resources = resources or Resources()
-        self.left_open, self.moved = config.open_settings, None
-        self.edit_adapters = {}
+        self.left_open = config.open_settings
+        self.moved: Moved | None = None
+        self.edit_adapters: dict[str, Adapter] = {}
         if plain_lora is None:
             load.begin(self, adapter_name)
 
@@ -263,10 +256,7 @@ class AlphaEditModel(PeftModelForCausalLM):
 
         Args:
             edit_ids: of edits in the adapter; a parent's edits are removed from the parent.
-            adapter_name: as in ``repour``.
-
-        Raises:
-            ValueError: as ``repour``.
+            adapter_name: as in ``repour``, which says what is refused too.
         """
         edit.remove_edits(self, adapter_of(self, adapter_name), edit_ids)
 
@@ -350,9 +340,6 @@ class AlphaEditModel(PeftModelForCausalLM):
 
         Args:
             adapter_names: which adapters, merged together; None: the active ones.
-
-        Raises:
-            RuntimeError: as ``merge``.
         """
         return merge.merge_errors(self, adapter_names or self.active_adapters)
 
@@ -363,11 +350,7 @@ class AlphaEditModel(PeftModelForCausalLM):
     def merge_adapter(
         self, adapter_names: list[str] | None = None, safe_merge: bool = False
     ) -> None:
-        """PEFT's name for ``merge``, of several adapters if asked; as exact, all layers or none.
-
-        Raises:
-            RuntimeError: as ``merge``.
-        """
+        """PEFT's name for ``merge``, of several adapters if asked; as exact, all layers or none."""
         merge.merge_adapter(self, adapter_names, safe_merge)
 
     def merge_and_unload(
@@ -376,14 +359,7 @@ class AlphaEditModel(PeftModelForCausalLM):
         safe_merge: bool = False,
         adapter_names: list[str] | None = None,
     ) -> nn.Module:
-        """The base model with the edits in its weights, and no adapter; for deployment.
-
-        Raises:
-            RuntimeError: as ``merge``.
-
-        Warns:
-            UserWarning: as ``merge``.
-        """
+        """The base model with the edits in its weights, by ``merge``, and no adapter."""
         return merge.merge_and_unload(self, progressbar, safe_merge, adapter_names)
 
     def unload(self) -> nn.Module:
@@ -404,13 +380,7 @@ class AlphaEditModel(PeftModelForCausalLM):
         low_cpu_mem_usage: bool = False,
         autocast_adapter_dtype: bool = True,
     ) -> None:
-        """Add an adapter: an empty pack to edit into, or as in PEFT what a config describes.
-
-        Args:
-            adapter_name: a new name.
-            peft_config: a PEFT config; None: a pack without edits.
-            low_cpu_mem_usage: as in PEFT.
-            autocast_adapter_dtype: as in PEFT.
+        """Add an adapter: as in PEFT what a config describes, or without one a pack to edit into.
 
         Raises:
             ValueError: a name that is taken.
@@ -438,11 +408,9 @@ class AlphaEditModel(PeftModelForCausalLM):
         Args:
             model_id: a folder, or a Hub repository.
             adapter_name: PEFT's name of the adapter; one that is there is replaced.
-            is_trainable: as in PEFT.
-            torch_device: as in PEFT.
+            is_trainable, torch_device, **kwargs: as in PEFT.
             allow_base_mismatch: load a pack that was made for another base.
             missing_parents: ``error``, or ``warn`` to load a pack without those it stands on.
-            **kwargs: as in PEFT.
 
         Returns:
             What PEFT returns: missing and unexpected keys.

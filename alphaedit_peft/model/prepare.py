@@ -40,12 +40,8 @@ def running(
 ) -> Iterator[tuple[Runner, Metric]]:
     """What edits are made with, in evaluation mode.
 
-    Args:
-        model: the model.
-        adapter: which is to be edited.
-        contexts: for an adapter without; else they are its own, or those of a pack that it goes on
-            top of. Where there are none they are sampled.
-        anew: all rows are going to be made again, so that the null space may be another one.
+    Contexts are the adapter's own, or those of a pack that it goes on top of; else ``contexts``, or
+    sampled. ``anew``: all rows are going to be made again, maybe by another null space.
 
     Raises:
         RuntimeError, ValueError: as ``require_editable``; statistics that are missing or of another
@@ -113,13 +109,14 @@ def settled(
 def capacity(model: EditedModel, adapter: Adapter, prompts: Sequence[str] = ()) -> Capacity:
     """How full an adapter is; see :meth:`AlphaEditModel.capacity`."""
     journal, factors = adapter.known_journal(), adapter.factors
+    null_space, grams = _known_of_rows(model, adapter)
     mixed = adapter.compression is not None and adapter.compression.mixed  # no row is an edit's own
     found = measure_capacity(
         factors,
         [True] * journal.rank if mixed else protects(journal.standing, journal.rank),
-        null_space=_null_space_of_rows(model),
+        null_space=null_space,
         weight_norms={layer: weight_norm(adapter, layer) for layer in factors},
-        grams=_grams(model, adapter),
+        grams=grams,
     )
     found = replace(found, bound=model.alphaedit_config.capacity_bound)
     if not prompts:
@@ -133,7 +130,7 @@ def layer_reports(
     model: EditedModel, adapter: Adapter, rank_before: int
 ) -> tuple[LayerReport, ...]:
     """Every rewrite layer after a call that began with ``rank_before`` rows."""
-    null_space, grams = _null_space_of_rows(model), _grams(model, adapter)
+    null_space, grams = _known_of_rows(model, adapter)
     products: dict[int, MomentProducts] = {}
     reports = []
     for layer, delta in adapter.factors.items():
@@ -175,17 +172,13 @@ def _require_same_null_space(model: EditedModel, adapter: Adapter) -> None:
             )
 
 
-def _null_space_of_rows(model: EditedModel) -> NullSpace | None:
-    """The null space, where the rows are keys projected by it: MEMIT's are not."""
-    return model.resources.null_space if _rows_are_keys(model) else None
-
-
-def _grams(model: EditedModel, adapter: Adapter) -> dict[int, torch.Tensor]:
-    return adapter.grams(adapter.factors) if _rows_are_keys(model) else {}
-
-
-def _rows_are_keys(model: EditedModel) -> bool:
-    return kind(model.alphaedit_config.objective).rows_are_keys
+def _known_of_rows(
+    model: EditedModel, adapter: Adapter
+) -> tuple[NullSpace | None, dict[int, torch.Tensor]]:
+    """The null space and A A^T by layer, where rows are projected keys: MEMIT's are not."""
+    if not kind(model.alphaedit_config.objective).rows_are_keys:
+        return None, {}
+    return model.resources.null_space, adapter.grams()
 
 
 def weight_norm(adapter: Adapter, layer: int) -> float | None:

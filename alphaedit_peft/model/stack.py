@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 
-from alphaedit_peft.algebra import LowRankDelta
 from alphaedit_peft.editing.state import EditState
 from alphaedit_peft.edits import Edit
 from alphaedit_peft.model.adapter import Adapter, EditedModel, to_pack
@@ -30,10 +29,7 @@ from alphaedit_peft.pack.value import require_rows
 class Loaded:
     """A pack in the model.
 
-    Args:
-        name: of its adapter.
-        source: the folder's name or repository it was loaded from, else the adapter's name.
-        digest: of the pack as it is now.
+    ``name`` and ``source`` are its adapter's; ``digest`` is of the pack as it is now.
     """
 
     name: str
@@ -54,12 +50,8 @@ class Parent(Loaded):
 
     def recorded(self) -> dict[str, Any]:
         """What a pack on top of it records."""
-        return {
-            "operation": BESIDE,
-            "name": self.source,
-            "digest": self.digest,
-            "edits": len(self.own),
-        }
+        known = {"name": self.source, "digest": self.digest, "edits": len(self.own)}
+        return {"operation": BESIDE, **known}
 
 
 def loaded(model: EditedModel) -> list[Loaded]:
@@ -98,16 +90,13 @@ def require_top(model: EditedModel, target: str) -> None:
         ValueError: names the one that does.
     """
     known = model.edit_adapters
-    on_packs = {
-        name: stands_on(known[name].journal.parents)
-        for name in model.active_adapters
-        if name != target and name in known
-    }
-    if target not in known or not any(on_packs.values()):
+    above = [name for name in model.active_adapters if name != target and name in known]
+    below = {name: stands_on(known[name].journal.parents) for name in above}
+    if target not in known or not any(below.values()):
         return
     own = to_pack(model, known[target]).digest()
-    for name, parents in on_packs.items():
-        if any(parent.get("digest") == own for parent in parents):
+    for name, parents in below.items():
+        if own in [parent.get("digest") for parent in parents]:
             raise ValueError(
                 f"adapter {name!r} was made on top of {target!r}, which would change under it; "
                 f"edit into {name!r}, or first make {target!r} active alone"
@@ -145,10 +134,10 @@ def adopt(
     """
     for parent in parents:
         rows = sorted({record.row for record in parent.own})
-        factors = {
-            layer: _with_rows(delta, parent.state.factors[layer].A[rows])
-            for layer, delta in state.factors.items()
-        }
+        factors = {}
+        for layer, delta in state.factors.items():
+            nothing = delta.B.new_zeros(delta.rank + len(rows), delta.B.shape[0])
+            factors[layer] = delta.extended(parent.state.factors[layer].A[rows], nothing)
         records = [
             replace(
                 record,
@@ -185,21 +174,24 @@ def without_parents(
     return kept, frozenset(record.edit.id for record in carried)
 
 
-def refuse_common(own: Iterable[Edit], parents: Sequence[Parent], target: str) -> None:
-    """Refuse a new parent that holds an edit of the pack already, or contradicts one.
+def with_parents(adapter: Adapter, parents: Sequence[Parent]) -> EditState:
+    """The state of an adapter on top of parents, the rows of those that are new to it adopted.
 
     Raises:
-        ValueError: names the edit and the parent.
+        ValueError: a new parent that holds an edit of the adapter already, or contradicts one; a
+            recorded one that is not active, or has changed since.
     """
-    edits = list(own)
-    for parent in parents:
+    target, edits = adapter.name, adapter.edits
+    new = new_parents(adapter.journal.parents, parents, target)
+    for parent in new:
         both = sorted({edit.id for edit in edits} & {record.edit.id for record in parent.own})
         if both:
             raise ValueError(
                 f"edits {both} are both in {target!r} and in {parent.name!r}, which it would stand "
                 f"on; take them out of one with remove_edits(ids, adapter_name={target!r})"
             )
-    refuse_contradictions(edits, parents, "error")
+    refuse_contradictions(edits, new, "error")
+    return adopt(adapter.state(), new)
 
 
 def refuse_contradictions(
@@ -234,42 +226,36 @@ def new_parents(
     Raises:
         ValueError: one that it stands on is not active, or has changed since.
     """
-    digests = {parent.get("digest") for parent in stands_on(recorded)}
-    for parent in stands_on(recorded):
-        if parent.get("digest") in {other.digest for other in active}:
+    known = {parent.get("digest"): parent for parent in stands_on(recorded)}
+    for digest, parent in known.items():
+        if digest in {other.digest for other in active}:
             continue
-        changed = [other.name for other in active if other.source == parent.get("name")]
-        if changed:
-            raise ValueError(
-                f"adapter {target!r} was made on top of {describe(parent)}, and {changed[0]!r} is "
-                f"another, or has changed since; take that back, or pour {target!r} on it with "
-                f"repour(adapter_name={target!r})"
-            )
-        raise ValueError(
-            f"adapter {target!r} was made on top of {describe(parent)}, which is not active; load "
-            "it and make it active with set_adapter([..., ...]), the parent first"
+        where = (
+            "which is not active; load it and make it active with set_adapter([..., ...]), the "
+            "parent first"
         )
-    return [other for other in active if other.digest not in digests]
+        for other in active:
+            if other.source == parent.get("name"):
+                where = (
+                    f"and {other.name!r} is another, or has changed since; take that back, or pour "
+                    f"{target!r} on it with repour(adapter_name={target!r})"
+                )
+                break
+        raise ValueError(f"adapter {target!r} was made on top of {describe(parent)}, {where}")
+    return [other for other in active if other.digest not in known]
 
 
 def require_parents(
     what: str,
     recorded: Iterable[Mapping[str, Any]],
-    before: Sequence[Loaded],
-    others: Sequence[Loaded],
     rule: str,
+    model: EditedModel | None = None,
+    before: Collection[str] = (),
 ) -> None:
-    """See to it that the packs which one stands on are there, and come before it.
-
-    Args:
-        what: the pack, for messages.
-        recorded: its parents.
-        before: packs that are active, or listed before it.
-        others: other packs in the model.
-        rule: ``error`` or ``warn``, for a parent that is missing.
+    """See to it that the packs which ``what`` stands on come before it: ``before``, by adapter.
 
     Raises:
-        MissingParentError: a missing parent under ``error``; says which, and what to do.
+        MissingParentError: a missing parent under the rule ``error``; which, and what to do.
         ValueError: another rule.
 
     Warns:
@@ -277,30 +263,29 @@ def require_parents(
     """
     if rule not in ("error", "warn"):
         raise ValueError(f"missing_parents={rule!r} is unknown; use 'error' or 'warn'")
-    there = {pack.digest for pack in before}
-    for parent in stands_on(recorded):
-        if parent.get("digest") in there:
+    parents = stands_on(recorded)
+    there = loaded(model) if model is not None and parents else []
+    there.sort(key=lambda pack: pack.name not in before)
+    for parent in parents:
+        if parent.get("digest") in {pack.digest for pack in there if pack.name in before}:
             continue
-        missing = f"{what} stands on {describe(parent)}"
-        where = _whereabouts(parent, before, others)
+        missing, where = f"{what} stands on {describe(parent)}", _whereabouts(parent, there)
         if rule == "error":
             remedy = f"{where}, or use it without, by missing_parents='warn'"
             raise MissingParentError(missing, remedy)
         warnings.warn(
-            f"{missing}, {where}; until then it acts otherwise than it was made", stacklevel=5
+            f"{missing}, {where}; until then it acts otherwise than it was made", stacklevel=4
         )
 
 
-def _whereabouts(
-    parent: Mapping[str, Any], before: Sequence[Loaded], others: Sequence[Loaded]
-) -> str:
-    for pack in others:
+def _whereabouts(parent: Mapping[str, Any], there: Sequence[Loaded]) -> str:
+    for pack in there:
         if pack.digest == parent.get("digest"):
             return (
                 f"which is loaded as {pack.name!r} but not active before it; set_adapter with "
                 f"{pack.name!r} first in the list makes it so"
             )
-    for pack in (*before, *others):
+    for pack in there:
         if pack.source == parent.get("name"):
             return (
                 f"and what is loaded as {pack.name!r} is another, or has changed since; load that "
@@ -321,7 +306,3 @@ def require_active(
     missing = [p for p in stands_on(recorded) if not {p.get("digest"), p.get("name")} & there]
     if missing:
         new_parents(missing, active, target)
-
-
-def _with_rows(delta: LowRankDelta, rows: torch.Tensor) -> LowRankDelta:
-    return delta.extended(rows, delta.B.new_zeros(delta.rank + len(rows), delta.B.shape[0]))
