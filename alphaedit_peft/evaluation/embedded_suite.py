@@ -80,11 +80,10 @@ def _case(
     world: World, record: dict[str, Any], number: int, edited: set[FactKey], seed: int
 ) -> Case:
     fact, rewrite = world.facts[number], record["requested_rewrite"]
-    relation = relation_of(fact)
     random = Random(f"{seed} case {number}")
     new = rewrite["target_new"]["str"]
     edit = Edit(fact.subject, rewrite["prompt"], new, target_true=fact.object)
-    bare = [fill(phrasing, fact.subject) for phrasing in relation.paraphrases]
+    bare = [fill(phrasing, fact.subject) for phrasing in relation_of(fact).paraphrases]
     same = [f for f in world.facts if f.relation == fact.relation and _key(f) not in edited]
     near = [f for f in same if f.object == fact.object]
     like = [f for f in same if f.object == new]

@@ -108,8 +108,8 @@ def _batch(
     """Continuations by name; samples go on after EOS, until they have ``new`` tokens."""
     from transformers import GenerationConfig, LogitsProcessorList
 
-    ids = torch.tensor([row for _, row in rows], device=reader.device)  # (rows, tokens)
-    names = [name for name, _ in rows]
+    names, every = zip(*rows, strict=True)
+    ids = torch.tensor(every, device=reader.device)  # (rows, tokens)
     model: Any = reader.model
     if not hasattr(model, "generate"):
         raise ValueError(
@@ -150,9 +150,8 @@ class _TopKNoise:
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         best, where = scores.float().topk(min(self.top_k, scores.shape[-1]), -1)  # (rows, k)
-        uniform = torch.stack(
-            [torch.rand(best.shape[1], generator=draw, dtype=torch.float64) for draw in self.draws]
-        )
+        k, double = best.shape[1], torch.float64
+        uniform = torch.stack([torch.rand(k, generator=draw, dtype=double) for draw in self.draws])
         noise = -(-uniform.clamp_min(1e-300).log()).log()
         noisy = best + noise.to(best)
         return torch.full_like(scores, -torch.inf).scatter(-1, where, noisy.to(scores.dtype))

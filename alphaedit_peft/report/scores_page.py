@@ -167,8 +167,8 @@ def _bars(findings: Sequence[Finding]) -> Markup:
 def _beside(findings: Sequence[Finding]) -> list[str]:
     """What is drawn beside the main columns; shares of tokens only where recall is not there."""
     measured = {metric for found in findings for metric in found.final}
-    others = {metric: measured - {metric} for metric in RECALL if metric in measured}
-    return [m for m, known in others.items() if m.replace("_tokens", "_recall") not in known]
+    doubled = {m for m in measured if m.replace("_tokens", "_recall") in measured - {m}}
+    return [metric for metric in RECALL if metric in measured - doubled]
 
 
 def _caption(metric: str) -> str:
