@@ -39,7 +39,7 @@ class Phases:
         """Time work on these devices; those that are no GPU need no waiting for."""
         self._gpus = [device for device in devices if device.type == "cuda"]
         self._sums = dict.fromkeys(PHASES, 0.0)
-        self._phase: str | None = None
+        self.phase: str | None = None  # of the innermost block that runs
         self._since = 0.0
 
     @classmethod
@@ -61,7 +61,7 @@ class Phases:
         """
         if phase not in self._sums:
             raise ValueError(f"phase {phase!r} is unknown; use one of {PHASES}")
-        around = self._phase
+        around = self.phase
         self._switch(phase)
         try:
             yield
@@ -72,9 +72,9 @@ class Phases:
         for device in self._gpus:
             torch.cuda.synchronize(device)
         now = time.perf_counter()
-        if self._phase is not None:
-            self._sums[self._phase] += now - self._since
-        self._phase, self._since = phase, now
+        if self.phase is not None:
+            self._sums[self.phase] += now - self._since
+        self.phase, self._since = phase, now
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -24,6 +24,8 @@ from alphaedit_peft.config import AlphaEditConfig
 from alphaedit_peft.evaluation import Judging, Scores, Suite, evaluate
 from alphaedit_peft.fingerprint import fingerprint
 from alphaedit_peft.nullspace import KeyMoments, NullSpace
+
+Progress = Callable[[str], object]  # told a line of text after each step
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,7 +8,7 @@ weights.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -24,8 +24,9 @@ from alphaedit_peft.metric import Projector
 from alphaedit_peft.nullspace import NullSpace
 from alphaedit_peft.pack import EditRecord
 from alphaedit_peft.settings import EditOptions
-from alphaedit_peft.studies.benchmark.machine import PeakMemory, clocked, describe_machine, timed
-from alphaedit_peft.studies.benchmark.measure import Say, benchmark
+from alphaedit_peft.studies.base import Progress
+from alphaedit_peft.studies.benchmark.machine import PeakMemory, describe_machine, timed
+from alphaedit_peft.studies.benchmark.measure import benchmark
 from alphaedit_peft.studies.benchmark.plain import plain_update
 from alphaedit_peft.studies.benchmark.subject import (
     ENDS,
@@ -124,7 +125,7 @@ class Growth:
 
 
 def growth(
-    grid: Grid, device: torch.device | str = "cpu", progress: Say = lambda text: None
+    grid: Grid, device: torch.device | str = "cpu", progress: Progress = lambda text: None
 ) -> Growth:
     """Measure every point of a grid once, after a warm-up.
 
@@ -152,20 +153,21 @@ def growth(
 def _solves(grid: Grid, curve: str, rows: int, width: int, device: torch.device) -> Iterator[Point]:
     """One layer's solve with ``rows`` rows in place, here and the plain way."""
     system = System.drawn(rows, grid.new, width, grid.d_out, device)
-    at = rows if curve == "edits" else width
-    with PeakMemory(device) as memory:
-        solved, seconds = clocked(system.ours, device)
-    delta, kept = system.state.factors[0], solved.kept
-    factors = delta.A.nbytes + delta.B.nbytes
-    yield Point(curve, at, "anew", seconds, factors, memory.above)
-    with PeakMemory(device) as memory:
-        seconds = timed(lambda: system.ours(kept), device)
+    at, factors = rows if curve == "edits" else width, system.state.factors[0]
+
+    def point(method: str, state: int, work: Callable[[], object]) -> Point:
+        with PeakMemory(device) as memory:
+            seconds = timed(work, device)
+        return Point(curve, at, method, seconds, state, memory.above)
+
+    size = factors.A.nbytes + factors.B.nbytes
+    yield point("anew", size, system.ours)
+    kept = system.ours().kept
     halves = 2 * sum(part.nbytes for part in kept.grams[:-1])  # G and L of the rows in place
-    yield Point(curve, at, "ours", seconds, factors + halves, memory.above)
+    yield point("ours", size + halves, lambda: system.ours(kept))
     projector, cache = system.dense()
-    with PeakMemory(device) as memory:
-        seconds = timed(lambda: system.plain(projector, cache), device)
-    yield Point(curve, at, "plain", seconds, projector.nbytes + cache.nbytes, memory.above)
+    size = projector.nbytes + cache.nbytes
+    yield point("plain", size, lambda: system.plain(projector, cache))
 
 
 @dataclass(frozen=True, eq=False)
@@ -199,10 +201,9 @@ class System:
     def ours(self, kept: KeptFactor | None = None) -> Solved:
         """Project and solve as an edit does, from what the batch before left or from the rows."""
         state = replace(self.state, kept={} if kept is None else {0: kept})
-        rows = self.metric.rows(0, self.keys)
-        protected = [True] * state.rank
-        settings = EditOptions(norm_guard=0.0)
-        return solve_layer(settings, self.metric, 0, rows, self.residuals, state, protected)
+        rows, protected = self.metric.rows(0, self.keys), [True] * state.rank
+        options = EditOptions(norm_guard=0.0)
+        return solve_layer(options, self.metric, 0, rows, self.residuals, state, protected)
 
     def dense(self) -> tuple[Tensor, Tensor]:
         """P and the sum of k k^T over the keys in place, (d_in, d_in) each."""
@@ -228,4 +229,4 @@ def _batch(curve: str, at: int, depth: int, hidden: int, device: torch.device) -
     edits = made_up_edits(tokenizer, EDITS)
     found = benchmark(subject, random_statistics(subject), edits, plan).sessions[0]
     batch, least = found.batches[0], found.floor.total if found.floor else None
-    return Point(curve, at, "batch", batch.without_contexts, 0, batch.memory, least)
+    return Point(curve, at, "batch", batch.bare[0], 0, batch.memory, least)

@@ -23,7 +23,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
+from torch.utils.flop_counter import flop_registry
 
 from alphaedit_peft import hooks
 from alphaedit_peft.architecture import Architecture
@@ -44,12 +44,18 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
 
 
 def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    names = _lines("/proc/cpuinfo", "model name")
     return names[0] if names else platform.processor() or platform.machine()
+
+
+def _lines(path: str, name: str) -> list[str]:
+    """What a file of Linux has under a name (proc(5)); nothing on other systems."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return []
+    found = (line.partition(":") for line in lines)
+    return [value.strip() for key, _, value in found if key.strip() == name]
 
 
 SMALLEST, LARGEST = 512, 8192  # matrices that are multiplied to find the rate
@@ -130,72 +136,54 @@ def _reset_peak() -> bool:
     """Set the peak of resident memory back to what it is (proc(5)); whether that could be done."""
     try:
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-        return _status("VmHWM") > 0
-    except (OSError, ValueError):
+    except OSError:
         return False
+    return _status("VmRSS") > 0 and _status("VmHWM") > 0
 
 
 def _peak() -> int:
     """Largest resident memory so far, in bytes."""
-    try:
-        return _status("VmHWM")
-    except (OSError, ValueError):
-        import resource  # not on every system
+    if peak := _status("VmHWM"):
+        return peak
+    import resource  # not on every system
 
-        unit = 1 if sys.platform == "darwin" else 1024  # getrusage(2)
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    unit = 1 if sys.platform == "darwin" else 1024  # getrusage(2)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def _status(name: str) -> int:
-    """A size in the process's status file, in bytes; OSError or ValueError without it."""
-    for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
-        key, _, value = line.partition(":")
-        if key == name:
-            return 1024 * int(value.split()[0])
-    raise ValueError(f"/proc/self/status has no {name}")
-
-
-OUTSIDE = "other"  # work in no phase
+    """A size in the process's status file, "1234 kB", in bytes; 0 without it."""
+    sizes = _lines("/proc/self/status", name)
+    return 1024 * int(sizes[0].split()[0]) if sizes else 0
 
 
 class OperationCounter(TorchDispatchMode):
-    """Counts operations while it is entered: ``operations[phase, dtype]``."""
+    """Counts operations while it is entered, by the phase that a stopwatch is in.
 
-    def __init__(self) -> None:
+    ``by_phase``: phase, or ``other`` outside of all -> name of the dtype -> operations.
+    """
+
+    def __init__(self, phases: Phases | None = None) -> None:
         super().__init__()
-        self.phase = OUTSIDE
-        self.operations: Counter[tuple[str, torch.dtype]] = Counter()
+        self.phases = phases or Phases()
+        self.by_phase: dict[str, dict[str, int]] = {}
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         """Run an operator, and count it where there is a formula."""
         kwargs = kwargs or {}
-        packet = func._overloadpacket
-        own = FORMULAS.get(func._schema.name)
-        if own is None and packet not in flop_registry:
+        formula = FORMULAS.get(func._overloadpacket)
+        if formula is None:
             with self:  # an operator made of others is counted by these
                 found = func.decompose(*args, **kwargs)
-            if found is not NotImplemented:
-                return found
+            return func(*args, **kwargs) if found is NotImplemented else found
         out = func(*args, **kwargs)
-        dtype = next((a.dtype for a in args if isinstance(a, Tensor)), torch.float32)
-        if own is not None:
-            self.operations[self.phase, dtype] += own(out, *args)
-        elif packet in flop_registry:
-            self.operations[self.phase, dtype] += int(
-                flop_registry[packet](*args, **kwargs, out_val=out)
-            )
+        if count := int(formula(*args, **kwargs, out_val=out)):
+            dtype = next((a.dtype for a in args if isinstance(a, Tensor)), torch.float32)
+            counts = self.by_phase.setdefault(self.phases.phase or "other", {})
+            counts[dtype_name(dtype)] = counts.get(dtype_name(dtype), 0) + count
         return out
-
-    @property
-    def by_phase(self) -> dict[str, dict[str, int]]:
-        """Phase -> name of the dtype -> operations."""
-        found: dict[str, dict[str, int]] = {}
-        for (phase, dtype), count in self.operations.items():
-            if count:
-                found.setdefault(phase, {})[dtype_name(dtype)] = count
-        return found
 
 
 def _matrices(a: Tensor) -> int:
@@ -203,48 +191,25 @@ def _matrices(a: Tensor) -> int:
     return a[..., 0, 0].numel()
 
 
-def _general(_: Any, a: Tensor, b: Tensor, *__: Any) -> int:
+def _general(a: Tensor, b: Tensor, **_: Any) -> int:
     n = a.shape[-1]
     return _matrices(a) * 2 * n**3 // 3 + 2 * n * b.numel()
 
 
-def _attention(_: Any, *args: Any) -> int:
-    return sdpa_flop_count(*(value.shape for value in args[:3]))
-
-
-def _attention_back(_: Any, *args: Any) -> int:
-    return sdpa_backward_flop_count(*(value.shape for value in args[:4]))
-
-
-# operator -> operations from its output and its arguments: Golub and Van Loan, Matrix Computations;
-# eigenvalues and vectors roughly; attention as torch counts it on GPUs
-FORMULAS: dict[str, Callable[..., int]] = {
-    "aten::linalg_cholesky_ex": lambda out, a, *_: _matrices(a) * a.shape[-1] ** 3 // 3,
-    "aten::cholesky_solve": lambda out, b, *_: 2 * b.numel() * b.shape[-2],
-    "aten::linalg_solve_triangular": lambda out, a, *_: out.numel() * a.shape[-1],
-    "aten::_linalg_solve_ex": _general,
-    "aten::_linalg_eigh": lambda out, a, *_: _matrices(a) * 9 * a.shape[-1] ** 3,
-    "aten::_scaled_dot_product_flash_attention_for_cpu": _attention,
-    "aten::_scaled_dot_product_flash_attention_for_cpu_backward": _attention_back,
+# operator -> operations from its arguments and its output: Golub and Van Loan, Matrix Computations;
+# eigenvalues and vectors roughly; the rest, and attention as on GPUs, as torch counts it
+ATEN = torch.ops.aten
+FLASH = ATEN._scaled_dot_product_flash_attention, ATEN._scaled_dot_product_flash_attention_backward
+FORMULAS: dict[Any, Callable[..., int]] = {
+    **flop_registry,
+    ATEN.linalg_cholesky_ex: lambda a, **_: _matrices(a) * a.shape[-1] ** 3 // 3,
+    ATEN.cholesky_solve: lambda b, *_, **__: 2 * b.numel() * b.shape[-2],
+    ATEN.linalg_solve_triangular: lambda a, *_, out_val, **__: out_val.numel() * a.shape[-1],
+    ATEN._linalg_solve_ex: _general,
+    ATEN._linalg_eigh: lambda a, *_, **__: _matrices(a) * 9 * a.shape[-1] ** 3,
+    ATEN._scaled_dot_product_flash_attention_for_cpu: flop_registry[FLASH[0]],
+    ATEN._scaled_dot_product_flash_attention_for_cpu_backward: flop_registry[FLASH[1]],
 }
-
-
-class CountedPhases(Phases):
-    """A stopwatch that tells a counter which phase it is in."""
-
-    def __init__(self, counter: OperationCounter) -> None:
-        super().__init__()
-        self._counter = counter
-
-    @contextmanager
-    def timed(self, phase: str) -> Iterator[None]:
-        """Count what runs in this block for ``phase``; the innermost block counts."""
-        around, self._counter.phase = self._counter.phase, phase
-        try:
-            with super().timed(phase):
-                yield
-        finally:
-            self._counter.phase = around
 
 
 @contextmanager

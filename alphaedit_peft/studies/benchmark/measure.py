@@ -9,12 +9,12 @@ are counted in runs of their own.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from statistics import mean, median
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -31,9 +31,8 @@ from alphaedit_peft.metric import kind
 from alphaedit_peft.model import AlphaEditModel, get_alphaedit_model
 from alphaedit_peft.model.adapter import adapter_of
 from alphaedit_peft.model.prepare import running
-from alphaedit_peft.studies.base import dtype_name
+from alphaedit_peft.studies.base import Progress, dtype_name
 from alphaedit_peft.studies.benchmark.machine import (
-    CountedPhases,
     OperationCounter,
     PeakMemory,
     clocked,
@@ -55,17 +54,15 @@ from alphaedit_peft.studies.benchmark.timings import (
     Session,
 )
 
-Say = Callable[[str], object]
-
 
 def benchmark(
     subject: Subject,
     statistics: Statistics,
     edits: Sequence[Edit],
     plan: Plan,
-    progress: Say = lambda text: None,
+    progress: Progress = lambda text: None,
 ) -> Findings:
-    """Measure a model.
+    """Measure a model by a plan.
 
     Args:
         subject: whose model is bare; it is left with the bits it had.
@@ -80,36 +77,19 @@ def benchmark(
     chosen = plan.take(edits)
     runs = TimedRuns(subject, statistics, plan, progress)
     runs.warm_up(chosen)
-    found: dict[str, list[list[Timing]]] = {name: [] for name in plan.objectives}
+    ours = [Batches(runs, name, chosen) for name in plan.objectives]
     plain = PlainWay(runs, chosen[: plan.plain_edits]) if plan.plain_edits else None
+    ways: list[Batches | PlainWay] = [*ours, *([plain] if plain else [])]
     for repeat in range(plan.repeats):
-        turns = [*plan.objectives, *(["plain"] if plain else [])]
-        for name in turns[:: -1 if repeat % 2 else 1]:  # there and back: machines change with time
-            progress(f"{name}, run {repeat + 1} of {plan.repeats}")
-            if plain and name == "plain":
-                plain.run()
-            else:
-                found[name].append(runs.run(name, chosen))
+        for way in ways[:: -1 if repeat % 2 else 1]:  # there and back: machines change with time
+            progress(f"{way.name}, run {repeat + 1} of {plan.repeats}")
+            way.run()
     rates = runs.rates()
-    sessions = []
-    for objective, timings in found.items():
-        batches = tuple(_batch(plan.edits, parts) for parts in zip(*timings, strict=True))
-        floor = runs.counted(objective, chosen[: plan.edits], rates) if plan.floor else None
-        sessions.append(Session(objective, batches, floor))
+    sessions = tuple(way.session(rates) for way in ours)
     beside = plain.session(rates) if plain else None
     inference = forward_times(subject, progress) if plan.inference else ()
     made = {**statistics.seconds, **runs.first_use}
-    return Findings(_head(runs), rates, made, tuple(sessions), beside, inference)
-
-
-@dataclass(frozen=True)
-class Timing:
-    """One call of ``edit``."""
-
-    report: EditReport
-    total: float
-    memory: int
-    rows_before: int
+    return Findings(_head(runs), rates, made, sessions, beside, inference)
 
 
 @dataclass
@@ -119,7 +99,7 @@ class TimedRuns:
     subject: Subject
     statistics: Statistics
     plan: Plan
-    say: Say
+    say: Progress
     first_use: dict[str, float] = field(default_factory=dict)  # seconds, by what was used
     exact_memory: bool = True
 
@@ -132,11 +112,10 @@ class TimedRuns:
         config = replace(config or subject.config, objective=objective)
         needed = kind(objective).needs(config)
         space = given.null_space if "null_space" in needed else None
-        names = ("threshold", "threshold_mode")
-        own: dict[str, Any] = {name: getattr(space, name, None) for name in names}
+        bound, mode = (None, None) if space is None else (space.threshold, space.threshold_mode)
         model = get_alphaedit_model(
             subject.model,
-            replace(config, **own),
+            replace(config, threshold=bound, threshold_mode=mode),
             tokenizer=subject.tokenizer,
             null_space=space,
             key_moments=given.key_moments if "key_moments" in needed else None,
@@ -155,36 +134,6 @@ class TimedRuns:
             with self.wrapped(objective, replace(self.subject.config, steps=2)) as model:
                 model.edit(edits[:2], progress=False)
 
-    def run(self, objective: str, edits: Sequence[Edit]) -> list[Timing]:
-        """All batches with one objective."""
-        timings = []
-        with self.wrapped(objective) as model:
-            for start in range(0, len(edits), self.plan.edits):
-                batch = edits[start : start + self.plan.edits]
-                work = partial(model.edit, batch, len(batch), progress=False)
-                with PeakMemory(self.subject.device) as memory:
-                    report, total = clocked(work, self.subject.device)
-                rows = max((layer.rank for layer in report.layers), default=0)
-                timings.append(Timing(report, total, memory.above, rows - _new_rows(report)))
-                self.exact_memory = self.exact_memory and memory.exact
-        return timings
-
-    @torch.no_grad()
-    def counted(self, objective: str, edits: Sequence[Edit], rates: Mapping[str, float]) -> Floor:
-        """The floor of a batch, whose operations are counted in a run of its own."""
-        self.say(f"{objective}, counting operations")
-        counter = OperationCounter()
-        phases = CountedPhases(counter)
-        with self.wrapped(objective) as model, ExitStack() as stack:
-            adapter = adapter_of(model, None)
-            with counter, phases.timed("contexts"):
-                runner, metric = stack.enter_context(running(model, adapter))
-            runner = replace(runner, phases=phases)
-            rows = [runner.renderer.edit_rows(edit, runner.contexts) for edit in edits]
-            with counting_tokens(runner.model, runner.architecture) as seen, counter:
-                edit_batch(runner, metric, adapter.state(), rows, adapter.write)
-        return _floor(counter, seen.total() / runner.architecture.num_blocks, rates)
-
     def rates(self) -> dict[str, float]:
         """Matrix rates in the model's dtype, in autocast's, and in those of the solves."""
         names = {dtype_name(self.subject.weights.dtype), "float32", "float64"}
@@ -201,68 +150,114 @@ def _use(model: AlphaEditModel) -> None:
         metric.rows(layer, delta.A.new_ones(1, delta.A.shape[1]))
 
 
-def _new_rows(report: EditReport) -> int:
-    return len({result.row for result in report.made})
+class Batches:
+    """All batches with one objective: timed as often as asked, then the first one counted."""
+
+    def __init__(self, over: TimedRuns, objective: str, edits: Sequence[Edit]) -> None:
+        self.over, self.name, size = over, objective, over.plan.edits
+        self.parts = [edits[start : start + size] for start in range(0, len(edits), size)]
+        self.calls: list[list[Call]] = []  # of each run, one for each batch
+
+    def run(self) -> None:
+        """Make the batches one on top of the other, and take the time of each."""
+        device, calls = self.over.subject.device, []
+        with self.over.wrapped(self.name) as model:
+            for part in self.parts:
+                with PeakMemory(device) as memory:
+                    work = partial(model.edit, part, len(part), progress=False)
+                    report, total = clocked(work, device)
+                calls.append(Call(report, total, memory.above))
+                self.over.exact_memory &= memory.exact
+        self.calls.append(calls)
+
+    def session(self, rates: Mapping[str, float]) -> Session:
+        """What was measured, with the first batch's floor where the plan asks for one."""
+        batches = tuple(
+            _batch(self.over.plan.edits, calls) for calls in zip(*self.calls, strict=True)
+        )
+        return Session(self.name, batches, self._floor(rates) if self.over.plan.floor else None)
+
+    @torch.no_grad()
+    def _floor(self, rates: Mapping[str, float]) -> Floor:
+        self.over.say(f"{self.name}, counting operations")
+        counter = OperationCounter(phases := Phases())
+        with self.over.wrapped(self.name) as model, counter, ExitStack() as stack:
+            adapter = adapter_of(model, None)
+            with phases.timed("contexts"):
+                runner, metric = stack.enter_context(running(model, adapter))
+            runner = replace(runner, phases=phases)
+            rows = [runner.renderer.edit_rows(edit, runner.contexts) for edit in self.parts[0]]
+            with counting_tokens(runner.model, runner.architecture) as tokens:
+                edit_batch(runner, metric, adapter.state(), rows, adapter.write)
+        return _floor(counter, tokens.total() / runner.architecture.num_blocks, rates)
+
+
+class Call(NamedTuple):
+    """One call of ``edit``: what it reports, its wall seconds, its peak of memory."""
+
+    report: EditReport
+    total: float
+    memory: int
+
+
+def _batch(edits: int, calls: Sequence[Call]) -> Batch:
+    """One batch of its calls in all runs."""
+    reports, made = [call.report for call in calls], calls[0].report.made
+    rows = len({result.row for result in made})
+    return Batch(
+        edits=edits,
+        rows_before=max((layer.rank for layer in reports[0].layers), default=0) - rows,
+        made=len(made),
+        rows=rows,
+        steps=mean(result.steps or 0 for result in made) if made else 0.0,
+        seconds={name: median(report.seconds[name] for report in reports) for name in PHASES},
+        totals=tuple(call.total for call in calls),
+        contexts=tuple(report.seconds["contexts"] for report in reports),
+        memory=max(call.memory for call in calls),
+    )
 
 
 class PlainWay:
     """Some of the edits the plain way: timed as often as asked, then counted."""
 
-    def __init__(self, runs: TimedRuns, edits: Sequence[Edit]) -> None:
-        self._over, self._memory = runs, 0
-        self._runs: list[Mapping[str, float]] = []
-        with runs.wrapped("alphaedit") as model, running(model, adapter_of(model, None)) as found:
-            self._settings, self._architecture = found[0].settings, found[0].architecture
-            rows = found[0].renderer.edit_rows
-            self._rows = [rows(edit, found[0].contexts) for edit in edits]
+    name = "plain"
+
+    def __init__(self, over: TimedRuns, edits: Sequence[Edit]) -> None:
+        self.over, self.memory = over, 0
+        self.seconds: list[Mapping[str, float]] = []  # of each run, by phase
+        with over.wrapped("alphaedit") as model, running(model, adapter_of(model, None)) as found:
+            self.runner = found[0]
+            self.rows = [self.runner.renderer.edit_rows(e, self.runner.contexts) for e in edits]
 
     def run(self) -> None:
         """Make the edits once, and take the time."""
-        phases = Phases.of(self._over.subject.model)
-        with PeakMemory(self._over.subject.device) as peak:  # dense matrices count
+        phases = Phases.of(self.over.subject.model)
+        with PeakMemory(self.over.subject.device) as peak:  # dense matrices count
             self._edit(phases)
-        self._runs.append(phases.seconds)
-        self._memory = max(self._memory, peak.above)
+        self.seconds.append(phases.seconds)
+        self.memory = max(self.memory, peak.above)
 
     def session(self, rates: Mapping[str, float]) -> PlainSession:
         """What was measured, with its floor where the plan asks for one."""
-        plan, floor = self._over.plan, None
+        plan, floor, architecture = self.over.plan, None, self.runner.architecture
         if plan.floor:
-            self._over.say("the plain way, counting operations")
-            counter = OperationCounter()
-            counted = counting_tokens(self._over.subject.model, self._architecture)
-            with counted as seen, counter:
-                self._edit(CountedPhases(counter))
-            floor = _floor(counter, seen.total() / self._architecture.num_blocks, rates)
-        return PlainSession(len(self._rows), plan.edits, tuple(self._runs), self._memory, floor)
+            self.over.say("the plain way, counting operations")
+            counter = OperationCounter(phases := Phases())
+            with counting_tokens(self.over.subject.model, architecture) as tokens, counter:
+                self._edit(phases)
+            floor = _floor(counter, tokens.total() / architecture.num_blocks, rates)
+        return PlainSession(len(self.rows), plan.edits, tuple(self.seconds), self.memory, floor)
 
     def _edit(self, phases: Phases) -> None:
-        model, space = self._over.subject.model, self._over.statistics.null_space
-        plain = PlainModel.of(model, self._settings, self._architecture, space)
+        model, space = self.over.subject.model, self.over.statistics.null_space
+        plain = PlainModel.of(model, self.runner.settings, self.runner.architecture, space)
         with hooks.evaluating(model), plain.weights_kept():
-            plain.edit_batch(self._rows, phases)
+            plain.edit_batch(self.rows, phases)
 
 
 def _floor(counter: OperationCounter, tokens: float, rates: Mapping[str, float]) -> Floor:
-    operations = counter.by_phase
-    seconds = {phase: floor_seconds(counts, rates) for phase, counts in operations.items()}
-    return Floor(operations, seconds, tokens)
-
-
-def _batch(edits: int, parts: Sequence[Timing]) -> Batch:
-    """One batch from its timings in all repeats."""
-    first, reports = parts[0].report, [part.report for part in parts]
-    return Batch(
-        edits=edits,
-        rows_before=parts[0].rows_before,
-        made=len(first.made),
-        rows=_new_rows(first),
-        steps=mean(result.steps or 0 for result in first.made) if first.made else 0.0,
-        seconds={name: median(report.seconds[name] for report in reports) for name in PHASES},
-        totals=tuple(part.total for part in parts),
-        contexts=tuple(report.seconds["contexts"] for report in reports),
-        memory=max(part.memory for part in parts),
-    )
+    seconds = {phase: floor_seconds(n, rates) for phase, n in counter.by_phase.items()}
+    return Floor(counter.by_phase, seconds, tokens)
 
 
 SETTINGS = (
@@ -297,7 +292,7 @@ def _head(runs: TimedRuns) -> dict[str, Any]:
 
 def forward_times(
     subject: Subject,
-    progress: Say = lambda text: None,
+    progress: Progress = lambda text: None,
     *,
     ranks: Sequence[int] = (1, 100, 1000),
     tokens: int = 256,
@@ -318,7 +313,7 @@ def forward_times(
     times: dict[tuple[str, int], list[float]] = {}
     for number in range(passes + 1):
         progress(f"forward passes, round {number} of {passes}")
-        for name, seconds in _round(subject, row, ranks).items():
+        for name, seconds in _round(subject, row, ranks):
             times.setdefault(name, []).append(seconds)
     return tuple(
         Forward(name, rank, length, 1000 * median(found[1:]))
@@ -327,27 +322,28 @@ def forward_times(
 
 
 @torch.no_grad()
-def _round(subject: Subject, row: Tensor, ranks: Sequence[int]) -> dict[tuple[str, int], float]:
-    """Seconds of a pass by each model."""
+def _round(
+    subject: Subject, row: Tensor, ranks: Sequence[int]
+) -> Iterator[tuple[tuple[str, int], float]]:
+    """Which model, its rank, and the seconds of a pass by it."""
 
     def seconds(model: nn.Module) -> float:
         with hooks.evaluating(model):
             return timed(lambda: model(input_ids=row, use_cache=False), row.device)
 
-    found = {("base", 0): seconds(subject.model)}
+    yield ("base", 0), seconds(subject.model)
     model = get_alphaedit_model(subject.model, subject.config, tokenizer=subject.tokenizer)
     try:
         for rank in ranks:
             _fill(model, rank)
-            found["unmerged", rank] = seconds(model)
+            yield ("unmerged", rank), seconds(model)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # what rounding loses plays no part
             model.merge()
-        found["merged", ranks[-1]] = seconds(model)
+        yield ("merged", ranks[-1]), seconds(model)
         model.unmerge()
     finally:
         model.unload()
-    return found
 
 
 def _fill(model: AlphaEditModel, rank: int) -> None:

@@ -21,8 +21,7 @@ class Plan:
     """What is measured.
 
     Attributes:
-        edits: in a batch.
-        batches: one after another, each on top of those before.
+        edits: in each of ``batches``, one on top of the other.
         repeats: of everything that is timed, in turn; medians are given.
         objectives: of ``OBJECTIVES``.
         plain_edits: how many of the first batch's edits to make the plain way; 0: none.
@@ -59,11 +58,7 @@ class Plan:
         return self.edits * self.batches
 
     def take(self, edits: Sequence[Edit]) -> tuple[Edit, ...]:
-        """The first edits, as many as all batches take.
-
-        Raises:
-            ValueError: fewer than that.
-        """
+        """The first edits, as many as all batches take; ValueError where there are fewer."""
         if len(edits) < self.needed:
             raise ValueError(
                 f"{len(edits)} edits are too few for {self.batches} batches of {self.edits}; give "
@@ -73,12 +68,12 @@ class Plan:
 
 
 class Figures:
-    """A dataclass that is written with what is derived from it."""
+    """A dataclass that is written as JSON with what is derived from it, ``DERIVED``."""
 
     DERIVED: ClassVar[tuple[str, ...]] = ()
 
     def to_json(self) -> dict[str, Any]:
-        """Its fields and ``DERIVED``, as plain JSON values."""
+        """As plain JSON values."""
         names = [field.name for field in fields(self)]  # type: ignore[arg-type]
         return {name: _plain(getattr(self, name)) for name in (*names, *self.DERIVED)}
 
@@ -96,10 +91,8 @@ class Batch(Figures):
     """One batch of edits, over all repeats.
 
     Attributes:
-        edits: asked for.
+        edits: asked for, of which ``made`` were written, in ``rows`` new rows.
         rows_before: rows of ``lora_A`` in place when it began.
-        made: edits that were written.
-        rows: new rows; fewer than edits where some share a key.
         steps: loss evaluations of a target value, the mean over edits.
         seconds: by phase, medians.
         totals: wall seconds of the whole call, one for each repeat; the phases and what is between.
@@ -121,17 +114,12 @@ class Batch(Figures):
 
     @property
     def total(self) -> float:
-        """Seconds of the batch, the median over repeats."""
+        """Median over repeats."""
         return median(self.totals)
 
     @property
-    def without_contexts(self) -> float:
-        """Seconds without contexts, which only the first batch samples, the median over repeats."""
-        return median(self.bare)
-
-    @property
     def bare(self) -> tuple[float, ...]:
-        """Seconds without contexts, one for each repeat."""
+        """Seconds without contexts, which only the first batch samples, one for each repeat."""
         return tuple(a - b for a, b in zip(self.totals, self.contexts, strict=True))
 
 
@@ -168,12 +156,11 @@ class Session(Figures):
 class PlainSession(Figures):
     """One batch the plain way, of some of the edits.
 
-    Scaled to a whole batch, targets and keys are in proportion to the edits; the systems of d_in
-    equations and the writes are per layer, and stay as they were measured.
+    ``scaled`` to a whole batch, targets and keys are in proportion to the edits; the systems of
+    d_in equations and the writes are per layer, and stay as they were measured.
 
     Attributes:
-        edits: how many were made.
-        of: how many edits a batch has.
+        edits: how many were made, ``of`` so many in a batch.
         runs: seconds by phase, as measured, one for each repeat.
         memory: peak above what was there before.
         floor: of these edits.
@@ -189,7 +176,7 @@ class PlainSession(Figures):
 
     @property
     def seconds(self) -> dict[str, float]:
-        """Seconds by phase, medians over repeats."""
+        """By phase, medians over repeats."""
         return {name: median(run[name] for run in self.runs) for name in self.runs[0]}
 
     @property
@@ -209,7 +196,7 @@ class PlainSession(Figures):
 
     @property
     def total(self) -> float:
-        """Seconds of a whole batch, the median over repeats."""
+        """Median over repeats."""
         return median(self.totals)
 
     def _scaled(self, seconds: Mapping[str, float]) -> dict[str, float]:
@@ -255,13 +242,17 @@ class Findings(Figures):
     inference: tuple[Forward, ...] = ()
 
     @property
+    def batches(self) -> dict[str, tuple[Batch, ...]]:
+        """By objective."""
+        return {session.objective: session.batches for session in self.sessions}
+
+    @property
     def alphaedit_to_memit(self) -> tuple[float, ...]:
         """Seconds of AlphaEdit's batches to MEMIT's, run by run; empty without one of them."""
-        batches = {session.objective: session.batches for session in self.sessions}
-        if not {*OBJECTIVES} <= {*batches}:
+        if not {*OBJECTIVES} <= {*self.batches}:
             return ()
         ours, theirs = (
-            [sum(run) for run in zip(*(batch.totals for batch in batches[name]), strict=True)]
+            map(sum, zip(*(batch.totals for batch in self.batches[name]), strict=True))
             for name in OBJECTIVES
         )
         return tuple(a / b for a, b in zip(ours, theirs, strict=True))
@@ -269,10 +260,10 @@ class Findings(Figures):
     @property
     def plain_to_ours(self) -> tuple[float, ...]:
         """Seconds of a batch the plain way to those here, both without contexts, run by run."""
-        first = next((s.batches[0] for s in self.sessions if s.objective == "alphaedit"), None)
-        if first is None or self.plain is None:
+        ours = self.batches.get("alphaedit")
+        if ours is None or self.plain is None:
             return ()
-        return tuple(a / b for a, b in zip(self.plain.totals, first.bare, strict=True))
+        return tuple(a / b for a, b in zip(self.plain.totals, ours[0].bare, strict=True))
 
     def to_json(self) -> dict[str, Any]:
         """As plain JSON values, with the ratios: their median, and all runs (programs come and go).

@@ -293,7 +293,7 @@ def test_ratios_are_taken_run_by_run_and_leave_contexts_out_against_the_plain_wa
     values = found.to_json()
     assert values["alphaedit_to_memit"]["median"] == 0.5
     assert values["plain_to_ours"] == {"median": 3.0, "runs": [2.0, 6.0, 3.0]}
-    assert ours.without_contexts == 4.0
+    assert ours.bare == (7.0, 4.0, 1.0)
     alone = Findings({}, {}, {}, sessions[:1])
     assert alone.alphaedit_to_memit == alone.plain_to_ours == ()
     assert alone.to_json()["plain_to_ours"] is None
