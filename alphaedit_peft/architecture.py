@@ -54,20 +54,14 @@ FAMILIES: dict[str, Family] = {
     "falcon": Family("transformer.h.{}", "mlp.dense_4h_to_h"),
 }
 
+_NORM_AFTER, _EXPERTS = "its blocks put a norm after the MLP", "its MLPs are mixtures of experts"
 # Families whose blocks normalise or mix the MLP's output: there Delta k = R does not reach h.
 REFUSED: dict[str, str] = {
-    **dict.fromkeys(
-        ("gemma2", "gemma3", "gemma3_text", "gemma3n", "gemma3n_text", "gemma4", "gemma4_text"),
-        "its blocks put a norm after the MLP",
-    ),
-    **dict.fromkeys(
-        ("olmo2", "olmo3", "olmo_hybrid", "glm4", "exaone4", "openai-gpt"),
-        "its blocks put a norm after the MLP",
-    ),
-    **dict.fromkeys(
-        ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "deepseek_v2", "deepseek_v3", "gpt_oss"),
-        "its MLPs are mixtures of experts",
-    ),
+    **dict.fromkeys(("gemma2", "gemma3", "gemma3_text", "gemma3n", "gemma3n_text"), _NORM_AFTER),
+    **dict.fromkeys(("gemma4", "gemma4_text", "olmo2", "olmo3", "olmo_hybrid"), _NORM_AFTER),
+    **dict.fromkeys(("glm4", "exaone4", "openai-gpt"), _NORM_AFTER),
+    **dict.fromkeys(("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "gpt_oss"), _EXPERTS),
+    **dict.fromkeys(("deepseek_v2", "deepseek_v3"), _EXPERTS),
 }
 
 # (model_type, blocks, hidden size, MLP width): Llama-3-8B, GPT-J-6B, GPT2-XL
@@ -136,17 +130,14 @@ def describe(
     if not isinstance(config, PretrainedConfig):
         raise ValueError(f"{type(model).__name__} has no transformers config; pass a causal LM")
     family = _family(config, block_module, rewrite_module)
-    block_names = family.blocks
-    num_blocks = _count_blocks(model, block_names)
-    rewrite = f"{block_names}.{family.rewrite}" if rewrite_module is None else rewrite_module
-    for name in (block_names, rewrite):
+    rewrite = f"{family.blocks}.{family.rewrite}" if rewrite_module is None else rewrite_module
+    num_blocks = len(list(_module(model, family.blocks.partition(".{}")[0]).children()))
+    for name in (family.blocks, rewrite):
         if name.count("{}") != 1:
             raise ValueError(f"module name {name!r} needs one '{{}}' for the block's number")
-    first = rewrite.replace("{}", "0")
-    _require_module(model, first)
-    named = type(model.get_submodule(first)).__name__ == "Conv1D"
+    named = type(_module(model, rewrite.replace("{}", "0"))).__name__ == "Conv1D"
     conv1d = family.conv1d if rewrite_module is None else named
-    return Architecture(config.model_type, block_names, rewrite, conv1d, num_blocks)
+    return Architecture(config.model_type, family.blocks, rewrite, conv1d, num_blocks)
 
 
 def resolve(options: Options, model: Any) -> tuple[Options, Architecture]:
@@ -219,24 +210,18 @@ def _structural_reason(config: Any) -> str | None:
     if getattr(config, "is_encoder_decoder", False):
         return "it is an encoder-decoder model"
     if any((getattr(config, name, None) or 0) > 1 for name in _EXPERT_COUNTS):
-        return "its MLPs are mixtures of experts"
+        return _EXPERTS
     before, after = (getattr(config, name, None) for name in _NORM_FLAGS)
     if before is False or after:
-        return "its blocks put a norm after the MLP"
+        return _NORM_AFTER
     if any((getattr(config, name, None) or 1) != 1 for name in _MLP_SCALES):
         return "its blocks scale the MLP's output"
     return None
 
 
-def _count_blocks(model: nn.Module, block_names: str) -> int:
-    parent = block_names.partition(".{}")[0]
-    _require_module(model, parent)
-    return len(list(model.get_submodule(parent).children()))
-
-
-def _require_module(model: nn.Module, name: str) -> None:
+def _module(model: nn.Module, name: str) -> nn.Module:
     try:
-        model.get_submodule(name)
+        return model.get_submodule(name)
     except AttributeError:
         raise ValueError(
             f"{type(model).__name__} has no module {name!r}; see model.named_modules() and set "

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -53,10 +53,9 @@ class Edit:
             _require_text("target_true", self.target_true)
         for name in ("paraphrases", "neighborhood", "anchors"):
             object.__setattr__(self, name, text_tuple(name, getattr(self, name)))
-        for name in ("subject", "target_new"):
-            if not getattr(self, name).strip():
-                given = getattr(self, name)
-                raise ValueError(f"{name}={given!r} is empty; an edit needs a {name}")
+        for name, text in (("subject", self.subject), ("target_new", self.target_new)):
+            if not text.strip():
+                raise ValueError(f"{name}={text!r} is empty; an edit needs a {name}")
         for name, text in (("prompt", self.prompt), *(("anchor", a) for a in self.anchors)):
             if text.count(SLOT) != 1:
                 raise ValueError(
@@ -64,7 +63,9 @@ class Edit:
                     f"once, where the subject {self.subject!r} goes"
                 )
         if not self.id:
-            object.__setattr__(self, "id", _content_id(self))
+            said = [self.subject, self.prompt, self.target_new]
+            digest = hashlib.sha256(json.dumps(said, ensure_ascii=False).encode()).hexdigest()
+            object.__setattr__(self, "id", digest[:12])
 
     @property
     def question(self) -> str:
@@ -122,10 +123,12 @@ def read_edits(path: str | Path) -> tuple[Edit, ...]:
     Raises:
         ValueError: a line that is no JSON object or no valid edit; names file and line.
     """
+    # str.splitlines would also cut at U+2028 and its like, which JSON strings may hold;
+    # "-sig" passes over the byte order mark that some editors put first
+    with open(path, encoding="utf-8-sig", newline="\n") as lines:
+        numbered = [(i, line) for i, line in enumerate(lines, start=1) if line.strip()]
     edits = []
-    for number, line in enumerate(_lines(path), start=1):
-        if not line.strip():
-            continue
+    for number, line in numbered:
         try:
             edits.append(_as_edit(json.loads(line)))
         except json.JSONDecodeError as error:
@@ -154,13 +157,6 @@ def _as_edit(value: Edit | Mapping[str, Any]) -> Edit:
     raise TypeError(f"{value!r} is a {type(value).__name__}; an edit is an Edit or a dict")
 
 
-def _lines(path: str | Path) -> Iterator[str]:
-    # str.splitlines would also cut at U+2028 and its like, which JSON strings may hold;
-    # "-sig" passes over the byte order mark that some editors put first
-    with open(path, encoding="utf-8-sig", newline="\n") as file:
-        yield from file
-
-
 def _require_text(name: str, value: object) -> None:
     if not isinstance(value, str):
         raise TypeError(f"{name}={value!r} is a {type(value).__name__}; it must be text")
@@ -174,8 +170,3 @@ def text_tuple(name: str, values: object) -> tuple[str, ...]:
     for text in texts:
         _require_text(name, text)
     return texts
-
-
-def _content_id(edit: Edit) -> str:
-    content = json.dumps([edit.subject, edit.prompt, edit.target_new], ensure_ascii=False)
-    return hashlib.sha256(content.encode()).hexdigest()[:12]

@@ -57,8 +57,7 @@ class KeptFactor:
     def gram(self) -> Tensor:
         """G, (n, n), written out."""
         whole = _square(self.grams, self.ridges)
-        for part in self.grams:
-            end, start = part.shape[1], part.shape[1] - len(part)
+        for part, start, end in _placed(self.grams):
             whole[:start, start:end] = part[:, :start].T
         return whole
 
@@ -139,8 +138,7 @@ class KeptFactor:
         chosen[n - count :] = torch.linalg.solve_triangular(
             corner, chosen[n - count :], upper=False
         )
-        for part in reversed(self.lowers):
-            end, start = part.shape[1], part.shape[1] - len(part)
+        for part, start, end in reversed(_placed(self.lowers)):
             chosen[start:end] = torch.linalg.solve_triangular(
                 part[:, start:].T, chosen[start:end], upper=True
             )
@@ -150,8 +148,7 @@ class KeptFactor:
     def times(self, columns: Tensor) -> Tensor:
         """G S for columns S (n, u), (n, u)."""
         found = torch.zeros_like(columns)
-        for part in self.grams:
-            end, start = part.shape[1], part.shape[1] - len(part)
+        for part, start, end in _placed(self.grams):
             found[start:end].addmm_(part, columns[:end])
             found[:start].addmm_(part[:, :start].T, columns[start:end])
         return found
@@ -173,6 +170,11 @@ def equal_rows(rows: Tensor, others: Tensor) -> int:
         return count
     same = (rows[:count] == others[:count]).all(1)
     return int((~same).nonzero()[0])
+
+
+def _placed(parts: Sequence[Tensor]) -> list[tuple[Tensor, int, int]]:
+    """Blocks (u, end) of G or L, each with its first row and its end."""
+    return [(part, part.shape[1] - len(part), part.shape[1]) for part in parts]
 
 
 def _until(parts: Sequence[Tensor], n: int) -> tuple[Tensor, ...]:
@@ -203,8 +205,7 @@ def _factor_block(lowers: Sequence[Tensor], gram: Tensor, ridges: Tensor) -> Ten
     row = gram * active  # M21, M22
     row *= active[start:, None]
     row[:, start:].diagonal().add_(torch.where(active[start:], ridges[start:end], 1.0))
-    for lower in lowers:
-        after, before = lower.shape[1], lower.shape[1] - len(lower)
+    for lower, before, after in _placed(lowers):
         part = row[:, before:after]
         part.addmm_(row[:, :before], lower[:, :before].T, alpha=-1)
         row[:, before:after] = torch.linalg.solve_triangular(
@@ -222,12 +223,11 @@ def _square(parts: Sequence[Tensor], like: Tensor) -> Tensor:
     """Rows of each block, (u, end), as one matrix that is zero right of them."""
     n = parts[-1].shape[1] if parts else 0
     whole = like.new_zeros(n, n)
-    for part in parts:
-        end = part.shape[1]
-        whole[end - len(part) : end, :end] = part
+    for part, start, end in _placed(parts):
+        whole[start:end, :end] = part
     return whole
 
 
 def _diagonal(parts: Sequence[Tensor], like: Tensor) -> Tensor:
-    found = [part.diagonal(part.shape[1] - len(part)) for part in parts]
+    found = [part.diagonal(start) for part, start, _ in _placed(parts)]
     return torch.cat(found) if found else like.new_zeros(0)

@@ -26,11 +26,7 @@ Offsets = list[tuple[int, int]]
 
 
 def require_offsets(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Refuse a tokenizer that does not say which characters its tokens stand for.
-
-    Raises:
-        ValueError: a slow tokenizer.
-    """
+    """Refuse a slow tokenizer: it does not say which characters its tokens stand for."""
     if not getattr(tokenizer, "is_fast", False):
         raise ValueError(
             f"tokenizer {type(tokenizer).__name__} gives no character offsets, which place the "
@@ -90,7 +86,7 @@ def separator_between(text: str, target: str, separator: str) -> str:
 def require_fit(
     ids: Sequence[int], largest: int, text: str, limits: tuple[int | None, int], advice: str
 ) -> None:
-    """Refuse a row that the model has no positions or no embeddings for.
+    """Refuse a row ``ids`` that the model has no positions or no embeddings for.
 
     Args:
         ids: what the model is to read.
@@ -98,9 +94,6 @@ def require_fit(
         text: the prompt, shown in the error.
         limits: how many positions the model has (None: any), and how many token ids it knows.
         advice: what to shorten.
-
-    Raises:
-        ValueError: too long, or an id out of range.
     """
     positions, vocabulary = limits
     shown = text if len(text) <= SHOWN else text[: SHOWN - 3] + "..."
