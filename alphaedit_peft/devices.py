@@ -71,11 +71,8 @@ def brings_to_gpu(model: nn.Module) -> bool:
 
     Weights that are brought in to be used on the CPU take a few hundred there at most.
     """
-    return any(
-        computes_on(module).type != "cpu"
-        for module in model.modules()
-        if any(parameter.is_meta for parameter in module.parameters(recurse=False))
-    )
+    kept = (m for m in model.modules() if any(p.is_meta for p in m.parameters(recurse=False)))
+    return any(computes_on(module).type != "cpu" for module in kept)
 
 
 @contextmanager
@@ -99,11 +96,7 @@ def in_place(module: nn.Module) -> Iterator[None]:
 
 
 def require_whole(model: nn.Module) -> None:
-    """Refuse a model of which this process holds only a part, or that a wrapper stands before.
-
-    Raises:
-        ValueError: FSDP, tensor parallelism, or a data-parallel wrapper; says what to do.
-    """
+    """Refuse, by a ValueError, FSDP, tensor parallelism and data-parallel wrappers."""
     kind = type(model).__name__
     if isinstance(model, DataParallel | DistributedDataParallel):
         raise ValueError(
@@ -155,9 +148,10 @@ def _how_split(model: nn.Module) -> str | None:
         return "FSDP"
     if (getattr(model, "_tp_size", None) or 1) > 1:
         return "tensor parallelism"
-    split = (name for name, p in model.named_parameters() if isinstance(p.data, DTensor))
-    name = next(split, None)
-    return None if name is None else f"FSDP or tensor parallelism ({name} is a DTensor)"
+    for name, parameter in model.named_parameters():
+        if isinstance(parameter.data, DTensor):
+            return f"FSDP or tensor parallelism ({name} is a DTensor)"
+    return None
 
 
 def _offloading(module: nn.Module) -> Any:
@@ -168,8 +162,7 @@ def _offloading(module: nn.Module) -> Any:
     from accelerate.hooks import AlignDevicesHook, SequentialHook
 
     hooks = hook.hooks if isinstance(hook, SequentialHook) else (hook,)
-    found = (h for h in hooks if isinstance(h, AlignDevicesHook) and h.offload)
-    return next(found, None)
+    return next((h for h in hooks if isinstance(h, AlignDevicesHook) and h.offload), None)
 
 
 def _unpack(layer: Any) -> None:

@@ -75,11 +75,7 @@ class BaseFingerprint:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> BaseFingerprint:
-        """Read back ``to_json``'s values.
-
-        Raises:
-            ValueError: missing or unknown fields, or a digest of another length.
-        """
+        """Read ``to_json``'s values; a ValueError for other fields or a digest of other length."""
         if set(values) != {"shape", "digest", "last_layer"}:
             raise ValueError(
                 f"fingerprint fields {sorted(values)} are not digest, last_layer and shape; "
@@ -106,11 +102,8 @@ def fingerprint(model: nn.Module, last_layer: int, architecture: Architecture) -
 
     Args:
         model: the base model, unmerged; a PEFT wrapper is looked through, adapters are left out.
-        last_layer: the last block to cover.
+        last_layer: the last block to cover; one outside the model is a ValueError.
         architecture: where the model keeps its blocks.
-
-    Raises:
-        ValueError: a ``last_layer`` outside the model.
     """
     if not 0 <= last_layer < architecture.num_blocks:
         raise ValueError(
@@ -121,13 +114,23 @@ def fingerprint(model: nn.Module, last_layer: int, architecture: Architecture) -
     stages = [base.get_input_embeddings()]
     stages += [base.get_submodule(architecture.block_name(i)) for i in range(last_layer + 1)]
     parameters = [_own_parameters(stage) for stage in stages]
-    readable = not _is_quantised(base) and all(
+    configured = getattr(base.config, "quantization_config", None)
+    quantised = getattr(base, "is_quantized", False) or configured
+    readable = not quantised and all(
         p.is_floating_point() and p.element_size() >= 2 and not p.is_meta
         for stage in parameters
         for p in stage.values()
     )
     digest = "".join(map(_hash, parameters)) if readable else None
-    return BaseFingerprint(_shape(base.config, architecture), digest, last_layer)
+    shape = {
+        "model_type": architecture.model_type,
+        "layers": architecture.num_blocks,
+        "hidden": base.config.hidden_size,
+        "intermediate": mlp_width(base.config),
+        "heads": base.config.num_attention_heads,
+        "vocab": base.config.vocab_size,
+    }
+    return BaseFingerprint(shape, digest, last_layer)
 
 
 def require_same_base(made_for: BaseFingerprint, given: BaseFingerprint, what: str) -> None:
@@ -158,37 +161,15 @@ def bare_model(model: nn.Module) -> Any:
     return inner() if callable(inner) else model
 
 
-def _shape(config: Any, architecture: Architecture) -> dict[str, Any]:
-    """The sizes that a config states."""
-    return {
-        "model_type": architecture.model_type,
-        "layers": architecture.num_blocks,
-        "hidden": config.hidden_size,
-        "intermediate": mlp_width(config),
-        "heads": config.num_attention_heads,
-        "vocab": config.vocab_size,
-    }
-
-
-def _is_quantised(base: Any) -> bool:
-    return bool(
-        getattr(base, "is_quantized", False) or getattr(base.config, "quantization_config", None)
-    )
-
-
 def _own_parameters(module: nn.Module) -> dict[str, Tensor]:
     """Parameters by their name in the bare model, without those that adapters added."""
-    named = {
-        f".{name}".replace(".base_layer.", "."): parameter
-        for name, parameter in held_parameters(module)
-        if ".lora_" not in f".{name}"
-    }
-    return dict(sorted(named.items()))
+    named = ((f".{name}", parameter) for name, parameter in held_parameters(module))
+    return {n.replace(".base_layer.", "."): p for n, p in named if ".lora_" not in n}
 
 
 def _hash(parameters: Mapping[str, Tensor]) -> str:
     found = hashlib.sha256()
-    for name, parameter in parameters.items():
+    for name, parameter in sorted(parameters.items()):
         found.update(f"{name} {tuple(parameter.shape)}\n".encode())
         found.update(_sample(parameter))
     return found.hexdigest()[:_STAGE]

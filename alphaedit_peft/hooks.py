@@ -80,11 +80,8 @@ def changing_input(
     model: nn.Module, name: str, change: Callable[[Tensor], Tensor]
 ) -> Iterator[None]:
     """Pass the first argument of a module through ``change`` before it runs."""
-
-    def exchange(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        return change(args[0]), *args[1:]
-
-    with model.get_submodule(name).register_forward_pre_hook(exchange):
+    register = model.get_submodule(name).register_forward_pre_hook
+    with register(lambda _module, args: (change(args[0]), *args[1:])):
         yield
 
 
@@ -117,19 +114,15 @@ def short_position_tables(model: nn.Module, length: int) -> Iterator[None]:
         yield
 
 
-@contextmanager
-def fused_gelu(model: nn.Module) -> Iterator[None]:
+def fused_gelu(model: nn.Module) -> AbstractContextManager[None]:
     """Run GPT-2's and GPT-J's activation as one operator of torch instead of eight.
 
     It is 0.5 x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))) in both, to rounding.
     """
     from transformers.activations import NewGELUActivation
 
-    with ExitStack() as stack:
-        for module in model.modules():
-            if type(module) is NewGELUActivation:
-                _set_forward(stack, module, partial(functional.gelu, approximate="tanh"))
-        yield
+    fused = partial(functional.gelu, approximate="tanh")
+    return _running({m: fused for m in model.modules() if type(m) is NewGELUActivation})
 
 
 def head_name(model: nn.Module) -> str | None:
@@ -143,13 +136,8 @@ def gathering_logits(
     model: nn.Module, head: str, where: Sequence[tuple[int, int]]
 ) -> AbstractContextManager[None]:
     """Let the model's own head see only (row, position) pairs; logits come as (1, pairs, vocab)."""
-    rows = torch.tensor([row for row, _ in where])
-    positions = torch.tensor([position for _, position in where])
-
-    def gather(hidden: Tensor) -> Tensor:
-        return hidden[rows.to(hidden.device), positions.to(hidden.device)][None]
-
-    return changing_input(model, head, gather)
+    pairs = torch.tensor(where).T  # (2, pairs)
+    return changing_input(model, head, lambda hidden: hidden[tuple(pairs.to(hidden.device))][None])
 
 
 @contextmanager
@@ -159,8 +147,7 @@ def running_at(model: nn.Module, name: str, where: Sequence[tuple[int, int]]) ->
     It puts out zeros for all others. Tensors (batch, tokens, ...) among its arguments are gathered;
     a module that is not called with one runs as it is.
     """
-    rows = torch.tensor([row for row, _ in where])
-    positions = torch.tensor([position for _, position in where])
+    pairs = torch.tensor(where).T  # (2, pairs)
     module = model.get_submodule(name)
     own = module.forward
 
@@ -168,18 +155,17 @@ def running_at(model: nn.Module, name: str, where: Sequence[tuple[int, int]]) ->
         if not args or args[0].ndim != 3:
             return own(*args, **kwargs)
         shape = args[0].shape[:2]
-        pair = rows.to(args[0].device), positions.to(args[0].device)
+        at = tuple(pairs.to(args[0].device))
 
         def gathered(value: Any) -> Any:
             per_token = isinstance(value, Tensor) and value.shape[:2] == shape
-            return value[pair][None] if per_token else value
+            return value[at][None] if per_token else value
 
         found = own(*map(gathered, args), **{k: gathered(v) for k, v in kwargs.items()})
         some = hidden_of(found)[0]  # (pairs, d)
-        return with_hidden(found, some.new_zeros(*shape, some.shape[-1]).index_put(pair, some))
+        return with_hidden(found, some.new_zeros(*shape, some.shape[-1]).index_put(at, some))
 
-    with ExitStack() as stack:
-        _set_forward(stack, module, forward)
+    with _running({module: forward}):
         yield
 
 
@@ -240,22 +226,25 @@ def resuming_above(
         output: what ``capture_output`` gave for the last of them; tells the form to hand on.
         hidden: gives the hidden state (batch, tokens, d) to go on from, at each forward pass.
     """
-    with ExitStack() as stack:
-        for name in blocks[:-1]:
-            _set_forward(
-                stack,
-                model.get_submodule(name),
-                lambda hidden_states, *_, **__: with_hidden(output, hidden_states),
-            )
-        last = model.get_submodule(blocks[-1])
-        _set_forward(stack, last, lambda *_, **__: with_hidden(output, hidden()))
+
+    def passed_over(hidden_states: Tensor, *_: Any, **__: Any) -> Any:
+        return with_hidden(output, hidden_states)
+
+    *below, last = map(model.get_submodule, blocks)
+    begun = {last: lambda *_, **__: with_hidden(output, hidden())}
+    with _running({**dict.fromkeys(below, passed_over), **begun}):
         yield
 
 
-def _set_forward(stack: ExitStack, module: nn.Module, forward: Callable[..., Any]) -> None:
-    own = vars(module).get("forward")  # accelerate's device hooks set one on the instance
-    module.forward = forward
-    if own is None:
-        stack.callback(delattr, module, "forward")
-    else:
-        stack.callback(setattr, module, "forward", own)
+@contextmanager
+def _running(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
+    """Have modules run these in place of their own forwards."""
+    with ExitStack() as stack:
+        for module, forward in forwards.items():
+            own = vars(module).get("forward")  # accelerate's device hooks set one on the instance
+            module.forward = forward
+            if own is None:
+                stack.callback(delattr, module, "forward")
+            else:
+                stack.callback(setattr, module, "forward", own)
+        yield

@@ -151,11 +151,7 @@ def fetch_folder(
 
 
 def check_subfolder(subfolder: str | None) -> None:
-    """Refuse a subfolder that leads out of its repository.
-
-    Raises:
-        ValueError: an absolute path, or one with ``..`` or backslashes.
-    """
+    """Refuse a subfolder out of its repository: an absolute path, or with ``..`` or backslashes."""
     parts = PurePosixPath(subfolder or "").parts
     if subfolder is not None and (
         not parts or subfolder.startswith("/") or ".." in parts or "\\" in subfolder
@@ -208,11 +204,12 @@ def _pushing(to: Destination) -> Iterator[None]:
             ) from error
         raise ConnectionError(f"{to.repo_id} was not pushed: {_answered(error)}") from error
     except Exception as error:
-        if isinstance(error, ValueError) or not _is_network(error):
+        broken = _broken(error)
+        if isinstance(error, ValueError) or broken is None:
             raise
         raise ConnectionError(
-            f"the connection to the Hub broke while {to.repo_id} was pushed ({_root(error)}): it "
-            "holds its old revision or the new one, whole; push again"
+            f"the connection to the Hub broke while {to.repo_id} was pushed ({broken}): it holds "
+            "its old revision or the new one, whole; push again"
         ) from error
 
 
@@ -249,10 +246,11 @@ def _reading(repo_id: str, revision: str | None) -> Iterator[None]:
     except errors.HfHubHTTPError as error:
         raise ConnectionError(f"{repo_id} was not downloaded: {_answered(error)}") from error
     except Exception as error:
-        if not _is_network(error):
+        broken = _broken(error)
+        if broken is None:
             raise
         raise ConnectionError(
-            f"the connection to the Hub broke while {repo_id} was read ({_root(error)}); try again"
+            f"the connection to the Hub broke while {repo_id} was read ({broken}); try again"
         ) from error
 
 
@@ -261,22 +259,14 @@ def _answered(error: HfHubHTTPError) -> str:
     return f"the Hub answers with status {error.response.status_code} ({first}); try again later"
 
 
-def _is_network(error: BaseException) -> bool:
-    return any(
+def _broken(error: BaseException) -> str | None:
+    """The words of an error's root, where the network is among its causes; else None."""
+    chain = [error]
+    while len(chain) < 20 and (cause := chain[-1].__cause__ or chain[-1].__context__):
+        chain.append(cause)  # not for ever: chains may be circular
+    network = any(
         isinstance(cause, (ConnectionError, TimeoutError))
         or type(cause).__module__.partition(".")[0] in _NETWORK
-        for cause in _causes(error)
+        for cause in chain
     )
-
-
-def _root(error: BaseException) -> str:
-    *_, last = _causes(error)
-    return str(last) or type(last).__name__
-
-
-def _causes(error: BaseException) -> Iterator[BaseException]:
-    cause: BaseException | None = error
-    for _ in range(20):  # chains may be circular
-        if cause is not None:
-            yield cause
-            cause = cause.__cause__ or cause.__context__
+    return (str(chain[-1]) or type(chain[-1]).__name__) if network else None

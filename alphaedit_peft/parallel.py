@@ -2,7 +2,8 @@
 
 In: the processes of ``accelerate launch`` or ``torchrun``, which all make the same calls in order,
 each with the whole model. Out: items and sums shared between them, so that all end with the same
-numbers. Where one of them fails the others stop with a sentence instead of waiting for it.
+numbers. Where one of them fails, the others stop in the next call with an
+:class:`OtherProcessError` that says which one, and how, instead of waiting for it.
 """
 
 from __future__ import annotations
@@ -17,8 +18,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 T = TypeVar("T")
-
-
 LAUNCHED = ("WORLD_SIZE", "RANK", "LOCAL_RANK")  # what launchers put into the environment
 
 
@@ -50,20 +49,12 @@ def is_main() -> bool:
 
 
 def gathered(value: T) -> list[T]:
-    """Every process's value, in the order of ranks; values go through pickle, tensors on the CPU.
-
-    Raises:
-        OtherProcessError: another process has failed; says which, and how.
-    """
+    """Every process's value, in the order of ranks; they go through pickle, tensors on the CPU."""
     return [value] if count() == 1 else _exchanged(None, value)
 
 
 def from_main(make: Callable[[], T]) -> T:
-    """What the main process makes, in all of them; the others make nothing.
-
-    Raises:
-        OtherProcessError: another process has failed.
-    """
+    """What the main process makes, in all of them; the others make nothing."""
     if count() == 1:
         return make()
     with in_step():
@@ -90,9 +81,6 @@ def share(
         items: the same ones in all processes. Where there are fewer than processes, each does all.
         work: takes items and gives tensors with one entry for each along the first axis, which
             are returned for all items, in their order.
-
-    Raises:
-        OtherProcessError: another process has failed.
     """
     n = count()
     if n == 1 or len(items) < n:
@@ -100,22 +88,16 @@ def share(
     with in_step():
         own = tuple(work(items[rank() :: n]))
     parts = gathered([column.detach().cpu() for column in own])
-    columns = []
-    for k, column in enumerate(own):
-        whole = column.new_empty(len(items), *column.shape[1:])
-        for r in range(n):
-            whole[r::n] = parts[r][k].to(whole)
-        columns.append(whole)
-    return tuple(columns)
+    whole = tuple(column.new_empty(len(items), *column.shape[1:]) for column in own)
+    for r, part in enumerate(parts):
+        for column, found in zip(whole, part, strict=True):
+            column[r::n] = found.to(column)
+    return whole
 
 
 @contextmanager
 def in_step() -> Iterator[None]:
-    """Go on after the block only if it ended well in all processes.
-
-    Raises:
-        OtherProcessError: it failed in another one; says which, and how.
-    """
+    """Go on after the block only if it ended well in all processes."""
     try:
         yield
     except OtherProcessError:
