@@ -66,10 +66,7 @@ class AlphaEditConfig(EditOptions, PeftConfig):
     ) -> dict[str, Any]:
         """What ``adapter_config.json`` says of factors by full module name, in PEFT's fields.
 
-        Args:
-            modules: full names, in the order of the factors.
-            rank: of every factor; LoRA has at least one row.
-            fan_in_fan_out: whether weights are stored (d_in, d_out).
+        ``fan_in_fan_out``: weights are stored (d_in, d_out). LoRA has at least one row.
         """
         plain: dict[str, Any] = self._lora(modules, max(1, rank), fan_in_fan_out).to_dict()
         return plain | {"target_modules": list(modules)}

@@ -130,20 +130,13 @@ class Metric(ABC):
             "mode": None if space is None else space.threshold_mode,
         }
 
-    def reason(
-        self,
-        name: str,
-        settings: Settings,
-        keys: Mapping[int, Tensor],
-        disturbances: Mapping[float, float],
-    ) -> str:
-        """Why one of ``decides`` is as it is.
+    def reason(self, name: str, keys: Mapping[int, Tensor], tried: Mapping[float, float]) -> str:
+        """Why the setting ``name``, one of ``decides``, is as it is.
 
         Args:
             name: of the setting.
-            settings: as decided.
             keys: of the edits, by layer (n, d_in).
-            disturbances: from ``least_disturbing``; empty where the threshold was not chosen here.
+            tried: threshold -> disturbance; empty where the threshold was not chosen here.
         """
         raise NotImplementedError(name)
 
@@ -200,40 +193,30 @@ class Projector(Metric):
         """A basis in float64, half as wide as it is long, for the report."""
         return 4 * width**2
 
-    def reason(
-        self,
-        name: str,
-        settings: Settings,
-        keys: Mapping[int, Tensor],
-        disturbances: Mapping[float, float],
-    ) -> str:
+    def reason(self, name: str, keys: Mapping[int, Tensor], tried: Mapping[float, float]) -> str:
         """See :class:`Metric`."""
         if name == "threshold":
-            return self._why_threshold(keys, disturbances)
-        sizes = {
-            layer: float(self.rows(layer, own).square().sum(1).mean())
-            for layer, own in keys.items()
-        }
+            return self._why_threshold(keys, tried)
+        projected = {layer: self.rows(layer, own) for layer, own in keys.items()}
+        sizes = {layer: float(rows.square().sum(1).mean()) for layer, rows in projected.items()}
         if not self.relative:
             return f"|P k|^2 is {', '.join(f'{size:.3g} there' for size in sizes.values())}"
         parts = (f"{self.ridge_value * size:.3g} in layer {n}" for n, size in sizes.items())
         return f"times the mean |P k|^2 of the edits: {', '.join(parts)}"
 
-    def _why_threshold(
-        self, keys: Mapping[int, Tensor], disturbances: Mapping[float, float]
-    ) -> str:
+    def _why_threshold(self, keys: Mapping[int, Tensor], tried: Mapping[float, float]) -> str:
         space = self.null_space
         kept = ", ".join(
             f"{space.null_dimension(layer)} of {space.width(layer)} directions of layer "
             f"{layer} with {self._share(layer, own):.0%} of the edits' squared key length"
             for layer, own in keys.items()
         )
-        if not disturbances:
+        if not tried:
             return f"keeps {kept}"
-        tried = ", ".join(f"{d:.3f} at {t:g}" for t, d in disturbances.items())
+        shares = ", ".join(f"{moved:.3f} at {threshold:g}" for threshold, moved in tried.items())
         return (
             f"keeps {kept}; of what it moves its key, an edit then moves its prompt's other tokens "
-            f"{tried}: the least, or close to it"
+            f"{shares}: the least, or close to it"
         )
 
     def _share(self, layer: int, keys: Tensor) -> float:

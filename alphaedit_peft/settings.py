@@ -58,11 +58,7 @@ def _set(default: Any, help: str, allowed: Any = None, filled: Any = (), source:
 
 @dataclass
 class EditOptions:
-    """Settings of AlphaEdit for one model; see each field's help for reason and source.
-
-    Raises:
-        ValueError: a value outside its range; the message names the value and the range.
-    """
+    """Settings of AlphaEdit for one model, checked; see ``AlphaEditConfig``."""
 
     base_model_name_or_path: str | None = _set(None, "folder or Hub repo of the base")
     revision: str | None = _set(None, "the base's branch, tag or commit")
@@ -199,11 +195,7 @@ class EditOptions:
 
     @classmethod
     def from_json(cls: type[Options], values: Mapping[str, Any]) -> Options:
-        """Options of ``to_json``'s values.
-
-        Raises:
-            ValueError: a field this version does not know.
-        """
+        """Options of ``to_json``'s values; refuses a field that this version does not know."""
         unknown = sorted(set(values) - {f.name for f in fields(cls)})
         if unknown:
             raise ValueError(f"config fields {unknown} are unknown here; update alphaedit_peft")
@@ -211,12 +203,9 @@ class EditOptions:
 
 
 class Settings(EditOptions):
-    """What holds for one model: options settled by ``AlphaEditConfig.resolve``, nothing left open.
+    """What holds for one model: options settled by ``AlphaEditConfig.resolve``, none of them open.
 
     ``threshold`` and ``threshold_mode`` alone may stay None: a null space brings its own.
-
-    Raises:
-        ValueError: a setting that is still open.
     """
 
     rewrite_layers: list[int]

@@ -110,7 +110,7 @@ def decisions(
     reasons = {"rewrite_layers": "the paper's" if known else depth}
     for name in metric.decides:
         if name != "threshold" or disturbances or movable(metric.null_space, settings):
-            reasons[name] = metric.reason(name, settings, keys, disturbances)
+            reasons[name] = metric.reason(name, keys, disturbances)
     reasons |= _search(runner, edits)
     return tuple(
         Decision(name, shown(settings, name), reason)

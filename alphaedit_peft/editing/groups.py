@@ -16,6 +16,7 @@ from torch.nn.functional import normalize
 
 from alphaedit_peft.editing.prompts import EditRows
 from alphaedit_peft.edits import Edit
+from alphaedit_peft.pack.record import asked
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ def sort_out(new: Sequence[Edit], existing: Sequence[Edit], on_conflict: str) ->
     Raises:
         ValueError: a contradiction under ``error``, or one id for two different edits.
     """
-    standing = {_words(edit.question): edit for edit in existing}
+    standing = {asked(edit): edit for edit in existing}
     in_place = {edit.id for edit in existing}
     by_id = {edit.id: edit for edit in existing}
     aside: list[tuple[Edit, str]] = []
@@ -64,7 +65,7 @@ def sort_out(new: Sequence[Edit], existing: Sequence[Edit], on_conflict: str) ->
     for edit in new:
         _check_id(edit, by_id)
         by_id[edit.id] = edit
-        question = _words(edit.question)
+        question = asked(edit)
         earlier = standing.get(question)
         if earlier is not None and earlier.target_new.strip() == edit.target_new.strip():
             place = "in place" if earlier.id in in_place else "in this list"
@@ -132,10 +133,6 @@ def _pairs(alike: Tensor) -> dict[int, list[int]]:
     for row, column in alike.nonzero().tolist():
         found.setdefault(row, []).append(column)
     return found
-
-
-def _words(text: str) -> str:
-    return " ".join(text.split())
 
 
 def _check_id(edit: Edit, by_id: dict[str, Edit]) -> None:

@@ -77,11 +77,7 @@ class Adapter:
         return self.stamp == self._stamp()
 
     def known_journal(self) -> Journal:
-        """The journal, known to go with the factors.
-
-        Raises:
-            RuntimeError: something else has changed the factors.
-        """
+        """The journal; a RuntimeError where something else has changed the factors."""
         if not self.unchanged:
             raise RuntimeError(
                 f"the factors of adapter {self.name!r} are not those its edits were written to: "
@@ -205,11 +201,7 @@ def name_of(model: EditedModel, adapter_name: str | None) -> str:
 
 
 def adapter_of(model: EditedModel, adapter_name: str | None) -> Adapter:
-    """The adapter that a call means, see ``name_of``, with its edits.
-
-    Raises:
-        RuntimeError: a plain LoRA, whose edits are not known.
-    """
+    """The adapter that a call means, see ``name_of``; a plain LoRA's edits are not known."""
     name = name_of(model, adapter_name)
     if name not in model.edit_adapters:
         raise RuntimeError(
@@ -240,11 +232,7 @@ def require_editable(model: EditedModel, adapter: Adapter) -> None:
 
 
 def to_pack(model: EditedModel, adapter: Adapter) -> EditPack:
-    """An adapter as a pack: a value that stands without the model.
-
-    Raises:
-        RuntimeError: something else has changed the factors.
-    """
+    """An adapter as a pack; see :meth:`AlphaEditModel.to_pack`."""
     journal, name = adapter.journal, model.architecture.rewrite_name
     pack = EditPack(
         factors={name(layer): delta.to("cpu") for layer, delta in adapter.factors.items()},

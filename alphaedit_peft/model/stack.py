@@ -84,11 +84,7 @@ def others(model: EditedModel, adapter: Adapter) -> tuple[Parent, ...]:
 
 
 def require_top(model: EditedModel, target: str) -> None:
-    """Refuse to change an adapter that an active one stands on.
-
-    Raises:
-        ValueError: names the one that does.
-    """
+    """Refuse, by a ValueError, to change an adapter that an active one stands on."""
     known = model.edit_adapters
     above = [name for name in model.active_adapters if name != target and name in known]
     below = {name: stands_on(known[name].journal.parents) for name in above}
@@ -200,9 +196,6 @@ def refuse_contradictions(
     """Refuse edits that say otherwise than a parent's edit, which a pack on top cannot take back.
 
     Under ``keep`` they are set aside with the others, so nothing is refused here.
-
-    Raises:
-        ValueError: a contradiction; names both edits and the parent.
     """
     if on_conflict == "keep":
         return
@@ -297,11 +290,7 @@ def _whereabouts(parent: Mapping[str, Any], there: Sequence[Loaded]) -> str:
 def require_active(
     recorded: Iterable[Mapping[str, Any]], active: Sequence[Parent], target: str
 ) -> None:
-    """Refuse to pour a pack again where a parent is missing; one that has changed will do.
-
-    Raises:
-        ValueError: a parent that is not active.
-    """
+    """Refuse to pour a pack again where a parent is missing; one that has changed will do."""
     there = {other.digest for other in active} | {other.source for other in active}
     missing = [p for p in stands_on(recorded) if not {p.get("digest"), p.get("name")} & there]
     if missing:
