@@ -141,11 +141,7 @@ def describe(
 
 
 def resolve(options: Options, model: Any) -> tuple[Options, Architecture]:
-    """Fill every option left at None for a model; returns the full options and its layout.
-
-    Raises:
-        ValueError: a model that cannot be edited, or rewrite layers outside it.
-    """
+    """Fill every option left at None for a model; see :meth:`AlphaEditConfig.resolve`."""
     architecture = describe(model, options.block_module, options.rewrite_module)
     values = dict(PRESETS[options.preset])
     values["rewrite_layers"] = default_rewrite_layers(architecture.num_blocks)

@@ -21,8 +21,7 @@ from alphaedit_peft.architecture import Architecture, resolve
 from alphaedit_peft.metric import kind, projects
 from alphaedit_peft.settings import EditOptions
 
-SIDECAR = "alphaedit"
-CONFIG_FILE = "config.json"
+CONFIG_FILE = "alphaedit/config.json"
 
 
 @dataclass
@@ -91,10 +90,10 @@ class AlphaEditConfig(EditOptions, PeftConfig):
         Raises:
             ValueError: the folder is an edit pack, whose file holds more than the settings.
         """
-        path = Path(save_directory) / SIDECAR / CONFIG_FILE
+        path = Path(save_directory) / CONFIG_FILE
         if path.is_file() and b'"format_version"' in path.read_bytes():
             raise ValueError(
-                f"{save_directory} is an edit pack, whose {SIDECAR}/{CONFIG_FILE} holds more than "
+                f"{save_directory} is an edit pack, whose {CONFIG_FILE} holds more than "
                 "settings; save the settings in another folder"
             )
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -108,7 +107,7 @@ class AlphaEditConfig(EditOptions, PeftConfig):
         Raises:
             FileNotFoundError: a folder without ``alphaedit/config.json``.
         """
-        path = Path(save_directory) / SIDECAR / CONFIG_FILE
+        path = Path(save_directory) / CONFIG_FILE
         if not path.is_file():
             raise FileNotFoundError(f"{path} does not exist; {save_directory} is no edit pack")
         return cls.from_json(json.loads(path.read_text(encoding="utf-8"))["config"])

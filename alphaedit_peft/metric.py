@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, ClassVar, NamedTuple, TypeAlias
@@ -187,7 +187,7 @@ class Projector(Metric):
     @property
     def held_bytes(self) -> int:
         """The bases'."""
-        return _bytes(part.basis for part in self.null_space.parts.values())
+        return sum(part.basis.nbytes for part in self.null_space.parts.values())
 
     def workspace(self, width: int) -> int:
         """A basis in float64, half as wide as it is long, for the report."""
@@ -293,8 +293,8 @@ class Moment(Metric):
     def held_bytes(self) -> int:
         """The moments', their Cholesky factors' in float64, and the bases'."""
         parts = {} if self.null_space is None else self.null_space.parts
-        moments = _bytes(self.moments.moments.values())
-        return 3 * moments + _bytes(part.basis for part in parts.values())
+        moments = sum(moment.nbytes for moment in self.moments.moments.values())
+        return 3 * moments + sum(part.basis.nbytes for part in parts.values())
 
     def advice(self, settings: Settings) -> str:
         """A lower w."""
@@ -311,11 +311,7 @@ KINDS: dict[str, type[Metric]] = {"alphaedit": Projector, "memit": Moment}
 
 
 def kind(objective: str) -> type[Metric]:
-    """The class of metric that ``objective`` names.
-
-    Raises:
-        ValueError: an unknown one.
-    """
+    """The class of metric that ``objective`` names; refuses one that is unknown."""
     if objective not in tuple(KINDS):
         raise ValueError(f"objective={objective!r} is unknown; use one of {tuple(KINDS)}")
     return KINDS[objective]
@@ -353,11 +349,10 @@ def make_metric(
 def products(prior: Tensor, batches: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """A A^T in float64, the rows of each new batch, as ``Metric.grams``."""
     rows = [prior, *batches]
-    ends = list(accumulate(len(part) for part in rows))
-    exact_like = prior.new_empty(0, dtype=torch.float64)
-    found = tuple(exact_like.new_zeros(end - start, end) for start, end in pairwise(ends))
+    spans = list(pairwise(accumulate(len(part) for part in rows)))
+    found = tuple(prior.new_zeros(e - s, e, dtype=torch.float64) for s, e in spans)
     for _, exact in _exactly(rows):
-        for out, (start, end) in zip(found, pairwise(ends), strict=True):
+        for out, (start, end) in zip(found, spans, strict=True):
             out.addmm_(exact[start:end], exact[:end].T)
     return found
 
@@ -383,7 +378,3 @@ def _exactly(parts: Sequence[Tensor]) -> Iterator[tuple[slice, Tensor]]:
         for part, place in zip(parts, exact.split([len(part) for part in parts]), strict=True):
             place.copy_(part[:, columns])
         yield columns, exact
-
-
-def _bytes(tensors: Iterable[Tensor]) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
