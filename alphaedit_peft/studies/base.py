@@ -51,18 +51,10 @@ class Base:
         max_tokens: int | None = None,
         progress: bool = False,
     ) -> Base:
-        """Collect key moments, and make the null space of them.
+        """Collect key moments over texts, and make the null space of them.
 
-        Args:
-            model: bare.
-            tokenizer: of the model.
-            texts: as for ``KeyMoments.collect``.
-            config: has rewrite layers and threshold.
-            max_tokens: stop after this many.
-            progress: whether to show a bar on stderr.
-
-        Raises:
-            ValueError: as ``KeyMoments.collect`` and ``NullSpace.from_moments``.
+        ``config`` has rewrite layers and threshold; the rest, and errors, are as those of
+        ``KeyMoments.collect`` and ``NullSpace.from_moments``.
         """
         full, _ = (config or AlphaEditConfig()).resolve(model)
         moments = KeyMoments.collect(

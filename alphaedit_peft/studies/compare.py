@@ -18,9 +18,9 @@ from alphaedit_peft.evaluation import Scores
 from alphaedit_peft.evaluation.metrics import METRICS, PERCENT
 from alphaedit_peft.evaluation.scores import Estimate
 from alphaedit_peft.metric import kind
-from alphaedit_peft.studies.base import Study, judged_before
+from alphaedit_peft.studies.base import Progress, Study, judged_before
 from alphaedit_peft.studies.methods import Method, opened
-from alphaedit_peft.studies.protocols import Progress, Run, Schedule, sequential
+from alphaedit_peft.studies.protocols import Run, Schedule, sequential
 from alphaedit_peft.tables import Table
 
 # Student's t, 97.5 %, for 1, 2, ... degrees of freedom; 1.96 beyond
@@ -64,18 +64,13 @@ class Comparison:
     def rows(self) -> Table:
         """A row a metric: each method's mean with half its interval's width."""
         finals = {name: self.final(name) for name in self.runs}
-        rows = [
-            [
-                metric,
-                shown(metric, self.before.metrics.get(metric)),
-                *(shown(metric, found.get(metric), spread=True) for found in finals.values()),
-            ]
-            for metric in SHOWN
-            if any(metric in found for found in finals.values())
-        ]
-        costs = [
-            mean(run.seconds / max(1, run.made) for run in runs) for runs in self.runs.values()
-        ]
+        rows = []
+        for metric in SHOWN:
+            found = [final.get(metric) for final in finals.values()]
+            if any(found):
+                after = (shown(metric, estimate, spread=True) for estimate in found)
+                rows.append([metric, shown(metric, self.before.metrics.get(metric)), *after])
+        costs = (mean(run.seconds / max(1, run.made) for run in r) for r in self.runs.values())
         rows.append(["seconds an edit", "", *(f"{cost:.2f}" for cost in costs)])
         return Table(["metric", "before", *finals], rows)
 
@@ -115,9 +110,9 @@ def compare(
 
     Args:
         study: model, cases, settings.
-        methods: what to compare, each under its own name.
+        methods: each under its own name.
         folder: of all runs; what is finished there is not done again.
-        schedule: batches and judgements; its ``order`` is replaced by each seed.
+        schedule: its ``order`` is replaced by each of ``seeds``.
         seeds: of the orders.
         progress: called with a line of text after each step.
 

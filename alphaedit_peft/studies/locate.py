@@ -8,8 +8,9 @@ state is P(restored) - P(corrupted), as a mean over noise samples, then over tok
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import product
 from statistics import mean
 from typing import Any
 
@@ -21,6 +22,7 @@ from alphaedit_peft import hooks, tokens
 from alphaedit_peft.config import AlphaEditConfig
 from alphaedit_peft.edits import Edit
 from alphaedit_peft.evaluation.scores import Estimate, bootstrap
+from alphaedit_peft.studies.base import Progress
 from alphaedit_peft.studies.tracing import MLP, STATES, Row, Run, Tracer
 
 CLASSES = ("first subject", "middle subject", "last subject", "first after", "further", "last")
@@ -126,16 +128,14 @@ class Located:
         """Everything as plain JSON values."""
         own = asdict(self)
         facts = own.pop("traces")
+        effects = {state: self.effects(state) for state in STATES}
         return {
             **own,
             "clean": self.clean.to_json(),
             "corrupted": self.corrupted.to_json(),
             "effects": {
-                state: {
-                    name: [estimate.to_json() for estimate in values]
-                    for name, values in self.effects(state).items()
-                }
-                for state in STATES
+                state: {name: [one.to_json() for one in values] for name, values in found.items()}
+                for state, found in effects.items()
             },
             "peak": self.peak,
             "near_peak": list(self.near_peak),
@@ -154,7 +154,7 @@ def locate(  # noqa: PLR0913
     samples: int = 10,
     window: int | None = None,
     seed: int = 0,
-    progress: Callable[[str], None] = lambda text: None,
+    progress: Progress = lambda text: None,
 ) -> Located:
     """Trace facts through a model: corrupt the subject, restore one state, see what comes back.
 
@@ -163,12 +163,12 @@ def locate(  # noqa: PLR0913
 
     Args:
         model: a bare causal language model of a known family, or named in ``config``.
-        tokenizer: its fast tokenizer.
+        tokenizer: a fast one.
         edits: the facts; their ``target_new`` is not used.
         config: names of modules, separator, ``tokens_per_batch``.
         noise: standard deviations of the Gaussian noise on the subject's embeddings, in units of
             that of these embeddings over all facts; ROME's is 3.
-        samples: draws of the noise for each fact.
+        samples: draws of the noise for each fact, by ``seed``.
         window: neighbouring MLP outputs restored together; None: a fifth of the blocks.
         seed: of the noise.
         progress: called with a line of text after each fact.
@@ -209,8 +209,7 @@ def fact_row(
 ) -> Row | None:
     """Ids of a fact, with the subject's place; None for a fact the model does not know.
 
-    Raises:
-        ValueError: a slow tokenizer, or a prompt that the model has no positions or ids for.
+    ValueError: a slow tokenizer, or a prompt that the model has no positions or ids for.
     """
     tokens.require_offsets(tokenizer)
     text, (start, end) = edit.question, edit.subject_span
@@ -255,26 +254,21 @@ def trace_fact(
 ) -> FactTrace:
     """Every state of one fact restored in turn, under every draw of the noise.
 
-    Args:
-        noise: (samples, subject's tokens, d), added to the embeddings.
-        window: of the MLP outputs; block l stands for those around it, l - w // 2 the first.
+    ``noise`` (samples, subject's tokens, d) is added to the embeddings; of MLP outputs ``window``
+    neighbours are restored for block l, l - w // 2 the first.
     """
     clean, states = tracer.clean(row)
     places = range(row.subject[0], len(row.prompt))
     samples, blocks = range(len(noise)), range(tracer.architecture.num_blocks)
     runs = [Run(sample) for sample in samples]
-    for state in STATES:
-        width = window if state == MLP else 1
-        runs += [
-            Run(sample, tracer.names(state, block, width), (place,))
-            for place in places
-            for block in blocks
-            for sample in samples
-        ]
+    for state, place, block in product(STATES, places, blocks):
+        names = tracer.names(state, block, window if state == MLP else 1)
+        runs += [Run(sample, names, (place,)) for sample in samples]
     found = tracer.probabilities(row, states, noise, runs)
     corrupted = float(found[: len(samples)].mean())
     shape = (len(STATES), len(places), len(blocks), len(samples))
     effects = found[len(samples) :].reshape(shape).mean(-1) - corrupted  # (states, tokens, blocks)
+    by_state = dict(zip(STATES, effects.tolist(), strict=True))
     return FactTrace(
         edit.id,
         edit.question,
@@ -283,8 +277,5 @@ def trace_fact(
         corrupted,
         tuple(str(tokenizer.decode([row.prompt[place]])) for place in places),
         token_classes(row),
-        {
-            state: tuple(tuple(map(float, line)) for line in effects[i].tolist())
-            for i, state in enumerate(STATES)
-        },
+        {state: tuple(map(tuple, lines)) for state, lines in by_state.items()},
     )

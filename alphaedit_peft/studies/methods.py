@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -52,9 +52,6 @@ class FineTuning:
         learning_rate: Adam's; ROME's 5e-4 for GPT2-XL.
         bound: most that an entry of the weight may change in a batch; ROME's 5e-4 for GPT2-XL.
         stop_loss: done when the mean loss is below this; 1e-2 in the code of ROME.
-
-    Raises:
-        ValueError: a number out of range.
     """
 
     layer: int | None = None
@@ -90,15 +87,12 @@ class Method:
     """An editor under the name it has in tables.
 
     Attributes:
-        name: short, for tables and folders.
+        name: for tables and folders.
         about: one sentence.
         settings: fields of AlphaEditConfig, over those that a study has in common.
         one_at_a_time: make the edits of a batch one after the other.
         last_layer: rewrite the last rewrite layer only.
         writer: an editor of another kind; ``settings`` are then for its prompts alone.
-
-    Raises:
-        ValueError: a name that no folder can have.
     """
 
     name: str
@@ -115,11 +109,7 @@ class Method:
             )
 
     def config(self, model: Any, common: AlphaEditConfig) -> AlphaEditConfig:
-        """The settings of a run, filled for the model but for the null space's threshold.
-
-        Raises:
-            ValueError: settings that the config refuses.
-        """
+        """The settings of a run, filled for the model but for the null space's threshold."""
         full, _ = replace(common, **self.settings).resolve(model)
         if common.threshold is None and "threshold" not in self.settings:
             full.threshold = full.threshold_mode = None  # the null space brings its own
@@ -130,8 +120,7 @@ class Method:
     def with_settings(self, **changes: Any) -> Method:
         """The same method with other settings, of AlphaEditConfig or of fine-tuning.
 
-        Raises:
-            ValueError: a setting that it does not have, or a value out of range.
+        ValueError: a setting that it does not have, or a value out of range.
         """
         own = self.writer.settings if isinstance(self.writer, FineTuned) else None
         known = sorted(EditOptions().to_json() if own is None else asdict(own))
@@ -204,23 +193,6 @@ def find_methods(names: Iterable[str]) -> tuple[Method, ...]:
     return tuple(METHODS[name] for name in wanted)
 
 
-class Editor(Protocol):
-    """What protocols need of an editor."""
-
-    @property
-    def model(self) -> nn.Module:
-        """The model as edited so far, to be judged."""
-
-    def edit(self, edits: Sequence[Edit]) -> int:
-        """Make a batch of edits; returns how many were made, the others were set aside."""
-
-    def save(self, folder: Path) -> None:
-        """Write the state that ``opened`` goes on from; the folder appears whole or not at all."""
-
-    def close(self) -> None:
-        """Give the base its original bits back."""
-
-
 @contextmanager
 def opened(
     base: Base, method: Method, common: AlphaEditConfig, state: Path | None = None
@@ -231,11 +203,8 @@ def opened(
         ValueError: statistics that the method needs are missing, a state of another base.
     """
     config = method.config(base.model, common)
-    editor: Editor
-    if method.writer is None:
-        editor = PackEditor(base, method, config, state)
-    else:
-        editor = WeightEditor(base, method.writer, config, state)
+    kind = PackEditor if method.writer is None else WeightEditor
+    editor = kind(base, method, config, state)
     try:
         yield editor
     finally:
@@ -259,16 +228,16 @@ class PackEditor:
             self.model = AlphaEditModel.from_pretrained(base.model, state, **given)
 
     def edit(self, edits: Sequence[Edit]) -> int:
-        """Make a batch of edits, or as many batches of one."""
+        """Make a batch of edits, or as many batches of one; how many, the others were set aside."""
         size = 1 if self._one_at_a_time else len(edits)
         return len(self.model.edit(edits, batch_size=size, progress=False).made)
 
     def save(self, folder: Path) -> None:
-        """Write the pack."""
+        """Write the state that ``opened`` goes on from; the folder appears whole or not at all."""
         self.model.save_pretrained(folder)
 
     def close(self) -> None:
-        """Take the adapter off."""
+        """Give the base its original bits back."""
         self.model.unload()
 
 
@@ -278,22 +247,24 @@ WEIGHTS = "weights.safetensors"
 class WeightEditor:
     """Edits by a function that gives new weights: the state is these weights."""
 
+    model: nn.Module
+
     def __init__(
-        self, base: Base, writer: Writer, config: AlphaEditConfig, state: Path | None
+        self, base: Base, method: Method, config: AlphaEditConfig, state: Path | None
     ) -> None:
-        self.model = base.model
-        self._write = partial(writer, base, config)
+        assert method.writer is not None, "only a method with a writer has such an editor"
+        self.model, self._write = base.model, partial(method.writer, base, config)
         self._original: dict[str, Tensor] = {}
         if state is not None:
             self._put(load_file(state / WEIGHTS))
 
     def edit(self, edits: Sequence[Edit]) -> int:
-        """Make a batch of edits."""
+        """Make a batch of edits, all of them."""
         self._put(self._write(edits))
         return len(edits)
 
     def save(self, folder: Path) -> None:
-        """Write the changed weights, in one step."""
+        """As that of ``PackEditor``."""
         now = {name: self.model.get_parameter(name).detach().cpu() for name in self._original}
         replace_folder(folder, {WEIGHTS: partial(save_file, now)})
 
@@ -307,6 +278,9 @@ class WeightEditor:
             weight = self.model.get_parameter(name)
             self._original.setdefault(name, weight.detach().clone())
             weight.copy_(values)
+
+
+Editor = PackEditor | WeightEditor
 
 
 def fine_tune(
@@ -323,12 +297,8 @@ def fine_tune(
 
         mean over edits of -log P(target | prompt)    subject to |W' - W|_inf <= bound.
 
-    Args:
-        model: a causal language model; left as it is.
-        tokenizer: its fast tokenizer.
-        edits: made together.
-        config: for prompts (separator, chat template), the first rewrite layer, batch sizes.
-        settings: rate, bound, steps.
+    ``model`` is left as it is; ``config`` is for prompts (separator, chat template), the first
+    rewrite layer, batch sizes.
 
     Returns:
         The new weight under its parameter's name, in its own layout and dtype.

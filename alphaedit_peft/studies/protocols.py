@@ -21,10 +21,8 @@ from typing import Any
 from alphaedit_peft.evaluation import Case, CaseScores, Scores
 from alphaedit_peft.evaluation.results import JsonLines
 from alphaedit_peft.evaluation.scores import Estimate, gather
-from alphaedit_peft.studies.base import Study, judged_before
+from alphaedit_peft.studies.base import Progress, Study, judged_before
 from alphaedit_peft.studies.methods import Editor, Method, opened
-
-Progress = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -35,9 +33,6 @@ class Schedule:
         batch_size: edits made together; the last batch may be smaller.
         every: judge after every so many batches, and at the end; 0: at the end only.
         order: seed of a shuffle of the cases; None: in the given order.
-
-    Raises:
-        ValueError: a number out of range.
     """
 
     batch_size: int = 100
@@ -63,11 +58,10 @@ class Schedule:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A judgement within a run.
+    """A judgement within a run, of all edits asked for by then.
 
     Attributes:
-        batches: how many batches were made by then.
-        edits: how many edits were asked for by then; all of them are judged.
+        batches: how many were made by then, of so many ``edits``.
         metrics: as in :class:`Scores`, over these edits' cases.
         by_batch: metric -> its mean over each batch's cases, the first batch first: how well edits
             hold by their age.
@@ -144,9 +138,6 @@ def sequential(
         before: the unedited model's scores, where they are known; else judged and kept beside.
         progress: called with a line of text after each step.
 
-    Returns:
-        Judgements in order; the last one is of all edits, and tells by batch how well they hold.
-
     Raises:
         ValueError: the folder holds a run with something else, or as ``AlphaEditModel.edit``.
     """
@@ -222,7 +213,6 @@ def single(
 
 
 def _head(study: Study, method: Method, protocol: str, schedule: dict[str, Any]) -> dict[str, Any]:
-    """What a run's numbers depend on."""
     return {
         "protocol": protocol,
         "schedule": schedule,
@@ -278,8 +268,7 @@ class RunFolder:
     def begin(self) -> list[dict[str, Any]]:
         """The lines of finished steps; none in a new folder, which is made.
 
-        Raises:
-            ValueError: the folder holds a run that was made with something else.
+        ValueError: the folder holds a run that was made with something else.
         """
         self.path.mkdir(parents=True, exist_ok=True)
         return self._lines.read()
@@ -287,6 +276,10 @@ class RunFolder:
     def add(self, **line: Any) -> None:
         """Append a finished step."""
         self._lines.add([line])
+
+    @property
+    def _lines(self) -> JsonLines:
+        return JsonLines(self.path / "results.jsonl", "run", self.head)
 
     def cases(self, step: int) -> Path:
         """Where the cases of a judgement are kept."""
@@ -309,7 +302,3 @@ class RunFolder:
         save(self.path / f"state-{step:04d}")
         if old is not None:
             shutil.rmtree(old)
-
-    @property
-    def _lines(self) -> JsonLines:
-        return JsonLines(self.path / "results.jsonl", "run", self.head)

@@ -85,11 +85,7 @@ class Tracer:
         return tuple(name(number) for number in range(first, end))
 
     def require_fit(self, ids: Sequence[int], text: str) -> None:
-        """Refuse a prompt that the model has no positions or ids for.
-
-        Raises:
-            ValueError: says which.
-        """
+        """Refuse a prompt that the model has no positions or ids for; ValueError says which."""
         positions = getattr(self.model.config, "max_position_embeddings", None)
         limits = (positions, len(self.embeddings.weight))  # type: ignore[arg-type]
         tokens.require_fit(ids, max(ids), text, limits, "leave the fact out")
@@ -129,16 +125,13 @@ class Tracer:
     def probabilities(
         self, row: Row, states: dict[str, Tensor], noise: Tensor, runs: Sequence[Run]
     ) -> Tensor:
-        """P(target) of each run.
+        """P(target) of each run, (runs,), float64 on the CPU.
 
         Args:
             row: the fact.
             states: clean outputs by module, from ``clean``.
             noise: (samples, subject's tokens, d), added to the subject's embeddings.
             runs: what to do.
-
-        Returns:
-            (runs,), float64 on the CPU.
         """
         size = max(1, self.tokens_per_batch // len(row.ids))
         parts = [runs[start : start + size] for start in range(0, len(runs), size)]
@@ -159,10 +152,11 @@ class Tracer:
         modules = self.model.named_modules()
         first = next(name for name, found in modules if found is self.embeddings)
         changes: dict[str, Callable[[Tensor], Tensor]] = {first: corrupt}
-        for name in dict.fromkeys(name for run in runs for name in run.modules):
-            pairs = [
-                (i, p) for i, run in enumerate(runs) if name in run.modules for p in run.places
-            ]
+        places: dict[str, list[tuple[int, int]]] = {}
+        for i, run in enumerate(runs):
+            for name in run.modules:
+                places.setdefault(name, []).extend((i, place) for place in run.places)
+        for name, pairs in places.items():
             changes[name] = _restoring(states[name], pairs, len(runs))
         with hooks.changing_outputs(self.model, changes):
             return self._target_probs(row, len(runs))

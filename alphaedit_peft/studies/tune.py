@@ -22,7 +22,7 @@ from alphaedit_peft.evaluation import Judging, Reader, Scores, Suite, evaluate, 
 from alphaedit_peft.evaluation.scores import SCORED, Estimate, Values, bootstrap, harmonic
 from alphaedit_peft.model import AlphaEditModel, get_alphaedit_model
 from alphaedit_peft.settings import PRESETS
-from alphaedit_peft.studies.base import Base
+from alphaedit_peft.studies.base import Base, Progress
 
 DEPTHS = (0.15, 0.3, 0.45, 0.6)  # where the rewrite layers end, as a share of the blocks
 CLAMPS = (0.75, 1.0)
@@ -39,9 +39,6 @@ class Grid:
         clamps: bounds on |z - h| / |h|.
         ridges: relative to the mean |P k|^2 of the edits.
         thresholds: shares of the keys' energy that the null space may hold.
-
-    Raises:
-        ValueError: nothing to try of one of them, or one twice.
     """
 
     layers: tuple[tuple[int, ...], ...]
@@ -217,9 +214,11 @@ def tune(
     config: AlphaEditConfig | None = None,
     *,
     how: Judging | None = None,
-    progress: Callable[[str], None] = lambda text: None,
+    progress: Progress = lambda text: None,
 ) -> Tuning:
     """Make the suite's edits in every setting of a grid, judge each; the model stays as it was.
+
+    The same seed (of ``config``) gives the same numbers.
 
     Args:
         base: with a null space that has all layers of the grid.
@@ -228,9 +227,6 @@ def tune(
         config: all other settings.
         how: how to judge.
         progress: called with a line of text after each setting.
-
-    Returns:
-        What was tried. The same seed (of ``config``) gives the same numbers.
 
     Raises:
         ValueError: no null space, layers it lacks, or a threshold beyond its reach.
@@ -242,11 +238,10 @@ def tune(
     asked = replace(suite, texts=())
 
     def judge(setting: Setting, model: AlphaEditModel, made: int) -> Tried:
-        scores = evaluate(model, base.tokenizer, asked, how=how)
-        if not suite.texts:
-            return Tried(setting, scores, None, made)
-        reader = Reader(model, base.tokenizer, (how or Judging()).tokens_per_batch)
-        drift = text_divergence(reader, model.disable_adapter, suite.texts)
+        scores, drift = evaluate(model, base.tokenizer, asked, how=how), None
+        if suite.texts:
+            reader = Reader(model, base.tokenizer, (how or Judging()).tokens_per_batch)
+            drift = text_divergence(reader, model.disable_adapter, suite.texts)
         return Tried(setting, scores, drift, made)
 
     before = evaluate(base.model, base.tokenizer, asked, how=how)

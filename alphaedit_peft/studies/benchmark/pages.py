@@ -30,6 +30,11 @@ class Line(NamedTuple):
     total: float
     memory: int | None
 
+    @classmethod
+    def floor(cls, seconds: Mapping[str, float]) -> Line:
+        """The floor of the line above."""
+        return cls("its floor", "  floor", seconds, sum(seconds.values()), None)
+
     def cells(self, write: Callable[[float], str]) -> list[str]:
         """Seconds of each phase and in all, as ``write`` has them, and MiB."""
         each = (self.seconds.get(phase) for phase in PHASES)
@@ -41,18 +46,17 @@ def lines(found: Values) -> list[Line]:
     """Every batch, the floor beneath the first one of each objective, the plain way."""
     rows = []
     for session in found["sessions"]:
+        own = session["objective"]
         for number, batch in enumerate(session["batches"], start=1):
-            own = session["objective"]
             names = f"{own}, batch {number}", f"{own} {number}"
             rows.append(Line(*names, batch["seconds"], batch["total"], batch["memory"]))
-            if number == 1 and (floor := session["floor"]):
-                rows.append(Line("its floor", "  floor", floor["seconds"], floor["total"], None))
+            if number == 1 and session["floor"]:
+                rows.append(Line.floor(session["floor"]["seconds"]))
     if plain := found["plain"]:
-        name = f"plain, {plain['edits']} of {plain['of']} edits, scaled"
-        own = plain["scaled"], plain["total"], plain["memory"]
-        rows.append(Line(name, "plain, scaled", *own))
-        if floor := plain["scaled_floor"]:
-            rows.append(Line("its floor", "  floor", floor, sum(floor.values()), None))
+        names = f"plain, {plain['edits']} of {plain['of']} edits, scaled", "plain, scaled"
+        rows.append(Line(*names, plain["scaled"], plain["total"], plain["memory"]))
+        if plain["scaled_floor"]:
+            rows.append(Line.floor(plain["scaled_floor"]))
     return rows
 
 
@@ -93,11 +97,10 @@ def measured(found: Values) -> Iterator[tuple[str, Table] | str]:
     heads = ["run", *(f">{name}" for name in (*PHASES, "total", "MiB"))]
     yield what, Table(heads, [[line.short, *line.cells(_seconds)] for line in lines(found)])
     yield from _remarks(found)
-    rates = ", ".join(f"{name} {rate / GIGA:.3g}" for name, rate in found["rates"].items())
     place = machine.get("gpu", machine["processor"])
     yield (
         f"Matrix rates of this machine ({place}, {_count(machine['threads'], 'thread')}), "
-        f"measured in this run, in 10^9 operations a second: {rates}"
+        f"measured in this run, in 10^9 operations a second: {_rates(found, '.3g')}"
     )
     if found["statistics"]:
         yield f"Statistics, made once a model: {found['head']['statistics']}"
@@ -112,10 +115,13 @@ def _seconds(value: float) -> str:
     return f"{value:.3f}" if value < 10 else f"{value:.1f}"
 
 
+def _rates(found: Values, form: str) -> str:
+    return ", ".join(f"{name} {rate / GIGA:{form}}" for name, rate in found["rates"].items())
+
+
 def _about(found: Values) -> str:
     model, settings = found["head"]["model"], found["head"]["settings"]
-    layers = ",".join(map(str, settings["rewrite_layers"]))
-    stop = settings["stop_loss"]
+    layers, stop = ",".join(map(str, settings["rewrite_layers"])), settings["stop_loss"]
     runs = f"down to a loss of {stop:g}" if stop else "all of them run (stop_loss 0)"
     return (
         f"{model['name']}: {_size(model)}, {_number(model)}, {_weights(model)}; rewrite "
@@ -179,19 +185,19 @@ def grown(found: Values) -> Iterator[tuple[str, Table]]:
     }
     heads = [">at", "how", ">seconds", ">floor", ">kept, MiB", ">peak, MiB"]
     for name, title in titles.items():
-        rows = [
-            [
-                f"{p['at']:,}",
-                p["method"],
-                _seconds(p["seconds"]),
-                None if p["floor"] is None else _seconds(p["floor"]),
-                f"{p['state'] / MEBI:,.1f}" if p["method"] != "batch" else None,
-                f"{p['memory'] / MEBI:,.0f}",
-            ]
-            for p in found["points"]
-            if p["curve"] == name
-        ]
-        yield title, Table(heads, rows)
+        points = [point for point in found["points"] if point["curve"] == name]
+        yield title, Table(heads, list(map(_point, points)))
+
+
+def _point(point: Values) -> list[str | None]:
+    return [
+        f"{point['at']:,}",
+        point["method"],
+        _seconds(point["seconds"]),
+        None if point["floor"] is None else _seconds(point["floor"]),
+        None if point["method"] == "batch" else f"{point['state'] / MEBI:,.1f}",
+        f"{point['memory'] / MEBI:,.0f}",
+    ]
 
 
 def page_with(page: str, models: Iterable[Values]) -> str:
@@ -241,16 +247,14 @@ def _heading(found: Values) -> str:
 
 def _sentence(found: Values) -> str:
     said = []
-    if found["alphaedit_to_memit"]:
-        times = ratio_in_words(found["alphaedit_to_memit"])
-        said.append(f"AlphaEdit takes {times} times MEMIT's seconds")
-    if found["plain_to_ours"]:
-        times = ratio_in_words(found["plain_to_ours"])
-        said.append(f"the plain way takes {times} times AlphaEdit's, without contexts")
-    rates = ", ".join(f"{name} {rate / GIGA:,.0f}" for name, rate in found["rates"].items())
-    said.append(f"matrix rates in 10^9 operations a second: {rates}")
-    made = ", ".join(f"{what} {value:.2f}" for what, value in found["statistics"].items())
-    said += [f"statistics ({found['head']['statistics']}), seconds: {made}"] if made else []
+    if ratio := found["alphaedit_to_memit"]:
+        said.append(f"AlphaEdit takes {ratio_in_words(ratio)} times MEMIT's seconds")
+    if ratio := found["plain_to_ours"]:
+        times = f"{ratio_in_words(ratio)} times AlphaEdit's"
+        said.append(f"the plain way takes {times}, without contexts")
+    said.append(f"matrix rates in 10^9 operations a second: {_rates(found, ',.0f')}")
+    if made := ", ".join(f"{what} {value:.2f}" for what, value in found["statistics"].items()):
+        said.append(f"statistics ({found['head']['statistics']}), seconds: {made}")
     text = "; ".join(said)
     return f"{text[0].upper()}{text[1:]}."
 
@@ -262,13 +266,12 @@ def _profile(found: Values) -> str:
         if not session["floor"]:
             continue
         batch, least = session["batches"][0], session["floor"]["seconds"]
-        cells = []
+        row = [session["objective"]]
         for phase in PHASES:
             seconds = batch["seconds"].get(phase, 0.0)
-            share = f"{100 * seconds / batch['total']:.0f} %"
             near = f", {seconds / least[phase]:.1f} x" if least.get(phase) else ""
-            cells.append(share + near)
-        rows.append([session["objective"], *cells])
+            row.append(f"{100 * seconds / batch['total']:.0f} %{near}")
+        rows.append(row)
     return _markdown(["share of batch 1, times its floor", *PHASES], rows)
 
 

@@ -11,6 +11,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +21,7 @@ from alphaedit_peft import hooks
 from alphaedit_peft.architecture import Architecture
 from alphaedit_peft.devices import computes_on, held, in_place
 from alphaedit_peft.editing.prompts import EditRows, TokenRow
-from alphaedit_peft.editing.runner import Phases
+from alphaedit_peft.editing.runner import Phases, at_least_float32
 from alphaedit_peft.nullspace import NullSpace
 from alphaedit_peft.settings import Settings
 from alphaedit_peft.tokens import padded
@@ -56,14 +58,9 @@ class PlainModel:
         return cls(model, settings, architecture, projectors, caches)
 
     @property
-    def layers(self) -> tuple[int, ...]:
-        """The rewrite layers, ascending."""
-        return tuple(self.settings.rewrite_layers)
-
-    @property
     def block(self) -> str:
         """The last rewrite layer's block, after which z is optimised."""
-        return self.architecture.block_name(self.layers[-1])
+        return self.architecture.block_name(self.settings.rewrite_layers[-1])
 
     @property
     def device(self) -> torch.device:
@@ -81,7 +78,7 @@ class PlainModel:
     @contextmanager
     def weights_kept(self) -> Iterator[None]:
         """Put the weights of the rewrite modules back when the block ends."""
-        before = {layer: self.weight(layer).clone() for layer in self.layers}
+        before = {layer: self.weight(layer).clone() for layer in self.projectors}
         try:
             yield
         finally:
@@ -90,24 +87,19 @@ class PlainModel:
                     module.weight.copy_(weight)  # type: ignore[operator]
 
     def edit_batch(self, edits: Sequence[EditRows], phases: Phases | None = None) -> Tensor:
-        """Make a batch of edits, written into the weights.
+        """Write a batch of edits into the weights, each optimised by itself; returns z, (edits, d).
 
-        Args:
-            edits: tokenised; each is optimised by itself, also where two share a key.
-            phases: where the time of targets, keys, solves and writes goes.
-
-        Returns:
-            The target values z, (edits, d).
+        ``phases`` takes the time of targets, keys, solves and writes.
         """
         phases = phases or Phases.of(self.model)
         with phases.timed("targets"):
             targets = torch.stack([self.target_value(rows) for rows in edits])
         found: dict[int, Tensor] = {}
-        for place, layer in enumerate(self.layers):
+        for place, layer in enumerate(self.projectors):
             with phases.timed("keys"):
                 keys = found[layer] = self.mean_keys(edits, layer)  # (edits, d_in)
                 hidden = self.hidden([rows.rows[0] for rows in edits])  # (edits, d)
-            residuals = (targets - hidden.to(targets)) / (len(self.layers) - place)
+            residuals = (targets - hidden.to(targets)) / (len(self.projectors) - place)
             with phases.timed("solve"):
                 P, cache = self.projectors[layer], self.caches[layer]
                 update = plain_update(P, cache, keys, residuals, self.settings.ridge)
@@ -144,10 +136,8 @@ class PlainModel:
     def mean_keys(self, edits: Sequence[EditRows], layer: int) -> Tensor:
         """Half the bare prompt's key and half the mean over contexts, (edits, d_in)."""
         rows = [row for edit in edits for row in edit.rows]
-        name = [self.architecture.rewrite_name(layer)]
-        found = self._at_subjects(
-            rows, lambda see: hooks.watching_inputs(self.model, name, lambda _, keys: see(keys))
-        )
+        name = self.architecture.rewrite_name(layer)
+        found = self._at_subjects(rows, partial(hooks.watching_inputs, self.model, [name]))
         means = []
         for part in found.split([len(edit.rows) for edit in edits]):
             bare, others = part[0], part[1:]
@@ -156,32 +146,25 @@ class PlainModel:
 
     def hidden(self, rows: Sequence[TokenRow]) -> Tensor:
         """Hidden states at the subject after the last rewrite layer, (rows, d)."""
-        return self._at_subjects(
-            rows,
-            lambda see: hooks.watching_output(
-                self.model, self.block, lambda output: see(hooks.hidden_of(output))
-            ),
-        )
+        return self._at_subjects(rows, partial(hooks.watching_output, self.model, self.block))
 
     @torch.no_grad()
     def _at_subjects(
         self,
         rows: Sequence[TokenRow],
-        watching: Callable[[Callable[[Tensor], None]], AbstractContextManager[None]],
+        watching: Callable[[Callable[..., None]], AbstractContextManager[None]],
     ) -> Tensor:
         """What a hook sees at each row's subject in a forward, (rows, d), float32 or better."""
-        found = []
+        found: list[Tensor] = []
         for start in range(0, len(rows), ROWS_AT_ONCE):
-            part, seen = rows[start : start + ROWS_AT_ONCE], list[Tensor]()
-            with watching(seen.append):
+            part, seen = rows[start : start + ROWS_AT_ONCE], list[Any]()
+            with watching(lambda *given, seen=seen: seen.append(given[-1])):
                 self.model(**padded([row.ids for row in part], self.device), use_cache=False)
-            values = seen[-1]
+            values = hooks.hidden_of(seen[-1])
             if values.ndim == 2:  # families whose blocks flatten it
                 values = values.unflatten(0, (len(part), -1))
-            places = torch.tensor([row.subject_last for row in part], device=values.device)
-            found.append(values[torch.arange(len(part), device=values.device), places])
-        together = torch.cat(found)
-        return together.to(torch.promote_types(together.dtype, torch.float32))
+            found += (values[i, row.subject_last] for i, row in enumerate(part))
+        return at_least_float32(torch.stack(found))
 
 
 def plain_update(P: Tensor, cache: Tensor, keys: Tensor, residuals: Tensor, ridge: float) -> Tensor:
@@ -201,18 +184,15 @@ class _Search:
 
     def __init__(self, plain: PlainModel, rows: EditRows) -> None:
         self.plain, self.rows = plain, rows
-        every = [*rows.rows, rows.kl_row]
-        ids = [*(row.scoring_ids for row in rows.rows), rows.kl_row.ids]
-        self.inputs = padded(ids, plain.device)
-        self.subjects = torch.tensor([row.subject_last for row in every], device=plain.device)
-        weight: Tensor = plain.model.get_input_embeddings().weight  # type: ignore[operator]
+        device, model = plain.device, plain.model
+        self.inputs = padded([*(r.scoring_ids for r in rows.rows), rows.kl_row.ids], device)
+        subjects = [row.subject_last for row in (*rows.rows, rows.kl_row)]
+        self.subjects = torch.tensor(subjects, device=device)
+        weight: Tensor = model.get_input_embeddings().weight  # type: ignore[operator]
         wide = torch.promote_types(weight.dtype, torch.float32)
-        self.delta = torch.zeros(
-            weight.shape[1], dtype=wide, device=plain.device, requires_grad=True
-        )
-        self.start = self.delta.detach()
+        self.delta = torch.zeros(weight.shape[1], dtype=wide, device=device, requires_grad=True)
+        self.start = self.delta.detach()  # h at the bare prompt's subject
         self.initial: Tensor | None = None  # log P_0 at the subject of the KL prompt
-        self.begun = False
 
     def loss(self) -> Tensor:
         """-log P(target), the KL term and the decay, at the vector as it is."""
@@ -231,16 +211,16 @@ class _Search:
         return torch.stack(losses).mean() + settings.kl_factor * divergence + decay
 
     def _log_probs(self) -> Tensor:
-        plain, name = self.plain, self.plain.settings.autocast
-        narrow = torch.autocast(plain.device.type, getattr(torch, name)) if name else nullcontext()
-        with hooks.changing_outputs(plain.model, {plain.block: self._moved}), narrow:
-            logits = plain.model(**self.inputs, use_cache=False).logits
+        model, name = self.plain.model, self.plain.settings.autocast
+        kind = self.delta.device.type
+        narrow = torch.autocast(kind, getattr(torch, name)) if name else nullcontext()
+        with hooks.changing_outputs(model, {self.plain.block: self._moved}), narrow:
+            logits = model(**self.inputs, use_cache=False).logits
         return logits.to(self.delta.dtype).log_softmax(-1)
 
     def _moved(self, hidden: Tensor) -> Tensor:
-        if not self.begun:
+        if self.initial is None:  # the first step
             self.start = hidden[0, self.subjects[0]].detach().to(self.delta)
-            self.begun = True
         rows = torch.arange(len(hidden), device=hidden.device)
         moved = hidden.clone()
         moved[rows, self.subjects] += self.delta.to(hidden)

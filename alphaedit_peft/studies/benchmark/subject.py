@@ -12,6 +12,7 @@ import json
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from random import Random
@@ -84,17 +85,9 @@ def benchmark_config(
     """The paper's settings, but that every step is run, and nothing is warned of.
 
     No edit of a random model would reach the paper's ``stop_loss``, so it is 0 by default, for
-    every model and on both sides of a comparison.
-
-    Args:
-        rewrite_layers: None: the paper's of a model of that shape, or by depth.
-        steps: loss evaluations; None: the paper's of a model of that shape, or 25.
-        stop_loss: the loss at which an edit is done.
-        autocast: see ``AlphaEditConfig``.
-        seed: of the contexts.
-
-    Raises:
-        ValueError: as ``AlphaEditConfig``.
+    every model and on both sides of a comparison. ``rewrite_layers`` and ``steps`` (loss
+    evaluations) of None are the paper's for a model of that shape, else by depth, and 25; ``seed``
+    is of the contexts.
     """
     values = {"autocast": autocast} if autocast else {}
     return replace(
@@ -119,6 +112,14 @@ class Shape:
 
 ENDS = {"bos_token_id": 0, "eos_token_id": 0}
 
+
+def _llama(*sizes: int, **more: int) -> dict[str, int]:
+    """Fields of a Llama: widths of the hidden state and the MLP, blocks, heads, key-value heads."""
+    names = ("hidden_size", "intermediate_size", "num_hidden_layers")
+    heads = ("num_attention_heads", "num_key_value_heads")
+    return {**dict(zip((*names, *heads), sizes, strict=True)), **more}
+
+
 # The lab shapes are small ones of the same families: five rewrite layers that end at the depth of
 # the large model's, and as many token ids as give the output head the large model's share of the
 # arithmetic.
@@ -127,15 +128,7 @@ SHAPES: dict[str, Shape] = {
     "gpt-j-6b": Shape("gptj", {"n_embd": 4096, "n_layer": 28, "n_head": 16}),
     "llama-3-8b": Shape(
         "llama",
-        {
-            "hidden_size": 4096,
-            "intermediate_size": 14336,
-            "num_hidden_layers": 32,
-            "num_attention_heads": 32,
-            "num_key_value_heads": 8,
-            "max_position_embeddings": 8192,
-            "vocab_size": 128256,
-        },
+        _llama(4096, 14336, 32, 32, 8, max_position_embeddings=8192, vocab_size=128256),
     ),
     "lab-gpt2": Shape(
         "gpt2",
@@ -148,17 +141,7 @@ SHAPES: dict[str, Shape] = {
         (0, 1, 2, 3, 4),
     ),
     "lab-llama": Shape(
-        "llama",
-        {
-            "hidden_size": 512,
-            "intermediate_size": 1792,
-            "num_hidden_layers": 16,
-            "num_attention_heads": 8,
-            "num_key_value_heads": 2,
-            "vocab_size": 7168,
-            **ENDS,
-        },
-        (0, 1, 2, 3, 4),
+        "llama", _llama(512, 1792, 16, 8, 2, vocab_size=7168, **ENDS), (0, 1, 2, 3, 4)
     ),
 }
 
@@ -190,11 +173,7 @@ def read_shape(shape: str | Path) -> Shape:
 
 
 def shape_config(shape: Shape) -> PretrainedConfig:
-    """The transformers config of a shape.
-
-    Raises:
-        ValueError: a family or fields that transformers does not know.
-    """
+    """The transformers config of a shape; ValueError where transformers does not know it."""
     try:
         return AutoConfig.for_model(shape.model_type, **shape.fields)
     except Exception as error:  # each family checks its fields in its own way
@@ -210,10 +189,7 @@ def random_model(
 
     Every weight is made in its own dtype on its own device, so no larger copy of the model ever
     exists. The same seed on the same device gives the same bits; torch's random state is left as it
-    was.
-
-    Raises:
-        ValueError: a config that makes no causal language model.
+    was. ValueError: a config that makes no causal language model.
     """
     place = torch.device(device)
     gpus = [place] if place.type == "cuda" else []
@@ -277,13 +253,10 @@ LENGTHS = {
 def made_up_edits(
     tokenizer: PreTrainedTokenizerBase, count: int, requests: str = "counterfact", seed: int = 0
 ) -> tuple[Edit, ...]:
-    """Edits of random words, each about a subject of its own.
+    """Edits of random words of a fast tokenizer's, each about a subject of its own.
 
-    Args:
-        tokenizer: a fast one; the words are tokens of its vocabulary.
-        count: how many.
-        requests: whose lengths, a name of ``LENGTHS``.
-        seed: of the choice; torch's and Python's random state play no part.
+    ``requests`` says whose lengths they have, a name of ``LENGTHS``; ``seed`` alone decides the
+    choice: torch's and Python's random state play no part.
 
     Raises:
         ValueError: an unknown name, a slow tokenizer, or too few words for so many edits.
@@ -321,11 +294,7 @@ FEWEST, ENOUGH = 8, 2000  # words to make edits of
 
 
 def _known_words(tokenizer: PreTrainedTokenizerBase, random: Random) -> list[str]:
-    """Up to 2,000 words that are one token each behind another word.
-
-    Raises:
-        ValueError: a slow tokenizer, or one with hardly a word.
-    """
+    """Up to 2,000 words that are one token each behind another word."""
     require_offsets(tokenizer)
     vocabulary = sorted(tokenizer.get_vocab())
     words = (token.strip("ĠĊ▁") for token in random.sample(vocabulary, len(vocabulary)))
@@ -354,12 +323,7 @@ def collect_statistics(subject: Subject, tokens: int | None = None, seed: int = 
 
     Half is the dearest choice: a thinner null space, or a thinner complement, projects in less. A
     thousandth of the mean eigenvalue is added to each, so that MEMIT can invert moments of so few
-    and such even texts.
-
-    Args:
-        subject: the model.
-        tokens: how many; None: twice the width of the rewrite modules.
-        seed: of the texts.
+    and such even texts. ``tokens`` of None are twice the width of the rewrite modules.
 
     Raises:
         ValueError: fewer tokens than the rewrite modules are wide, or a model or tokenizer that
@@ -379,9 +343,8 @@ def collect_statistics(subject: Subject, tokens: int | None = None, seed: int = 
     moments, collected = clocked(collect, subject.device)
     with warnings.catch_warnings():  # that ten tokens for each direction are advised
         warnings.simplefilter("ignore", UserWarning)
-        space, decomposed = clocked(
-            lambda: moments.null_space(width // 2, MODE, reach=1.0), subject.device
-        )
+        halved = partial(moments.null_space, width // 2, MODE, reach=1.0)
+        space, decomposed = clocked(halved, subject.device)
     seconds = {"collected": collected, "decomposed": decomposed}
     return Statistics(space, moments, f"{moments.tokens} tokens, random words", seconds)
 
@@ -391,9 +354,6 @@ def random_statistics(subject: Subject, seed: int = 0) -> Statistics:
 
     For widths whose eigenvectors take long. The shapes, and so the times of edits, are those of
     collected statistics.
-
-    Raises:
-        ValueError: a model that cannot be edited.
     """
     names, width = _rewritten(subject)
     random = torch.Generator(subject.device).manual_seed(seed)
