@@ -8,7 +8,15 @@ every text in it is escaped.
 
 from typing import TYPE_CHECKING
 
-from alphaedit_peft.report.charts import heat_map
+from alphaedit_peft.report.charts import (
+    bar_chart,
+    course_chart,
+    heat_map,
+    interval_bars,
+    line_chart,
+    scatter_chart,
+    spectrum_chart,
+)
 from alphaedit_peft.report.pack_page import pack_page
 from alphaedit_peft.report.page import Markup, Section, facts, page, paragraph, source, table
 from alphaedit_peft.report.record_page import PARTS, Answer, Prompt, ask, prompts_of, record_page
@@ -34,10 +42,14 @@ __all__ = [
     "Shift",
     "all_scores",
     "ask",
+    "bar_chart",
+    "course_chart",
     "facts",
     "heat_map",
+    "interval_bars",
     "intervals_in_words",
     "last_states",
+    "line_chart",
     "pack_page",
     "pack_shift",
     "page",
@@ -45,12 +57,14 @@ __all__ = [
     "prompts_of",
     "read_findings",
     "record_page",
+    "scatter_chart",
     "scores_markdown",
     "scores_page",
     "scores_table",
     "shift_between",
     "shift_section",
     "source",
+    "spectrum_chart",
     "table",
 ]
 
