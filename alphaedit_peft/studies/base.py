@@ -67,22 +67,16 @@ class Base:
 class Study:
     """What runs have in common, whatever the method.
 
-    Attributes:
-        base: the model to edit.
-        suite: the cases, and what else is asked.
-        config: settings that every method starts from. Where two records contradict each other the
-            later one wins by default, since data sets hold such pairs.
-        how: how to judge.
-        generate: whether the model also writes (see ``evaluate``); slow.
-        data: where the cases come from, as plain JSON values, for provenance.
+    In ``config``, where every method starts, the later of two records that contradict each other
+    wins by default, since data sets hold such pairs.
     """
 
     base: Base
-    suite: Suite
+    suite: Suite  # the cases, and what else is asked
     config: AlphaEditConfig = field(default_factory=lambda: AlphaEditConfig(on_conflict="replace"))
     how: Judging = field(default_factory=Judging)
-    generate: bool = False
-    data: Mapping[str, Any] = field(default_factory=dict)
+    generate: bool = False  # whether the model also writes (see ``evaluate``); slow
+    data: Mapping[str, Any] = field(default_factory=dict)  # its origin, as JSON, for provenance
 
     def judge(
         self, model: nn.Module, suite: Suite, results: Path | None, before: Scores | None = None

@@ -34,10 +34,10 @@ def general_ability(
     num_fewshot: int | None = None,
     batch_size: int = 8,
 ) -> Ability:
-    """Run tasks of lm-evaluation-harness.
+    """Run tasks of lm-evaluation-harness on a model, which is put back into its mode.
 
     Args:
-        model: from transformers, or edited by this package; put back into its mode.
+        model: from transformers, or edited by this package.
         tokenizer: of the model.
         tasks: names that the harness knows, or files: a task's config as ``.yaml`` or ``.json``,
             in which relative ``data_files`` are looked for beside the file.
@@ -85,10 +85,9 @@ def general_ability(
 
 
 def ability_table(before: Ability, after: Ability) -> str:
-    """Two findings on the same tasks, side by side, with the standard error of the second.
+    """Two findings on the same tasks side by side, with the standard error of the second.
 
-    Raises:
-        ValueError: findings on different tasks.
+    ValueError: findings on different tasks.
     """
     if before.keys() != after.keys():
         raise ValueError(f"tasks {list(before)} and {list(after)} differ; run the same ones")

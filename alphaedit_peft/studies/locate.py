@@ -32,24 +32,16 @@ WINDOW = 0.2  # of the blocks: ROME restores the MLPs of 10 of GPT2-XL's 48 toge
 
 @dataclass(frozen=True)
 class FactTrace:
-    """One fact, traced: the prompt and the continuation whose probability is traced.
-
-    Attributes:
-        clean: P(target) untouched.
-        corrupted: P(target) with a corrupted subject, a mean over the samples.
-        tokens: the prompt's tokens from the subject on; what stands before it cannot matter.
-        classes: one of ``CLASSES`` for each token.
-        effects: state -> (tokens, blocks), the indirect effects.
-    """
+    """One fact, traced: the prompt and the continuation whose probability is traced."""
 
     id: str
     question: str
     target: str
-    clean: float
-    corrupted: float
-    tokens: tuple[str, ...]
-    classes: tuple[str, ...]
-    effects: Mapping[str, tuple[tuple[float, ...], ...]]
+    clean: float  # P(target) untouched
+    corrupted: float  # P(target) with a corrupted subject, a mean over the samples
+    tokens: tuple[str, ...]  # of the prompt from the subject on; what is before it cannot matter
+    classes: tuple[str, ...]  # one of ``CLASSES`` for each token
+    effects: Mapping[str, tuple[tuple[float, ...], ...]]  # state -> (tokens, blocks), indirect
 
     def of_class(self, state: str, name: str) -> tuple[float, ...] | None:
         """Effects by block, (blocks,), a mean over a class's tokens; None where there are none."""
@@ -59,24 +51,15 @@ class FactTrace:
 
 @dataclass(frozen=True)
 class Located:
-    """Traces of the facts that a model knows, and how they were made.
-
-    Attributes:
-        set_aside: how many facts it does not know.
-        deviation: standard deviation of the embeddings of the facts' subjects, over all entries.
-        noise: standard deviation of the noise, in units of ``deviation``.
-        samples: draws of the noise.
-        window: how many neighbouring blocks' MLP outputs are restored together.
-        blocks: of the model.
-    """
+    """Traces of the facts that a model knows, and how they were made."""
 
     traces: tuple[FactTrace, ...]
-    set_aside: int
-    deviation: float
-    noise: float
-    samples: int
-    window: int
-    blocks: int
+    set_aside: int  # facts it does not know
+    deviation: float  # of the embeddings of the facts' subjects, over all entries
+    noise: float  # its standard deviation, in units of ``deviation``
+    samples: int  # draws of the noise
+    window: int  # neighbouring blocks whose MLP outputs are restored together
+    blocks: int  # of the model
 
     @property
     def clean(self) -> Estimate:

@@ -44,21 +44,13 @@ Writer = Callable[[Base, AlphaEditConfig, Sequence[Edit]], dict[str, Tensor]]
 
 @dataclass(frozen=True)
 class FineTuning:
-    """Settings of fine-tuning.
+    """Settings of fine-tuning; ROME's for GPT2-XL."""
 
-    Attributes:
-        layer: the block whose rewrite module is trained; None: the first rewrite layer.
-        steps: passes over the edits of a batch.
-        learning_rate: Adam's; ROME's 5e-4 for GPT2-XL.
-        bound: most that an entry of the weight may change in a batch; ROME's 5e-4 for GPT2-XL.
-        stop_loss: done when the mean loss is below this; 1e-2 in the code of ROME.
-    """
-
-    layer: int | None = None
-    steps: int = 25
-    learning_rate: float = 5e-4
-    bound: float = 5e-4
-    stop_loss: float = 1e-2
+    layer: int | None = None  # whose rewrite module is trained; None: the first rewrite layer
+    steps: int = 25  # passes over the edits of a batch
+    learning_rate: float = 5e-4  # Adam's
+    bound: float = 5e-4  # most that an entry of the weight may change in a batch
+    stop_loss: float = 1e-2  # done when the mean loss is below this
 
     def __post_init__(self) -> None:
         if self.steps < 1 or (self.layer is not None and self.layer < 0):
@@ -84,23 +76,14 @@ class FineTuned:
 
 @dataclass(frozen=True)
 class Method:
-    """An editor under the name it has in tables.
-
-    Attributes:
-        name: for tables and folders.
-        about: one sentence.
-        settings: fields of AlphaEditConfig, over those that a study has in common.
-        one_at_a_time: make the edits of a batch one after the other.
-        last_layer: rewrite the last rewrite layer only.
-        writer: an editor of another kind; ``settings`` are then for its prompts alone.
-    """
+    """An editor under the name it has in tables and folders."""
 
     name: str
-    about: str
-    settings: Mapping[str, Any] = field(default_factory=dict)
-    one_at_a_time: bool = False
-    last_layer: bool = False
-    writer: Writer | None = None
+    about: str  # one sentence
+    settings: Mapping[str, Any] = field(default_factory=dict)  # of AlphaEditConfig, over a study's
+    one_at_a_time: bool = False  # make the edits of a batch one after the other
+    last_layer: bool = False  # rewrite the last rewrite layer only
+    writer: Writer | None = None  # of another kind; settings are then for its prompts alone
 
     def __post_init__(self) -> None:
         if not NAME.fullmatch(self.name):

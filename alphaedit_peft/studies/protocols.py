@@ -27,17 +27,11 @@ from alphaedit_peft.studies.methods import Editor, Method, opened
 
 @dataclass(frozen=True)
 class Schedule:
-    """In which order edits are made, and when they are judged.
+    """In which order edits are made, and when they are judged."""
 
-    Attributes:
-        batch_size: edits made together; the last batch may be smaller.
-        every: judge after every so many batches, and at the end; 0: at the end only.
-        order: seed of a shuffle of the cases; None: in the given order.
-    """
-
-    batch_size: int = 100
-    every: int = 0
-    order: int | None = None
+    batch_size: int = 100  # edits made together; the last batch may be smaller
+    every: int = 0  # judge after every so many batches, and at the end; 0: at the end only
+    order: int | None = None  # seed of a shuffle of the cases; None: in the given order
 
     def __post_init__(self) -> None:
         if self.batch_size < 1 or self.every < 0:
@@ -58,18 +52,15 @@ class Schedule:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A judgement within a run, of all edits asked for by then.
+    """A judgement within a run.
 
-    Attributes:
-        batches: how many were made by then, of so many ``edits``.
-        metrics: as in :class:`Scores`, over these edits' cases.
-        by_batch: metric -> its mean over each batch's cases, the first batch first: how well edits
-            hold by their age.
+    ``by_batch`` is metric -> its mean over each batch's cases, the first batch first: how well
+    edits hold by their age.
     """
 
-    batches: int
-    edits: int
-    metrics: Mapping[str, Estimate]
+    batches: int  # made by then
+    edits: int  # asked for by then; all of them are judged
+    metrics: Mapping[str, Estimate]  # as in :class:`Scores`, over these edits' cases
     by_batch: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
@@ -86,23 +77,14 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class Run:
-    """What a run found.
+    """What a run found."""
 
-    Attributes:
-        head: everything that the numbers depend on, as plain JSON values.
-        before: the unedited model's scores on all cases.
-        checkpoints: in order; the last one is of all edits.
-        cases: every case as judged at the end.
-        made: how many edits were made; the rest were set aside.
-        seconds: of the processor, spent on editing.
-    """
-
-    head: Mapping[str, Any]
-    before: Scores
-    checkpoints: tuple[Checkpoint, ...]
-    cases: tuple[CaseScores, ...]
-    made: int
-    seconds: float
+    head: Mapping[str, Any]  # everything that the numbers depend on, as plain JSON values
+    before: Scores  # of the unedited model on all cases
+    checkpoints: tuple[Checkpoint, ...]  # in order; the last one is of all edits
+    cases: tuple[CaseScores, ...]  # as judged at the end
+    made: int  # edits; the rest were set aside
+    seconds: float  # of the processor, spent on editing
 
     @property
     def final(self) -> Checkpoint:

@@ -32,19 +32,12 @@ THRESHOLDS = (0.01, 0.05)
 
 @dataclass(frozen=True)
 class Grid:
-    """What is tried: every combination of the four.
+    """What is tried: every combination of the four."""
 
-    Attributes:
-        layers: lists of blocks to rewrite.
-        clamps: bounds on |z - h| / |h|.
-        ridges: relative to the mean |P k|^2 of the edits.
-        thresholds: shares of the keys' energy that the null space may hold.
-    """
-
-    layers: tuple[tuple[int, ...], ...]
-    clamps: tuple[float, ...] = CLAMPS
-    ridges: tuple[float, ...] = RIDGES
-    thresholds: tuple[float, ...] = THRESHOLDS
+    layers: tuple[tuple[int, ...], ...]  # lists of blocks to rewrite
+    clamps: tuple[float, ...] = CLAMPS  # bounds on |z - h| / |h|
+    ridges: tuple[float, ...] = RIDGES  # relative to the mean |P k|^2 of the edits
+    thresholds: tuple[float, ...] = THRESHOLDS  # shares of the keys' energy in the null space
 
     def __post_init__(self) -> None:
         for name, values in asdict(self).items():
@@ -92,16 +85,12 @@ class Setting:
 
 @dataclass(frozen=True, eq=False)
 class Tried:
-    """A setting, how many edits were made with it, and what it gave.
-
-    ``scores`` are of the edited model on the probe cases, ``drift`` is the mean KL(unedited ||
-    edited) on the held-out texts in nats a token, None without texts.
-    """
+    """A setting and what it gave."""
 
     setting: Setting
-    scores: Scores
-    drift: Estimate | None
-    made: int
+    scores: Scores  # of the edited model on the probe cases
+    drift: Estimate | None  # mean KL(unedited || edited) on held-out texts, nats a token
+    made: int  # edits
 
     @property
     def columns(self) -> tuple[str, ...]:

@@ -25,22 +25,10 @@ from alphaedit_peft.nullspace import NullSpace
 from alphaedit_peft.pack import EditRecord
 from alphaedit_peft.settings import EditOptions
 from alphaedit_peft.studies.base import Progress
+from alphaedit_peft.studies.benchmark import subject
 from alphaedit_peft.studies.benchmark.machine import PeakMemory, describe_machine, timed
 from alphaedit_peft.studies.benchmark.measure import benchmark
 from alphaedit_peft.studies.benchmark.plain import plain_update
-from alphaedit_peft.studies.benchmark.subject import (
-    ENDS,
-    Shape,
-    Subject,
-    benchmark_config,
-    made_up_edits,
-    random_half,
-    random_model,
-    random_statistics,
-    random_texts,
-    shape_config,
-    stand_in_tokenizer,
-)
 from alphaedit_peft.studies.benchmark.timings import Plan
 
 RIDGE = 10.0
@@ -51,23 +39,16 @@ HEAD = 64  # width of an attention head
 
 @dataclass(frozen=True)
 class Grid:
-    """The sizes of the curves: ``new`` edits are solved in a module of ``d_out`` outputs.
+    """The sizes of the curves."""
 
-    Attributes:
-        edits: rows in place, at a width of ``d_in``.
-        widths: d_in, with ``rows`` rows in place.
-        depths: blocks of models of hidden size ``hidden[0]``.
-        hidden: hidden sizes of models of ``depths[0]`` blocks.
-    """
-
-    edits: tuple[int, ...]
-    widths: tuple[int, ...]
+    edits: tuple[int, ...]  # rows in place, at a width of ``d_in``
+    widths: tuple[int, ...]  # d_in, with ``rows`` rows in place
     d_in: int
     rows: int
-    new: int
+    new: int  # edits that are solved
     d_out: int
-    depths: tuple[int, ...]
-    hidden: tuple[int, ...]
+    depths: tuple[int, ...]  # blocks of models of hidden size ``hidden[0]``
+    hidden: tuple[int, ...]  # sizes of models of ``depths[0]`` blocks
 
 
 SMALL = Grid((0, 100, 300, 1000), (512, 1024, 2048), 2048, 500, 100, 512, (4, 8), (64, 128))
@@ -87,24 +68,17 @@ FULL = Grid(
 class Point:
     """One measurement.
 
-    Attributes:
-        curve: ``edits``, ``widths``, ``depths`` or ``hidden``.
-        at: the value along it.
-        method: ``ours``, from what the last batch left; ``anew``, from the rows alone, as after a
-            load; ``plain``, d_in x d_in; ``batch``, all of a batch on a model.
-        seconds: of one rewrite layer's solve, or of the batch.
-        state: bytes kept for the next batch, of one rewrite layer; 0 for batches.
-        memory: peak above what was there before, bytes.
-        floor: the least seconds its arithmetic can take, where operations were counted.
+    ``method``: ``ours``, from what the last batch left; ``anew``, from the rows alone, as after a
+    load; ``plain``, d_in x d_in; ``batch``, all of a batch on a model.
     """
 
-    curve: str
-    at: int
+    curve: str  # edits, widths, depths or hidden
+    at: int  # the value along it
     method: str
-    seconds: float
-    state: int
-    memory: int
-    floor: float | None = None
+    seconds: float  # of one rewrite layer's solve, or of the batch
+    state: int  # bytes kept for the next batch, of one rewrite layer; 0 for batches
+    memory: int  # peak above what was there before, bytes
+    floor: float | None = None  # least seconds of its arithmetic, where operations were counted
 
 
 @dataclass(frozen=True)
@@ -187,7 +161,7 @@ class System:
         def draw(*shape: int) -> Tensor:
             return torch.randn(*shape, generator=random, device=device)
 
-        half = random_half(width, random)
+        half = subject.random_half(width, random)
         space = NullSpace({0: half}, width - width // 2, "rank", 2 * width)
         prior = space.project(0, draw(rows, width))
         delta = LowRankDelta(prior, torch.zeros(d_out, rows, device=device))
@@ -219,14 +193,13 @@ class System:
 def _batch(curve: str, at: int, depth: int, hidden: int, device: torch.device) -> Point:
     """A small batch on a random GPT-2 of that depth and hidden size."""
     fields = {"n_layer": depth, "n_embd": hidden, "n_head": max(1, hidden // HEAD)}
-    shape = Shape("gpt2", {**fields, "vocab_size": VOCABULARY, **ENDS})
-    model = random_model(shape_config(shape), torch.float32, device)
-    tokenizer = stand_in_tokenizer(VOCABULARY)
-    contexts = random_texts(tokenizer, CONTEXTS * LENGTH, LENGTH)
-    config = replace(benchmark_config(steps=STEPS), contexts=contexts)
-    subject = Subject(f"{depth} x {hidden}", model, tokenizer, config)
-    plan = Plan(edits=EDITS, objectives=("alphaedit",))
-    edits = made_up_edits(tokenizer, EDITS)
-    found = benchmark(subject, random_statistics(subject), edits, plan).sessions[0]
+    shape = subject.Shape("gpt2", {**fields, "vocab_size": VOCABULARY, **subject.ENDS})
+    model = subject.random_model(subject.shape_config(shape), torch.float32, device)
+    tokenizer = subject.stand_in_tokenizer(VOCABULARY)
+    contexts = subject.random_texts(tokenizer, CONTEXTS * LENGTH, LENGTH)
+    config = replace(subject.benchmark_config(steps=STEPS), contexts=contexts)
+    small = subject.Subject(f"{depth} x {hidden}", model, tokenizer, config)
+    edits, plan = subject.made_up_edits(tokenizer, EDITS), Plan(EDITS, objectives=("alphaedit",))
+    found = benchmark(small, subject.random_statistics(small), edits, plan).sessions[0]
     batch, least = found.batches[0], found.floor.total if found.floor else None
     return Point(curve, at, "batch", batch.bare[0], 0, batch.memory, least)

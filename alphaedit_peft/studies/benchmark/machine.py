@@ -103,14 +103,12 @@ class PeakMemory:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.exact = True
-        self.above = 0
-        self._before = 0
+        self.device, self.exact, self.above, self._before = device, True, 0, 0
 
     def __enter__(self) -> PeakMemory:
         gc.collect()
-        _give_back()
+        if os.name == "posix" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):
+            trim(0)  # the C library gives freed memory back, so that it is not taken for in use
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
             self._before = torch.cuda.memory_allocated(self.device)
@@ -123,13 +121,6 @@ class PeakMemory:
         gpu = self.device.type == "cuda"
         peak = torch.cuda.max_memory_allocated(self.device) if gpu else _peak()
         self.above = max(0, peak - self._before)
-
-
-def _give_back() -> None:
-    """Let the C library return freed memory to the system, so that it is not taken for in use."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
-    if trim is not None:
-        trim(0)
 
 
 def _reset_peak() -> bool:

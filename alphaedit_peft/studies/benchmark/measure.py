@@ -32,16 +32,7 @@ from alphaedit_peft.model import AlphaEditModel, get_alphaedit_model
 from alphaedit_peft.model.adapter import adapter_of
 from alphaedit_peft.model.prepare import running
 from alphaedit_peft.studies.base import Progress, dtype_name
-from alphaedit_peft.studies.benchmark.machine import (
-    OperationCounter,
-    PeakMemory,
-    clocked,
-    counting_tokens,
-    describe_machine,
-    floor_seconds,
-    matrix_rate,
-    timed,
-)
+from alphaedit_peft.studies.benchmark import machine
 from alphaedit_peft.studies.benchmark.plain import PlainModel
 from alphaedit_peft.studies.benchmark.subject import Statistics, Subject
 from alphaedit_peft.studies.benchmark.timings import (
@@ -120,7 +111,15 @@ class TimedRuns:
             null_space=space,
             key_moments=given.key_moments if "key_moments" in needed else None,
         )
-        seconds = timed(lambda: _use(model), subject.device)
+
+        def use() -> None:  # what is done once: statistics checked, digested and factorised
+            resources = model.resources
+            metric = resources.find_metric(model.alphaedit_config, model.base_fingerprint)
+            resources.provenance()
+            for layer, delta in model.factors.items():
+                metric.rows(layer, delta.A.new_ones(1, delta.A.shape[1]))
+
+        seconds = machine.timed(use, subject.device)
         self.first_use.setdefault(f"first use by {objective}", seconds)
         try:
             yield model
@@ -138,16 +137,9 @@ class TimedRuns:
         """Matrix rates in the model's dtype, in autocast's, and in those of the solves."""
         names = {dtype_name(self.subject.weights.dtype), "float32", "float64"}
         names |= {self.subject.config.autocast or "float32"}
-        return {n: matrix_rate(getattr(torch, n), self.subject.device) for n in sorted(names)}
-
-
-def _use(model: AlphaEditModel) -> None:
-    """What a metric does once: check and digest its statistics, factorise the moments."""
-    resources = model.resources
-    metric = resources.find_metric(model.alphaedit_config, model.base_fingerprint)
-    resources.provenance()
-    for layer, delta in model.factors.items():
-        metric.rows(layer, delta.A.new_ones(1, delta.A.shape[1]))
+        return {
+            n: machine.matrix_rate(getattr(torch, n), self.subject.device) for n in sorted(names)
+        }
 
 
 class Batches:
@@ -163,9 +155,9 @@ class Batches:
         device, calls = self.over.subject.device, []
         with self.over.wrapped(self.name) as model:
             for part in self.parts:
-                with PeakMemory(device) as memory:
+                with machine.PeakMemory(device) as memory:
                     work = partial(model.edit, part, len(part), progress=False)
-                    report, total = clocked(work, device)
+                    report, total = machine.clocked(work, device)
                 calls.append(Call(report, total, memory.above))
                 self.over.exact_memory &= memory.exact
         self.calls.append(calls)
@@ -180,14 +172,14 @@ class Batches:
     @torch.no_grad()
     def _floor(self, rates: Mapping[str, float]) -> Floor:
         self.over.say(f"{self.name}, counting operations")
-        counter = OperationCounter(phases := Phases())
+        counter = machine.OperationCounter(phases := Phases())
         with self.over.wrapped(self.name) as model, counter, ExitStack() as stack:
             adapter = adapter_of(model, None)
             with phases.timed("contexts"):
                 runner, metric = stack.enter_context(running(model, adapter))
             runner = replace(runner, phases=phases)
             rows = [runner.renderer.edit_rows(edit, runner.contexts) for edit in self.parts[0]]
-            with counting_tokens(runner.model, runner.architecture) as tokens:
+            with machine.counting_tokens(runner.model, runner.architecture) as tokens:
                 edit_batch(runner, metric, adapter.state(), rows, adapter.write)
         return _floor(counter, tokens.total() / runner.architecture.num_blocks, rates)
 
@@ -232,7 +224,7 @@ class PlainWay:
     def run(self) -> None:
         """Make the edits once, and take the time."""
         phases = Phases.of(self.over.subject.model)
-        with PeakMemory(self.over.subject.device) as peak:  # dense matrices count
+        with machine.PeakMemory(self.over.subject.device) as peak:  # dense matrices count
             self._edit(phases)
         self.seconds.append(phases.seconds)
         self.memory = max(self.memory, peak.above)
@@ -242,8 +234,8 @@ class PlainWay:
         plan, floor, architecture = self.over.plan, None, self.runner.architecture
         if plan.floor:
             self.over.say("the plain way, counting operations")
-            counter = OperationCounter(phases := Phases())
-            with counting_tokens(self.over.subject.model, architecture) as tokens, counter:
+            counter = machine.OperationCounter(phases := Phases())
+            with machine.counting_tokens(self.over.subject.model, architecture) as tokens, counter:
                 self._edit(phases)
             floor = _floor(counter, tokens.total() / architecture.num_blocks, rates)
         return PlainSession(len(self.rows), plan.edits, tuple(self.seconds), self.memory, floor)
@@ -255,8 +247,8 @@ class PlainWay:
             plain.edit_batch(self.rows, phases)
 
 
-def _floor(counter: OperationCounter, tokens: float, rates: Mapping[str, float]) -> Floor:
-    seconds = {phase: floor_seconds(n, rates) for phase, n in counter.by_phase.items()}
+def _floor(counter: machine.OperationCounter, tokens: float, rates: Mapping[str, float]) -> Floor:
+    seconds = {phase: machine.floor_seconds(n, rates) for phase, n in counter.by_phase.items()}
     return Floor(counter.by_phase, seconds, tokens)
 
 
@@ -272,7 +264,7 @@ def _head(runs: TimedRuns) -> dict[str, Any]:
     full, architecture = subject.config.resolve(subject.model)
     weights = list(subject.model.parameters())
     return {
-        "machine": describe_machine(subject.device),
+        "machine": machine.describe_machine(subject.device),
         "model": {
             "name": subject.name,
             "random": subject.random,
@@ -298,14 +290,10 @@ def forward_times(
     tokens: int = 256,
     passes: int = 9,
 ) -> tuple[Forward, ...]:
-    """Time forward passes of one row: the bare model, packs of some ranks, the last one merged.
+    """Time forward passes of one row: the bare model, packs of ``ranks``, the last one merged.
 
-    Args:
-        subject: whose model is bare; it is left with the bits it had.
-        progress: called with a line now and then.
-        ranks: of the packs.
-        tokens: in the row; fewer where the model has fewer positions.
-        passes: rounds through all models in turn, after one that does not count; gives medians.
+    Medians of ``passes`` rounds through all models in turn, after one that does not count. The row
+    has ``tokens``, fewer where the model has fewer positions; the model is left with its bits.
     """
     positions = getattr(subject.model.config, "max_position_embeddings", None) or tokens
     length = min(tokens, positions)
@@ -329,7 +317,7 @@ def _round(
 
     def seconds(model: nn.Module) -> float:
         with hooks.evaluating(model):
-            return timed(lambda: model(input_ids=row, use_cache=False), row.device)
+            return machine.timed(lambda: model(input_ids=row, use_cache=False), row.device)
 
     yield ("base", 0), seconds(subject.model)
     model = get_alphaedit_model(subject.model, subject.config, tokenizer=subject.tokenizer)

@@ -85,8 +85,8 @@ def ratio_in_words(found: Values | float) -> str:
     if not isinstance(found, Mapping):
         return f"{found:.3g}"
     runs = found["runs"]
-    text = f"{found['median']:.3g}"
-    return f"{text} ({min(runs):.3g} to {max(runs):.3g})" if len(runs) > 1 else text
+    spread = f" ({min(runs):.3g} to {max(runs):.3g})" if len(runs) > 1 else ""
+    return f"{found['median']:.3g}{spread}"
 
 
 def measured(found: Values) -> Iterator[tuple[str, Table] | str]:
@@ -120,41 +120,37 @@ def _rates(found: Values, form: str) -> str:
 
 
 def _about(found: Values) -> str:
-    model, settings = found["head"]["model"], found["head"]["settings"]
+    name, settings = found["head"]["model"]["name"], found["head"]["settings"]
     layers, stop = ",".join(map(str, settings["rewrite_layers"])), settings["stop_loss"]
     runs = f"down to a loss of {stop:g}" if stop else "all of them run (stop_loss 0)"
     return (
-        f"{model['name']}: {_size(model)}, {_number(model)}, {_weights(model)}; rewrite "
-        f"layers {layers}; {_count(settings['steps'], 'step')}, {runs}; edits {found['requests']}"
+        f"{name}: {', '.join(_model(found))}; rewrite layers {layers}; "
+        f"{_count(settings['steps'], 'step')}, {runs}; edits {found['requests']}"
     )
 
 
-def _size(model: Values) -> str:
-    return f"{model['parameters'] / 1e6:,.1f}M parameters"
-
-
-def _weights(model: Values) -> str:
-    return "random weights" if model["random"] else "its own weights"
-
-
-def _number(model: Values) -> str:
-    """A model's dtype, and autocast's."""
-    return model["dtype"] + (f", autocast {model['autocast']}" if model["autocast"] else "")
+def _model(found: Values) -> tuple[str, str, str]:
+    """A model's size, its dtype with autocast's, and whose weights it has."""
+    model = found["head"]["model"]
+    return (
+        f"{model['parameters'] / 1e6:,.1f}M parameters",
+        model["dtype"] + (f", autocast {model['autocast']}" if model["autocast"] else ""),
+        "random weights" if model["random"] else "its own weights",
+    )
 
 
 def _remarks(found: Values) -> Iterator[str]:
-    if found["alphaedit_to_memit"]:
-        yield f"AlphaEdit takes {ratio_in_words(found['alphaedit_to_memit'])} times MEMIT's time."
-    if found["plain_to_ours"]:
-        plain = found["plain"]
+    if ratio := found["alphaedit_to_memit"]:
+        yield f"AlphaEdit takes {ratio_in_words(ratio)} times MEMIT's time."
+    if ratio := found["plain_to_ours"]:
+        made, of = _count(found["plain"]["edits"], "edit"), found["plain"]["of"]
         yield (
-            f"The plain way takes {ratio_in_words(found['plain_to_ours'])} times the time, without "
-            f"contexts; its targets and keys are those of {_count(plain['edits'], 'edit')}, scaled "
-            f"to {plain['of']}."
+            f"The plain way takes {ratio_in_words(ratio)} times the time, without contexts; its "
+            f"targets and keys are those of {made}, scaled to {of}."
         )
     for session in found["sessions"]:
-        own, first, floor = session["objective"], session["batches"][0], session["floor"]
-        if floor:
+        own, first = session["objective"], session["batches"][0]
+        if floor := session["floor"]:
             total = sum(n for counts in floor["operations"].values() for n in counts.values())
             rest = first["total"] - first["seconds"]["contexts"]
             yield (
@@ -229,18 +225,17 @@ def tables(found: Values) -> str:
 
 def title(found: Values) -> str:
     """Which model, dtype, edits: "lab-llama, float32, 20 edits made up as counterfact"."""
-    model = found["head"]["model"]
-    edits = f"{found['head']['plan']['edits']} edits {found['requests']}"
-    return f"{model['name']}, {_number(model)}, {edits}"
+    name, edits = found["head"]["model"]["name"], found["head"]["plan"]["edits"]
+    return f"{name}, {_model(found)[1]}, {edits} edits {found['requests']}"
 
 
 def _heading(found: Values) -> str:
-    parts = ("model", "settings", "plan", "machine")
-    model, settings, plan, machine = (found["head"][name] for name in parts)
+    settings, plan, machine = (found["head"][name] for name in ("settings", "plan", "machine"))
     place = machine.get("gpu") or f"{machine['processor']}, threads: {machine['threads']}"
+    size, _, weights = _model(found)
     return (
-        f"### {title(found)}\n\n{_size(model)}, {_weights(model)}; {settings['steps']} steps, "
-        f"stop_loss {settings['stop_loss']:g}; median of runs: {plan['repeats']}. {place}, torch "
+        f"### {title(found)}\n\n{size}, {weights}; {settings['steps']} steps, stop_loss "
+        f"{settings['stop_loss']:g}; median of runs: {plan['repeats']}. {place}, torch "
         f"{machine['versions']['torch']}."
     )
 

@@ -94,22 +94,19 @@ class PlainModel:
         phases = phases or Phases.of(self.model)
         with phases.timed("targets"):
             targets = torch.stack([self.target_value(rows) for rows in edits])
-        found: dict[int, Tensor] = {}
         for place, layer in enumerate(self.projectors):
             with phases.timed("keys"):
-                keys = found[layer] = self.mean_keys(edits, layer)  # (edits, d_in)
+                keys = self.mean_keys(edits, layer)  # (edits, d_in)
                 hidden = self.hidden([rows.rows[0] for rows in edits])  # (edits, d)
             residuals = (targets - hidden.to(targets)) / (len(self.projectors) - place)
             with phases.timed("solve"):
                 P, cache = self.projectors[layer], self.caches[layer]
                 update = plain_update(P, cache, keys, residuals, self.settings.ridge)
+                cache.add_(keys.T @ keys)
             module = self.module(layer)
             with phases.timed("write"), torch.no_grad(), in_place(module):
                 weight: Tensor = module.weight  # type: ignore[assignment]
                 weight.add_((update.T if self.architecture.conv1d else update).to(weight))
-        for layer, keys in found.items():
-            with phases.timed("solve"):
-                self.caches[layer].add_(keys.T @ keys)
         return targets
 
     @torch.enable_grad()

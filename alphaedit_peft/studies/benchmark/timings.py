@@ -18,27 +18,15 @@ OBJECTIVES = ("alphaedit", "memit")
 
 @dataclass(frozen=True)
 class Plan:
-    """What is measured.
+    """What is measured; a number below its least or an unknown objective is a ValueError."""
 
-    Attributes:
-        edits: in each of ``batches``, one on top of the other.
-        repeats: of everything that is timed, in turn; medians are given.
-        objectives: of ``OBJECTIVES``.
-        plain_edits: how many of the first batch's edits to make the plain way; 0: none.
-        floor: whether to count operations, in an untimed run of the first batch.
-        inference: whether to time forward passes with packs of growing rank.
-
-    Raises:
-        ValueError: a number below its least, an unknown objective, more plain edits than edits.
-    """
-
-    edits: int = 100
-    batches: int = 1
-    repeats: int = 1
+    edits: int = 100  # in a batch
+    batches: int = 1  # one on top of the other
+    repeats: int = 1  # of everything that is timed, in turn; medians are given
     objectives: tuple[str, ...] = OBJECTIVES
-    plain_edits: int = 0
-    floor: bool = True
-    inference: bool = False
+    plain_edits: int = 0  # how many of the first batch's to make the plain way
+    floor: bool = True  # count operations, in an untimed run of the first batch
+    inference: bool = False  # time forward passes with packs of growing rank
 
     def __post_init__(self) -> None:
         for name in ("edits", "batches", "repeats"):
@@ -88,29 +76,19 @@ def _plain(value: Any) -> Any:
 
 @dataclass(frozen=True)
 class Batch(Figures):
-    """One batch of edits, over all repeats.
-
-    Attributes:
-        edits: asked for, of which ``made`` were written, in ``rows`` new rows.
-        rows_before: rows of ``lora_A`` in place when it began.
-        steps: loss evaluations of a target value, the mean over edits.
-        seconds: by phase, medians.
-        totals: wall seconds of the whole call, one for each repeat; the phases and what is between.
-        contexts: seconds of sampling and tokenising contexts, likewise.
-        memory: peak above what was there before, the largest of the repeats.
-    """
+    """One batch of edits, over all repeats; ``totals`` are the phases and what is between."""
 
     DERIVED = ("total",)
 
-    edits: int
-    rows_before: int
-    made: int
-    rows: int
-    steps: float
-    seconds: Mapping[str, float]
-    totals: tuple[float, ...]
-    contexts: tuple[float, ...]
-    memory: int
+    edits: int  # asked for
+    rows_before: int  # of ``lora_A``, in place when it began
+    made: int  # edits that were written
+    rows: int  # new ones; fewer than edits where some share a key
+    steps: float  # loss evaluations of a target value, the mean over edits
+    seconds: Mapping[str, float]  # by phase, medians
+    totals: tuple[float, ...]  # wall seconds of the whole call, one for each repeat
+    contexts: tuple[float, ...]  # seconds of sampling and tokenising contexts, likewise
+    memory: int  # peak above what was there before, the largest of the repeats
 
     @property
     def total(self) -> float:
@@ -125,17 +103,13 @@ class Batch(Figures):
 
 @dataclass(frozen=True)
 class Floor(Figures):
-    """The arithmetic of the first batch by phase: what was counted, the least time it can take.
-
-    ``operations`` are by dtype, ``seconds`` at the matrix rates of that machine; ``tokens`` are
-    passes of one token, padding too, through all blocks.
-    """
+    """The arithmetic of the first batch by phase: what was counted, the least time it can take."""
 
     DERIVED = ("total",)
 
-    operations: Mapping[str, Mapping[str, int]]
-    seconds: Mapping[str, float]
-    tokens: float
+    operations: Mapping[str, Mapping[str, int]]  # by dtype
+    seconds: Mapping[str, float]  # at the matrix rates of that machine
+    tokens: float  # passes of one token, padding too, through all blocks
 
     @property
     def total(self) -> float:
@@ -158,21 +132,15 @@ class PlainSession(Figures):
 
     ``scaled`` to a whole batch, targets and keys are in proportion to the edits; the systems of
     d_in equations and the writes are per layer, and stay as they were measured.
-
-    Attributes:
-        edits: how many were made, ``of`` so many in a batch.
-        runs: seconds by phase, as measured, one for each repeat.
-        memory: peak above what was there before.
-        floor: of these edits.
     """
 
     DERIVED = ("seconds", "scaled", "scaled_floor", "total")
 
-    edits: int
-    of: int
-    runs: tuple[Mapping[str, float], ...]
-    memory: int
-    floor: Floor | None = None
+    edits: int  # that were made
+    of: int  # so many in a batch
+    runs: tuple[Mapping[str, float], ...]  # seconds by phase, as measured, one for each repeat
+    memory: int  # peak above what was there before
+    floor: Floor | None = None  # of these edits
 
     @property
     def seconds(self) -> dict[str, float]:
@@ -223,23 +191,14 @@ class Forward(Figures):
 
 @dataclass(frozen=True)
 class Findings(Figures):
-    """Everything a benchmark found.
+    """Everything a benchmark found."""
 
-    Attributes:
-        head: the machine, the model, the settings, the edits: all that the figures depend on.
-        rates: matrix rates by dtype, operations a second.
-        statistics: seconds of making statistics, and of their first use by an objective.
-        sessions: one for each objective.
-        plain: the same edits the plain way.
-        inference: what unmerged and merged packs cost in use.
-    """
-
-    head: Mapping[str, Any]
-    rates: Mapping[str, float]
-    statistics: Mapping[str, float]
-    sessions: tuple[Session, ...]
-    plain: PlainSession | None = None
-    inference: tuple[Forward, ...] = ()
+    head: Mapping[str, Any]  # machine, model, settings, edits: all that the figures depend on
+    rates: Mapping[str, float]  # of a matrix product, operations a second by dtype
+    statistics: Mapping[str, float]  # seconds of making them, and of first use by an objective
+    sessions: tuple[Session, ...]  # one for each objective
+    plain: PlainSession | None = None  # the same edits the plain way
+    inference: tuple[Forward, ...] = ()  # what unmerged and merged packs cost in use
 
     @property
     def batches(self) -> dict[str, tuple[Batch, ...]]:
