@@ -4,7 +4,9 @@ In: second moments of ROME and MEMIT (``.npz``, one file a layer), covariances i
 file, or the projectors of AlphaEdit's reference code (``null_space_project.pt``). Out: a
 :class:`~alphaedit_peft.nullspace.space.KeyMoments`, or a
 :class:`~alphaedit_peft.nullspace.space.NullSpace` where only projectors are known. Nothing is
-unpickled, sizes are checked before memory is taken, and no number is used before it was checked.
+unpickled, sizes are checked before memory is taken, and no number is used before it was checked. A
+missing file is a FileNotFoundError, what cannot be used of one a :class:`ForeignFileError`, and
+layers or widths that the given model does not have are a ValueError.
 """
 
 from __future__ import annotations
@@ -12,9 +14,10 @@ from __future__ import annotations
 import math
 import re
 import zipfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -50,37 +53,31 @@ def read_second_moments(
     Args:
         files: one a layer, named as those programs do, such as
             ``transformer.h.13.mlp.c_proj_float32_mom2_100000.npz``, which tells the layer; or
-            layer -> file, whatever its name.
+            layer -> file, whatever its name. A layer twice is a ValueError.
         model: the base that they are of: its widths are checked, and the result is bound to it by
             a fingerprint. Without it, they are taken for any model of these widths.
         config: names the parts of a model whose family is not known.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ForeignFileError: a file that is damaged or hostile, or of something else.
-        ValueError: a layer twice, or one that the model does not have, or of another width there.
     """
-    named = dict(files) if isinstance(files, Mapping) else _by_layer(files)
+    given = files if isinstance(files, Mapping) else _by_layer(files)
+    named = {int(layer): Path(path) for layer, path in given.items()}
     if not named:
         raise ValueError("files is empty; give one .npz file for each rewrite layer")
-    found = {int(layer): _npz_moment(Path(path)) for layer, path in sorted(named.items())}
-    moments = {layer: one.moment for layer, one in found.items()}
-    for layer, moment in moments.items():
-        _check_moment(moment, f"{named[layer]}")
-    names = {layer: _module_and_layer(Path(named[layer]))[0] for layer in found}
+    moments, tokens, texts = {}, {}, {}
+    for layer, path in sorted(named.items()):
+        moments[layer], tokens[layer], texts[layer] = _npz_moment(path)
+    names = {layer: _module_and_layer(named[layer])[0] for layer in moments}
     source = "second moments of ROME or MEMIT (.npz)"
     modules, made_for, origin = _origin(source, model, config, moments, names)
-    folders = {Path(path).resolve().parent.name for path in named.values()}
+    folders = {path.resolve().parent.name for path in named.values()}
     corpora = sorted(name.removesuffix("_stats") for name in folders if name.endswith("_stats"))
     provenance = {
         "corpus": ", ".join(corpora) or "an unknown corpus",
-        "texts": next(iter(found.values())).texts,
-        "tokens_by_layer": {str(layer): one.tokens for layer, one in found.items()},
-        "files": {str(layer): Path(path).name for layer, path in named.items()},
+        "texts": next(iter(texts.values())),
+        "tokens_by_layer": {str(layer): count for layer, count in tokens.items()},
+        "files": {str(layer): path.name for layer, path in named.items()},
         **origin,
     }
-    tokens = min(one.tokens for one in found.values())
-    return KeyMoments(moments, tokens, modules, made_for, provenance)
+    return KeyMoments(moments, min(tokens.values()), modules, made_for, provenance)
 
 
 def read_covariances(
@@ -95,20 +92,13 @@ def read_covariances(
     """Key moments from a safetensors file that holds one matrix (d_in, d_in) a layer.
 
     The matrices are means of k k^T, not centred ones: C0 is not a covariance in the strict sense.
+    ``model`` and ``config`` are as for ``read_second_moments``.
 
     Args:
         path: the file.
-        names: layer -> name of its matrix in the file.
+        names: layer -> name of its matrix; one that the file does not have is a ValueError.
         tokens: how many tokens went into each.
         summed: whether they are sums over the tokens rather than means.
-        model: as for ``read_second_moments``.
-        config: as for ``read_second_moments``.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ForeignFileError: a file that is damaged, or a matrix that is no second moment.
-        ValueError: no tokens, names that the file does not have, or layers or widths that the
-            model does not.
     """
     path = Path(path)
     if not names or tokens < 1:
@@ -116,11 +106,11 @@ def read_covariances(
             f"names={dict(names)} and tokens={tokens} must say which matrix is of which layer, and "
             "over how many tokens they were collected"
         )
-    moments = {int(layer): _matrix(path, name) for layer, name in sorted(names.items())}
-    if summed:
-        moments = {layer: moment / tokens for layer, moment in moments.items()}
-    for layer, moment in moments.items():
-        _check_moment(moment, f"{path}: {names[layer]}")
+    divisor = tokens if summed else 1
+    moments = {
+        int(layer): _checked(_matrix(path, name) / divisor, f"{path}: {name}")
+        for layer, name in sorted(names.items())
+    }
     source = "covariances (.safetensors)"
     modules, made_for, origin = _origin(source, model, config, moments)
     provenance = {
@@ -142,19 +132,13 @@ def read_projector(
 
     The file holds P alone, (layers, d_in, d_in). Eigenvalues and tokens are not known: the
     spectrum is 1 where P removes and 0 where it keeps, ``tokens`` is 0, and the threshold cannot be
-    moved from 0.5 (absolute).
+    moved from 0.5 (absolute). ``model`` and ``config`` are as for ``read_second_moments``.
 
     Args:
         path: the file; it is loaded without unpickling anything but tensors.
         layers: which blocks the projectors are of, in the file's order, which the file does not
-            tell: the ``layers`` of the hyper-parameters it was made with.
-        model: as for ``read_second_moments``.
-        config: as for ``read_second_moments``.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ForeignFileError: a file that holds more than a tensor, or no projectors.
-        ValueError: as many layers as the file does not hold, or that the model does not have.
+            tell: the ``layers`` of the hyper-parameters it was made with. Another number of them
+            than the file holds is a ValueError.
     """
     path = Path(path)
     stacked = _projectors(path)
@@ -208,26 +192,28 @@ def _module_and_layer(path: Path) -> tuple[str, int | None]:
     return match["module"], int(numbers[0])
 
 
-class _NpzMoment(NamedTuple):
-    """What one file holds: C0 (d_in, d_in) in float32, tokens, and texts where the file says."""
-
-    moment: Tensor
-    tokens: int
-    texts: int | None
-
-
-def _npz_moment(path: Path) -> _NpzMoment:
-    _require_file(path, ".npz file of second moments")
+@contextmanager
+def _parsing(path: Path, kind: str, of: str) -> Iterator[None]:
+    """Refuse a file that is not there, and one on which its parser raises, whatever it raises."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist; give a {kind} of {of}")
     try:
-        with zipfile.ZipFile(path) as archive:
-            return _read(path, archive)
+        yield
     except ForeignFileError:
         raise
-    except Exception as error:  # zipfile and numpy raise many kinds for damaged files
-        raise ForeignFileError(f"{path} is no readable .npz file: {error}") from error
+    except Exception as error:
+        raise ForeignFileError(f"{path} is no readable {kind}: {error}") from error
 
 
-def _read(path: Path, archive: zipfile.ZipFile) -> _NpzMoment:
+def _npz_moment(path: Path) -> tuple[Tensor, int, int | None]:
+    """What a file holds: C0 (d_in, d_in) in float32, tokens, and texts where it says."""
+    with _parsing(path, ".npz file", "second moments"), zipfile.ZipFile(path) as archive:
+        total, count, texts = _arrays(path, archive)
+    return _checked((total / count).float(), str(path)), count, texts
+
+
+def _arrays(path: Path, archive: zipfile.ZipFile) -> tuple[Tensor, int, int | None]:
+    """The sum of k k^T, in float32 or float64, and how many tokens and texts it is over."""
     unpacked = sum(member.file_size for member in archive.infolist())
     if unpacked > MAX_RATIO * path.stat().st_size:
         raise ForeignFileError(
@@ -246,8 +232,7 @@ def _read(path: Path, archive: zipfile.ZipFile) -> _NpzMoment:
     said = "sample_size" in held
     texts = _whole(_array(path, archive, "sample_size", dimensions=0)) if said else None
     total = torch.from_numpy(_array(path, archive, f"{prefix}mom2", dimensions=2))
-    total = total if total.dtype == torch.float64 else total.float()
-    return _NpzMoment((total / count).float(), count, texts)
+    return total if total.dtype == torch.float64 else total.float(), count, texts
 
 
 def _array(path: Path, archive: zipfile.ZipFile, name: str, dimensions: int) -> Any:
@@ -284,13 +269,9 @@ def _whole(number: Any) -> int | None:
 
 def _matrix(path: Path, name: str) -> Tensor:
     """A matrix of a safetensors file, in float32."""
-    _require_file(path, "safetensors file of matrices")
-    try:
-        with safe_open(path, "pt") as file:
-            held = sorted(file.keys())
-            found = file.get_tensor(name) if name in held else None
-    except Exception as error:
-        raise ForeignFileError(f"{path} is no readable safetensors file: {error}") from error
+    with _parsing(path, "safetensors file", "matrices"), safe_open(path, "pt") as file:
+        held = sorted(file.keys())
+        found = file.get_tensor(name) if name in held else None
     if found is None:
         raise ValueError(f"{path} holds no matrix {name!r}; it holds {held[:20]}")
     return found.float()
@@ -298,7 +279,8 @@ def _matrix(path: Path, name: str) -> Tensor:
 
 def _projectors(path: Path) -> Tensor:
     """The one tensor (layers, d_in, d_in) of a torch file, mapped from the disk."""
-    _require_file(path, "file such as null_space_project.pt")
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist; give a file such as null_space_project.pt")
     try:
         found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:
@@ -322,8 +304,8 @@ def _projectors(path: Path) -> Tensor:
     return found.detach()
 
 
-def _check_moment(moment: Tensor, where: str) -> None:
-    """Refuse what cannot be a mean of k k^T, which has |C_ij| <= sqrt(C_ii C_jj)."""
+def _checked(moment: Tensor, where: str) -> Tensor:
+    """A moment, unless it can be no mean of k k^T, which has |C_ij| <= sqrt(C_ii C_jj)."""
     shape = tuple(moment.shape)
     if moment.ndim != 2 or shape[0] != shape[1] or not 0 < shape[0] <= MAX_WIDTH:
         raise ForeignFileError(f"{where} is {shape}, but a second moment is (d_in, d_in)")
@@ -340,11 +322,7 @@ def _check_moment(moment: Tensor, where: str) -> None:
             f"{where} has an entry {excess:.2g} above sqrt(C_ii C_jj), which no mean of k k^T has; "
             "is it a correlation, or the moment of something else?"
         )
-
-
-def _require_file(path: Path, wanted: str) -> None:
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist; give a {wanted}")
+    return moment
 
 
 def _origin(

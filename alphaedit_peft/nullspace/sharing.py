@@ -66,11 +66,7 @@ class About(NamedTuple):
 
 
 def folder_name(fingerprint: BaseFingerprint) -> str:
-    """The folder of a base's null space in a shared repository: its digest, cut to ``MAX_NAME``.
-
-    Raises:
-        ValueError: a fingerprint of a quantised or offloaded base, which has no digest.
-    """
+    """The folder of a base's null space in a shared repository: its digest, cut to ``MAX_NAME``."""
     if fingerprint.digest is None:
         raise ValueError(
             "this null space was made on a quantised or offloaded base, so that there is no "
@@ -94,7 +90,6 @@ def find_folder(
     Raises:
         FileNotFoundError: no null space for this base there.
         ValueError: several, so that one must be named.
-        OSError: as :func:`alphaedit_peft.hub.fetch_folder`.
     """
     root = left_aside(path_or_repo) or Path(path_or_repo)
     if root.is_dir():
@@ -121,7 +116,6 @@ def push_null_space(
 
     Raises:
         ValueError: ``by_fingerprint`` together with a subfolder, or without a fingerprint.
-        OSError, ValueError, RuntimeError: as :func:`alphaedit_peft.hub.push_folder`.
     """
     if by_fingerprint:
         if to.subfolder is not None:
@@ -151,17 +145,17 @@ def card(about: About, to: Destination, *, by_fingerprint: bool) -> str:
         library_name="alphaedit_peft",
         tags=["alphaedit", "knowledge-editing", "null-space"],
     )
-    rows = "\n".join(
+    rows = [
         f"| {row.layer} | {row.width} | {row.kept} | {row.threshold:.4g} {row.threshold_mode} |"
         for row in about.layers
-    )
+    ]
     digest = about.fingerprint and about.fingerprint.digest
     use = _USE if to.subfolder is None or by_fingerprint else _USE_SUBFOLDER
     text = _CARD.format(
         base=_base(about),
         tokens=about.tokens,
         corpus=_one_line(about.provenance.get("corpus", "an unknown corpus")),
-        rows=rows,
+        rows="\n".join(rows),
         use=use.format(repo=json.dumps(to.repo_id), subfolder=json.dumps(to.subfolder)),
         fingerprint=f"`{digest}`" if digest else "none, so that it fits by shape alone",
     )
@@ -172,13 +166,12 @@ def _choose(root: Path, given: str | Path, fingerprint: BaseFingerprint | None) 
     """The name of the folder within ``root``, or None for the root itself."""
     named = {path.parent.name: _made_for(path) for path in sorted(root.glob(f"*/{HEADER}"))}
     if fingerprint is not None:
-        fitting = [
-            n for n, base in named.items() if base and base.matches(fingerprint) is not False
-        ]
-        exact = [name for name in fitting if named[name] == fingerprint]
-        if len(exact or fitting) == 1:
-            return (exact or fitting)[0]
-        if fitting:
+        known = {name: base for name, base in named.items() if base is not None}
+        fitting = [n for n, base in known.items() if base.matches(fingerprint) is not False]
+        best = [name for name in fitting if known[name] == fingerprint] or fitting
+        if len(best) == 1:
+            return best[0]
+        if best:
             raise ValueError(
                 f"{given} holds several null spaces that fit this model: {fitting}; load one with "
                 "NullSpace.from_pretrained(..., subfolder=) and pass it as null_space="

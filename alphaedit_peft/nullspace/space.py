@@ -81,20 +81,15 @@ class KeyMoments:
 
         Args:
             model: the base model; of a PEFT model, its base with adapters off.
-            tokenizer: of the model.
-            texts: the corpus, in any form that ``corpus.read_texts`` takes.
+            texts: the corpus, with its ``text_column``, in any form that ``read_texts`` takes.
             config: rewrite layers, and ``tokens_per_batch``, which bounds memory.
             max_tokens: stop after this many tokens; at least ten times d_in is advised.
-            progress: whether to show a progress bar on stderr.
             resume: a file for the sums: written now and then, on Ctrl-C and at the end, and gone
-                on from when it exists. On the same hardware this ends in the same bits as an
-                uninterrupted pass.
-            text_column: which column of a dataset holds the text.
+                on from when it exists, to the same bits on the same hardware.
 
         Raises:
             ValueError: a model that cannot be edited or is split among processes, no tokens, keys
                 that are not finite, or a resume file of another run.
-            OtherProcessError: another of several processes failed.
         """
         if max_tokens is not None and max_tokens < 1:
             raise ValueError(
@@ -148,10 +143,6 @@ class KeyMoments:
             reach: how far ``with_threshold`` can go from there, as a factor, either way. The
                 artefact holds eigenvectors for all of it: 1.0 makes the thinnest one, whose
                 threshold stays.
-            progress: whether to show a bar on stderr where it takes long.
-
-        Raises:
-            ValueError: no threshold or mode in either place, and as ``NullSpace.from_moments``.
         """
         if config is not None:
             threshold = config.threshold if threshold is None else threshold
@@ -181,12 +172,7 @@ class KeyMoments:
 
     @classmethod
     def from_pretrained(cls, save_directory: str | Path) -> KeyMoments:
-        """Read what ``save_pretrained`` wrote.
-
-        Raises:
-            FileNotFoundError: a missing file.
-            ValueError: a damaged file.
-        """
+        """Read what ``save_pretrained`` wrote; a damaged file is a ValueError."""
         tensors, values = _read(
             save_directory, MOMENTS_STEM, MOMENTS_FIELDS, "modules", ("moment",)
         )
@@ -237,11 +223,7 @@ class NullSpace:
         resume: str | Path | None = None,
         text_column: str = "text",
     ) -> NullSpace:
-        """Collect key moments and keep their null space; arguments as ``KeyMoments.collect``.
-
-        Raises:
-            ValueError: as ``KeyMoments.collect`` and ``from_moments``.
-        """
+        """Collect key moments and keep their null space; arguments as ``KeyMoments.collect``."""
         moments = KeyMoments.collect(
             model,
             tokenizer,
@@ -307,14 +289,10 @@ class NullSpace:
         """Projected keys K P.
 
         Args:
-            layer: one of ``layers``.
             keys: (n, d_in), any floating dtype, any device.
 
         Returns:
             (n, d_in) on the keys' device, in float32, or float64 where the keys are.
-
-        Raises:
-            ValueError: a layer without a null space, or keys of another width.
         """
         return self._part(layer).project(self._checked(layer, keys), self.null_dimension(layer))
 
@@ -325,29 +303,15 @@ class NullSpace:
         as a root mean square. Exact for projected rows where Q is stored. What else lies outside
         the stored eigenvectors counts at the largest eigenvalue not stored, which makes an upper
         bound (in the order of symmetric matrices).
-
-        Raises:
-            ValueError: as ``project``.
         """
         return moment_quadratic(self._part(layer), self._checked(layer, rows).double())
 
     def with_threshold(self, threshold: float, mode: str | None = None) -> NullSpace:
-        """This null space at another threshold, within the ``reach`` it was made with.
-
-        Raises:
-            ValueError: a threshold beyond the stored eigenvectors; ``KeyMoments`` has them all.
-        """
+        """This null space at another threshold; one beyond its ``reach`` is a ValueError."""
         return replace(self, threshold=threshold, threshold_mode=mode or self.threshold_mode)
 
     def check_base(self, fingerprint: BaseFingerprint, layers: Sequence[int]) -> None:
-        """Check that this null space is of that base and has those layers.
-
-        Raises:
-            ValueError: missing layers, or another model.
-
-        Warns:
-            UserWarning: a base whose weights could not be compared.
-        """
+        """Refuse layers that are missing, or another base; warn of one that cannot be compared."""
         missing = sorted(set(layers) - set(self.layers))
         if missing:
             raise ValueError(
@@ -395,14 +359,10 @@ class NullSpace:
         subfolder: str | None = None,
         fingerprint: BaseFingerprint | None = None,
     ) -> NullSpace:
-        """Read a null space from a folder or a Hub repository.
+        """Read a null space from a folder or a Hub repository; a damaged file is a ValueError.
 
         ``fingerprint`` chooses, where there are several, the one that was made for that base (see
         ``push_to_hub(by_fingerprint=True)``); where none fits, the one at the root is read.
-
-        Raises:
-            FileNotFoundError: neither a folder nor a repository that may be read, or no null space.
-            ValueError: a damaged file, or several that fit.
         """
         folder = find_folder(
             path_or_repo, fingerprint, revision=revision, token=token, subfolder=subfolder
