@@ -67,11 +67,7 @@ class LowRankDelta:
         return A @ A.T
 
     def norm(self, gram: Tensor | None = None) -> float:
-        """Frobenius norm |B A| = sqrt(tr(B^T B A A^T)), without forming B A.
-
-        Args:
-            gram: A A^T, (n, n), where it is at hand.
-        """
+        """Frobenius norm |B A| = sqrt(tr(B^T B G)), without forming B A; G = A A^T, (n, n)."""
         G, B = self.gram() if gram is None else gram, self.B.double().to(self.A.device)
         return float(((B.T @ B).to(G) * G).sum().clamp_min(0).sqrt())
 

@@ -86,12 +86,7 @@ def replace_folder(
 
 
 def check_folder(folder: str | Path) -> None:
-    """Refuse a folder that cannot be replaced; to call before hours of work, too.
-
-    Raises:
-        FileExistsError: ``folder`` is a file.
-        ValueError: ``folder`` is, or holds, the working directory, which cannot be exchanged.
-    """
+    """Refuse what ``replace_folder`` cannot replace; to call before hours of work, too."""
     target = Path(folder).resolve()
     if target.exists() and not target.is_dir():
         raise FileExistsError(f"{folder} is a file; give the name of a folder")
@@ -182,12 +177,7 @@ def write_artefact(
     """Write tensors and values, with the format's name and version, into a folder, in one step.
 
     Of several processes the main one does. The folder's other files stay. A process killed at any
-    moment leaves the old two files or the new ones.
-
-    Raises:
-        FileExistsError: ``folder`` is a file.
-        ValueError: ``folder`` is, or holds, the working directory.
-        OSError: the disk is full, or a right is missing; what was there before is untouched.
+    moment leaves the old two files or the new ones. Errors are those of ``replace_folder``.
     """
     if not parallel.is_main():
         return
@@ -342,9 +332,9 @@ def _exchange(one: Path, other: Path) -> bool:
         renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
     except (OSError, AttributeError):
         return False
-    names = os.fsencode(one), os.fsencode(other)
-    done = renameat2(_AT_FDCWD, names[0], _AT_FDCWD, names[1], ctypes.c_uint(_RENAME_EXCHANGE))
-    return bool(done == 0)
+    old, new = os.fsencode(one), os.fsencode(other)
+    exchange = ctypes.c_uint(_RENAME_EXCHANGE)
+    return bool(renameat2(_AT_FDCWD, old, _AT_FDCWD, new, exchange) == 0)
 
 
 def _stamp(folder: Path) -> tuple[int, int]:
@@ -426,8 +416,7 @@ def _check_header(path: Path, stem: str, values: Any, fields: Mapping[str, Types
             f"{path} is format {header.get('format')!r} version {header.get('version')!r}; this "
             f"version of alphaedit_peft reads {stem!r} version {FORMAT_VERSION}"
         )
-    if set(header) != {"format", "version", *fields}:
-        wrong = sorted(set(header) ^ {"format", "version", *fields})
+    if wrong := sorted(set(header) ^ {"format", "version", *fields}):
         raise ValueError(f"{path}: fields {wrong} are missing or unknown; the file is damaged")
     for name, types in fields.items():
         if not isinstance(header[name], types):

@@ -168,16 +168,12 @@ def _own_parameters(module: nn.Module) -> dict[str, Tensor]:
 
 
 def _hash(parameters: Mapping[str, Tensor]) -> str:
+    """Hash of evenly spaced values of each tensor, rounded to bfloat16."""
     found = hashlib.sha256()
     for name, parameter in sorted(parameters.items()):
-        found.update(f"{name} {tuple(parameter.shape)}\n".encode())
-        found.update(_sample(parameter))
+        flat = parameter.reshape(-1)
+        count = min(SAMPLES, len(flat))
+        at = torch.arange(count, device=flat.device) * len(flat) // max(count, 1)
+        sample = flat[at].to(torch.bfloat16).view(torch.int16).cpu().numpy()
+        found.update(f"{name} {tuple(parameter.shape)}\n".encode() + sample.tobytes())
     return found.hexdigest()[:_STAGE]
-
-
-def _sample(parameter: Tensor) -> bytes:
-    """Evenly spaced values of a tensor, rounded to bfloat16."""
-    flat = parameter.reshape(-1)
-    count = min(SAMPLES, len(flat))
-    at = torch.arange(count, device=flat.device) * len(flat) // max(count, 1)
-    return flat[at].to(torch.bfloat16).view(torch.int16).cpu().numpy().tobytes()

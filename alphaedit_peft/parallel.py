@@ -67,7 +67,8 @@ def summed(matrix: Tensor) -> Tensor:
     """The sum of every process's matrix, of one shape and dtype: the same bits in all."""
     if count() == 1:
         return matrix
-    total = matrix.to(_device(), copy=True)
+    between_gpus = dist.get_backend() == "nccl"
+    total = matrix.to(torch.cuda.current_device() if between_gpus else "cpu", copy=True)
     dist.all_reduce(total)
     return total.to(matrix.device)
 
@@ -135,10 +136,3 @@ def _exchanged(failure: str | None, value: T, *, quiet: bool = False) -> list[T]
             "too; see that process's own error"
         )
     return [found for _, found in slots]
-
-
-def _device() -> torch.device:
-    """Where tensors are exchanged: this process's GPU, where the group talks between GPUs."""
-    if dist.get_backend() == "nccl":
-        return torch.device("cuda", torch.cuda.current_device())
-    return torch.device("cpu")

@@ -13,13 +13,14 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 TEXTS_AT_ONCE = 64
 BATCHES_BUFFERED = 16  # windows of about this many batches are sorted by length, to pad less
+Row = tuple[list[int], int]  # token ids, and how many texts were read up to their end
 _NAME = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]*){0,2}")  # repo, repo:config, repo:config:split
 
 
@@ -35,11 +36,6 @@ class TokenBatch:
     def tokens(self) -> int:
         """Number of real tokens."""
         return int(self.mask.sum())
-
-
-class _Window(NamedTuple):
-    ids: list[int]
-    texts: int
 
 
 def read_texts(texts: Any, text_column: str = "text") -> Iterable[str]:
@@ -91,29 +87,24 @@ def token_batches(
     """Batches of the texts' tokens, the same ones each time the same texts are given.
 
     Args:
-        texts: the corpus; blank texts are passed over.
+        texts: the corpus; blank texts are passed over, and what is no text is a TypeError.
         tokenizer: of the model; its settings are not touched and it needs no padding token.
         window: most tokens of one row; longer texts are cut into several rows.
         tokens_per_batch: most tokens of a batch, padding included; at least ``window``.
         max_tokens: stop after this many tokens, cutting the last row.
-
-    Raises:
-        TypeError: an entry that is not text.
     """
-    buffer: list[_Window] = []
+    buffer: list[Row] = []
     waiting = 0
-    for row in _windows(texts, tokenizer, window, max_tokens):
-        buffer.append(row)
-        waiting += len(row.ids)
+    for ids, read in _windows(texts, tokenizer, window, max_tokens):
+        buffer.append((ids, read))
+        waiting += len(ids)
         if waiting >= BATCHES_BUFFERED * tokens_per_batch:
             yield from _packed(buffer, tokens_per_batch)
             buffer, waiting = [], 0
     yield from _packed(buffer, tokens_per_batch)
 
 
-def _windows(
-    texts: Iterable[str], tokenizer: Any, window: int, left: int | None
-) -> Iterator[_Window]:
+def _windows(texts: Iterable[str], tokenizer: Any, window: int, left: int | None) -> Iterator[Row]:
     remaining = iter(texts)
     read = 0
     while chunk := list(islice(remaining, TEXTS_AT_ONCE)):
@@ -129,22 +120,22 @@ def _windows(
         for (number, _), ids in zip(filled, encoded, strict=True):
             for start in range(0, len(ids), window):
                 row = ids[start : start + window][:left]
-                yield _Window(row, number)
+                yield row, number
                 if left is not None:
                     left -= len(row)
                     if left <= 0:
                         return
 
 
-def _packed(rows: list[_Window], tokens_per_batch: int) -> Iterator[TokenBatch]:
+def _packed(rows: list[Row], tokens_per_batch: int) -> Iterator[TokenBatch]:
     """Longest rows first, so that a batch too large for memory fails at the start."""
-    texts = max((row.texts for row in rows), default=0)
+    texts = max((read for _, read in rows), default=0)
     batch: list[list[int]] = []
-    for row in sorted(rows, key=lambda row: len(row.ids), reverse=True):
+    for ids in sorted((ids for ids, _ in rows), key=len, reverse=True):
         if batch and len(batch[0]) * (len(batch) + 1) > tokens_per_batch:
             yield _padded(batch, texts)
             batch = []
-        batch.append(row.ids)
+        batch.append(ids)
     if batch:
         yield _padded(batch, texts)
 

@@ -111,8 +111,7 @@ def read_covariances(
         int(layer): _checked(_matrix(path, name) / divisor, f"{path}: {name}")
         for layer, name in sorted(names.items())
     }
-    source = "covariances (.safetensors)"
-    modules, made_for, origin = _origin(source, model, config, moments)
+    modules, made_for, origin = _origin("covariances (.safetensors)", model, config, moments)
     provenance = {
         "corpus": f"an unknown corpus ({path.name})",
         "files": {str(layer): f"{path.name}: {names[layer]}" for layer in moments},

@@ -76,11 +76,7 @@ class Checkpoint:
         os.replace(partial, self.path)
 
     def read(self) -> Sums:
-        """The sums so far; empty ones where there is no file yet.
-
-        Raises:
-            ValueError: a file of another model, other layers, or not written here.
-        """
+        """The sums so far; empty where there is no file yet, a ValueError where it is another's."""
         if not self.path.exists():
             return Sums()
         try:
@@ -125,7 +121,6 @@ def collect_sums(
 
     Raises:
         ValueError: activations that are not finite, or a checkpoint of other texts.
-        OtherProcessError: another of several processes failed.
     """
     with parallel.in_step():
         sums = Sums() if checkpoint is None else checkpoint.begin()
@@ -187,10 +182,9 @@ def _add(model: Any, names: list[str], batch: TokenBatch, sums: Sums) -> None:
         if name not in sums.matrices:
             width = keys.shape[1]
             sums.matrices[name] = torch.zeros(width, width, device=keys.device)
-        sums.matrices[name] = sums.matrices[name].to(keys.device)
-        add_products(sums.matrices[name], keys)
-        # squares of what is not finite are not finite
-        if not torch.isfinite(sums.matrices[name].diagonal()).all():
+        total = sums.matrices[name] = sums.matrices[name].to(keys.device)
+        add_products(total, keys)
+        if not torch.isfinite(total.diagonal()).all():  # squares show what is not finite
             raise ValueError(
                 f"the keys of {name} hold NaN or infinity in {inputs.dtype}; load the model in "
                 "bfloat16 or float32, or check its weights"

@@ -333,8 +333,10 @@ class NullSpace:
     def digest(self) -> str:
         """Sixteen hex digits that identify this projector, for provenance."""
         state = json.dumps([self.threshold, self.threshold_mode, self.layers])
-        parts = (self.parts[layer].content() for layer in self.layers)
-        return hashlib.sha256(state.encode() + b"".join(parts)).hexdigest()[:16]
+        found = hashlib.sha256(state.encode())
+        for part in (self.parts[layer] for layer in self.layers):
+            found.update(part.values.numpy().tobytes() + part.basis.contiguous().numpy().tobytes())
+        return found.hexdigest()[:16]
 
     def save_pretrained(self, save_directory: str | Path) -> None:
         """Write ``null_space.safetensors`` and ``null_space.json``; the main process does."""
@@ -344,10 +346,9 @@ class NullSpace:
             for name in ("basis", "values")
         }
         sides = {str(layer): part.complement for layer, part in self.parts.items()}
-        mode = {name: getattr(self, name) for name in MODE}
-        write_artefact(
-            save_directory, STEM, tensors, {"complement": sides, **mode, **_origin(self)}
-        )
+        mode = {"threshold": self.threshold, "threshold_mode": self.threshold_mode}
+        values = {"complement": sides, **mode, **_origin(self)}
+        write_artefact(save_directory, STEM, tensors, values)
 
     @classmethod
     def from_pretrained(

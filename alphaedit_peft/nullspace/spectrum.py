@@ -73,9 +73,7 @@ class LayerSpace:
     def from_projector(cls, projector: Tensor) -> LayerSpace:
         """Basis of P (d_in, d_in); its eigenvalues stand in for those of C0: 0 kept, 1 removed.
 
-        Raises:
-            ValueError: a matrix that is not a projector: not symmetric, or with an eigenvalue
-                that is off 0 and 1 by more than 0.01.
+        What is off symmetric, or has eigenvalues off 0 and 1, by more than 0.01 is a ValueError.
         """
         exact = projector.double()
         error = float((exact - exact.T).abs().max())
@@ -88,11 +86,9 @@ class LayerSpace:
                 f"its eigenvalues are off 0 and 1 by {error:.2g} (trace "
                 f"{float(found.sum()):.6g}), so it is no projector"
             )
-        removed = int((found < 0.5).sum())
-        width = len(found)
-        complement = removed <= width - removed
-        values = torch.zeros(width)
-        values[width - removed :] = 1
+        values = (found < 0.5).float().flip(0)
+        removed = int(values.sum())
+        complement = removed <= len(values) - removed
         basis = vectors[:, :removed] if complement else vectors[:, removed:]
         return cls(_stored(basis), values, complement)
 
@@ -116,17 +112,8 @@ class LayerSpace:
         last = stored if self.complement else kept
         return algebra.project(keys, self.basis[:, first:last].to(keys), self.complement)
 
-    def content(self) -> bytes:
-        """The numbers as bytes, to hash."""
-        return self.values.numpy().tobytes() + self.basis.contiguous().numpy().tobytes()
-
     def check(self, layer: int) -> None:
-        """Check what was read from a file.
-
-        Raises:
-            ValueError: shapes that do not fit, a spectrum that does not ascend from zero, or
-                eigenvectors that are not orthonormal to 1e-3.
-        """
+        """Refuse shapes that do not fit, values that do not ascend from zero, and a skew basis."""
         shape, sizes = tuple(self.basis.shape), tuple(self.values.shape)
         if len(shape) != 2 or sizes != shape[:1] or shape[1] > shape[0]:
             raise ValueError(

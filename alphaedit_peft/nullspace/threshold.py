@@ -71,11 +71,7 @@ def null_basis(key_moment: Tensor, threshold: float, mode: str = "absolute") -> 
 
 
 def check_reach(part: LayerSpace, layer: int, threshold: float, mode: str) -> None:
-    """Refuse a threshold that keeps nothing or is beyond the eigenvectors that are stored.
-
-    Raises:
-        ValueError: either, or another threshold than a projector's own.
-    """
+    """Refuse a threshold that keeps nothing, is beyond the stored eigenvectors, or not P's own."""
     if part.projector_only and (threshold, mode) != PROJECTOR:
         raise ValueError(
             f"threshold={threshold} ({mode}) cannot be used: layer {layer} was read from a "
@@ -107,11 +103,22 @@ def decompose(
 ) -> dict[int, LayerSpace]:
     """Every layer's part of a null space, from its moment C0 (d_in, d_in) over so many tokens.
 
-    ``wanted`` is threshold, mode and reach; ``progress`` shows a bar on stderr where a layer takes
-    seconds or more. Raises and warns as ``NullSpace.from_moments``.
+    ``wanted`` is threshold, mode and reach; ``progress`` shows a bar where a layer takes seconds.
     """
     for layer, moment in moments.items():
-        _check_tokens(tokens, layer, len(moment))
+        width = len(moment)
+        if tokens < width:
+            raise ValueError(
+                f"{tokens} tokens are fewer than layer {layer}'s width {width}, so directions "
+                f"would count as unused for want of data; collect at least {width - tokens} more, "
+                f"better {10 * width - tokens}"
+            )
+        if tokens < 10 * width:
+            warnings.warn(
+                f"{tokens} tokens are few for layer {layer}'s width {width}; ten for each "
+                f"direction are advised, {10 * width}",
+                stacklevel=4,
+            )
     long = any(len(moment) >= LONG for moment in moments.values())
     shown = long and progress and parallel.is_main()
     layers = tqdm(sorted(moments), desc="eigenvectors", unit="layer", disable=not shown)
@@ -119,11 +126,7 @@ def decompose(
 
 
 def layer_space(moment: Tensor, threshold: float, mode: str, reach: float = REACH) -> LayerSpace:
-    """Decompose C0 (d_in, d_in); keep what thresholds within ``reach`` times either way need.
-
-    Raises:
-        ValueError: a ``reach`` below 1 or not finite.
-    """
+    """Decompose C0 (d_in, d_in); keep what thresholds within ``reach`` times either way need."""
     if not 1 <= reach < float("inf"):
         raise ValueError(
             f"reach={reach} is no factor to move the threshold by; use 1 (not at all) or more"
@@ -136,21 +139,6 @@ def layer_space(moment: Tensor, threshold: float, mode: str, reach: float = REAC
         for t in (threshold / reach, threshold, threshold * reach)
     ]
     return LayerSpace.from_spectrum(found, min(reached), max(reached))
-
-
-def _check_tokens(tokens: int, layer: int, width: int) -> None:
-    if tokens < width:
-        raise ValueError(
-            f"{tokens} tokens are fewer than layer {layer}'s width {width}, so directions would "
-            f"count as unused for want of data; collect at least {width - tokens} more, better "
-            f"{10 * width - tokens}"
-        )
-    if tokens < 10 * width:
-        warnings.warn(
-            f"{tokens} tokens are few for layer {layer}'s width {width}; ten for each direction "
-            f"are advised, {10 * width}",
-            stacklevel=5,
-        )
 
 
 def disturbance(part: LayerSpace, keys: KeysAround, kept: Sequence[int]) -> Tensor:
