@@ -110,9 +110,7 @@ def read_steadily(
 ) -> Found:
     """Read a folder's files so that all come from one save, even while another process saves.
 
-    Raises:
-        ValueError: of the type ``error``: the folder is replaced faster than it can be read;
-            otherwise what ``read`` raises.
+    An ``error`` is raised where the folder is replaced faster than it can be read.
     """
     for _ in range(_ATTEMPTS):
         before = _stamp(folder)

@@ -103,7 +103,6 @@ def fingerprint(model: nn.Module, last_layer: int, architecture: Architecture) -
     Args:
         model: the base model, unmerged; a PEFT wrapper is looked through, adapters are left out.
         last_layer: the last block to cover; one outside the model is a ValueError.
-        architecture: where the model keeps its blocks.
     """
     if not 0 <= last_layer < architecture.num_blocks:
         raise ValueError(
@@ -134,14 +133,7 @@ def fingerprint(model: nn.Module, last_layer: int, architecture: Architecture) -
 
 
 def require_same_base(made_for: BaseFingerprint, given: BaseFingerprint, what: str) -> None:
-    """Check that an artefact, named by ``what``, belongs to the model at hand.
-
-    Raises:
-        ValueError: it was made for another model.
-
-    Warns:
-        UserWarning: the weights of one of them could not be read.
-    """
+    """Refuse an artefact, named ``what``, of another model; warn where it cannot be compared."""
     same = made_for.matches(given)
     if same is None:
         warnings.warn(

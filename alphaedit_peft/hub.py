@@ -115,11 +115,9 @@ def fetch_folder(
     """Some files of a repository, all of one commit, in the Hub's cache.
 
     Args:
-        repo_id: ``user/name``.
         names: relative to ``subfolder``; ``*`` stands for one folder's name. Those that the
             repository does not have are left out.
         revision: branch, tag, commit or ``refs/pr/N``; None: ``main``.
-        token: None: the one that is logged in.
         subfolder: of the files within the repository.
 
     Returns:

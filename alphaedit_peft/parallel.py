@@ -111,11 +111,7 @@ def in_step() -> Iterator[None]:
 
 
 def require_same(value: Any, what: str) -> None:
-    """Check that all processes have come to one value (compared by ``==``); ``what`` names it.
-
-    Raises:
-        RuntimeError: they differ, as they can on unlike devices.
-    """
+    """Refuse values, named by ``what``, that processes differ in, as they can on unlike devices."""
     found = gathered(value)
     other = next((r for r, one in enumerate(found) if one != found[0]), None)
     if other is not None:

@@ -95,7 +95,6 @@ def read_covariances(
     ``model`` and ``config`` are as for ``read_second_moments``.
 
     Args:
-        path: the file.
         names: layer -> name of its matrix; one that the file does not have is a ValueError.
         tokens: how many tokens went into each.
         summed: whether they are sums over the tokens rather than means.
@@ -134,7 +133,6 @@ def read_projector(
     moved from 0.5 (absolute). ``model`` and ``config`` are as for ``read_second_moments``.
 
     Args:
-        path: the file; it is loaded without unpickling anything but tensors.
         layers: which blocks the projectors are of, in the file's order, which the file does not
             tell: the ``layers`` of the hyper-parameters it was made with. Another number of them
             than the file holds is a ValueError.

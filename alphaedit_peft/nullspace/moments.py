@@ -117,7 +117,6 @@ def collect_sums(
         names: rewrite modules, the one that runs last at the end.
         batches: the same ones in the same order when going on from a checkpoint.
         checkpoint: where to keep the sums; written now and then, on Ctrl-C and at the end.
-        bar: counts tokens.
 
     Raises:
         ValueError: activations that are not finite, or a checkpoint of other texts.

@@ -85,11 +85,8 @@ def find_folder(
 ) -> Path:
     """The local folder of the null space that a base needs; of any base, the one at the root.
 
-    Where a ``subfolder`` is given, no other is looked for.
-
-    Raises:
-        FileNotFoundError: no null space for this base there.
-        ValueError: several, so that one must be named.
+    Where a ``subfolder`` is given, no other is looked for. None for this base is a
+    FileNotFoundError, and several are a ValueError: one must be named.
     """
     root = left_aside(path_or_repo) or Path(path_or_repo)
     if root.is_dir():
@@ -114,8 +111,7 @@ def push_null_space(
 ) -> str:
     """Upload what ``save`` writes, with a README, and return the commit's address.
 
-    Raises:
-        ValueError: ``by_fingerprint`` together with a subfolder, or without a fingerprint.
+    ``by_fingerprint`` together with a subfolder, or without a fingerprint, is a ValueError.
     """
     if by_fingerprint:
         if to.subfolder is not None:

@@ -173,9 +173,7 @@ class KeyMoments:
     @classmethod
     def from_pretrained(cls, save_directory: str | Path) -> KeyMoments:
         """Read what ``save_pretrained`` wrote; a damaged file is a ValueError."""
-        tensors, values = _read(
-            save_directory, MOMENTS_STEM, MOMENTS_FIELDS, "modules", ("moment",)
-        )
+        tensors, values = _read(save_directory, MOMENTS_STEM, MOMENTS_FIELDS, "modules", "moment")
         for name, tensor in tensors.items():
             if tensor.ndim != 2 or tensor.shape[0] != tensor.shape[1]:
                 raise ValueError(f"{name} {tuple(tensor.shape)} is not square; the file is damaged")
@@ -250,11 +248,8 @@ class NullSpace:
         """The null space of key moments, its threshold within ``reach``; on a GPU if there is one.
 
         Raises:
-            ValueError: fewer tokens than a layer is wide, a threshold that keeps nothing, or a
-                ``reach`` below 1.
-
-        Warns:
-            UserWarning: fewer than ten tokens for each direction.
+            ValueError: fewer tokens than a layer is wide (fewer than ten times that: a warning), a
+                threshold that keeps nothing, or a ``reach`` below 1.
         """
         parts = decompose(moments.moments, moments.tokens, (threshold, mode, reach), progress)
         return cls(parts, threshold, mode, moments.tokens, moments.fingerprint, moments.provenance)
@@ -294,7 +289,7 @@ class NullSpace:
         Returns:
             (n, d_in) on the keys' device, in float32, or float64 where the keys are.
         """
-        return self._part(layer).project(self._checked(layer, keys), self.null_dimension(layer))
+        return self._fitting(layer, keys).project(keys, self.null_dimension(layer))
 
     def moment_quadratic(self, layer: int, rows: Tensor) -> Tensor:
         """A C0 A^T, (n, n) in float64, for rows A (n, d_in): exactly, or as an upper bound.
@@ -304,7 +299,7 @@ class NullSpace:
         the stored eigenvectors counts at the largest eigenvalue not stored, which makes an upper
         bound (in the order of symmetric matrices).
         """
-        return moment_quadratic(self._part(layer), self._checked(layer, rows).double())
+        return moment_quadratic(self._fitting(layer, rows), rows.double())
 
     def with_threshold(self, threshold: float, mode: str | None = None) -> NullSpace:
         """This null space at another threshold; one beyond its ``reach`` is a ValueError."""
@@ -368,7 +363,7 @@ class NullSpace:
         folder = find_folder(
             path_or_repo, fingerprint, revision=revision, token=token, subfolder=subfolder
         )
-        tensors, values = _read(folder, STEM, FIELDS, "complement", ("basis", "values"))
+        tensors, values = _read(folder, STEM, FIELDS, "complement", "basis", "values")
         parts = {
             n: LayerSpace(tensors[f"layers.{n}.basis"], tensors[f"layers.{n}.values"], bool(side))
             for n, side in values.pop("complement").items()
@@ -406,11 +401,11 @@ class NullSpace:
             raise ValueError(f"layer {layer} has no null space; there are {list(self.layers)}")
         return self.parts[layer]
 
-    def _checked(self, layer: int, keys: Tensor) -> Tensor:
+    def _fitting(self, layer: int, keys: Tensor) -> LayerSpace:
         shape, width = tuple(keys.shape), self.width(layer)
-        if keys.ndim != 2 or keys.shape[1] != width:
+        if len(shape) != 2 or shape[1] != width:
             raise ValueError(f"keys {shape} do not fit layer {layer}; they are (n, {width})")
-        return keys
+        return self._part(layer)
 
 
 def _origin(what: KeyMoments | NullSpace) -> dict[str, Any]:
@@ -420,7 +415,7 @@ def _origin(what: KeyMoments | NullSpace) -> dict[str, Any]:
 
 
 def _read(
-    folder: str | Path, stem: str, fields: Mapping[str, Types], by_layer: str, names: Sequence[str]
+    folder: str | Path, stem: str, fields: Mapping[str, Types], by_layer: str, *names: str
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors ``names`` of each layer of the value ``by_layer``, and all values, checked."""
     tensors, values = read_artefact(folder, stem, fields)

@@ -176,10 +176,7 @@ def least_disturbing(
 
     Returns:
         The threshold, and for each of ``ENERGIES`` within reach of all ``parts`` the geometric mean
-        over layers of the edits' median disturbance.
-
-    Raises:
-        ValueError: none of them is within reach.
+        over layers of the edits' median disturbance. None within reach is a ValueError.
     """
     reachable = [t for t in ENERGIES if all(_reaches(parts[n], t) for n in keys)]
     if not reachable:
