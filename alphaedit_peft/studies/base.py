@@ -114,8 +114,7 @@ class Study:
 def judged_before(study: Study, folder: Path) -> Scores:
     """The unedited model's scores on all cases; kept in ``before.json`` and read from there.
 
-    Raises:
-        ValueError: the file is of another study.
+    ValueError: the file is of another study.
     """
     path, made_of = folder / "before.json", json.loads(json.dumps(study.provenance()))
     if path.exists():

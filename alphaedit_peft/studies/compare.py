@@ -108,13 +108,8 @@ def compare(
 ) -> Comparison:
     """Run every method over every order of the cases.
 
-    Args:
-        study: model, cases, settings.
-        methods: each under its own name.
-        folder: of all runs; what is finished there is not done again.
-        schedule: its ``order`` is replaced by each of ``seeds``.
-        seeds: of the orders.
-        progress: called with a line of text after each step.
+    Methods have a name of their own each; ``folder`` is of all runs, and what is finished there is
+    not done again. ``seeds`` are of the orders, and replace that of ``schedule``.
 
     Raises:
         ValueError: no method or seed, one twice, a method without its statistics, or a folder of

@@ -112,13 +112,8 @@ def sequential(
 ) -> Run:
     """Make all edits batch after batch in one model; judge all made so far now and then.
 
-    Args:
-        study: model, cases, settings.
-        method: the editor.
-        folder: of the run; a run that is there is taken up.
-        schedule: batches, order, judgements.
-        before: the unedited model's scores, where they are known; else judged and kept beside.
-        progress: called with a line of text after each step.
+    A run that is there in ``folder`` is taken up. ``before`` are the unedited model's scores, where
+    they are known; else they are judged and kept beside.
 
     Raises:
         ValueError: the folder holds a run with something else, or as ``AlphaEditModel.edit``.

@@ -127,11 +127,8 @@ class Tracer:
     ) -> Tensor:
         """P(target) of each run, (runs,), float64 on the CPU.
 
-        Args:
-            row: the fact.
-            states: clean outputs by module, from ``clean``.
-            noise: (samples, subject's tokens, d), added to the subject's embeddings.
-            runs: what to do.
+        ``states`` are the clean outputs by module, from ``clean``; ``noise`` (samples, subject's
+        tokens, d) is added to the subject's embeddings.
         """
         size = max(1, self.tokens_per_batch // len(row.ids))
         parts = [runs[start : start + size] for start in range(0, len(runs), size)]

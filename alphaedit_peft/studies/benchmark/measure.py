@@ -53,14 +53,10 @@ def benchmark(
     plan: Plan,
     progress: Progress = lambda text: None,
 ) -> Findings:
-    """Measure a model by a plan.
+    """Measure a bare model by a plan; it is left with the bits it had.
 
-    Args:
-        subject: whose model is bare; it is left with the bits it had.
-        statistics: a null space, and key moments where MEMIT is measured.
-        edits: at least ``plan.needed``; the first ones are taken.
-        plan: what to measure.
-        progress: called with a line now and then.
+    ``statistics`` hold key moments where MEMIT is measured; the first ``plan.needed`` edits are
+    made; ``progress`` is called with a line now and then.
 
     Raises:
         ValueError: too few edits, or a model, edits or statistics that cannot be used.
@@ -167,10 +163,10 @@ class Batches:
         batches = tuple(
             _batch(self.over.plan.edits, calls) for calls in zip(*self.calls, strict=True)
         )
-        return Session(self.name, batches, self._floor(rates) if self.over.plan.floor else None)
+        return Session(self.name, batches, self._counted(rates) if self.over.plan.floor else None)
 
     @torch.no_grad()
-    def _floor(self, rates: Mapping[str, float]) -> Floor:
+    def _counted(self, rates: Mapping[str, float]) -> Floor:
         self.over.say(f"{self.name}, counting operations")
         counter = machine.OperationCounter(phases := Phases())
         with self.over.wrapped(self.name) as model, counter, ExitStack() as stack:
@@ -295,8 +291,7 @@ def forward_times(
     Medians of ``passes`` rounds through all models in turn, after one that does not count. The row
     has ``tokens``, fewer where the model has fewer positions; the model is left with its bits.
     """
-    positions = getattr(subject.model.config, "max_position_embeddings", None) or tokens
-    length = min(tokens, positions)
+    length = min(tokens, getattr(subject.model.config, "max_position_embeddings", None) or tokens)
     row = torch.arange(length, device=subject.device)[None] % len(subject.weights)
     times: dict[tuple[str, int], list[float]] = {}
     for number in range(passes + 1):
