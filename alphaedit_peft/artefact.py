@@ -23,7 +23,7 @@ import shutil
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import partial
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -204,9 +204,13 @@ def read_artefact(
     return read_steadily(place, lambda found: _read(found, stem, fields))
 
 
-def versions() -> dict[str, str]:
-    """Versions of what makes the numbers, for provenance."""
-    return {name: version(name) for name in ("alphaedit_peft", "torch", "transformers")}
+def versions(*more: str) -> dict[str, str]:
+    """Versions of what makes the numbers, as far as it is installed, for provenance."""
+    found = {}
+    for name in sorted(("alphaedit_peft", "torch", "transformers", *more)):
+        with contextlib.suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field, fields
 from functools import reduce
@@ -152,8 +152,8 @@ class EditOptions:
     def __post_init__(self) -> None:
         allowed = {f.name: f.metadata["allowed"] for f in fields(EditOptions)}
         for name, choices in allowed.items():
-            if isinstance(choices, tuple) and getattr(self, name) not in choices:
-                raise ValueError(f"{name}={getattr(self, name)!r} is unknown; use one of {choices}")
+            if isinstance(choices, tuple):
+                require_one_of(name, getattr(self, name), choices)
         if self.rewrite_layers is not None:
             self.rewrite_layers = layer_list(self.rewrite_layers)
         for name, kind in KINDS.items():
@@ -261,6 +261,12 @@ _UNITS = {"B": 1} | {
     for power, prefix in enumerate("KMGT")
     for infix, base in (("", 1000), ("I", 1024))
 }
+
+
+def require_one_of(name: str, value: object, choices: Collection[object]) -> None:
+    """Raise a ValueError for a value that is none of the choices."""
+    if value not in choices:
+        raise ValueError(f"{name}={value!r} is unknown; use one of {choices}")
 
 
 def byte_count(name: str, value: str | int | None) -> int | None:

@@ -43,6 +43,11 @@ class Table(NamedTuple):
         return "".join(f"{line}\n" for line in lines)
 
 
+def count(total: int, one: str, many: str = "") -> str:
+    """``1 edit``, ``2 edits``."""
+    return f"{total} {one if total == 1 else many or one + 's'}"
+
+
 def cell(value: object, nothing: str = "") -> str:
     """A cell's text: floats with four significant digits, yes and no for bool."""
     if value is None:

@@ -123,17 +123,14 @@ def join(
     `alphaedit join pack-a pack-b --out both`
     """
     from alphaedit_peft.pack.files import save_pack
+    from alphaedit_peft.pack.join import JoinOptions
     from alphaedit_peft.pack.join import join as solve
 
     check_folder(out)
     names = [Path(name).name or name for name in packs]
-    found = solve(
-        [read_pack(name) for name in packs],
-        names=names if len(set(names)) == len(names) else list(packs),
-        on_conflict=on_conflict.value,
-        layers=layers.value,
-        norm_guard=norm_guard,
-    )
+    how = JoinOptions(on_conflict.value, norm_guard=norm_guard, layers=layers.value)
+    distinct = len(set(names)) == len(names)
+    found = solve([read_pack(name) for name in packs], how, names if distinct else packs)
     save_pack(found.pack, out)
     figures = {
         name: {
@@ -185,7 +182,7 @@ def compress(
         raise typer.BadParameter("give --rank, --tolerance or --dtype")
     check_folder(out)
     read = read_pack(pack)
-    small = shrink(read, rank=rank, tolerance=tolerance, dtype=_torch_dtype(dtype))
+    small = shrink(read, rank, tolerance, _torch_dtype(dtype))
     save_pack(small, out)
     assert small.compression is not None, "compress says what it did"
     facts = {"out": str(out), "rank": small.rank, "rank_before": read.rank}

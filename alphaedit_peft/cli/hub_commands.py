@@ -77,8 +77,7 @@ def push(  # noqa: PLR0913
         folder = locate(pack)
         read = read_pack(folder, StoredPack)
     to = Destination(repo, private or None, None, revision, create_pr, subfolder)
-    dtype = stored_dtype(folder)
-    url = push_pack(read, to, texts=not no_texts, commit_message=message, dtype=dtype)
+    url = push_pack(read, to, not no_texts, message, stored_dtype(folder))
     facts = {"repo": repo, "url": url, "edits": len(read.edits), "texts_in_card": not no_texts}
     printing.show(as_json, facts, f"Pushed {printing.count(len(read.edits), 'edit')}: {url}")
 

@@ -25,6 +25,7 @@ from rich.text import Text
 from typer.core import TyperGroup
 
 from alphaedit_peft.tables import cell
+from alphaedit_peft.tables import count as count
 
 WIDE = 24  # characters that a prompt gets, however narrow the terminal
 DECIDED = "Settings that auto decided"
@@ -123,11 +124,6 @@ def finite(values: Any) -> Any:
     if isinstance(values, (list, tuple)):
         return [finite(value) for value in values]
     return None if isinstance(values, float) and not math.isfinite(values) else values
-
-
-def count(total: int, one: str, many: str = "") -> str:
-    """``1 edit``, ``2 edits``."""
-    return f"{total} {one if total == 1 else many or one + 's'}"
 
 
 def watched() -> bool:

@@ -24,10 +24,11 @@ from alphaedit_peft.model.prepare import running
 from alphaedit_peft.model.stack import Parent, describe, loaded, others, with_parents
 from alphaedit_peft.pack import EditPack, EditRecord
 from alphaedit_peft.pack.compatible import check_fit
-from alphaedit_peft.pack.conflicts import by_row, check_rule, says
+from alphaedit_peft.pack.conflicts import RULES, by_row, says
 from alphaedit_peft.pack.parents import stands_on
 from alphaedit_peft.pack.record import asked
 from alphaedit_peft.pack.value import require_rows
+from alphaedit_peft.settings import require_one_of
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ def join(
     """Pour packs into an adapter; see :meth:`AlphaEditModel.join`."""
     if isinstance(packs, str | Path | EditPack):
         raise TypeError(f"packs={packs!r} is one pack; pass a list of packs")
-    check_rule(on_conflict)
+    require_one_of("on_conflict", on_conflict, RULES)
     named = [_named(pack, i) for i, pack in enumerate(packs, 1)]
     if not named:
         raise ValueError("packs=[] names no pack; pass one or more")

@@ -19,6 +19,7 @@ from peft import LoraConfig, PeftModelForCausalLM
 from torch import nn
 
 from alphaedit_peft.algebra import LowRankDelta
+from alphaedit_peft.artefact import read_steadily
 from alphaedit_peft.config import AlphaEditConfig
 from alphaedit_peft.devices import keeps_elsewhere
 from alphaedit_peft.editing.state import Journal
@@ -29,7 +30,7 @@ from alphaedit_peft.model.rollback import loaded_or_not
 from alphaedit_peft.model.stack import require_parents, require_top
 from alphaedit_peft.pack import EditPack
 from alphaedit_peft.pack.compatible import check_fit, check_shape
-from alphaedit_peft.pack.files import locate, read_steadily
+from alphaedit_peft.pack.files import locate
 from alphaedit_peft.pack.format import ADAPTER_CONFIG, PackError, read_lora
 
 Wrapped = TypeVar("Wrapped", bound=EditedModel)
@@ -193,7 +194,7 @@ def _wrap_with_plain_lora(
     folder = locate(model_id, **where)
     if not (folder / ADAPTER_CONFIG).is_file():
         raise error
-    factors, _ = read_steadily(folder, read_lora)
+    factors, _ = read_steadily(folder, read_lora, PackError)
     for name, delta in factors.items():
         try:
             check_shape(name, delta, base)

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from alphaedit_peft import algebra, parallel
 from alphaedit_peft.nullspace.spectrum import PROJECTOR, LayerSpace, exact_spectrum
-from alphaedit_peft.settings import THRESHOLD_MODES
+from alphaedit_peft.settings import THRESHOLD_MODES, require_one_of
 
 REACH = 10.0  # the threshold can be moved by this factor, either way
 LONG = 4096  # width from which on an eigen-decomposition takes so long that a bar is shown
@@ -41,8 +41,7 @@ def null_dimension(values: Tensor, threshold: float, mode: str = "absolute") -> 
     Raises:
         ValueError: an unknown mode, or a threshold outside its range.
     """
-    if mode not in THRESHOLD_MODES:
-        raise ValueError(f"threshold_mode={mode!r} is unknown; use one of {THRESHOLD_MODES}")
+    require_one_of("threshold_mode", mode, THRESHOLD_MODES)
     top = _largest(mode, len(values))
     if not 0 <= threshold <= top:
         raise ValueError(f"threshold={threshold} is outside 0..{top} for mode {mode!r}")

@@ -19,6 +19,7 @@ from alphaedit_peft.hub import repository_name
 from alphaedit_peft.pack.parents import parent_in_words, stands_on
 from alphaedit_peft.pack.record import ROLES
 from alphaedit_peft.pack.value import PackValue
+from alphaedit_peft.tables import count
 
 PLACE = "path/or/repository/of/this/pack"
 PARENT = "path/or/repository/of/parent"
@@ -138,8 +139,8 @@ def card(
         tags=["alphaedit", "knowledge-editing", "lora"],
     )
     introduction = _INTRODUCTION.format(
-        facts=_count(len(pack.edits), "fact"),
-        modules=_count(len(pack.modules), "matrix", "matrices"),
+        facts=count(len(pack.edits), "fact"),
+        modules=count(len(pack.modules), "matrix", "matrices"),
         rank=pack.rank,
         loading=loading_code(base),
         about=_ABOUT_EMBEDDED if base == embedded.NAME else "",
@@ -156,7 +157,7 @@ def summary(pack: PackValue) -> str:
     """A plain-text table of the pack: counts, norms |Delta| by module, size, base, null space."""
     roles: Counter[str] = Counter(record.role for record in pack.records)
     others = "".join(f", {roles[role]} {role}" for role in ROLES[1:] if roles[role])
-    batches = _count(len(pack.batches), "batch", "batches")
+    batches = count(len(pack.batches), "batch", "batches")
     force = "" if pack.mixed else f", {len(pack.active_rows())} in force"
     facts = [
         ("edits", f"{roles['own']} own{others}, in {batches}"),
@@ -274,7 +275,7 @@ def _measured(pack: PackValue) -> str:
         return ""
     return (
         f"Median probability of the new target: {median(before):.3g} before, {median(after):.3g} "
-        f"right after ({len(after)} of {_count(len(own), 'edit')} measured).\n\n"
+        f"right after ({len(after)} of {count(len(own), 'edit')} measured).\n\n"
     )
 
 
@@ -306,7 +307,3 @@ def _one_line(text: str) -> str:
 
 def _flat(values: dict[str, Any]) -> str:
     return ", ".join(f"{name} {value}" for name, value in sorted(values.items()))
-
-
-def _count(number: int, one: str, many: str = "") -> str:
-    return f"{number} {one if number == 1 else many or one + 's'}"

@@ -24,16 +24,11 @@ _STATISTICS = ("digest", "threshold", "mode")  # of the null space, that rows de
 
 
 def check_fit(
-    pack: PackValue,
-    model: nn.Module,
-    modules: Iterable[str],
-    own: BaseFingerprint | None,
+    pack: PackValue, model: nn.Module, modules: Iterable[str], own: BaseFingerprint | None
 ) -> None:
-    """Refuse a pack that does not fit a model, in which LoRA layers may stand already.
+    """Refuse a pack that does not fit a base model, in which LoRA layers may stand already.
 
     Args:
-        pack: the pack to load.
-        model: the base model.
         modules: full names of those that the pack has to have, and the model.
         own: the model's fingerprint, of the bare base; None where another base will do.
 
@@ -76,7 +71,7 @@ def check_shape(name: str, delta: LowRankDelta, model: nn.Module) -> None:
 
 
 def require_joinable(packs: Sequence[Pack], names: Sequence[str], layers: str) -> Pack:
-    """Check that packs, by these names, go together; ``layers`` is ``same`` or ``union``.
+    """Check that packs, by these names, go together; ``layers`` is one of ``LAYERS``.
 
     Returns:
         The first pack that holds edits, or else the first, emptied; with the modules of all.
@@ -87,8 +82,6 @@ def require_joinable(packs: Sequence[Pack], names: Sequence[str], layers: str) -
     Warns:
         UserWarning: bases that cannot be compared.
     """
-    if layers not in LAYERS:
-        raise ValueError(f"layers={layers!r} is unknown; use one of {LAYERS}")
     lead = next((i for i, pack in enumerate(packs) if pack.rank), 0)
     first = packs[lead]
     for name, pack in zip(names, packs, strict=True):

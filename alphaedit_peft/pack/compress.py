@@ -19,11 +19,7 @@ from alphaedit_peft.pack.value import Compression, Pack, PackValue, require_rows
 
 
 def compress(
-    pack: Pack,
-    *,
-    rank: int | None = None,
-    tolerance: float | None = None,
-    dtype: torch.dtype | None = None,
+    pack: Pack, rank: int | None, tolerance: float | None, dtype: torch.dtype | None
 ) -> Pack:
     """A smaller pack; see :meth:`EditPack.compress`."""
     require_rows(pack.compression, "compress it again")

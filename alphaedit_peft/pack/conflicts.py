@@ -28,12 +28,6 @@ class LeftOut:
     reason: str
 
 
-def check_rule(on_conflict: str) -> None:
-    """Raise a ValueError for an unknown rule."""
-    if on_conflict not in RULES:
-        raise ValueError(f"on_conflict={on_conflict!r} is unknown; use one of {RULES}")
-
-
 def says(edit: Edit) -> tuple[str, str]:
     """What an edit asks, word by word, and answers."""
     return asked(edit), edit.target_new.strip()
@@ -66,6 +60,10 @@ class _Row:
         """Whether an edit of its pack made the row, rather than one of a parent's."""
         return any(record.role == "own" for record in self.records)
 
+    def __str__(self) -> str:
+        edits = (record.edit for record in self.records)
+        return ", ".join(f"{e.id} ({e.question!r} -> {e.target_new!r})" for e in edits)
+
 
 def settle(
     packs: Sequence[PackValue], names: Sequence[str], on_conflict: str, key_cosine: float
@@ -75,16 +73,15 @@ def settle(
     Args:
         packs: that go together, see ``require_joinable``.
         names: of the packs.
-        on_conflict: ``error``, ``first`` or ``last``.
+        on_conflict: one of ``RULES``.
         key_cosine: rows at least this alike, in the first module that all edit, are one key.
 
     Returns:
         Numbers of rows by pack, ascending; and the edits of all other rows in force.
 
     Raises:
-        ValueError: an unknown rule, or a contradiction under ``error``.
+        ValueError: a contradiction under ``error``.
     """
-    check_rule(on_conflict)
     rows = [
         _Row(number, row, tuple(members))
         for number, pack in enumerate(packs)
@@ -133,33 +130,25 @@ def _meetings(
 
 def _loser(one: _Row, other: _Row, names: Sequence[str], rule: str) -> tuple[_Row, str]:
     """Which of two rows, an earlier and a later pack's, is left out, and why."""
-    if one.claims == other.claims:
-        first = rule != "last" if one.own == other.own else one.own
-    elif other.claims.items() <= one.claims.items():
-        first = True
-    elif one.claims.items() <= other.claims.items():
-        first = False
+    said, too = one.claims.items(), other.claims.items()
+    if said < too or too < said:
+        first = too < said
+    elif said == too and one.own != other.own:
+        first = one.own
+    elif said != too and rule == "error":
+        raise ValueError(_contradiction(one, other, names))
     else:
-        if rule == "error":
-            raise ValueError(_contradiction(one, other, names))
-        keeps, loses = (one, other) if rule == "first" else (other, one)
-        kept = ", ".join(record.edit.id for record in keeps.records)
-        return loses, f"edit {kept} of {names[keeps.pack]} has its key or prompt"
+        first = rule != "last"
     keeps, loses = (one, other) if first else (other, one)
-    return loses, f"{names[keeps.pack]} has it too"
+    if loses.claims.items() <= keeps.claims.items():
+        return loses, f"{names[keeps.pack]} has it too"
+    kept = ", ".join(record.edit.id for record in keeps.records)
+    return loses, f"edit {kept} of {names[keeps.pack]} has its key or prompt"
 
 
 def _contradiction(one: _Row, other: _Row, names: Sequence[str]) -> str:
-    said = [
-        ", ".join(
-            f"{record.edit.id} ({record.edit.question!r} -> {record.edit.target_new!r})"
-            for record in row.records
-        )
-        for row in (one, other)
-    ]
-    how = "have one key" if not one.claims.keys() & other.claims.keys() else "contradict each other"
+    how = "contradict each other" if one.claims.keys() & other.claims.keys() else "have one key"
     return (
-        f"edits {said[0]} of {names[one.pack]} and {said[1]} of {names[other.pack]} {how}, and a "
-        "key has one value; choose with on_conflict='first' or 'last', or make them together "
-        "with edit()"
+        f"edits {one} of {names[one.pack]} and {other} of {names[other.pack]} {how}, and a key has "
+        "one value; choose with on_conflict='first' or 'last', or make them together with edit()"
     )

@@ -7,10 +7,10 @@ sidecar tell the same story. What comes from the Hub or goes there is checked fi
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar
 
 import torch
 from safetensors.torch import load
@@ -20,42 +20,20 @@ from alphaedit_peft import artefact, metric
 from alphaedit_peft.algebra import LowRankDelta
 from alphaedit_peft.fingerprint import BaseFingerprint
 from alphaedit_peft.hub import Destination, fetch_folder, push_folder
+from alphaedit_peft.pack import format
 from alphaedit_peft.pack.card import card
-from alphaedit_peft.pack.format import (
-    ADAPTER_CONFIG,
-    ADAPTER_MODEL,
-    CARD,
-    EDITS,
-    FILES,
-    FORMAT_VERSION,
-    SIDECAR_CONFIG,
-    TARGETS,
-    Factors,
-    PackError,
-    json_bytes,
-    read_bytes,
-    read_json,
-    read_json_lines,
-    read_lora,
-    read_tensors,
-    refuse,
-)
+from alphaedit_peft.pack.format import FILES, SIDECAR_CONFIG, Factors, PackError, refuse
 from alphaedit_peft.pack.record import EditRecord
 from alphaedit_peft.pack.value import Compression, Pack, PackValue, content_files
 from alphaedit_peft.settings import EditOptions
-
-Found = TypeVar("Found")
+from alphaedit_peft.tables import count
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class StoredPack(PackValue):
-    """A pack as it is read without PEFT, which writes the LoRA config's fields that it came with.
+    """A pack read without PEFT, which writes the fields of the LoRA config that it came with."""
 
-    Args:
-        lora: ``adapter_config.json``, of a plain LoRA.
-    """
-
-    lora: Mapping[str, Any]
+    lora: Mapping[str, Any]  # adapter_config.json, of a plain LoRA
     options: ClassVar = EditOptions
 
     def adapter_config(self, factors: Factors) -> dict[str, Any]:
@@ -81,49 +59,32 @@ class StoredPack(PackValue):
 def save_pack(
     pack: PackValue, folder: str | Path, dtype: torch.dtype | None = None, text: str | None = None
 ) -> None:
-    """Write a pack's folder; see :meth:`EditPack.save_pretrained`.
-
-    Args:
-        pack: the pack.
-        folder: where to.
-        dtype: of the factors on disk.
-        text: of its card; None: one that names no repository.
-    """
+    """Write a pack's folder, with ``text`` as its card; see :meth:`EditPack.save_pretrained`."""
     facts = {
-        "format_version": FORMAT_VERSION,
+        "format_version": format.FORMAT_VERSION,
         "rows": pack.rank,  # 0 where the one row of A is no edit
         "config": pack.config.to_json(),
-        "contexts": pack.contexts,
         "fan_in_fan_out": pack.fan_in_fan_out,
-        "base": None if pack.base is None else pack.base.to_json(),
-        "null_space": pack.null_space,
-        "versions": pack.versions,
-        "parents": pack.parents,
+        **pack.provenance,
     }
     if pack.compression is not None:
         facts["compression"] = pack.compression.to_json()
     if pack.decisions:
         facts["decisions"] = pack.decisions
+    values = {format.ADAPTER_CONFIG: pack.adapter_config(pack.factors), SIDECAR_CONFIG: facts}
     files: dict[str, artefact.Content] = {
-        ADAPTER_CONFIG: json_bytes(pack.adapter_config(pack.factors), ADAPTER_CONFIG),
+        **{name: format.json_bytes(value, name) for name, value in values.items()},
         **content_files(pack, pack.saved_dtype if dtype is None else dtype),
-        SIDECAR_CONFIG: json_bytes(facts, SIDECAR_CONFIG),
-        CARD: (card(pack) if text is None else text).encode("utf-8"),
+        format.CARD: (card(pack) if text is None else text).encode("utf-8"),
     }
     artefact.replace_folder(folder, files, owned=FILES)
 
 
 def push_pack(
-    pack: PackValue,
-    to: Destination,
-    *,
-    texts: bool = True,
-    commit_message: str | None = None,
-    dtype: torch.dtype | None = None,
+    pack: PackValue, to: Destination, texts: bool, message: str | None, dtype: torch.dtype | None
 ) -> str:
     """Upload a pack, with a card that names the repository; see :meth:`EditPack.push_to_hub`."""
-    count = len(pack.edits)
-    message = commit_message or f"Edit pack with {count} edit{'' if count == 1 else 's'}"
+    message = message or f"Edit pack with {count(len(pack.edits), 'edit')}"
     text = card(pack, to.repo_id, to.subfolder, texts=texts)
     with tempfile.TemporaryDirectory() as place:
         save_pack(pack, Path(place) / "pack", dtype, text)
@@ -131,25 +92,20 @@ def push_pack(
 
 
 def copy_pack(source: Path, folder: str | Path) -> StoredPack:
-    """Write a pack's files into another folder as they are, once they have been read and checked.
-
-    Raises:
-        FileNotFoundError, PackError: as ``read_pack``.
-        OSError: ``folder`` cannot be written.
-    """
+    """Write a pack's files into another folder as they are, after reading and checking them."""
 
     def read(place: Path) -> tuple[StoredPack, dict[str, bytes]]:
         names = [name for name in FILES if (place / name).is_file()]
-        return _read(place, StoredPack), {name: read_bytes(place, name) for name in names}
+        return _read(place, StoredPack), {name: format.read_bytes(place, name) for name in names}
 
-    pack, files = read_steadily(source, read)
+    pack, files = artefact.read_steadily(source, read, PackError)
     artefact.replace_folder(folder, files, owned=FILES)
     return pack
 
 
 def stored_dtype(folder: Path) -> torch.dtype:
     """dtype of the factors in a pack's folder."""
-    return next(iter(load(read_bytes(folder, ADAPTER_MODEL)).values())).dtype
+    return next(iter(load(format.read_bytes(folder, format.ADAPTER_MODEL)).values())).dtype
 
 
 def locate(
@@ -158,13 +114,10 @@ def locate(
     token: str | bool | None = None,
     subfolder: str | None = None,
 ) -> Path:
-    """The local folder of a pack; downloads only the pack's own files.
+    """The local folder of a pack; of a repository, ``fetch_folder`` gets the pack's own files.
 
     Raises:
-        FileNotFoundError: neither a folder here nor a repository that this token may read, or no
-            such revision or subfolder in it.
-        PermissionError: a gated repository.
-        ConnectionError: the Hub fails.
+        FileNotFoundError: neither a folder here nor a repository that this token may read.
     """
     folder = Path(path_or_repo) / (subfolder or "")
     if folder.is_dir():
@@ -186,23 +139,14 @@ def read_pack(folder: Path, kind: type[Pack]) -> Pack:
         FileNotFoundError: a folder without sidecar: a plain LoRA.
         PackError: a file that is damaged or does not fit the others.
     """
-    return read_steadily(folder, lambda place: _read(place, kind))
-
-
-def read_steadily(folder: Path, read: Callable[[Path], Found]) -> Found:
-    """Read a folder's files so that all come from one save, even while another process saves.
-
-    Raises:
-        PackError: the folder is replaced faster than it can be read; otherwise what ``read`` says.
-    """
-    return artefact.read_steadily(folder, read, PackError)
+    return artefact.read_steadily(folder, lambda place: _read(place, kind), PackError)
 
 
 def _read(folder: Path, kind: type[Pack]) -> Pack:
-    fields = _read_facts(folder, kind.options)
+    fields = _facts(folder, kind.options)
     rows = fields.pop("rows")
-    factors, lora = read_lora(folder)
-    where = folder / ADAPTER_CONFIG
+    factors, lora = format.read_lora(folder)
+    where = folder / format.ADAPTER_CONFIG
     if lora.scaling != 1:
         refuse(where, f"lora_alpha / r is {lora.scaling}, not 1")
     if lora.target_modules != frozenset(factors):
@@ -213,10 +157,9 @@ def _read(folder: Path, kind: type[Pack]) -> Pack:
         factors = {name: _without_zero_row(delta, folder) for name, delta in factors.items()}
     elif rows != lora.rank:
         refuse(where, f"r={lora.rank} differs from rows={rows} in {SIDECAR_CONFIG}")
-    fields |= {"factors": factors, "records": _read_records(folder)}
-    fields["targets"] = _read_targets(folder)
+    fields |= {"factors": factors, "records": _records(folder), "targets": _targets(folder)}
     if issubclass(kind, StoredPack):
-        fields["lora"] = read_json(folder, ADAPTER_CONFIG)
+        fields["lora"] = format.read_json(folder, format.ADAPTER_CONFIG)
     try:
         return kind(**fields)
     except ValueError as error:
@@ -225,7 +168,8 @@ def _read(folder: Path, kind: type[Pack]) -> Pack:
 
 def _without_zero_row(delta: LowRankDelta, folder: Path) -> LowRankDelta:
     if delta.rank != 1 or bool(delta.A.any()) or bool(delta.B.any()):
-        refuse(folder / ADAPTER_MODEL, f"holds {delta.rank} rows, {SIDECAR_CONFIG} says rows=0")
+        where = folder / format.ADAPTER_MODEL
+        refuse(where, f"holds {delta.rank} rows, {SIDECAR_CONFIG} says rows=0")
     return LowRankDelta(delta.A[:0], delta.B[:, :0])
 
 
@@ -239,11 +183,13 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "null_space": (dict, type(None)),
     "versions": (dict,),
     "parents": (list,),
+    "compression": (dict,),
+    "decisions": (list,),
 }
-_OPTIONAL: dict[str, tuple[type, ...]] = {"compression": (dict,), "decisions": (list,)}  # or absent
+_OPTIONAL = {"compression", "decisions"}
 
 
-def _read_facts(folder: Path, options: type[EditOptions]) -> dict[str, Any]:
+def _facts(folder: Path, options: type[EditOptions]) -> dict[str, Any]:
     """``alphaedit/config.json``: fields of a pack by name, and ``rows``."""
     where = folder / SIDECAR_CONFIG
     if not where.exists():
@@ -251,21 +197,18 @@ def _read_facts(folder: Path, options: type[EditOptions]) -> dict[str, Any]:
             f"{where} does not exist, so {folder} is no edit pack; if it is a plain LoRA, load it "
             "with peft.PeftModel.from_pretrained, or look at it with read_plain_lora"
         )
-    raw = read_json(folder, SIDECAR_CONFIG)
-    if raw.get("format_version") != FORMAT_VERSION:
-        refuse(
-            where,
-            f"format_version={raw.get('format_version')!r} is not {FORMAT_VERSION}, the one that "
-            "is read here",
-            "update alphaedit_peft",
-        )
-    known = _TYPES | _OPTIONAL
-    missing, unknown = sorted(set(_TYPES) - set(raw)), sorted(set(raw) - set(known))
+    raw = format.read_json(folder, SIDECAR_CONFIG)
+    version, known = raw.get("format_version"), format.FORMAT_VERSION
+    if version != known:
+        wrong = f"format_version={version!r} is not {known}, the one that is read here"
+        refuse(where, wrong, "update alphaedit_peft")
+    missing = sorted(set(_TYPES) - _OPTIONAL - set(raw))
+    unknown = sorted(set(raw) - set(_TYPES))
     if missing or unknown:
         refuse(where, f"fields {missing} are missing, fields {unknown} are unknown")
-    for name, types in known.items():
-        if name in raw and type(raw[name]) not in types:
-            refuse(where, f"{name}={raw[name]!r} is a {type(raw[name]).__name__}")
+    for name, value in raw.items():
+        if type(value) not in _TYPES[name]:
+            refuse(where, f"{name}={value!r} is a {type(value).__name__}")
     del raw["format_version"]
     try:
         raw["config"] = options.from_json(raw["config"])
@@ -278,21 +221,21 @@ def _read_facts(folder: Path, options: type[EditOptions]) -> dict[str, Any]:
     return raw
 
 
-def _read_records(folder: Path) -> tuple[EditRecord, ...]:
+def _records(folder: Path) -> tuple[EditRecord, ...]:
     records = []
-    for number, values in read_json_lines(folder, EDITS):
+    for number, values in format.read_json_lines(folder, format.EDITS):
         try:
             records.append(EditRecord.from_json(values))
         except (ValueError, TypeError) as error:
-            refuse(f"{folder / EDITS}, line {number}", str(error))
+            refuse(f"{folder / format.EDITS}, line {number}", str(error))
     return tuple(records)
 
 
-def _read_targets(folder: Path) -> Tensor | None:
+def _targets(folder: Path) -> Tensor | None:
     """z (n, d_model), or None where the pack has no target values."""
-    if not (folder / TARGETS).exists():
+    if not (folder / format.TARGETS).exists():
         return None
-    tensors = read_tensors(folder, TARGETS)
+    tensors = format.read_tensors(folder, format.TARGETS)
     if set(tensors) != {"z"}:
-        refuse(folder / TARGETS, f"holds {sorted(tensors)}, not 'z' alone")
+        refuse(folder / format.TARGETS, f"holds {sorted(tensors)}, not 'z' alone")
     return tensors["z"]

@@ -1,12 +1,12 @@
 """What a pack's files are: their names and limits, PEFT's keys, and strict reading of each.
 
 In: a folder and a file's name, or values to store. Out: JSON values, tensors or LoRA factors that
-are safe to use, or a :class:`PackError` that names the file, what is wrong and what to do; or a
-file's bytes. Packs come from strangers: nothing is unpickled, no link out of the folder is
-followed, no file is read past its limit, no NaN or infinity gets through. A LoRA layer adds
-(alpha / r) B A x (Hu et al., 2021, section 4.1); a pack has alpha = r, so B A is AlphaEdit's Delta
-itself. Anything but plain LoRA (DoRA, rank patterns, biases, changed base weights) would compute
-something else and is refused.
+are safe to use, or a file's bytes; what cannot be read or written raises a :class:`PackError` that
+names the file, what is wrong and what to do. Packs come from strangers: nothing is unpickled, no
+link out of the folder is followed, no file is read past its limit, no NaN or infinity gets through.
+A LoRA layer adds (alpha / r) B A x (Hu et al., 2021, section 4.1); a pack has alpha = r, so B A is
+AlphaEdit's Delta itself. Anything but plain LoRA (DoRA, rank patterns, biases, changed base
+weights) would compute something else and is refused.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from alphaedit_peft import artefact
+from alphaedit_peft import algebra, artefact
 from alphaedit_peft.algebra import LowRankDelta
 
 FORMAT_VERSION = 1
@@ -89,11 +89,7 @@ class LoraFacts:
 
 
 def read_lora(folder: Path) -> tuple[Factors, LoraFacts]:
-    """Read a LoRA folder whose tensors agree with its config, unscaled.
-
-    Raises:
-        PackError: a damaged file, or an adapter that is not plain LoRA.
-    """
+    """Read a plain LoRA's folder, whose tensors agree with its config, unscaled."""
     facts = _lora_facts(folder)
     where = folder / ADAPTER_MODEL
     factors = _pair(read_tensors(folder, ADAPTER_MODEL), where)
@@ -119,11 +115,9 @@ def lora_state(factors: Mapping[str, LowRankDelta]) -> dict[str, Tensor]:
     """The factors under PEFT's names; without a row, one zero row, since LoRA needs r >= 1."""
     state = {}
     for module, delta in factors.items():
-        A, B = delta.A, delta.B
-        if delta.rank == 0:
-            A, B = A.new_zeros(1, A.shape[1]), B.new_zeros(B.shape[0], 1)
-        state[f"base_model.model.{module}.lora_A.weight"] = A
-        state[f"base_model.model.{module}.lora_B.weight"] = B
+        delta = delta if delta.rank else algebra.padded(delta, 1)
+        state[f"base_model.model.{module}.lora_A.weight"] = delta.A
+        state[f"base_model.model.{module}.lora_B.weight"] = delta.B
     return state
 
 
@@ -133,21 +127,13 @@ def by_block(module: str) -> list[tuple[int, str]]:
 
 
 def read_json(folder: Path, name: str) -> dict[str, Any]:
-    """Read a JSON object of at most ``MAX_JSON_BYTES`` with finite numbers.
-
-    Raises:
-        PackError: as ``read_bytes``, or what is no such object.
-    """
+    """Read a JSON object of at most ``MAX_JSON_BYTES`` with finite numbers."""
     data = read_bytes(folder, name, MAX_JSON_BYTES)
     return artefact.parse_json(data, folder / name, damaged)
 
 
 def read_json_lines(folder: Path, name: str) -> list[tuple[int, dict[str, Any]]]:
-    """Read JSON objects with their line numbers; a line has at most ``MAX_LINE_BYTES``.
-
-    Raises:
-        PackError: as ``read_json``, with the number of the line.
-    """
+    """Read JSON objects with their line numbers; a line has at most ``MAX_LINE_BYTES``."""
     found = []
     for number, line in enumerate(read_bytes(folder, name, MAX_JSON_BYTES).split(b"\n"), start=1):
         where = f"{folder / name}, line {number}"
@@ -159,45 +145,29 @@ def read_json_lines(folder: Path, name: str) -> list[tuple[int, dict[str, Any]]]
 
 
 def read_tensors(folder: Path, name: str) -> dict[str, Tensor]:
-    """Read the tensors of a safetensors file, floating and finite, on the CPU in float32.
-
-    Raises:
-        PackError: as ``read_bytes``, no safetensors file, another dtype, NaN or infinity.
-    """
+    """Read the tensors of a safetensors file, finite and of ``DTYPES``, on the CPU in float32."""
     tensors = artefact.parse_tensors(read_bytes(folder, name), folder / name, DTYPES, damaged)
     return {key: tensor.float() for key, tensor in tensors.items()}
 
 
 def read_bytes(folder: Path, name: str, limit: int = MAX_TENSOR_BYTES) -> bytes:
-    """Read a regular file that lies within the folder.
-
-    Raises:
-        PackError: a missing file, one that a link takes out of the folder, or one over the limit.
-    """
+    """Read a regular file that lies within the folder and is no larger than its limit."""
     return artefact.read_bytes(folder, name, limit, damaged)
 
 
 def json_bytes(value: Mapping[str, Any], name: str) -> bytes:
-    """A JSON object as the bytes of a file, keys sorted, within the limit that reading sets.
-
-    Raises:
-        PackError: a value that JSON cannot hold, or a file that would be over the limit.
-    """
+    """A JSON object as the bytes of a file, keys sorted, within the limit that reading sets."""
     return _within(_dump(value, name, indent=2) + b"\n", MAX_JSON_BYTES, name)
 
 
 def json_lines_bytes(values: Iterable[dict[str, Any]], name: str) -> bytes:
-    """JSON objects as the bytes of a file, one a line; see ``json_bytes``."""
+    """JSON objects as the bytes of a file, one a line, each line within its limit too."""
     lines = [_within(_dump(value, name), MAX_LINE_BYTES, f"{name}, a line") for value in values]
     return _within(b"".join(line + b"\n" for line in lines), MAX_JSON_BYTES, name)
 
 
 def tensor_bytes(tensors: Mapping[str, Tensor], name: str, dtype: torch.dtype) -> bytes:
-    """Tensors as the bytes of a safetensors file, rounded to ``dtype``.
-
-    Raises:
-        PackError: a dtype that packs do not use, or a value that it cannot hold.
-    """
+    """Tensors as the bytes of a safetensors file, rounded to one of ``DTYPES``."""
     if dtype not in DTYPES:
         raise PackError(f"dtype={dtype} cannot be saved; use one of {DTYPES}")
     rounded = {k: t.detach().to("cpu", dtype).contiguous().clone() for k, t in tensors.items()}

@@ -18,24 +18,42 @@ from torch import Tensor
 
 from alphaedit_peft import algebra
 from alphaedit_peft.algebra import LowRankDelta
-from alphaedit_peft.pack.compatible import require_joinable
-from alphaedit_peft.pack.conflicts import LeftOut, settle
+from alphaedit_peft.pack.compatible import LAYERS, require_joinable
+from alphaedit_peft.pack.conflicts import RULES, LeftOut, settle
 from alphaedit_peft.pack.parents import acting, parent_entry, stands_on
 from alphaedit_peft.pack.record import EditRecord
 from alphaedit_peft.pack.value import Pack, PackValue, require_rows
+from alphaedit_peft.settings import require_one_of
 
-RIDGE_MODES = ("relative", "absolute")
+_CHOICES = {"on_conflict": RULES, "ridge_mode": ("relative", "absolute"), "layers": LAYERS}
+
+
+@dataclass(frozen=True)
+class JoinOptions:
+    """How packs become one; see :meth:`EditPack.join`."""
+
+    on_conflict: str = "error"
+    key_cosine: float = 0.999
+    ridge: float | None = None
+    ridge_mode: str = "relative"
+    norm_guard: float = 2.0
+    layers: str = "same"
+
+    def __post_init__(self) -> None:
+        for name, choices in _CHOICES.items():
+            require_one_of(name, getattr(self, name), choices)
+        if not 0 < self.key_cosine <= 1:
+            raise ValueError(f"key_cosine={self.key_cosine!r} must be above 0 and at most 1")
+        if self.ridge is not None and not 0 <= self.ridge < float("inf"):
+            raise ValueError(f"ridge={self.ridge!r} must be a number from 0 on, or None")
+        guard = self.norm_guard
+        if guard != 0 and not 1 <= guard < float("inf"):
+            raise ValueError(f"norm_guard={guard!r} must be at least 1, or 0 for no bound")
 
 
 @dataclass(frozen=True)
 class Joined(Generic[Pack]):
-    """Several packs as one.
-
-    Args:
-        pack: the pack.
-        left_out: edits that are not in it, with the reason.
-        solved: by module, the update with its ridge, growth and drift.
-    """
+    """Several packs as one, the edits left out of it, and the update solved for each module."""
 
     pack: Pack
     left_out: tuple[LeftOut, ...]
@@ -43,15 +61,7 @@ class Joined(Generic[Pack]):
 
 
 def join(
-    packs: Sequence[Pack],
-    *,
-    names: Sequence[str] | None = None,
-    on_conflict: str = "error",
-    key_cosine: float = 0.999,
-    ridge: float | None = None,
-    ridge_mode: str = "relative",
-    norm_guard: float = 2.0,
-    layers: str = "same",
+    packs: Sequence[Pack], how: JoinOptions, names: Sequence[str] | None = None
 ) -> Joined[Pack]:
     """One pack of several; see :meth:`EditPack.join`."""
     packs = list(packs)
@@ -60,17 +70,16 @@ def join(
         raise ValueError("packs=[] holds no pack; give at least one, better two")
     if len(names) != len(packs):
         raise ValueError(f"names={names} are not one for each of the {len(packs)} packs")
-    _check_settings(key_cosine, ridge, ridge_mode, norm_guard)
     for pack in packs:
         require_rows(pack.compression, "join it with others")
-    first = require_joinable(packs, names, layers)
+    first = require_joinable(packs, names, how.layers)
     chains = acting(packs, names)
-    chosen, left_out = settle(packs, names, on_conflict, key_cosine)
+    chosen, left_out = settle(packs, names, how.on_conflict, how.key_cosine)
     solved = {}
     for module, like in first.factors.items():
         parts = _parts(module, like, packs, chains, chosen)
-        start = _ridge(torch.cat([rows for rows, _ in parts]), ridge or 0.0, ridge_mode)
-        solved[module] = algebra.join(parts, start, norm_guard)
+        start = _ridge(torch.cat([rows for rows, _ in parts]), how)
+        solved[module] = algebra.join(parts, start, how.norm_guard)
     records, adopted = _adopted(_records(packs, names, chosen), packs)
     joined = replace(
         first,
@@ -78,21 +87,9 @@ def join(
         records=tuple(records),
         targets=_targets(packs, chosen),
         parents=_parents(packs, names),
-        compression=None,
     )
-    _warn(solved, norm_guard)
+    _warn(solved, how.norm_guard)
     return Joined(joined, tuple(left for left in left_out if left.id not in adopted), solved)
-
-
-def _check_settings(key_cosine: float, ridge: float | None, mode: str, guard: float) -> None:
-    if not 0 < key_cosine <= 1:
-        raise ValueError(f"key_cosine={key_cosine!r} must be above 0 and at most 1")
-    if ridge is not None and not 0 <= ridge < float("inf"):
-        raise ValueError(f"ridge={ridge!r} must be a number from 0 on, or None")
-    if mode not in RIDGE_MODES:
-        raise ValueError(f"ridge_mode={mode!r} is unknown; use one of {RIDGE_MODES}")
-    if guard != 0 and not 1 <= guard < float("inf"):
-        raise ValueError(f"norm_guard={guard!r} must be at least 1, or 0 for no bound")
 
 
 def _parts(
@@ -122,11 +119,11 @@ def _parts(
     return found
 
 
-def _ridge(rows: Tensor, ridge: float, mode: str) -> float:
-    if mode == "absolute" or not len(rows):
+def _ridge(rows: Tensor, how: JoinOptions) -> float:
+    ridge, keys = how.ridge or 0.0, rows.double()
+    if how.ridge_mode == "absolute" or not len(keys):
         return ridge
-    rows = rows.double()
-    return algebra.relative_ridge(rows @ rows.T, ridge)
+    return algebra.relative_ridge(keys @ keys.T, ridge)
 
 
 def _records(
@@ -179,12 +176,10 @@ def _adopted(
 
 def _targets(packs: Sequence[PackValue], chosen: Sequence[list[int]]) -> Tensor | None:
     """Target values by row, where every pack that has rows has them."""
-    found = []
-    for pack, kept in zip(packs, chosen, strict=True):
-        if pack.targets is not None:
-            found.append(pack.targets[kept])
-        elif kept:
-            return None
+    pairs = list(zip(packs, chosen, strict=True))
+    if any(kept and pack.targets is None for pack, kept in pairs):
+        return None
+    found = [pack.targets[kept] for pack, kept in pairs if pack.targets is not None]
     return torch.cat(found) if found else None
 
 

@@ -22,7 +22,7 @@ from alphaedit_peft.pack.compress import compress
 from alphaedit_peft.pack.export import Export, export
 from alphaedit_peft.pack.files import locate, push_pack, read_pack, save_pack
 from alphaedit_peft.pack.format import Factors
-from alphaedit_peft.pack.join import join
+from alphaedit_peft.pack.join import JoinOptions, join
 from alphaedit_peft.pack.remove import remove
 from alphaedit_peft.pack.value import PackValue
 
@@ -111,7 +111,7 @@ class EditPack(PackValue):
         ``Destination`` and ``push_folder`` in :mod:`alphaedit_peft.hub`.
         """
         to = Destination(repo_id, private, token, revision, create_pr, subfolder)
-        return push_pack(self, to, texts=texts, commit_message=commit_message, dtype=dtype)
+        return push_pack(self, to, texts, commit_message, dtype)
 
     def summary(self) -> str:
         """A plain-text table: edits, modules, rank, norms, size, base, null space."""
@@ -186,16 +186,8 @@ class EditPack(PackValue):
             UserWarning: the norm guard acted, the bases could not be compared, or a pack stands on
                 one that is not given; the joined pack stands on that then.
         """
-        return join(
-            _opened(packs),
-            names=names,
-            on_conflict=on_conflict,
-            key_cosine=key_cosine,
-            ridge=ridge,
-            ridge_mode=ridge_mode,
-            norm_guard=norm_guard,
-            layers=layers,
-        ).pack
+        how = JoinOptions(on_conflict, key_cosine, ridge, ridge_mode, norm_guard, layers)
+        return join(_opened(packs), how, names).pack
 
     def compress(
         self,
@@ -219,7 +211,7 @@ class EditPack(PackValue):
             ValueError: nothing or too much asked for, a rank that is not lower, or a pack that was
                 compressed to a lower rank before.
         """
-        return compress(self, rank=rank, tolerance=tolerance, dtype=dtype)
+        return compress(self, rank, tolerance, dtype)
 
     def export(
         self,

@@ -12,6 +12,7 @@ from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args
 
 from alphaedit_peft.edits import Edit
+from alphaedit_peft.settings import require_one_of
 
 Role = Literal["own", "protected", "superseded"]
 ROLES: tuple[str, ...] = get_args(Role)
@@ -51,8 +52,7 @@ class EditRecord:
             raise TypeError(f"edit={self.edit!r} is a {type(self.edit).__name__}; pass an Edit")
         if not isinstance(self.prefix, str):
             raise TypeError(f"prefix={self.prefix!r} must be text; use '' where it is unknown")
-        if self.role not in ROLES:
-            raise ValueError(f"role={self.role!r} is unknown; use one of {ROLES}")
+        require_one_of("role", self.role, ROLES)
         for name in ("row", "batch"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 0:

@@ -12,31 +12,22 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import PackageNotFoundError, version
+from functools import partial
 from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
 
-from alphaedit_peft import metric
+from alphaedit_peft import artefact, metric
 from alphaedit_peft.algebra import LowRankDelta
 from alphaedit_peft.edits import Edit
 from alphaedit_peft.fingerprint import BaseFingerprint
-from alphaedit_peft.pack.format import (
-    ADAPTER_MODEL,
-    DTYPES,
-    EDITS,
-    TARGETS,
-    Factors,
-    by_block,
-    json_lines_bytes,
-    lora_state,
-    tensor_bytes,
-)
+from alphaedit_peft.pack import format
+from alphaedit_peft.pack.format import ADAPTER_MODEL, EDITS, TARGETS, Factors, tensor_bytes
 from alphaedit_peft.pack.record import EditRecord
 from alphaedit_peft.settings import EditOptions
 
-DTYPE_NAMES = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
+DTYPE_NAMES = {str(dtype).removeprefix("torch."): dtype for dtype in format.DTYPES}
 
 
 @dataclass(frozen=True)
@@ -49,9 +40,6 @@ class Compression:
         dtype: float32, bfloat16 or float16: what the factors were rounded to.
         delta_errors: |Delta' - Delta|_F / |Delta|_F.
         output_errors: likewise of the outputs on the keys of the edits in force.
-
-    Raises:
-        ValueError: a value of the wrong type or out of its range.
     """
 
     rows: int
@@ -83,11 +71,7 @@ class Compression:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Compression:
-        """Read back ``to_json``'s values.
-
-        Raises:
-            ValueError: missing or unknown fields, or a value that :class:`Compression` refuses.
-        """
+        """Read back ``to_json``'s values; a ValueError names missing and unknown fields."""
         known = set(cls.__dataclass_fields__)
         if set(values) != known:
             raise ValueError(f"compression fields {sorted(values)} are not {sorted(known)}")
@@ -100,17 +84,6 @@ class Compression:
             max(errors.values(), default=0.0) for errors in (self.delta_errors, self.output_errors)
         )
         return f"{how}{self.dtype}; Delta off by {delta:.2g}, the edits' outputs by {outputs:.2g}"
-
-
-def library_versions() -> dict[str, str]:
-    """Versions of the libraries that take part in an edit, those that are installed."""
-    found = {}
-    for name in ("alphaedit_peft", "peft", "torch", "transformers"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -129,13 +102,13 @@ class PackValue:
     fan_in_fan_out: bool = False
     base: BaseFingerprint | None = None
     null_space: dict[str, Any] | None = None
-    versions: dict[str, Any] = field(default_factory=library_versions)
+    versions: dict[str, Any] = field(default_factory=partial(artefact.versions, "peft"))
     parents: tuple[dict[str, Any], ...] = ()
     compression: Compression | None = None
     decisions: tuple[dict[str, str], ...] = ()
 
     def __post_init__(self) -> None:
-        ordered = {name: self.factors[name] for name in sorted(self.factors, key=by_block)}
+        ordered = {name: self.factors[name] for name in sorted(self.factors, key=format.by_block)}
         object.__setattr__(self, "factors", ordered)
         for name in ("records", "contexts", "parents", "decisions"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
@@ -225,7 +198,7 @@ class PackValue:
 
     def state_dict(self) -> dict[str, Tensor]:
         """The factors under PEFT's key names; an empty pack has one zero row, as LoRA needs."""
-        return lora_state(self.factors)
+        return format.lora_state(self.factors)
 
     def digest(self) -> str:
         """SHA-256 over factors (in float32), records and target values: what two packs share."""
@@ -240,11 +213,7 @@ Pack = TypeVar("Pack", bound=PackValue)
 
 
 def require_rows(compression: Compression | None, what: str) -> None:
-    """Refuse what needs to know which row is which edit, as in "remove edits from it".
-
-    Raises:
-        ValueError: a pack whose rows are mixtures.
-    """
+    """Raise a ValueError where rows are mixtures of edits, for ``what``: "remove edits from it"."""
     if compression is not None and compression.mixed:
         raise ValueError(
             f"this pack was compressed from {compression.rows} rows to a lower rank, so its edits "
@@ -254,11 +223,7 @@ def require_rows(compression: Compression | None, what: str) -> None:
 
 
 def require_projected(pack: PackValue, what: str, remedy: str) -> None:
-    """Refuse packs whose rows do not tell what edits put out on their keys.
-
-    Raises:
-        ValueError: a pack made with ``objective="memit"``.
-    """
+    """Raise a ValueError where rows do not tell what edits put out on their keys, as MEMIT's."""
     if not pack.rows_are_keys:
         raise ValueError(
             f"this pack was made with objective={pack.config.objective!r}, whose rows are not "
@@ -267,14 +232,10 @@ def require_projected(pack: PackValue, what: str, remedy: str) -> None:
 
 
 def content_files(pack: PackValue, dtype: torch.dtype) -> dict[str, bytes]:
-    """The files of the factors, in ``dtype``, the records, and the target values in float32.
-
-    Raises:
-        PackError: a value that the dtype or JSON cannot hold, or a file over its limit.
-    """
+    """The files of the factors, in ``dtype``, the records, and the target values in float32."""
     files = {
         ADAPTER_MODEL: tensor_bytes(pack.state_dict(), ADAPTER_MODEL, dtype),
-        EDITS: json_lines_bytes([record.to_json() for record in pack.records], EDITS),
+        EDITS: format.json_lines_bytes([record.to_json() for record in pack.records], EDITS),
     }
     if pack.targets is not None:
         files[TARGETS] = tensor_bytes({"z": pack.targets}, TARGETS, torch.float32)

@@ -14,7 +14,7 @@ from alphaedit_peft.config import AlphaEditConfig
 from alphaedit_peft.edits import Edit
 from alphaedit_peft.fingerprint import BaseFingerprint
 from alphaedit_peft.pack import EditPack, EditRecord
-from alphaedit_peft.pack.join import join
+from alphaedit_peft.pack.join import JoinOptions, join
 
 NAME = "model.layers.2.mlp.down_proj"
 SHAPE = {"model_type": "llama", "layers": 12, "hidden": 6, "intermediate": 12, "vocab": 99}
@@ -142,7 +142,7 @@ def test_contradictions_by_text_are_settled_by_the_rule(make):
     with pytest.raises(ValueError, match=r"a-town 1.*Elsewhere.* contradict each other"):
         EditPack.join([a, b])
     assert "a-town 1" in {e.target_new for e in EditPack.join([a, b], on_conflict="first").edits}
-    found = join([a, b], on_conflict="last")
+    found = join([a, b], JoinOptions(on_conflict="last"))
     assert "Elsewhere" in {e.target_new for e in found.pack.edits}
     (left,) = found.left_out
     assert (left.id, left.pack) == (a.edits[1].id, "pack 1")
@@ -155,15 +155,15 @@ def test_a_row_that_lost_itself_takes_no_other_with_it(make):
     b = with_key_of(make("b"), a)
     other = EditRecord(dataclasses.replace(c.edits[1], target_new="Elsewhere", id="other"), 0)
     b = dataclasses.replace(b, records=[other, *b.records[1:]])
-    found = join([a, b, c], on_conflict="last", norm_guard=0)
+    found = join([a, b, c], JoinOptions(on_conflict="last", norm_guard=0))
     assert [left.id for left in found.left_out] == ["other"]
-    found = join([a, b, c], on_conflict="first", norm_guard=0)
+    found = join([a, b, c], JoinOptions(on_conflict="first", norm_guard=0))
     assert [left.id for left in found.left_out] == ["other"]
 
 
 def test_what_is_said_of_the_outputs_is_true_of_the_factors_that_are_kept(make):
     packs = [make("a"), make("b", 4)]
-    for name, joint in join(packs, norm_guard=0).solved.items():
+    for name, joint in join(packs, JoinOptions(norm_guard=0)).solved.items():
         wanted = torch.cat([algebra.outputs(p.factors[name], p.factors[name].A) for p in packs])
         found = algebra.outputs(joint.delta, joint.delta.A)
         drift = (found - wanted).norm(dim=1) / wanted.norm(dim=1)
@@ -231,10 +231,10 @@ def near(make, cosine):
 
 def test_the_norm_guard_bounds_what_near_equal_keys_do(make):
     a, b = near(make, 0.999)
-    free = join([a, b], norm_guard=0, key_cosine=1.0).solved
+    free = join([a, b], JoinOptions(norm_guard=0, key_cosine=1.0)).solved
     assert max(joint.growth for joint in free.values()) > 3
     with pytest.warns(UserWarning, match=r"outputs differ by up to \d+% .*norm_guard=1.5"):
-        guarded = join([a, b], norm_guard=1.5, key_cosine=1.0).solved
+        guarded = join([a, b], JoinOptions(norm_guard=1.5, key_cosine=1.0)).solved
     for name, joint in guarded.items():
         bound = 1.5 * (a.factors[name].norm() ** 2 + b.factors[name].norm() ** 2) ** 0.5
         assert joint.growth <= 1.5
@@ -245,12 +245,15 @@ def test_a_ridge_gives_up_exactness_evenly(make):
     packs = [make("a"), make("b")]
     for ridge, mode in ((0.1, "relative"), (1.0, "absolute")):
         with pytest.warns(UserWarning, match=r"outputs differ"):
-            found = join(packs, ridge=ridge, ridge_mode=mode, norm_guard=0)
+            found = join(packs, JoinOptions(ridge=ridge, ridge_mode=mode, norm_guard=0))
         for name, joint in found.solved.items():
             rows = torch.cat([pack.factors[name].A for pack in packs])
             mean = float(rows.square().sum(1).mean())
             assert joint.ridge == pytest.approx(ridge * mean if mode == "relative" else ridge)
-            assert joint.delta.norm() < join(packs, norm_guard=0).solved[name].delta.norm()
+            assert (
+                joint.delta.norm()
+                < join(packs, JoinOptions(norm_guard=0)).solved[name].delta.norm()
+            )
 
 
 def with_base(pack, **changes):

@@ -11,7 +11,7 @@ from alphaedit_peft import algebra
 from alphaedit_peft.edits import Edit
 from alphaedit_peft.pack import EditPack, EditRecord
 from alphaedit_peft.pack.card import card
-from alphaedit_peft.pack.join import join
+from alphaedit_peft.pack.join import JoinOptions, join
 
 
 def beside(pack, name="a"):
@@ -45,7 +45,7 @@ def test_a_joined_chain_puts_out_the_sum_on_all_stored_keys(chain, new_pack):
 
 
 def test_the_norm_guard_leaves_a_chain_as_it_is(chain):
-    for joint in join(chain, norm_guard=1).solved.values():
+    for joint in join(chain, JoinOptions(norm_guard=1)).solved.values():
         assert joint.growth == pytest.approx(1, rel=1e-9)
         assert joint.ridge == 0
 
@@ -54,7 +54,7 @@ def test_a_parents_edit_that_an_upper_row_holds_becomes_the_joined_packs_own(cha
     below, above = chain
     held = dataclasses.replace(below.records[0], role="protected")
     above = dataclasses.replace(above, records=[held, *above.records])
-    found = join([below, above])
+    found = join([below, above], JoinOptions())
     assert {e.id for e in found.pack.edits} == {e.id for p in chain for e in p.edits}
     assert found.left_out == ()
 

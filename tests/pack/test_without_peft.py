@@ -12,7 +12,7 @@ from alphaedit_peft.pack import EditPack
 from alphaedit_peft.pack.compress import compress
 from alphaedit_peft.pack.export import export
 from alphaedit_peft.pack.files import StoredPack, read_pack, save_pack
-from alphaedit_peft.pack.join import join
+from alphaedit_peft.pack.join import JoinOptions, join
 from alphaedit_peft.pack.remove import remove
 
 COMMANDS = """
@@ -70,8 +70,10 @@ def test_the_same_bytes_as_with_peft(pack, stored, saved, other, tmp_path, files
     same(stored, pack)
     ids = [pack.edits[1].id]
     same(remove(stored, ids, max_share=1).pack, pack.without(ids, max_share=1))
-    same(compress(stored, rank=2), pack.compress(rank=2))
-    both = join([stored, read_pack(other, StoredPack)], norm_guard=0, key_cosine=1).pack
+    same(compress(stored, 2, None, None), pack.compress(rank=2))
+    both = join(
+        [stored, read_pack(other, StoredPack)], JoinOptions(norm_guard=0, key_cosine=1)
+    ).pack
     same(both, EditPack.join([pack, other], norm_guard=0, key_cosine=1))
     export(stored, tmp_path / "lora", max_rank=8)
     pack.export(tmp_path / "lora again", max_rank=8)
@@ -84,7 +86,7 @@ def test_fields_of_another_peft_are_taken_over(saved, tmp_path):
     del config["use_dora"]
     config |= {"a_later_field": None, "peft_version": "0.1", "lora_dropout": 0.5}
     where.write_text(json.dumps(config))
-    small = compress(read_pack(saved, StoredPack), rank=2)
+    small = compress(read_pack(saved, StoredPack), 2, None, None)
     save_pack(small, tmp_path / "small")
     found = json.loads((tmp_path / "small" / "adapter_config.json").read_text())
     assert set(found) == set(config)

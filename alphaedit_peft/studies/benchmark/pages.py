@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from alphaedit_peft.editing.runner import PHASES
-from alphaedit_peft.tables import Table
+from alphaedit_peft.tables import Table, count
 
 BEGIN, END = "<!-- tables: docs/figures/plot_benchmark.py -->", "<!-- end of tables -->"
 MEBI, GIGA = 2**20, 10**9
@@ -93,13 +93,13 @@ def measured(found: Values) -> Iterator[tuple[str, Table] | str]:
     """Everything that was measured on a model: sentences, and tables under their titles."""
     plan, model, machine = (found["head"][name] for name in ("plan", "model", "machine"))
     yield _about(found)
-    what = f"Seconds for {_count(plan['edits'], 'edit')}; MiB: peak above what was there before"
+    what = f"Seconds for {count(plan['edits'], 'edit')}; MiB: peak above what was there before"
     heads = ["run", *(f">{name}" for name in (*PHASES, "total", "MiB"))]
     yield what, Table(heads, [[line.short, *line.cells(_seconds)] for line in lines(found)])
     yield from _remarks(found)
     place = machine.get("gpu", machine["processor"])
     yield (
-        f"Matrix rates of this machine ({place}, {_count(machine['threads'], 'thread')}), "
+        f"Matrix rates of this machine ({place}, {count(machine['threads'], 'thread')}), "
         f"measured in this run, in 10^9 operations a second: {_rates(found, '.3g')}"
     )
     if found["statistics"]:
@@ -125,7 +125,7 @@ def _about(found: Values) -> str:
     runs = f"down to a loss of {stop:g}" if stop else "all of them run (stop_loss 0)"
     return (
         f"{name}: {', '.join(_model(found))}; rewrite layers {layers}; "
-        f"{_count(settings['steps'], 'step')}, {runs}; edits {found['requests']}"
+        f"{count(settings['steps'], 'step')}, {runs}; edits {found['requests']}"
     )
 
 
@@ -143,7 +143,7 @@ def _remarks(found: Values) -> Iterator[str]:
     if ratio := found["alphaedit_to_memit"]:
         yield f"AlphaEdit takes {ratio_in_words(ratio)} times MEMIT's time."
     if ratio := found["plain_to_ours"]:
-        made, of = _count(found["plain"]["edits"], "edit"), found["plain"]["of"]
+        made, of = count(found["plain"]["edits"], "edit"), found["plain"]["of"]
         yield (
             f"The plain way takes {ratio_in_words(ratio)} times the time, without contexts; its "
             f"targets and keys are those of {made}, scaled to {of}."
@@ -164,10 +164,6 @@ def _remarks(found: Values) -> Iterator[str]:
                     f"{own}: {batch['made']} of {batch['edits']} edits were made, in "
                     f"{batch['rows']} rows, so the times are of less work."
                 )
-
-
-def _count(total: int, one: str) -> str:
-    return f"{total} {one}{'' if total == 1 else 's'}"
 
 
 def grown(found: Values) -> Iterator[tuple[str, Table]]:
