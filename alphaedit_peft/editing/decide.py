@@ -13,6 +13,8 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from torch import Tensor
+
 from alphaedit_peft.architecture import paper_preset
 from alphaedit_peft.editing.keys import keys_by_layer
 from alphaedit_peft.editing.prompts import EditRows, TokenRow
@@ -104,14 +106,15 @@ def decisions(
         undecided: names of the settings that the user left open.
         disturbances: from ``least_disturbing``; empty where the threshold was not chosen here.
     """
-    settings, keys = runner.settings, keys_by_layer(runner, edits)
+    settings = runner.settings
+    keys, hidden = keys_by_layer(runner, edits)
     known = paper_preset(runner.model.config) is not None
     depth = f"by depth: the last one lies at 30 % of {runner.architecture.num_blocks} blocks"
     reasons = {"rewrite_layers": "the paper's" if known else depth}
     for name in metric.decides:
         if name != "threshold" or disturbances or movable(metric.null_space, settings):
             reasons[name] = metric.reason(name, keys, disturbances)
-    reasons |= _search(runner, edits)
+    reasons |= _search(runner, hidden)
     return tuple(
         Decision(name, shown(settings, name), reason)
         for name, reason in reasons.items()
@@ -119,10 +122,9 @@ def decisions(
     )
 
 
-def _search(runner: Runner, edits: Sequence[EditRows]) -> dict[str, str]:
-    """Clamp, learning rate and stopping, relative to |h| at the last rewrite layer."""
+def _search(runner: Runner, hidden: Tensor) -> dict[str, str]:
+    """Clamp, learning rate and stopping, relative to |h| at the last rewrite layer, h (n, d)."""
     settings, last = runner.settings, runner.layers[-1]
-    hidden = runner.hidden([rows.rows[0] for rows in edits], last)  # (n, d)
     norm = float(hidden.norm(dim=1).median())
     step = norm / hidden.shape[1] ** 0.5
     relative = settings.learning_rate_mode == "relative"

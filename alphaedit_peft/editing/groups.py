@@ -63,26 +63,20 @@ def sort_out(new: Sequence[Edit], existing: Sequence[Edit], on_conflict: str) ->
     replaced: dict[str, str] = {}
     chosen: dict[str, Edit] = {}
     for edit in new:
-        _check_id(edit, by_id)
-        by_id[edit.id] = edit
+        _require_same(by_id.setdefault(edit.id, edit), edit)
         question = asked(edit)
         earlier = standing.get(question)
-        if earlier is not None and earlier.target_new.strip() == edit.target_new.strip():
-            place = "in place" if earlier.id in in_place else "in this list"
-            aside.append((edit, f"edit {earlier.id} already says so, {place}"))
-            continue
-        if earlier is not None and on_conflict == "error":
-            raise ValueError(_contradiction(earlier, edit))
-        if earlier is not None and on_conflict == "keep":
-            kept = f"it contradicts edit {earlier.id}, which is kept (on_conflict='keep')"
-            aside.append((edit, kept))
-            continue
-        if earlier is not None and earlier.id in chosen:
-            aside.append((chosen.pop(earlier.id), f"edit {edit.id} replaces it"))
-            if earlier.id in replaced:
-                replaced[edit.id] = replaced.pop(earlier.id)
-        elif earlier is not None:
-            replaced[edit.id] = earlier.id
+        if earlier is not None:
+            reason = _reason_aside(earlier, edit, on_conflict, earlier.id in in_place)
+            if reason:
+                aside.append((edit, reason))
+                continue
+            if earlier.id in chosen:
+                aside.append((chosen.pop(earlier.id), f"edit {edit.id} replaces it"))
+                if earlier.id in replaced:
+                    replaced[edit.id] = replaced.pop(earlier.id)
+            else:
+                replaced[edit.id] = earlier.id
         standing[question] = chosen[edit.id] = edit
     return Sorted(tuple(chosen.values()), tuple(aside), replaced)
 
@@ -135,18 +129,24 @@ def _pairs(alike: Tensor) -> dict[int, list[int]]:
     return found
 
 
-def _check_id(edit: Edit, by_id: dict[str, Edit]) -> None:
-    other = by_id.get(edit.id)
-    if other is not None and (other.question, other.target_new) != (edit.question, edit.target_new):
+def _require_same(other: Edit, edit: Edit) -> None:
+    if (other.question, other.target_new) != (edit.question, edit.target_new):
         raise ValueError(
             f"id {edit.id!r} names two edits: {other.question!r} -> {other.target_new!r} and "
             f"{edit.question!r} -> {edit.target_new!r}; give each its own id"
         )
 
 
-def _contradiction(earlier: Edit, edit: Edit) -> str:
-    return (
-        f"edits {earlier.id} and {edit.id} contradict each other: {edit.question!r} -> "
-        f"{earlier.target_new!r} and {edit.target_new!r}; drop one, or set on_conflict='replace' "
-        "(the later one wins) or 'keep' (the earlier one stays)"
-    )
+def _reason_aside(earlier: Edit, edit: Edit, on_conflict: str, in_place: bool) -> str:
+    """Why an edit of an earlier one's question is set aside; empty where it replaces that one."""
+    if earlier.target_new.strip() == edit.target_new.strip():
+        return f"edit {earlier.id} already says so, {'in place' if in_place else 'in this list'}"
+    if on_conflict == "error":
+        raise ValueError(
+            f"edits {earlier.id} and {edit.id} contradict each other: {edit.question!r} -> "
+            f"{earlier.target_new!r} and {edit.target_new!r}; drop one, or set "
+            "on_conflict='replace' (the later one wins) or 'keep' (the earlier one stays)"
+        )
+    if on_conflict == "keep":
+        return f"it contradicts edit {earlier.id}, which is kept (on_conflict='keep')"
+    return ""

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from alphaedit_peft import hooks
 from alphaedit_peft.editing.memory import Smaller, by_halves
-from alphaedit_peft.editing.prefixes import PrefixCache, aligned, cached, cut_rows, recording
+from alphaedit_peft.editing.prefixes import Cut, PrefixCache, aligned, cached, cut_rows, recording
 from alphaedit_peft.editing.prompts import EditRows, TokenRow
 from alphaedit_peft.editing.runner import Runner, at_least_float32
 from alphaedit_peft.tokens import padded
@@ -56,7 +56,7 @@ class EditKeys:
         """What the edits give once ``layer`` is written: keys at the next one, if any, and h."""
         assert self.layer is not None, "above the last rewrite layer nothing is left to read"
         above = [layer for layer in runner.layers if layer > self.layer]
-        return _run_all(runner, self.parts, above[0] if above else None)
+        return _run_on(runner, self.parts, above[:1])
 
 
 def take_keys(runner: Runner, edits: Sequence[EditRows]) -> EditKeys:
@@ -64,17 +64,13 @@ def take_keys(runner: Runner, edits: Sequence[EditRows]) -> EditKeys:
 
     All edits have equally many rows.
     """
-    return _run_all(runner, parts_of(runner, edits), runner.layers[0])
+    return _run_on(runner, _parts_of(runner, edits), runner.layers[:1])
 
 
-def keys_by_layer(runner: Runner, edits: Sequence[EditRows]) -> dict[int, Tensor]:
-    """Keys (edits, d_in) at every rewrite layer of the model as it is, from one pass."""
-    parts, last = parts_of(runner, edits), runner.layers[-1]
-    bare = _in_parts(
-        parts.bare, partial(_run, runner, layers=runner.layers, last=last, whole=False)
-    )
-    others = _run_behind(runner, parts, runner.layers, last)[1]
-    return {layer: _mean_keys(layer, bare, others) for layer in runner.layers}
+def keys_by_layer(runner: Runner, edits: Sequence[EditRows]) -> tuple[dict[int, Tensor], Tensor]:
+    """Of the model as it is, keys (edits, d_in) at every rewrite layer and h (edits, d)."""
+    bare, others, _ = _run_all(runner, _parts_of(runner, edits), runner.layers)
+    return {layer: _mean_keys(layer, bare, others) for layer in runner.layers}, _hidden(bare)
 
 
 @dataclass(frozen=True)
@@ -86,31 +82,35 @@ class _Ran:
 
     part: Part
     keys: Mapping[int, Tensor]
-    hidden: Tensor | None = None
-    prefix_cache: PrefixCache | None = None
+    hidden: Tensor | None
+    prefix_cache: PrefixCache | None
 
 
-def _run_all(runner: Runner, parts: Parts, layer: int | None) -> EditKeys:
-    """Run the bare prompts to the last rewrite layer, the others to the module of ``layer``."""
-    wanted = () if layer is None else (layer,)
-    through = partial(_run, runner, layers=wanted, last=runner.layers[-1], whole=True)
-    first = _in_parts(parts.bare, through)
-    if layer is None:
-        hidden = _hidden(first)
+def _run_on(runner: Runner, parts: Parts, layers: Sequence[int]) -> EditKeys:
+    """Run the parts on to the one layer of ``layers``, or to the end where there is none."""
+    runs = _run_all(runner, parts, layers)
+    hidden = _hidden(runs[0])
+    if not layers:
         return EditKeys(None, hidden.new_zeros(len(hidden), 0), hidden, Parts(()))
-    shared, second = _run_behind(runner, parts, wanted, layer)
-    stand = Parts(*(tuple(ran.part for ran in runs) for runs in (first, second, shared)))
-    return EditKeys(layer, _mean_keys(layer, first, second), _hidden(first), stand)
+    stand = Parts(*(tuple(ran.part for ran in some) for some in runs))
+    return EditKeys(layers[0], _mean_keys(layers[0], *runs[:2]), hidden, stand)
 
 
-def _run_behind(
-    runner: Runner, parts: Parts, layers: Sequence[int], last: int
-) -> tuple[list[_Ran], list[_Ran]]:
-    """Run the shared prefixes and the prompts behind contexts to the module of ``last``."""
-    run = partial(_run, runner, layers=layers, last=last, whole=False)
+def _run_all(
+    runner: Runner, parts: Parts, layers: Sequence[int]
+) -> tuple[list[_Ran], list[_Ran], list[_Ran]]:
+    """Runs of bare prompts, of those behind contexts and of shared prefixes, in this order.
+
+    Bare ones run through the last rewrite layer, the others to the module of the last of
+    ``layers``: without any they are not needed.
+    """
+    bare = _in_parts(parts.bare, partial(_run, runner, layers=layers, last=None))
+    if not layers:
+        return bare, [], []
+    run = partial(_run, runner, layers=layers, last=layers[-1])
     shared = [run(part, keeping=True) for part in parts.shared]
     prefix_cache = shared[0].prefix_cache if shared else None
-    return shared, _in_parts(parts.others, partial(run, prefix_cache=prefix_cache))
+    return bare, _in_parts(parts.others, partial(run, prefix_cache=prefix_cache)), shared
 
 
 def _in_parts(parts: Sequence[Part], run: Callable[[Part], _Ran]) -> list[_Ran]:
@@ -129,12 +129,11 @@ def _run(
     part: Part,
     *,
     layers: Sequence[int],
-    last: int,
-    whole: bool,
+    last: int | None,
     prefix_cache: PrefixCache | None = None,
     keeping: bool = False,
 ) -> _Ran:
-    """Run a part on, through block ``last`` if ``whole``, else up to its rewrite module.
+    """Run a part on up to the rewrite module of ``last``; None: through the last rewrite layer.
 
     The keys of ``layers`` are taken on the way, and the states in front of the first of them.
     ``prefix_cache`` is that of the shared prefixes; ``keeping`` leaves the part's own.
@@ -146,32 +145,30 @@ def _run(
     names = {layout.rewrite_name(layer): layer for layer in layers}
     keys: dict[int, Tensor] = {}
     below: list[Any] = []
-    top: list[Tensor] = []
-    stop = layout.block_name(last) if whole else layout.rewrite_name(last)
+    top: list[Any] = []
+    stop = runner.blocks_below[-1] if last is None else layout.rewrite_name(last)
+
+    def take_key(name: str, values: Tensor) -> None:
+        keys[names[name]] = part.at_subject(values)
+
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
         if part.states is not None:
-            here, passed = part.states, [layout.block_name(i) for i in range(part.block)]
+            here, passed = part.states, runner.blocks[: part.block]
             stack.enter_context(hooks.resuming_above(model, passed, part.form, lambda: here))
-
-        def take_key(name: str, values: Tensor) -> None:
-            keys[names[name]] = part.at_subject(values)
-
-        def take_hidden(output: Any) -> None:
-            top.append(part.at_subject(hooks.hidden_of(output)))
-
         stack.enter_context(hooks.watching_inputs(model, list(names), take_key))
         if layers and layers[0] > part.block:
             under = layout.block_name(layers[0] - 1)
             stack.enter_context(hooks.watching_output(model, under, below.append))
-        if whole:
-            stack.enter_context(hooks.watching_output(model, stop, take_hidden))
-        hooks.run_until(model, inputs, stop, entering=not whole)
+        if last is None:
+            stack.enter_context(hooks.watching_output(model, stop, top.append))
+        hooks.run_until(model, inputs, stop, entering=last is not None)
+    hidden = part.at_subject(hooks.hidden_of(top[0])) if top else None
     if below:
         states, form = hooks.hidden_of(below[0]), hooks.form_of(below[0])
         part = replace(part, block=layers[0], states=states, form=form)
     left = None if cache is None else aligned(cached(cache), part.subjects + 1)
-    return _Ran(part, keys, top[0] if top else None, left)
+    return _Ran(part, keys, hidden, left)
 
 
 def _mean_keys(layer: int, bare: Sequence[_Ran], others: Sequence[_Ran]) -> Tensor:
@@ -184,9 +181,8 @@ def _table(layer: int, runs: Sequence[_Ran]) -> Tensor:
     """Keys of all rows, (edits, rows of each, d_in)."""
     names = [name for ran in runs for name in ran.part.rows]
     keys = torch.cat([ran.keys[layer] for ran in runs])
-    edits, each = (1 + max(name[k] for name in names) for k in (0, 1))
     order = sorted(range(len(names)), key=names.__getitem__)
-    return keys[order].unflatten(0, (edits, each))
+    return keys[order].unflatten(0, (len({edit for edit, _ in names}), -1))
 
 
 def _hidden(runs: Sequence[_Ran]) -> Tensor:
@@ -214,18 +210,19 @@ class Part:
     states: Tensor | None = None
     form: Any = None
 
-    def chosen(self, place: Mapping[int, int]) -> Part:
+    def renumbered(self, place: Mapping[int, int]) -> Part:
         """The rows of some edits, under their new numbers."""
-        some = [k for k, (edit, _) in enumerate(self.rows) if edit in place]
-        part = self._rows(some)
+        part = self.chosen([k for k, (edit, _) in enumerate(self.rows) if edit in place])
         return replace(part, rows=tuple((place[edit], prompt) for edit, prompt in part.rows))
 
     def halves(self) -> list[Part]:
         """The first half of the rows, and the others."""
-        every, middle = list(range(len(self.rows))), len(self.rows) // 2
-        return [self._rows(some) for some in (every[:middle], every[middle:])]
+        every, middle = range(len(self.rows)), len(self.rows) // 2
+        return [self.chosen(every[:middle]), self.chosen(every[middle:])]
 
-    def _rows(self, some: Sequence[int]) -> Part:
+    def chosen(self, rows: Sequence[int]) -> Part:
+        """Some of the rows, by their places."""
+        some = list(rows)
         return replace(
             self,
             rows=tuple(self.rows[k] for k in some),
@@ -259,48 +256,38 @@ class Parts:
         """The same of some of the edits, under their new numbers."""
         place = {edit: k for k, edit in enumerate(edits)}
         bare, others = (
-            tuple(part.chosen(place) for part in parts if any(e in place for e, _ in part.rows))
+            tuple(part.renumbered(place) for part in parts if any(e in place for e, _ in part.rows))
             for parts in (self.bare, self.others)
         )
         return Parts(bare, others, self.shared)
 
 
-def parts_of(runner: Runner, edits: Sequence[EditRows]) -> Parts:
+def _parts_of(runner: Runner, edits: Sequence[EditRows]) -> Parts:
     """Batches of the bare prompts and of those behind contexts, in front of the first block."""
     bare = [((e, 0), edit.rows[0].key_row) for e, edit in enumerate(edits)]
     others = [
         ((e, j), row.key_row) for e, edit in enumerate(edits) for j, row in enumerate(edit.rows[1:])
     ]
     cut = cut_rows(runner, [row.ids for _, row in others], [row.subject_last for _, row in others])
-    behind: list[Part] = []
-    for side in cut.sides():
-        some = [others[i] for i in side]
-        prefixes = [prefix for i in side if (prefix := cut.behind[i]) is not None]
-        behind += _batched(runner, some, [cut.starts[i] for i in side], prefixes)
-    alone = _batched(runner, bare, [0] * len(bare), ())
+    parts = _batched(runner, bare, Cut.none(len(bare))), _batched(runner, others, cut)
     if not cut.prefixes:
-        return Parts(alone, tuple(behind))
+        return Parts(*parts)
     last = torch.tensor([len(prefix) - 1 for prefix in cut.prefixes])
     names = tuple((number, 0) for number in range(len(cut.prefixes)))
-    shared = Part(names, last, padded(cut.prefixes, runner.device))
-    return Parts(alone, tuple(behind), (shared,))
+    return Parts(*parts, (Part(names, last, padded(cut.prefixes, runner.device)),))
 
 
 def _batched(
-    runner: Runner,
-    rows: Sequence[tuple[tuple[int, int], TokenRow]],
-    starts: Sequence[int],
-    behind: Sequence[int],
+    runner: Runner, rows: Sequence[tuple[tuple[int, int], TokenRow]], cut: Cut
 ) -> tuple[Part, ...]:
-    """Named rows from ``starts`` on; ``behind`` tells each row's prefix, and is empty for none."""
+    """Named rows in batches, of each what follows its shared prefix."""
+    starts = cut.starts
     return tuple(
         Part(
-            tuple(rows[i][0] for i in batch.indices),
-            torch.tensor([rows[i][1].subject_last - starts[i] for i in batch.indices]),
-            batch.inputs,
-            tuple(behind[i] for i in batch.indices if behind),
+            tuple(rows[i][0] for i in which),
+            torch.tensor([rows[i][1].subject_last - starts[i] for i in which]),
+            inputs,
+            behind,
         )
-        for batch in runner.batches(
-            [row.ids[start:] for (_, row), start in zip(rows, starts, strict=True)], starts
-        )
+        for which, inputs, behind in cut.batches(runner, [row.ids for _, row in rows])
     )

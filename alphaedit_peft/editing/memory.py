@@ -49,18 +49,9 @@ def by_halves(
 ) -> list[Found]:
     """Run parts in turn, smaller ones from where memory runs out.
 
-    Args:
-        parts: each runs at once.
-        run: what is done with one.
-        smaller: of all that is left, the first of which was too large: what that was in words, how
-            many go on at once, and what to run instead; None where nothing is smaller.
-        setting: which one bounds the parts.
-
-    Raises:
-        torch.OutOfMemoryError: there is no room for the smallest part.
-
-    Warns:
-        UserWarning: memory ran out, so that smaller parts are used.
+    ``smaller`` is given all that is left, the first of which was too large: what that was in words,
+    how many go on at once, and what to run instead; None where nothing is smaller, which leaves the
+    ``torch.OutOfMemoryError``. A warning names ``setting``, which bounds the parts.
     """
     found, left = [], list(parts)
     while left:
@@ -110,21 +101,6 @@ class Need:
         passes = self.token * max(tokens_per_batch, self.longest)
         return self.held + max(self.solve, passes, self.largest, self.suffix * target_tokens)
 
-    def bounds(self, budget: int) -> tuple[int, int]:
-        """The largest ``tokens_per_batch`` and ``target_tokens`` within a budget.
-
-        Raises:
-            ValueError: a budget below ``least``.
-        """
-        if budget < self.least:
-            raise ValueError(
-                f"memory_budget={bytes_in_words(budget)} is too small for one edit of this batch, "
-                f"which takes {bytes_in_words(self.least)}; raise it, or lower batch_size, "
-                "num_contexts or context_length"
-            )
-        left = budget - self.held
-        return left // self.token, left // self.suffix
-
 
 def within_budget(
     runner: Runner, metric: Metric, edits: Sequence[EditRows], batch_size: int, rank: int
@@ -140,7 +116,14 @@ def within_budget(
     if budget is None or not edits:
         return runner
     need = estimate(runner, metric, edits, min(batch_size, len(edits)), rank + len(edits))
-    return runner.within(*need.bounds(budget))
+    if budget < need.least:
+        raise ValueError(
+            f"memory_budget={bytes_in_words(budget)} is too small for one edit of this batch, "
+            f"which takes {bytes_in_words(need.least)}; raise it, or lower batch_size, "
+            "num_contexts or context_length"
+        )
+    left = budget - need.held
+    return runner.within(left // need.token, left // need.suffix)
 
 
 def estimate(

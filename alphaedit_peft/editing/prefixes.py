@@ -9,7 +9,7 @@ is cut at most once.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,17 +31,32 @@ class Cut:
     prefixes: tuple[tuple[int, ...], ...]
     behind: tuple[int | None, ...]
 
+    @classmethod
+    def none(cls, rows: int) -> Cut:
+        """Every row is left whole."""
+        return cls((), (None,) * rows)
+
     @property
     def starts(self) -> list[int]:
         """By row, how many of its tokens are in its prefix."""
         return [0 if which is None else len(self.prefixes[which]) for which in self.behind]
 
-    def sides(self) -> list[list[int]]:
-        """The rows that follow a prefix, and those that follow none; only what is not empty."""
-        sides: tuple[list[int], list[int]] = [], []
-        for row, which in enumerate(self.behind):
-            sides[which is None].append(row)
-        return [side for side in sides if side]
+    def batches(
+        self, runner: Runner, rows: Sequence[Ids]
+    ) -> Iterator[tuple[list[int], dict[str, Tensor], tuple[int, ...]]]:
+        """Padded batches of what follows the prefixes, of rows that follow one and of the others.
+
+        Returns:
+            Of each batch which rows these are, the inputs, and by row its prefix; empty for none.
+        """
+        starts = self.starts
+        for whole in (False, True):
+            side = [row for row, which in enumerate(self.behind) if (which is None) is whole]
+            rests = [rows[row][starts[row] :] for row in side]
+            for batch in runner.batches(rests, [starts[row] for row in side]):
+                which = [side[k] for k in batch.indices]
+                prefixes = (self.behind[row] for row in which)
+                yield which, batch.inputs, tuple(p for p in prefixes if p is not None)
 
 
 def cut_rows(runner: Runner, rows: Sequence[Ids], most: Sequence[int]) -> Cut:
@@ -52,12 +67,10 @@ def cut_rows(runner: Runner, rows: Sequence[Ids], most: Sequence[int]) -> Cut:
         rows: token ids.
         most: by row, how many leading tokens it may share.
     """
-    whole = Cut((), (None,) * len(rows))
     cut = _within_a_pass(shared_prefixes(rows, most), rows, runner.settings.tokens_per_batch)
     saved = sum(cut.starts) - sum(map(len, cut.prefixes))
-    if runner.few_passes or saved <= pass_cost(runner.device):
-        return whole
-    return cut if _continues(runner, rows, cut) else whole
+    worth_it = not runner.few_passes and saved > pass_cost(runner.device)
+    return cut if worth_it and _continues(runner, rows, cut) else Cut.none(len(rows))
 
 
 def shared_prefixes(rows: Sequence[Ids], most: Sequence[int]) -> list[tuple[int, list[int]]]:
@@ -75,10 +88,12 @@ def shared_prefixes(rows: Sequence[Ids], most: Sequence[int]) -> list[tuple[int,
         inner = _Alike(length, end - 1)
         while open_ and open_[-1].length > length:
             closed = open_.pop()
-            closed.take(inner)
-            inner = _Alike(length, closed.start, *closed.best(order[closed.start : end]))
+            together = closed.length, sorted(order[closed.start : end])
+            apart = closed.cuts + inner.cuts
+            better = _saved(together) >= sum(map(_saved, apart))
+            inner = _Alike(length, closed.start, [together] if better else apart)
         if open_ and open_[-1].length == length:
-            open_[-1].take(inner)
+            open_[-1].cuts += inner.cuts
         elif length:
             open_.append(inner)
         else:
@@ -90,25 +105,18 @@ def shared_prefixes(rows: Sequence[Ids], most: Sequence[int]) -> list[tuple[int,
 class _Alike:
     """Rows from ``start`` on, in sorted order, that share ``length`` tokens.
 
-    ``cuts`` are what would be cut further on, and ``saved`` how many tokens that saves.
+    ``cuts`` are what would be cut further on.
     """
 
     length: int
     start: int
-    saved: int = 0
     cuts: list[tuple[int, list[int]]] = field(default_factory=list)
 
-    def take(self, inner: _Alike) -> None:
-        """Rows within these that share more."""
-        self.saved += inner.saved
-        self.cuts += inner.cuts
 
-    def best(self, rows: list[int]) -> tuple[int, list[tuple[int, list[int]]]]:
-        """What these rows save at most, and how."""
-        together = self.length * (len(rows) - 1)
-        if together < self.saved:
-            return self.saved, self.cuts
-        return together, [(self.length, sorted(rows))]
+def _saved(shared: tuple[int, list[int]]) -> int:
+    """Tokens that need not run where a prefix of some length runs once for some rows."""
+    length, rows = shared
+    return length * (len(rows) - 1)
 
 
 def _common(left: Ids, right: Ids) -> int:
@@ -122,7 +130,7 @@ def _within_a_pass(found: Sequence[tuple[int, list[int]]], rows: Sequence[Ids], 
     prefixes: list[tuple[int, ...]] = []
     behind: list[int | None] = [None] * len(rows)
     longest = 0
-    for length, some in sorted(found, key=lambda part: -part[0] * (len(part[1]) - 1)):
+    for length, some in sorted(found, key=_saved, reverse=True):
         if (len(prefixes) + 1) * max(longest, length) > most:
             continue
         longest = max(longest, length)
@@ -139,15 +147,17 @@ def _continues(runner: Runner, rows: Sequence[Ids], cut: Cut) -> bool:
     Of the rows with the shortest and with the longest prefix, which are aligned at its end.
     """
     model, device, block = runner.model, runner.device, runner.blocks_below[-1]
-    shared = sorted(cut.sides()[0], key=lambda row: (cut.starts[row], len(rows[row])))
+    begin = cut.starts
+    shared = [row for row, which in enumerate(cut.behind) if which is not None]
+    shared.sort(key=lambda row: (begin[row], len(rows[row])))
     tried = sorted({shared[0], shared[-1]})
-    starts, ends = [cut.starts[i] for i in tried], [len(rows[i]) - 1 for i in tried]
+    starts, ends = [begin[i] for i in tried], [len(rows[i]) - 1 for i in tried]
     whole = hooks.capture_output(model, padded([rows[i] for i in tried], device), block)
     try:
-        inputs, cache = recording(padded([rows[i][: cut.starts[i]] for i in tried], device))
+        inputs, cache = recording(padded([rows[i][: begin[i]] for i in tried], device))
         hooks.run_until(model, inputs, block)
         prefix_cache = aligned(cached(cache), torch.tensor(starts))
-        rests = padded([rows[i][cut.starts[i] :] for i in tried], device)
+        rests = padded([rows[i][begin[i] :] for i in tried], device)
         parts = hooks.capture_output(model, prefix_cache.followed_by(model, rests), block)
     except torch.OutOfMemoryError:
         raise
@@ -201,28 +211,22 @@ class PrefixCache:
         return PrefixCache(lengths, tuple(pairs))
 
     def followed_by(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> dict[str, Any]:
-        """The model's inputs for tokens (rows, tokens) after these: their ids and mask."""
+        """The model's inputs for tokens (rows, tokens) after these: their ids and mask.
+
+        Models that do not take positions from the mask are given them. Padding behind a row has
+        its last token's, which the model has room for.
+        """
         ids, mask, cache = inputs["input_ids"], inputs["attention_mask"], DynamicCache()
+        lengths = self.lengths[:, None].to(mask.device)
         for block, (keys, values) in enumerate(self.pairs):
             cache.update(keys, values, block)
         steps = torch.arange(self.width, device=mask.device) - self.width
-        before = steps + self.lengths[:, None].to(mask.device) >= 0  # (rows, width)
-        return {
-            "input_ids": ids,
-            "attention_mask": torch.cat([before.to(mask), mask], dim=1),
-            "past_key_values": cache,
-            "use_cache": True,
-            **self._positions(model, mask),
-        }
-
-    def _positions(self, model: nn.Module, mask: Tensor) -> dict[str, Tensor]:
-        """Positions (rows, tokens), for models that do not take them from the mask.
-
-        Padding behind a row has its last token's, which the model has room for.
-        """
-        if "position_ids" not in inspect.signature(model.forward).parameters:
-            return {}
-        return {"position_ids": self.lengths[:, None].to(mask.device) + mask.cumsum(1) - 1}
+        before = steps + lengths >= 0  # (rows, width)
+        whole = torch.cat([before.to(mask), mask], dim=1)
+        found = {"input_ids": ids, "attention_mask": whole, "past_key_values": cache}
+        if "position_ids" in inspect.signature(model.forward).parameters:
+            found["position_ids"] = lengths + mask.cumsum(1) - 1
+        return {**found, "use_cache": True}
 
 
 def unread(rows: int, width: int, device: torch.device) -> Pair:

@@ -1,8 +1,7 @@
 """What an edit run works with: model, tokenizer, layout and settings, under one name.
 
 In: the base model (its rewrite modules may be LoRA layers), settled settings. Out: :class:`Runner`,
-which runs rows of tokens through the model and hands back keys, hidden states and log-probabilities
-at the positions asked for.
+which puts rows of tokens into batches, and what depends on the model's layout under one name.
 """
 
 from __future__ import annotations
@@ -190,16 +189,6 @@ class Runner:
             for i, index in enumerate(batch.indices):
                 found[index] = at_least_float32(inputs[name][i, : len(rows[index].ids)])
         return [found[i] for i in range(len(rows))]
-
-    def hidden(self, rows: Sequence[TokenRow], layer: int) -> Tensor:
-        """Hidden states after a block at each row's subject, (rows, d), float32 or better."""
-        found: dict[int, Tensor] = {}
-        for batch in self.batches([row.key_row.ids for row in rows]):
-            output = hooks.capture_output(self.model, batch.inputs, self.blocks[layer])
-            for i, index in enumerate(batch.indices):
-                state = hooks.hidden_of(output)[i, rows[index].subject_last]
-                found[index] = at_least_float32(state)
-        return torch.stack([found[i] for i in range(len(rows))])
 
 
 def at_least_float32(values: Tensor) -> Tensor:

@@ -124,7 +124,7 @@ def _parts(runner: Runner, metric: Metric, leaders: Sequence[EditRows]) -> list[
     """
     weights = [1.0] * len(runner.layers)
     if runner.settings.layer_shares == "disturbance" and metric.rows_are_keys:
-        for position, (layer, keys) in enumerate(keys_by_layer(runner, leaders).items()):
+        for position, (layer, keys) in enumerate(keys_by_layer(runner, leaders)[0].items()):
             weights[position] = 1 / metric.disturbance(layer, keys)
     return [weight / sum(weights[i:]) for i, weight in enumerate(weights)]
 

@@ -125,7 +125,7 @@ def test_keys_of_all_layers_come_from_one_pass(tokenizer):
     runner = runner_for("gpt2", tokenizer, [0, 1, 2])
     edits = tokenised(runner)
     runs = Counting(runner.model.get_submodule("transformer.h.0"))
-    found = keys_by_layer(runner, edits)
+    found, _ = keys_by_layer(runner, edits)
     assert runs.count == 2  # bare prompts, and those behind contexts
     for layer, keys in found.items():
         assert agree(keys, plain(runner, edits, layer)[0])

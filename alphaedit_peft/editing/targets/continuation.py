@@ -1,7 +1,7 @@
 """Rows run again from block L with other hidden states at the subject, as often as z moves.
 
-In: token rows and the last rewrite layer L. Out: a :class:`Continuation`, log-probabilities where
-the rows read. :class:`FromSubject` runs once what z cannot reach (``_passes_before``) and keeps it
+In: token rows and the last rewrite layer L. Out: a :class:`Resumable`, log-probabilities where the
+rows read. :class:`FromSubject` runs once what z cannot reach (``_passes_before``) and keeps it
 in a cache: then only each row's suffix runs, from its subject on. Both are batched by length for
 themselves, since rows of one edit differ in what stands before the subject, and edits in what comes
 after it. :class:`WholeRows` runs all tokens, where a model does not go on from a cache to the same
@@ -31,7 +31,6 @@ from alphaedit_peft.editing.prefixes import (
 )
 from alphaedit_peft.editing.runner import Runner, at_least_float32
 from alphaedit_peft.editing.targets.autocast import Autocast
-from alphaedit_peft.hooks import gathering_logits
 from alphaedit_peft.tokens import by_length, padded
 
 
@@ -51,7 +50,7 @@ class CacheDiffers(Exception):
     """Going on from a cache gives other numbers than the model's own forward."""
 
 
-class Continuation(Protocol):
+class Resumable(Protocol):
     """Rows that can be run again from block L with other hidden states at the subject."""
 
     hidden: Tensor
@@ -85,33 +84,27 @@ class WholeRows:
         self.hidden = self.states[torch.arange(len(rows), device=self.states.device), subjects]
 
     def together(self, chosen: Sequence[int]) -> list[list[int]]:
-        """See :class:`Continuation`."""
-        lengths = [len(self.rows[i].ids) for i in chosen]
-        batched = by_length(
-            lengths,
-            self.runner.device,
-            self.runner.settings.target_tokens,
-            few=self.runner.few_passes,
-        )
+        """See :class:`Resumable`."""
+        runner, lengths = self.runner, [len(self.rows[i].ids) for i in chosen]
+        most, few = runner.settings.target_tokens, runner.few_passes
+        batched = by_length(lengths, runner.device, most, few=few)
         return [[chosen[k] for k in batch] for batch in batched]
 
     def log_probs(self, chosen: Sequence[int], moved: Tensor) -> Tensor:
-        """See :class:`Continuation`."""
-        rows = [self.rows[i] for i in chosen]
+        """See :class:`Resumable`."""
+        some, rows = list(chosen), [self.rows[i] for i in chosen]
         length = max(len(row.ids) for row in rows)
-        states = self.states[list(chosen), :length]
+        states = self.states[some, :length]
         which = torch.arange(len(rows), device=states.device)
         subjects = torch.tensor([row.subject for row in rows], device=states.device)
         hidden = states.index_put((which, subjects), moved.to(states))
-        inputs = {name: value[list(chosen), :length] for name, value in self.inputs.items()}
+        inputs = {name: value[some, :length] for name, value in self.inputs.items()}
         where = [(i, position) for i, row in enumerate(rows) for position in row.reads]
         with (
             self.autocast.running(hidden.device),
             hooks.resuming_above(self.runner.model, self.blocks, self.output, lambda: hidden),
-            gathering_logits(self.runner.model, self.runner.head_name, where),
         ):
-            logits = self.runner.model(**inputs, use_cache=False).logits[0]
-        return at_least_float32(logits).log_softmax(-1)
+            return _log_probs(self.runner, inputs, where)
 
 
 class FromSubject:
@@ -134,13 +127,13 @@ class FromSubject:
         self.hidden = torch.stack([part.states[slot, 0] for part, slot in places])  # (rows, d)
 
     def together(self, chosen: Sequence[int]) -> list[list[int]]:
-        """See :class:`Continuation`."""
+        """See :class:`Resumable`."""
         wanted = set(chosen)
         found = [[row for row in part.which if row in wanted] for part in self._parts]
         return [some for some in found if some]
 
     def log_probs(self, chosen: Sequence[int], moved: Tensor) -> Tensor:
-        """See :class:`Continuation`."""
+        """See :class:`Resumable`."""
         part, _ = self._places[chosen[0]]
         return part.log_probs([self._places[row][1] for row in chosen], moved)
 
@@ -159,23 +152,22 @@ class _Suffixes:
         some: Sequence[int],
         passes: Sequence[_Pass],
     ) -> None:
-        wanted = set(some)
+        wanted, device = set(some), runner.device
         self.which = [row for p in passes for row in p.slots if row in wanted]
-        self.runner, self.autocast = runner, autocast
+        self.runner, self.autocast, self.blocks = runner, autocast, runner.blocks_below
         self.rows = [rows[row] for row in self.which]
         suffixes = [row.ids[row.subject :] for row in self.rows]
-        self.inputs = padded(suffixes, runner.device)
+        self.inputs = padded(suffixes, device)
         self.lengths = torch.tensor([len(suffix) for suffix in suffixes])
-        device = runner.device
         subjects = torch.tensor([row.subject for row in self.rows], device=device)
-        steps = torch.arange(int(self.lengths.max()), device=device)
-        positions = subjects[:, None] + steps  # (rows, suffix)
+        positions = subjects[:, None] + torch.arange(int(self.lengths.max()), device=device)
         outputs = [hooks.hidden_of(p.output) for p in passes]
         self.states = self._taken(passes, positions, outputs, [0] * len(passes))
+        self.form = hooks.form_of(passes[0].output)
         width = int(subjects.max())
         before = torch.arange(width, device=device) - width + subjects[:, None]
         ends = [p.width for p in passes]
-        pairs = [unread(len(self.rows), width, device)] * (runner.layers[-1] + 1)
+        pairs = [unread(len(self.rows), width, device)] * len(self.blocks)
         for block in passes[0].pairs:
             keys, values = (
                 self._taken(passes, before, [p.pairs[block][side] for p in passes], ends)
@@ -183,8 +175,6 @@ class _Suffixes:
             )
             pairs.append((keys, values))
         self.prefix_cache = PrefixCache(subjects.cpu(), tuple(pairs))
-        self.form = hooks.form_of(passes[0].output)
-        self.blocks = runner.blocks_below
         self.expected: dict[int, Tensor] | None = self._expected()
 
     def _taken(
@@ -214,42 +204,31 @@ class _Suffixes:
         Of the rows with the least and the most before the subject: where a cache does not
         continue, or its padding counts, it is so for them.
         """
-        order = sorted(
-            range(len(self.rows)), key=lambda i: (self.rows[i].subject, len(self.rows[i].ids))
-        )
+        sizes = [(row.subject, len(row.ids)) for row in self.rows]
+        order = sorted(range(len(sizes)), key=sizes.__getitem__)
         tried = sorted({order[0], order[-1]})
         where = [(k, self.rows[slot].reads[-1]) for k, slot in enumerate(tried)]
-        model, runner = self.runner.model, self.runner
-        inputs = padded([self.rows[slot].ids for slot in tried], runner.device)
-        with (
-            self.autocast.running_above(self.blocks[-1]),
-            gathering_logits(model, runner.head_name, where),
-        ):
-            logits = model(**inputs, use_cache=False).logits[0]
-        found = at_least_float32(logits).log_softmax(-1)
-        return dict(zip(tried, found, strict=True))
+        inputs = padded([self.rows[slot].ids for slot in tried], self.runner.device)
+        with self.autocast.running_above(self.blocks[-1]):
+            return dict(zip(tried, _log_probs(self.runner, inputs, where), strict=True))
 
     def log_probs(self, chosen: Sequence[int], moved: Tensor) -> Tensor:
-        """See :class:`Continuation`; ``chosen`` are slots."""
-        length = int(self.lengths[list(chosen)].max())
-        rest = self.states[list(chosen), 1:length]
+        """See :class:`Resumable`; ``chosen`` are slots."""
+        some, model = list(chosen), self.runner.model
+        length = int(self.lengths[some].max())
+        rest = self.states[some, 1:length]
         hidden = torch.cat([moved.to(rest)[:, None], rest], dim=1)  # (chosen, suffix, d)
-        inputs = {name: value[list(chosen), :length] for name, value in self.inputs.items()}
-        where = [
-            (i, position - self.rows[slot].subject)
-            for i, slot in enumerate(chosen)
-            for position in self.rows[slot].reads
-        ]
-        model = self.runner.model
+        inputs = {name: value[some, :length] for name, value in self.inputs.items()}
+        rows = [self.rows[slot] for slot in some]
+        where = [(i, read - row.subject) for i, row in enumerate(rows) for read in row.reads]
         with (
             nullcontext() if self.expected is None else _differing(),
             self.autocast.running(hidden.device),
             hooks.resuming_above(model, self.blocks, self.form, lambda: hidden),
             self._last_mlp_at(where),
-            gathering_logits(model, self.runner.head_name, where),
         ):
-            logits = model(**self.prefix_cache.chosen(chosen).followed_by(model, inputs)).logits[0]
-        log_probs = at_least_float32(logits).log_softmax(-1)
+            behind = self.prefix_cache.chosen(some).followed_by(model, inputs)
+            log_probs = _log_probs(self.runner, behind, where)
         self._compare(log_probs)
         return log_probs
 
@@ -280,6 +259,13 @@ class _Suffixes:
             raise CacheDiffers
 
 
+def _log_probs(runner: Runner, inputs: dict[str, Any], where: Sequence[tuple[int, int]]) -> Tensor:
+    """Log-probabilities at (row, position) pairs, (pairs, vocab), float32 or better."""
+    with hooks.gathering_logits(runner.model, runner.head_name, where):
+        logits = runner.model(**{"use_cache": False, **inputs}).logits[0]
+    return at_least_float32(logits).log_softmax(-1)
+
+
 @dataclass(frozen=True)
 class _Pass:
     """One pass over rows that are cut where a shared prefix ends.
@@ -301,16 +287,11 @@ class _Pass:
 def _passes_before(runner: Runner, rows: Sequence[Row], autocast: Autocast) -> list[_Pass]:
     """Run everything that no change at the subjects can reach."""
     cut = cut_rows(runner, [row.ids for row in rows], [row.subject for row in rows])
-    starts = cut.starts
     prefix_cache = _shared_cache(runner, autocast, cut.prefixes) if cut.prefixes else None
     found = []
-    for side in cut.sides():
-        rests = [rows[row].ids[starts[row] :] for row in side]
-        for batch in runner.batches(rests, [starts[row] for row in side]):
-            which = [side[k] for k in batch.indices]
-            behind = [prefix for row in which if (prefix := cut.behind[row]) is not None]
-            own = prefix_cache.chosen(behind) if prefix_cache is not None and behind else None
-            found.append(_pass(runner, rows, autocast, which, batch.inputs, own))
+    for which, inputs, behind in cut.batches(runner, [row.ids for row in rows]):
+        own = prefix_cache.chosen(behind) if prefix_cache is not None and behind else None
+        found.append(_pass(runner, rows, autocast, which, inputs, own))
     return found
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from alphaedit_peft.editing.groups import Group
 from alphaedit_peft.editing.runner import Runner
-from alphaedit_peft.editing.targets.continuation import Continuation, Row
+from alphaedit_peft.editing.targets.continuation import Resumable, Row
 from alphaedit_peft.settings import Settings
 
 
@@ -29,7 +29,7 @@ class Loss:
     ``hidden`` (groups, d) are the bare leaders' h.
     """
 
-    def __init__(self, settings: Settings, rows: Sequence[Row], continuation: Continuation) -> None:
+    def __init__(self, settings: Settings, rows: Sequence[Row], continuation: Resumable) -> None:
         """Rows are sorted by group, the bare leader's first."""
         self.settings, self.rows, self.continuation = settings, rows, continuation
         hidden = continuation.hidden
@@ -38,7 +38,7 @@ class Loss:
         self.hidden = self._subjects[[groups.index(g) for g in sorted(set(groups))]]
         self._initial: dict[int, Tensor] = {}  # row -> log P_0 where it is read, (reads, vocab)
 
-    def go_on_with(self, continuation: Continuation) -> None:
+    def go_on_with(self, continuation: Resumable) -> None:
         """Run the rows in another way from now on, P_0 anew."""
         self.continuation = continuation
         self._initial.clear()
@@ -59,7 +59,7 @@ class Loss:
             (active,), (active,) and (active, d).
 
         Raises:
-            CacheDiffers: as ``Continuation.log_probs``.
+            CacheDiffers: as ``Resumable.log_probs``.
         """
         slot = {g: k for k, g in enumerate(active)}
         moved = delta.detach().requires_grad_(descending)

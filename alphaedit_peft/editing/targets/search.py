@@ -23,8 +23,8 @@ from alphaedit_peft.editing.runner import Runner
 from alphaedit_peft.editing.targets.autocast import Autocast
 from alphaedit_peft.editing.targets.continuation import (
     CacheDiffers,
-    Continuation,
     FromSubject,
+    Resumable,
     Row,
     WholeRows,
 )
@@ -130,7 +130,7 @@ def _done(settings: Settings, loss: Tensor, said: Tensor) -> bool:
     return likeliest or bool(loss < settings.stop_loss)
 
 
-def _continuation(runner: Runner, rows: Sequence[Row], autocast: Autocast) -> Continuation:
+def _continuation(runner: Runner, rows: Sequence[Row], autocast: Autocast) -> Resumable:
     if max(row.subject for row in rows) == 0:
         return WholeRows(runner, rows, autocast)
     try:
@@ -139,7 +139,7 @@ def _continuation(runner: Runner, rows: Sequence[Row], autocast: Autocast) -> Co
         return _whole_rows(runner, rows, autocast)
 
 
-def _whole_rows(runner: Runner, rows: Sequence[Row], autocast: Autocast) -> Continuation:
+def _whole_rows(runner: Runner, rows: Sequence[Row], autocast: Autocast) -> Resumable:
     warnings.warn(
         f"{type(runner.model).__name__}: its cache does not continue to the same numbers; "
         "targets are optimised over whole rows, and contexts run anew for each edit, which "
