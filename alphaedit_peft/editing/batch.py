@@ -16,7 +16,7 @@ from torch import Tensor
 from alphaedit_peft import parallel, scoring
 from alphaedit_peft.editing.groups import Group, group_by_key
 from alphaedit_peft.editing.keys import take_keys
-from alphaedit_peft.editing.memory import Smaller, by_halves
+from alphaedit_peft.editing.memory import by_halves
 from alphaedit_peft.editing.prompts import EditRows, TokenRow
 from alphaedit_peft.editing.report import EditResult
 from alphaedit_peft.editing.runner import Runner
@@ -51,13 +51,9 @@ def edit_batch(
     replaces: Mapping[str, str] | None = None,
     progress: Callable[[int], None] = lambda n: None,
 ) -> tuple[EditState, tuple[EditResult, ...]]:
-    """Make one batch of edits.
+    """Make one batch of edits, free of contradictions, beside those of ``state``.
 
     Args:
-        runner: the model, which ``write`` changes layer by layer.
-        metric: the metric of the solve.
-        state: what is in place.
-        edits: tokenised edits, free of contradictions.
         write: puts a layer's factors into the model.
         replaces: id of an edit here -> id of the edit in place whose place it takes, once made.
         progress: called with the number of edits whose target value is found.
@@ -111,18 +107,20 @@ def score(runner: Runner, rows: Sequence[TokenRow]) -> list[Score]:
     Warns:
         UserWarning: memory ran out, so that smaller passes are used.
     """
-    shortest = min(len(row.scoring_ids) for row in rows)
 
     def run(most: int) -> list[Score]:
         bounded = runner.within(most, runner.settings.target_tokens)
         return scoring.score(runner.model, rows, bounded.batches)
 
-    def smaller(left: Sequence[int]) -> Smaller[int] | None:
-        half = left[0] // 2
-        too_small = half < shortest  # each has run by itself
-        return None if too_small else (f"{left[0]} tokens", half, [half])
-
-    return by_halves([runner.settings.tokens_per_batch], run, smaller, "tokens_per_batch")[0]
+    return by_halves(
+        [runner.settings.tokens_per_batch],
+        run,
+        size=int,
+        split=lambda _, most: [most],
+        what="tokens",
+        setting="tokens_per_batch",
+        least=min(len(row.scoring_ids) for row in rows),  # each has run by itself
+    )[0]
 
 
 def score_after(
@@ -155,7 +153,7 @@ def outcome(
 
     ``first_row`` is the row of ``lora_A`` that the first group got.
     """
-    results = {}
+    results, figures = {}, (runner.settings, metric, found, solution)
     for g, group in enumerate(groups):
         for member in group.members:
             told = scores.get(member.edit.id)
@@ -173,9 +171,7 @@ def outcome(
                 shares=dict(zip(runner.layers, solution.shares[:, g].tolist(), strict=True)),
                 total_share=float(solution.total[g]),
                 paraphrases=tuple(found.greedy for found in told.paraphrases),
-                why_not=""
-                if told.after.greedy
-                else why_not(runner.settings, metric, found, solution, g),
+                why_not="" if told.after.greedy else why_not(*figures, g),
             )
     return results
 
@@ -186,21 +182,15 @@ def why_not(
     """Why a group's target is not the likeliest, as far as the numbers tell, and what to turn."""
     loss, steps = float(found.losses[group]), int(found.steps[group])
     said, size = float(found.said[group]), float(found.clamped[group])
-    if said < SAID and loss < settings.stop_loss:
-        return (
-            f"its target value was taken at loss {loss:.2f}, before it says the target; lower "
-            f"stop_loss (now {settings.stop_loss:g})"
-        )
-    if said < SAID and size >= 0.99 * settings.clamp_factor:
-        return (
-            f"its target value stopped at the clamp with loss {loss:.2f}; raise clamp_factor (now "
-            f"{settings.clamp_factor:g})"
-        )
     if said < SAID:
-        return (
-            f"its target value still had loss {loss:.2f} after {steps} steps; raise steps or "
-            "learning_rate"
-        )
+        ended = f"still had loss {loss:.2f} after {steps} steps; raise steps or learning_rate"
+        if loss < settings.stop_loss:
+            remedy = f"lower stop_loss (now {settings.stop_loss:g})"
+            ended = f"was taken at loss {loss:.2f}, before it says the target; {remedy}"
+        elif size >= 0.99 * settings.clamp_factor:
+            remedy = f"raise clamp_factor (now {settings.clamp_factor:g})"
+            ended = f"stopped at the clamp with loss {loss:.2f}; {remedy}"
+        return f"its target value {ended}"
     share, lost = float(solution.total[group]), metric.lost(float(solution.kept[:, group].min()))
     if share < REACHED:
         also = f", and {lost}, or" if lost else ";"
@@ -237,8 +227,8 @@ def _results(
     edits: Sequence[EditRows], made: Mapping[str, EditResult], reasons: Mapping[str, str]
 ) -> tuple[EditResult, ...]:
     """In the edits' order, those not made with their reason."""
-    every = [(rows.edit, rows.edit.id) for rows in edits]
-    return tuple(made.get(name) or EditResult(edit, reasons[name]) for edit, name in every)
+    asked = [rows.edit for rows in edits]
+    return tuple(made.get(edit.id) or EditResult(edit, reasons[edit.id]) for edit in asked)
 
 
 def _replaced(replaces: Mapping[str, str] | None, edits: Sequence[EditRows]) -> frozenset[str]:
@@ -336,10 +326,9 @@ def _next_state(
     moved = {row: state.rank + g for g, group in enumerate(groups) for row in group.old_rows}
     records, carried = [], []
     for record in state.records:
-        if record.role != "superseded" and record.edit.id in replaced:
-            record = replace(record, role="superseded")
-        elif record.role != "superseded" and record.row in moved:
-            carried.append(replace(record, row=moved[record.row]))
+        gone = record.edit.id in replaced
+        if record.role != "superseded" and (gone or record.row in moved):
+            carried += [] if gone else [replace(record, row=moved[record.row])]
             record = replace(record, role="superseded")
         records.append(record)
     targets = torch.cat([state.targets, found.values.to(state.targets)])

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
+from math import isfinite
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -64,15 +65,11 @@ class LayerCapacity:
         return None if not self.weight_norm else self.delta_norm / self.weight_norm
 
     def __str__(self) -> str:
-        rows = f"{self.rank} of {self.rows} rows independent"
-        if self.used is not None:
-            rows = f"{self.used:.0%} of {self.room} directions taken, {rows}"
-        size = f"|Delta| {self.delta_norm:.3g}"
-        if self.growth is not None:
-            size = f"|Delta| {self.growth:.2f} of |W|"
+        taken = "" if self.used is None else f"{self.used:.0%} of {self.room} directions taken, "
+        size = f"{self.delta_norm:.3g}" if self.growth is None else f"{self.growth:.2f} of |W|"
         return (
-            f"room in layer {self.layer}: {rows}, condition {self.condition:.2g}, {self.conflicts} "
-            f"pairs of rows alike, {size}"
+            f"room in layer {self.layer}: {taken}{self.rank} of {self.rows} rows independent, "
+            f"condition {self.condition:.2g}, {self.conflicts} pairs of rows alike, |Delta| {size}"
         )
 
 
@@ -110,7 +107,7 @@ class Capacity:
         """As plain JSON values; ``condition`` is None where it is infinite."""
         layers = [
             asdict(part)
-            | {"condition": part.condition if part.condition < float("inf") else None}
+            | {"condition": part.condition if isfinite(part.condition) else None}
             | {"used": part.used, "growth": part.growth}
             for part in self.layers
         ]
@@ -155,10 +152,8 @@ def measure_capacity(
         stands = torch.tensor(standing, dtype=torch.bool, device=gram.device)
         count, rank, condition, conflicts = _crowding(gram[stands][:, stands])
         room = None if null_space is None else null_space.null_dimension(layer)
-        norm = (weight_norms or {}).get(layer)
-        layers.append(
-            LayerCapacity(layer, count, rank, room, condition, conflicts, delta.norm(gram), norm)
-        )
+        norms = delta.norm(gram), (weight_norms or {}).get(layer)
+        layers.append(LayerCapacity(layer, count, rank, room, condition, conflicts, *norms))
     return Capacity(tuple(layers))
 
 
@@ -169,11 +164,10 @@ def pack_capacity(pack: PackValue, null_space: NullSpace | None = None) -> Capac
     """
     if pack.mixed:
         return None
-    standing = {record.row for record in pack.records if record.role != "superseded"}
+    rows = {record.row for record in pack.records if record.role != "superseded"}
     factors = dict(zip(pack.layers, pack.factors.values(), strict=True))
-    found = measure_capacity(
-        factors, [row in standing for row in range(pack.rank)], null_space=null_space
-    )
+    standing = [row in rows for row in range(pack.rank)]
+    found = measure_capacity(factors, standing, null_space=null_space)
     return replace(found, bound=pack.config.capacity_bound)
 
 
@@ -219,19 +213,14 @@ def _crowding(gram: Tensor) -> tuple[int, int, float, int]:
     G = gram[some][:, some] / lengths[some] / lengths[some][:, None]  # (n, n), cosines
     alike = int((G.triu(1) >= ALIKE).sum())
     bound = len(G) * torch.finfo(torch.float32).eps  # what float32 rows can tell from 0
-    if len(G) > EXACT_ROWS and _exceeds(G, bound):
-        return count, len(G), _condition(G), alike
+    if len(G) > EXACT_ROWS:
+        shifted = G - bound * torch.eye(len(G)).to(G)  # has a factor if no eigenvalue is below
+        if int(torch.linalg.cholesky_ex(shifted).info) == 0:
+            return count, len(G), _condition(G), alike
     values = torch.linalg.eigvalsh(G)
     rank = int((values > bound).sum())
     condition = float(values[-1] / values[0]) if rank == len(G) else float("inf")
     return count, rank, condition, alike
-
-
-def _exceeds(G: Tensor, bound: float) -> bool:
-    """Whether every eigenvalue of G (n, n) is over the bound: then G - bound I has a factor."""
-    shifted = G.clone()
-    shifted.diagonal().sub_(bound)
-    return int(torch.linalg.cholesky_ex(shifted).info) == 0
 
 
 def _condition(G: Tensor) -> float:

@@ -4,10 +4,9 @@ In: the base model and a seed. Out: short texts that the model itself writes (se
 paper: contexts x_j sampled from the model), reproducible, recorded in the pack, and never kept in a
 global. The model's and torch's random state are left as they were.
 
-Starts of equally many tokens are gone on from together, without padding. A draw from probabilities
-p is argmax p / q with q exponential, as ``torch.multinomial`` does it; q comes from one stream in
-the order of contexts and tokens. So, but for rounding, a seed's contexts are the same however they
-are put into batches.
+A draw from probabilities p is argmax p / q with q exponential, as ``torch.multinomial`` does it; q
+comes from one stream in the order of contexts and tokens. So, but for rounding, a seed's contexts
+are the same however they are put into batches.
 """
 
 from __future__ import annotations
@@ -62,14 +61,25 @@ def sample_contexts(
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.eos_token_id or 0,
     )
+
+    def written(some: Sequence[list[int]], decode: Callable[..., Any] | None = None) -> Any:
+        """Starts (rows, tokens) gone on from; ``decode`` stands in for the model's own choice."""
+        ids = torch.tensor(some, device=device)
+        return model.generate(  # type: ignore[operator]
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            generation_config=settings,
+            custom_generate=decode,
+        )
+
     with (
         torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
         hooks.evaluating(model),
     ):
         _seed(device, options.seed)
-        rows = _together(model, starts, settings, options)
+        rows = _together(written, starts, options)
         if rows is None:
-            rows = [_continued(model, [start], settings)[0] for start in starts]
+            rows = [written([start])[0] for start in starts]
     texts = [_sentence(tokenizer, row) for row in rows]
     return tuple(dict.fromkeys(text for text in texts if text))
 
@@ -94,36 +104,27 @@ def _seed(device: torch.device, seed: int) -> None:
 
 
 class _Streams:
-    """The random numbers of each context, drawn as if contexts were written one after another.
-
-    Each context has a generator, at the place where one single generator comes to it.
-    """
+    """Each context's random numbers, drawn as if contexts were written one after another."""
 
     def __init__(self, seed: int, count: int, length: int) -> None:
         self.seed, self.count, self.length = seed, count, length
-        self.generators: list[torch.Generator] = []
+        self._generators: list[torch.Generator] = []
 
-    def draw(self, numbers: Sequence[int], like: Tensor) -> Tensor:
-        """The next exponential numbers of some contexts, of the shape of ``like``, (rows, vocab).
+    def generators(self, scratch: Tensor) -> list[torch.Generator]:
+        """By context, a generator at the place where one single generator comes to it.
 
-        Contexts are drawn for row by row, as a batch of rows would take other numbers.
+        At first ``scratch`` (1, vocab) is drawn as often as all contexts will.
         """
-        drawn = torch.empty_like(like)
-        if not self.generators:
-            self._place(drawn[:1])
-        for row, number in enumerate(numbers):
-            drawn[row : row + 1].exponential_(generator=self.generators[number])
-        return drawn
-
-    def _place(self, scratch: Tensor) -> None:
-        """Draw what all contexts will, to know where each begins."""
+        if self._generators:
+            return self._generators
         source = torch.Generator(scratch.device).manual_seed(self.seed)
         for number in range(self.count):
             for _ in range(self.length if number else 0):
                 scratch.exponential_(generator=source)
             own = torch.Generator(scratch.device)
             own.set_state(source.get_state())
-            self.generators.append(own)
+            self._generators.append(own)
+        return self._generators
 
 
 class _Drawn(LogitsProcessor):
@@ -142,22 +143,23 @@ class _Drawn(LogitsProcessor):
                 f"the model's logits for token ids {ids} are not finite; the base model's weights "
                 "hold NaN or infinity, or its dtype is too narrow"
             )
-        drawn = (probabilities / self.streams.draw(self.numbers, scores)).argmax(-1, keepdim=True)
+        q = torch.empty_like(scores)
+        generators = self.streams.generators(q[:1])
+        for row, number in enumerate(self.numbers):  # a batch of rows would take other numbers
+            q[row : row + 1].exponential_(generator=generators[number])
+        drawn = (probabilities / q).argmax(-1, keepdim=True)
         return torch.full_like(scores, -torch.inf).scatter(-1, drawn, 0.0)
 
 
 def _together(
-    model: nn.Module,
-    starts: Sequence[list[int]],
-    settings: GenerationConfig,
-    options: EditOptions,
+    written: Callable[..., Any], starts: Sequence[list[int]], options: EditOptions
 ) -> list[Tensor] | None:
     """Ids of all contexts; None, before anything is run, where ``_sample`` says so."""
     streams = _Streams(options.seed, len(starts), options.context_length)
     found: dict[int, Tensor] = {}
     for numbers in _batches([len(start) for start in starts], options):
-        decode = partial(_sample, streams, numbers)
-        rows = _continued(model, [starts[i] for i in numbers], settings, decode)
+        decode = partial(_sample, _Drawn(streams, numbers))
+        rows = written([starts[i] for i in numbers], decode)
         if rows is None:
             return None
         found |= dict(zip(numbers, rows, strict=True))
@@ -175,32 +177,15 @@ def _batches(lengths: Sequence[int], options: EditOptions) -> list[list[int]]:
     return found
 
 
-def _continued(
-    model: Any,
-    starts: Sequence[list[int]],
-    settings: GenerationConfig,
-    decode: Callable[..., Tensor | None] | None = None,
-) -> Any:
-    """Starts (rows, tokens) with what follows; ``decode`` stands in for the model's own choice."""
-    ids = torch.tensor(starts, device=reads_ids_on(model))
-    return model.generate(
-        input_ids=ids,
-        attention_mask=torch.ones_like(ids),
-        generation_config=settings,
-        custom_generate=decode,
-    )
-
-
 def _sample(
-    streams: _Streams,
-    numbers: Sequence[int],
+    drawn: _Drawn,
     model: Any,
     input_ids: Tensor,
     logits_processor: LogitsProcessorList,
     generation_config: GenerationConfig,
     **rest: Any,
 ) -> Tensor | None:
-    """transformers' own decoding loop with the draws of ``streams``; None where it will not do.
+    """transformers' own decoding loop that takes what is ``drawn``; None where it will not do.
 
     Rows cannot go together where the model's own settings ask for beams or the like, it runs
     without a cache of transformers', or has another decoding loop. ``generate`` calls this with
@@ -216,7 +201,7 @@ def _sample(
     generation_config.do_sample = False  # it is drawn already: take the one that is possible
     return model._sample(
         input_ids,
-        logits_processor=LogitsProcessorList([*logits_processor, _Drawn(streams, numbers)]),
+        logits_processor=LogitsProcessorList([*logits_processor, drawn]),
         generation_config=generation_config,
         **rest,
     )

@@ -100,8 +100,7 @@ def decisions(
     """Settings that were left open, with what was measured of this model for these edits.
 
     Args:
-        runner: with the settings as decided.
-        metric: as decided too.
+        runner: with the settings as decided, as ``metric`` is.
         edits: of the first batch.
         undecided: names of the settings that the user left open.
         disturbances: from ``least_disturbing``; empty where the threshold was not chosen here.

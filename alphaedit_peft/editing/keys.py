@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from alphaedit_peft import hooks
-from alphaedit_peft.editing.memory import Smaller, by_halves
+from alphaedit_peft.editing.memory import by_halves
 from alphaedit_peft.editing.prefixes import Cut, PrefixCache, aligned, cached, cut_rows, recording
 from alphaedit_peft.editing.prompts import EditRows, TokenRow
 from alphaedit_peft.editing.runner import Runner, at_least_float32
@@ -39,24 +39,33 @@ class EditKeys:
             context first, and the bare prompt is a kind of its own. Without contexts it is the bare
             prompt's.
         hidden: (edits, d), the bare prompt's hidden state after the last rewrite layer.
-        parts: the batches of prompts and how far they have run.
+        bare: batches of bare prompts, and how far they have run.
+        others: of prompts behind contexts.
+        shared: leading tokens that some of ``others`` go on from, at most one batch.
     """
 
     layer: int | None
     keys: Tensor
     hidden: Tensor
-    parts: Parts
+    bare: tuple[Part, ...] = ()
+    others: tuple[Part, ...] = ()
+    shared: tuple[Part, ...] = ()
 
     def chosen(self, edits: Sequence[int]) -> EditKeys:
         """The same of some of the edits, in the given order."""
-        some = list(edits)
-        return EditKeys(self.layer, self.keys[some], self.hidden[some], self.parts.chosen(some))
+        some, place = list(edits), {edit: k for k, edit in enumerate(edits)}
+        bare, others = (
+            tuple(part.renumbered(place) for part in parts if any(e in place for e, _ in part.rows))
+            for parts in (self.bare, self.others)
+        )
+        given = self.keys[some], self.hidden[some]
+        return EditKeys(self.layer, *given, bare, others, self.shared)
 
     def onward(self, runner: Runner) -> EditKeys:
         """What the edits give once ``layer`` is written: keys at the next one, if any, and h."""
         assert self.layer is not None, "above the last rewrite layer nothing is left to read"
         above = [layer for layer in runner.layers if layer > self.layer]
-        return _run_on(runner, self.parts, above[:1])
+        return _run_on(runner, (self.bare, self.others, self.shared), above[:1])
 
 
 def take_keys(runner: Runner, edits: Sequence[EditRows]) -> EditKeys:
@@ -91,37 +100,38 @@ def _run_on(runner: Runner, parts: Parts, layers: Sequence[int]) -> EditKeys:
     runs = _run_all(runner, parts, layers)
     hidden = _hidden(runs[0])
     if not layers:
-        return EditKeys(None, hidden.new_zeros(len(hidden), 0), hidden, Parts(()))
-    stand = Parts(*(tuple(ran.part for ran in some) for some in runs))
-    return EditKeys(layers[0], _mean_keys(layers[0], *runs[:2]), hidden, stand)
+        return EditKeys(None, hidden.new_zeros(len(hidden), 0), hidden)
+    stand = (tuple(ran.part for ran in some) for some in runs)
+    return EditKeys(layers[0], _mean_keys(layers[0], *runs[:2]), hidden, *stand)
 
 
 def _run_all(
     runner: Runner, parts: Parts, layers: Sequence[int]
 ) -> tuple[list[_Ran], list[_Ran], list[_Ran]]:
-    """Runs of bare prompts, of those behind contexts and of shared prefixes, in this order.
+    """Runs of the parts; without layers only bare prompts are needed, and run through the last one.
 
-    Bare ones run through the last rewrite layer, the others to the module of the last of
-    ``layers``: without any they are not needed.
+    The others run to the module of the last of ``layers``.
     """
-    bare = _in_parts(parts.bare, partial(_run, runner, layers=layers, last=None))
+    alone, behind, prefixes = parts
+    bare = _in_parts(alone, partial(_run, runner, layers=layers, last=None))
     if not layers:
         return bare, [], []
     run = partial(_run, runner, layers=layers, last=layers[-1])
-    shared = [run(part, keeping=True) for part in parts.shared]
+    shared = [run(part, keeping=True) for part in prefixes]
     prefix_cache = shared[0].prefix_cache if shared else None
-    return bare, _in_parts(parts.others, partial(run, prefix_cache=prefix_cache)), shared
+    return bare, _in_parts(behind, partial(run, prefix_cache=prefix_cache)), shared
 
 
 def _in_parts(parts: Sequence[Part], run: Callable[[Part], _Ran]) -> list[_Ran]:
     """Run every part, by halves where memory runs out."""
-
-    def smaller(left: Sequence[Part]) -> Smaller[Part] | None:
-        count = len(left[0].rows)
-        less = [*left[0].halves(), *left[1:]]
-        return None if count == 1 else (f"{count} prompts", count // 2, less)
-
-    return by_halves(parts, run, smaller, "tokens_per_batch")
+    return by_halves(
+        parts,
+        run,
+        size=lambda part: len(part.rows),
+        split=lambda left, most: [*left[0].cut_at(most), *left[1:]],
+        what="prompts",
+        setting="tokens_per_batch",
+    )
 
 
 def _run(
@@ -173,23 +183,22 @@ def _run(
 
 def _mean_keys(layer: int, bare: Sequence[_Ran], others: Sequence[_Ran]) -> Tensor:
     """(edits, d_in): see ``EditKeys.keys``."""
-    alone = _table(layer, bare)[:, 0]
-    return alone if not others else (alone + _table(layer, others).mean(1)) / 2
+    alone = _table(bare, [ran.keys[layer] for ran in bare])[:, 0]
+    if not others:
+        return alone
+    return (alone + _table(others, [ran.keys[layer] for ran in others]).mean(1)) / 2
 
 
-def _table(layer: int, runs: Sequence[_Ran]) -> Tensor:
-    """Keys of all rows, (edits, rows of each, d_in)."""
-    names = [name for ran in runs for name in ran.part.rows]
-    keys = torch.cat([ran.keys[layer] for ran in runs])
-    order = sorted(range(len(names)), key=names.__getitem__)
-    return keys[order].unflatten(0, (len({edit for edit, _ in names}), -1))
-
-
-def _hidden(runs: Sequence[_Ran]) -> Tensor:
+def _hidden(bare: Sequence[_Ran]) -> Tensor:
     """h of all edits, (edits, d)."""
-    edits = [edit for ran in runs for edit, _ in ran.part.rows]
-    hidden = torch.cat([ran.hidden for ran in runs if ran.hidden is not None])
-    return hidden[sorted(range(len(edits)), key=edits.__getitem__)]
+    return _table(bare, [ran.hidden for ran in bare if ran.hidden is not None])[:, 0]
+
+
+def _table(runs: Sequence[_Ran], values: Sequence[Tensor]) -> Tensor:
+    """What the runs gave for their rows, (edits, rows of each, k)."""
+    names = [name for ran in runs for name in ran.part.rows]
+    order = sorted(range(len(names)), key=names.__getitem__)
+    return torch.cat(list(values))[order].unflatten(0, (len({edit for edit, _ in names}), -1))
 
 
 @dataclass(frozen=True)
@@ -215,10 +224,10 @@ class Part:
         part = self.chosen([k for k, (edit, _) in enumerate(self.rows) if edit in place])
         return replace(part, rows=tuple((place[edit], prompt) for edit, prompt in part.rows))
 
-    def halves(self) -> list[Part]:
-        """The first half of the rows, and the others."""
-        every, middle = range(len(self.rows)), len(self.rows) // 2
-        return [self.chosen(every[:middle]), self.chosen(every[middle:])]
+    def cut_at(self, row: int) -> tuple[Part, Part]:
+        """The rows before one, and the others."""
+        every = range(len(self.rows))
+        return self.chosen(every[:row]), self.chosen(every[row:])
 
     def chosen(self, rows: Sequence[int]) -> Part:
         """Some of the rows, by their places."""
@@ -240,41 +249,23 @@ class Part:
         return at_least_float32(values[rows, self.subjects.to(values.device)])
 
 
-@dataclass(frozen=True)
-class Parts:
-    """Batches of edits' prompts.
-
-    ``bare``: bare prompts; ``others``: those behind contexts; ``shared``: leading tokens that some
-    of ``others`` go on from, at most one batch.
-    """
-
-    bare: tuple[Part, ...]
-    others: tuple[Part, ...] = ()
-    shared: tuple[Part, ...] = ()
-
-    def chosen(self, edits: Sequence[int]) -> Parts:
-        """The same of some of the edits, under their new numbers."""
-        place = {edit: k for k, edit in enumerate(edits)}
-        bare, others = (
-            tuple(part.renumbered(place) for part in parts if any(e in place for e, _ in part.rows))
-            for parts in (self.bare, self.others)
-        )
-        return Parts(bare, others, self.shared)
+# bare prompts, those behind contexts, and prefixes that some of these share
+Parts = tuple[tuple[Part, ...], tuple[Part, ...], tuple[Part, ...]]
 
 
 def _parts_of(runner: Runner, edits: Sequence[EditRows]) -> Parts:
-    """Batches of the bare prompts and of those behind contexts, in front of the first block."""
+    """Batches of the prompts, in front of the first block."""
     bare = [((e, 0), edit.rows[0].key_row) for e, edit in enumerate(edits)]
     others = [
         ((e, j), row.key_row) for e, edit in enumerate(edits) for j, row in enumerate(edit.rows[1:])
     ]
     cut = cut_rows(runner, [row.ids for _, row in others], [row.subject_last for _, row in others])
-    parts = _batched(runner, bare, Cut.none(len(bare))), _batched(runner, others, cut)
+    alone, behind = _batched(runner, bare, Cut.none(len(bare))), _batched(runner, others, cut)
     if not cut.prefixes:
-        return Parts(*parts)
+        return alone, behind, ()
     last = torch.tensor([len(prefix) - 1 for prefix in cut.prefixes])
     names = tuple((number, 0) for number in range(len(cut.prefixes)))
-    return Parts(*parts, (Part(names, last, padded(cut.prefixes, runner.device)),))
+    return alone, behind, (Part(names, last, padded(cut.prefixes, runner.device)),)
 
 
 def _batched(

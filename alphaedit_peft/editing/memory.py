@@ -38,38 +38,49 @@ from alphaedit_peft.settings import byte_count, bytes_in_words
 
 Part = TypeVar("Part")
 Found = TypeVar("Found")
-Smaller = tuple[str, int, list[Part]]
 
 
 def by_halves(
     parts: Sequence[Part],
     run: Callable[[Part], Found],
-    smaller: Callable[[Sequence[Part]], Smaller[Part] | None],
+    *,
+    size: Callable[[Part], int],
+    split: Callable[[Sequence[Part], int], Sequence[Part]],
+    what: str,
     setting: str,
+    least: int = 1,
 ) -> list[Found]:
     """Run parts in turn, smaller ones from where memory runs out.
 
-    ``smaller`` is given all that is left, the first of which was too large: what that was in words,
-    how many go on at once, and what to run instead; None where nothing is smaller, which leaves the
-    ``torch.OutOfMemoryError``. A warning names ``setting``, which bounds the parts.
+    Args:
+        size: how many of ``what`` a part holds, at least ``least``.
+        split: what to run instead of all that is left, the first of which was too large, and how
+            many it may hold: half as many.
+        setting: which one bounds the parts.
+
+    Raises:
+        torch.OutOfMemoryError: there is no room for the smallest part.
+
+    Warns:
+        UserWarning: memory ran out, so that smaller parts are used.
     """
     found, left = [], list(parts)
     while left:
+        count = size(left[0])
         try:
             found.append(run(left[0]))
         except torch.OutOfMemoryError:
-            less = smaller(left)
-            if less is None:
+            if count // 2 < least:
                 raise
         else:
             del left[0]
             continue
-        what, most, left = less
+        left = list(split(left, count // 2))
         if torch.cuda.is_available():
             torch.cuda.empty_cache()  # what torch keeps of a GPU's memory is given back
         warnings.warn(
-            f"{what} do not fit in memory at once; going on with {most}. Set memory_budget or a "
-            f"lower {setting} to begin with less",
+            f"{count} {what} do not fit in memory at once; going on with {count // 2}. Set "
+            f"memory_budget or a lower {setting} to begin with less",
             stacklevel=3,
         )
     return found

@@ -8,7 +8,7 @@ are tokenised once, together (see ``tokens``).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
@@ -60,9 +60,9 @@ class Renderer:
     limits: tuple[int | None, int] | None = None
 
     def __post_init__(self) -> None:
-        name = type(self.tokenizer).__name__
         tokens.require_offsets(self.tokenizer)
         if self.settings.chat_template and not self.tokenizer.chat_template:
+            name = type(self.tokenizer).__name__
             raise ValueError(
                 f"chat_template=True, but tokenizer {name} has no chat template; set one or use "
                 "chat_template=False"
@@ -84,11 +84,7 @@ class Renderer:
         return EditRows(edit, text[: start + len(edit.subject)], rows, kl_row, kept)
 
     def target_row(self, question: str, target: str) -> TokenRow:
-        """Tokenise a whole prompt with its continuation, for scoring; no subject in it.
-
-        Raises:
-            ValueError: as ``edit_rows``.
-        """
+        """Tokenise a whole prompt with its continuation, for scoring; no subject in it."""
         return self._row(SLOT, question, target)
 
     def _render(self, prompt: str, subject: str) -> tuple[str, int]:
@@ -115,16 +111,12 @@ class Renderer:
         subject_last = tokens.last_token(offsets, start, end)
         if subject_last is None:
             raise ValueError(f"subject {subject!r} has no token in {text!r}; check the tokenizer")
-        row = TokenRow(ids[:border], (), subject_last)
-        if target is None:
-            return self._within_limits(row, text)
-        if border == len(ids) or not tokens.encode(self.tokenizer, target.strip(), False)[0]:
+        row = TokenRow(ids[:border], ids[border:], subject_last)
+        if target is not None and not (
+            row.target and tokens.encode(self.tokenizer, target.strip(), False)[0]
+        ):
             raise ValueError(f"target_new={target!r} has no token; check the tokenizer")
-        return self._within_limits(replace(row, target=ids[border:]), text)
-
-    def _within_limits(self, row: TokenRow, text: str) -> TokenRow:
         if self.limits is not None:
             advice = "shorten it, or the contexts before it (context_length)"
-            largest = max(row.ids + row.target)
-            tokens.require_fit(row.scoring_ids, largest, text, self.limits, advice)
+            tokens.require_fit(row.scoring_ids, max(ids), text, self.limits, advice)
         return row

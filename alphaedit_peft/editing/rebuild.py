@@ -16,7 +16,7 @@ from alphaedit_peft.editing.groups import Group
 from alphaedit_peft.editing.memory import within_budget
 from alphaedit_peft.editing.runner import Runner
 from alphaedit_peft.editing.solve_layers import Write, solve_layers
-from alphaedit_peft.editing.state import EditState
+from alphaedit_peft.editing.state import EditState, protects
 from alphaedit_peft.editing.targets import optimise_targets
 from alphaedit_peft.metric import Metric
 from alphaedit_peft.pack.record import EditRecord
@@ -45,14 +45,12 @@ def rebuild_state(
         together: all in one batch. Keys in upper layers are then measured with every edit in the
             layers below, where batch by batch those of early edits go stale.
     """
-    state = empty
-    standing = [r for r in records if r.role != "superseded"]
-    batch_of = {row: max(r.batch for r in standing if r.row == row) for row in _rows(standing)}
-    if together:
-        batch_of = dict.fromkeys(batch_of, 0)
+    state, standing = empty, [r for r in records if r.role != "superseded"]
+    every = {row: [r for r in standing if r.row == row] for row in _rows(standing)}
+    batch_of = {row: 0 if together else max(r.batch for r in rs) for row, rs in every.items()}
     for number in sorted(set(batch_of.values())):
-        rows = [row for row in sorted(batch_of) if batch_of[row] == number]
-        of_row = [[r for r in standing if r.row == row] for row in rows]
+        rows = [row for row in every if batch_of[row] == number]
+        of_row = [every[row] for row in rows]
         groups = [
             Group(tuple(runner.renderer.edit_rows(r.edit, runner.contexts) for r in members))
             for members in of_row
@@ -60,17 +58,17 @@ def rebuild_state(
         members = [member for group in groups for member in group.members]
         runner = within_budget(runner, metric, members, len(members), state.rank)
         values = stored.targets[rows].to(runner.device)
-        partial = [i for i, members in enumerate(of_row) if stored.lost_some(members)]
+        made_for = [{r.edit.id for r in stored.records if r.row == row} for row in rows]
+        partial = [i for i, rs in enumerate(of_row) if {r.edit.id for r in rs} != made_for[i]]
         if partial:
             anew = optimise_targets(runner, [groups[i] for i in partial])
             values[partial] = anew.values.to(values)
-        protected = state.protected if runner.settings.history else [False] * state.rank
+        protected = protects(state.standing if runner.settings.history else (), state.rank)
         leaders = [group.leader for group in groups]
         solution = solve_layers(runner, metric, leaders, values, state, protected, write)
         moved = [replace(r, row=state.rank + i) for i, rs in enumerate(of_row) for r in rs]
         targets = torch.cat([state.targets, values.to(state.targets)])
-        records_so_far = (*state.records, *moved)
-        state = EditState(solution.factors, records_so_far, targets, solution.solvers)
+        state = EditState(solution.factors, (*state.records, *moved), targets, solution.solvers)
     return _with_shadows(state, records, stored, write)
 
 

@@ -22,7 +22,6 @@ RELEVANT = (  # the settings that a metric depends on
     *("objective", "projection", "history", "moment_weight", "null_space"),
     *("ridge", "ridge_mode", "threshold", "threshold_mode"),
 )
-_OR_NAME = ", or name the path in config.null_space"
 
 
 @dataclass
@@ -43,9 +42,10 @@ class Resources:
         for name, wanted in (("null_space", NullSpace), ("key_moments", KeyMoments)):
             value = getattr(self, name)
             if not isinstance(value, wanted | None):
+                also = ", or name the path in config.null_space" if name == "null_space" else ""
                 raise TypeError(
                     f"{name}={value!r} is a {type(value).__name__}, not a {wanted.__name__}; pass "
-                    f"{wanted.__name__}.from_pretrained(path){_OR_NAME * (name == 'null_space')}"
+                    f"{wanted.__name__}.from_pretrained(path){also}"
                 )
 
     def find_tokenizer(self, model: nn.Module) -> PreTrainedTokenizerBase:

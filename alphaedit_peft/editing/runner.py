@@ -7,7 +7,7 @@ which puts rows of tokens into batches, and what depends on the model's layout u
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
@@ -34,17 +34,13 @@ class Phases:
     ``write``: factors put into the model; ``score``: probabilities, and the figures of the report.
     """
 
-    def __init__(self, devices: Collection[torch.device] = ()) -> None:
-        """Time work on these devices; those that are no GPU need no waiting for."""
+    def __init__(self, model: nn.Module | None = None) -> None:
+        """Time work on a model: what is asked of its GPUs is waited for."""
+        devices = () if model is None else {weight.device for weight in model.parameters()}
         self._gpus = [device for device in devices if device.type == "cuda"]
         self._sums = dict.fromkeys(PHASES, 0.0)
         self.phase: str | None = None  # of the innermost block that runs
         self._since = 0.0
-
-    @classmethod
-    def of(cls, model: nn.Module) -> Phases:
-        """A stopwatch for work on the devices that a model's weights are on."""
-        return cls({parameter.device for parameter in model.parameters()})
 
     @property
     def seconds(self) -> dict[str, float]:

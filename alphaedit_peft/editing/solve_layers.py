@@ -64,13 +64,11 @@ def solve_layers(
     """Write a batch of target values into the model.
 
     Args:
-        runner: the model, which ``write`` changes.
-        metric: the metric of the solve.
         leaders: for each group the edit whose prompts give its key.
         targets: z, (groups, d).
         state: what is in place before this batch.
         protected: (n,), whether each row in place shall keep its output.
-        write: puts a layer's new factors into the model.
+        write: puts a layer's new factors into the runner's model.
         taken: of the leaders in the model as it is, where they have been taken already.
 
     Warns:
@@ -160,9 +158,6 @@ def solve_layer(
     nearly alike would otherwise be told apart by enormous weights.
 
     Args:
-        settings: for prior ridge and norm guard.
-        metric: of the solve.
-        layer: block number.
         rows: K M of the new groups, (groups, d_in).
         residuals: R, (groups, d_out).
         state: in place before this batch.
@@ -180,8 +175,11 @@ def solve_layer(
     ridges = _ridges(settings, metric, whole, protected)
     whole = whole.factored(ridges)
     columns = whole.columns(count)  # (n + groups, groups)
-    doubled, guard = 0, settings.norm_guard
-    while guard and doubled < GUARD_STEPS and _growth(whole, columns, residuals) > guard:
+    squares, doubled, guard = whole.squares[len(before.A) :], 0, settings.norm_guard
+    while guard and doubled < GUARD_STEPS:
+        growth = algebra.amplification(whole.times(columns), squares, columns, residuals)
+        if not growth > guard:
+            break
         doubled += 1
         columns = whole.at_once(ridges * GUARD_FACTOR**doubled).columns(count)
     reached = (whole.grams[-1] @ columns) @ residuals  # (groups, d_out)
@@ -219,8 +217,3 @@ def _ridges(
         ridges[:prior] *= settings.prior_ridge
     ridges[:prior][~torch.tensor(protected, dtype=torch.bool, device=ridges.device)] = torch.inf
     return ridges
-
-
-def _growth(factor: KeptFactor, columns: Tensor, residuals: Tensor) -> float:
-    squares = factor.squares[len(columns) - len(residuals) :]
-    return algebra.amplification(factor.times(columns), squares, columns, residuals)

@@ -61,21 +61,10 @@ class EditState(_Recorded):
         return EditState(factors, (), self.targets[:0])
 
     @property
-    def protected(self) -> list[bool]:
-        """For each row, whether a standing record owns it; later solves keep its output."""
-        return protects(self.standing, self.rank)
-
-    @property
     def batches(self) -> list[int]:
         """For each row the batch that made it, -1 where no record is its own."""
         born = self.born
         return [born.get(row, -1) for row in range(self.rank)]
-
-    def lost_some(self, members: Sequence[EditRecord]) -> bool:
-        """Whether edits that a row's target value was made for are missing among ``members``."""
-        row = members[0].row
-        made_for = {record.edit.id for record in self.records if record.row == row}
-        return made_for != {record.edit.id for record in members}
 
     @property
     def next_batch(self) -> int:
@@ -84,7 +73,7 @@ class EditState(_Recorded):
 
 
 def protects(records: Sequence[EditRecord], rank: int) -> list[bool]:
-    """For each of ``rank`` rows, whether one of the records has it."""
+    """For each of ``rank`` rows, whether a record has it: later solves keep its output."""
     rows = {record.row for record in records}
     return [row in rows for row in range(rank)]
 
@@ -146,11 +135,6 @@ class Snapshot:
 
     journal: Journal
     B: Mapping[int, Tensor]
-
-    @classmethod
-    def of(cls, journal: Journal, factors: Mapping[int, LowRankDelta]) -> Snapshot:
-        """Remember an adapter's state."""
-        return cls(journal, {layer: delta.B for layer, delta in factors.items()})
 
     def restored(self, factors: Mapping[int, LowRankDelta]) -> dict[int, LowRankDelta]:
         """The factors remembered, given those of any later state."""

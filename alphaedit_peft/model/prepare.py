@@ -53,7 +53,7 @@ def running(
     metric = resources.find_metric(config, model.base_fingerprint)
     if not anew:
         _require_same_null_space(model, adapter)
-    phases = Phases.of(base)
+    phases = Phases(base)
     with hooks.evaluating(base), differentiable(base):
         contexts = _contexts(model, adapter, contexts)
         if contexts is None:

@@ -45,7 +45,8 @@ def loaded_or_not(model: EditedModel, adapter_name: str) -> Iterator[None]:
 
 def remember(adapter: Adapter, journal: Journal, before: EditState, depth: int) -> None:
     """Keep what a batch can be taken back with, of the last ``depth`` batches."""
-    adapter.snapshots.append(Snapshot.of(journal, before.factors))
+    factors = {layer: delta.B for layer, delta in before.factors.items()}
+    adapter.snapshots.append(Snapshot(journal, factors))
     del adapter.snapshots[: max(0, len(adapter.snapshots) - depth)]
 
 

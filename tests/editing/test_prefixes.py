@@ -116,7 +116,7 @@ def test_every_family_goes_on_from_shared_prefixes_to_the_plain_paths_keys(
     runner = runner_for(name, tokenizer, [0, 2], tokens_per_batch=60)
     edits = tokenised(runner)
     taken = take_keys(runner, edits)
-    assert taken.parts.shared
+    assert taken.shared
     for layer in (0, 2):
         assert agree(taken.keys, plain(runner, edits, layer)[0], 1e-6)
         with torch.no_grad():
@@ -129,7 +129,7 @@ def test_what_rows_follow_in_a_cache_counts_for_the_size_of_a_pass(tokenizer, mo
     runner = runner_for(
         "gpt2", tokenizer, [1, 2], contexts=["The river " * 7], tokens_per_batch=300
     )
-    parts = take_keys(runner, tokenised(runner) * 20).parts
+    parts = take_keys(runner, tokenised(runner) * 20)
     (prefix,) = parts.shared
     width = prefix.inputs["input_ids"].shape[1]
     assert width > 40
@@ -140,7 +140,7 @@ def test_what_rows_follow_in_a_cache_counts_for_the_size_of_a_pass(tokenizer, mo
 
 def test_readings_hold_the_states_of_their_rows_once(tokenizer):
     runner = runner_for("llama", tokenizer, [1, 2])
-    for part in take_keys(runner, tokenised(runner)).parts.bare:
+    for part in take_keys(runner, tokenised(runner)).bare:
         assert hooks.hidden_of(part.form).untyped_storage().nbytes() == 0
         assert part.states.numel() > 0
 
@@ -171,7 +171,7 @@ def test_where_a_cache_does_not_continue_nothing_is_cut(tokenizer, monkeypatch):
     runner = runner_for("llama", tokenizer, [1, 2])
     edits = tokenised(runner)
     expected = take_keys(runner, edits)
-    assert expected.parts.shared
+    assert expected.shared
     for broken in (without_what_was_before, lambda cache: cache.refuse_to_be_read):
         model = tiny_model("llama", torch.float64)
         model.load_state_dict(runner.model.state_dict())
@@ -179,7 +179,7 @@ def test_where_a_cache_does_not_continue_nothing_is_cut(tokenizer, monkeypatch):
         other = runner_for("llama", tokenizer, [1, 2])
         object.__setattr__(other, "model", model)
         found = take_keys(other, edits)
-        assert not found.parts.shared
+        assert not found.shared
         assert agree(found.keys, expected.keys, 1e-9)
 
 

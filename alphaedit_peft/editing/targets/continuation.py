@@ -161,39 +161,29 @@ class _Suffixes:
         self.lengths = torch.tensor([len(suffix) for suffix in suffixes])
         subjects = torch.tensor([row.subject for row in self.rows], device=device)
         positions = subjects[:, None] + torch.arange(int(self.lengths.max()), device=device)
-        outputs = [hooks.hidden_of(p.output) for p in passes]
-        self.states = self._taken(passes, positions, outputs, [0] * len(passes))
+        self.states = self._taken(positions, [(p, hooks.hidden_of(p.output), 0) for p in passes])
         self.form = hooks.form_of(passes[0].output)
         width = int(subjects.max())
         before = torch.arange(width, device=device) - width + subjects[:, None]
-        ends = [p.width for p in passes]
         pairs = [unread(len(self.rows), width, device)] * len(self.blocks)
         for block in passes[0].pairs:
-            keys, values = (
-                self._taken(passes, before, [p.pairs[block][side] for p in passes], ends)
-                for side in (0, 1)
-            )
+            sides = ([(p, p.pairs[block][side], p.width) for p in passes] for side in (0, 1))
+            keys, values = (self._taken(before, side) for side in sides)
             pairs.append((keys, values))
         self.prefix_cache = PrefixCache(subjects.cpu(), tuple(pairs))
         self.expected: dict[int, Tensor] | None = self._expected()
 
-    def _taken(
-        self,
-        passes: Sequence[_Pass],
-        positions: Tensor,
-        values: Sequence[Tensor],
-        ends: Sequence[int],
-    ) -> Tensor:
-        """What the passes' ``values`` by token hold at (rows, k), along the last axis but one.
+    def _taken(self, positions: Tensor, given: Sequence[tuple[_Pass, Tensor, int]]) -> Tensor:
+        """Values at (rows, k) positions of tokens, along the last axis but one.
 
-        ``ends`` are the indices in them at which the rows' prefixes end.
+        ``given`` are passes with values by token, and where in them the rows' prefixes end.
         """
         found, start = [], 0
-        for p, given, end in zip(passes, values, ends, strict=True):
+        for p, values, end in given:
             slots = [p.slots[row] for row in self.which if row in p.slots]
             if slots:
                 some = positions[start : start + len(slots)] - p.starts[slots, None] + end
-                found.append(take(given[slots], some))
+                found.append(take(values[slots], some))
                 start += len(slots)
         return torch.cat(found)
 

@@ -59,7 +59,7 @@ class Loss:
             (active,), (active,) and (active, d).
 
         Raises:
-            CacheDiffers: as ``Resumable.log_probs``.
+            CacheDiffers: at the first call, where the rows are to be run in another way.
         """
         slot = {g: k for k, g in enumerate(active)}
         moved = delta.detach().requires_grad_(descending)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from alphaedit_peft import hooks
 from alphaedit_peft.editing.groups import Group
-from alphaedit_peft.editing.memory import Smaller, by_halves
+from alphaedit_peft.editing.memory import by_halves
 from alphaedit_peft.editing.runner import Runner
 from alphaedit_peft.editing.targets.autocast import Autocast
 from alphaedit_peft.editing.targets.continuation import (
@@ -81,20 +81,17 @@ def optimise_targets(
         progress(len(members))
         return dict(zip(members, zip(*found.columns, strict=True), strict=True))
 
-    parts = by_halves(list(chunked(runner, groups)), run, _smaller, "target_tokens")
+    parts = by_halves(
+        list(chunked(runner, groups)),
+        run,
+        size=len,
+        split=lambda left, most: [c[i : i + most] for c in left for i in range(0, len(c), most)],
+        what="target values",
+        setting="target_tokens",
+    )
     found = {g: columns for part in parts for g, columns in part.items()}
     columns = zip(*(found[g] for g in range(len(groups))), strict=True)
     return Targets(*(torch.stack(list(column)) for column in columns))
-
-
-def _smaller(chunks: Sequence[list[int]]) -> Smaller[list[int]] | None:
-    """All chunks at most half as large as the first."""
-    count = len(chunks[0])
-    most = count // 2
-    if not most:
-        return None
-    less = [chunk[i : i + most] for chunk in chunks for i in range(0, len(chunk), most)]
-    return f"{count} target values", most, less
 
 
 def optimise_chunk(runner: Runner, autocast: Autocast, rows: Sequence[Row]) -> Targets:

@@ -219,7 +219,7 @@ class PlainWay:
 
     def run(self) -> None:
         """Make the edits once, and take the time."""
-        phases = Phases.of(self.over.subject.model)
+        phases = Phases(self.over.subject.model)
         with machine.PeakMemory(self.over.subject.device) as peak:  # dense matrices count
             self._edit(phases)
         self.seconds.append(phases.seconds)

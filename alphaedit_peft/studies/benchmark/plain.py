@@ -91,7 +91,7 @@ class PlainModel:
 
         ``phases`` takes the time of targets, keys, solves and writes.
         """
-        phases = phases or Phases.of(self.model)
+        phases = phases or Phases(self.model)
         with phases.timed("targets"):
             targets = torch.stack([self.target_value(rows) for rows in edits])
         for place, layer in enumerate(self.projectors):
