@@ -194,7 +194,13 @@ def why_not(
     share, lost = float(solution.total[group]), metric.lost(float(solution.kept[:, group].min()))
     if share < REACHED:
         also = f", and {lost}, or" if lost else ";"
-        remedy = _remedy(settings, metric, solution)
+        remedy = metric.advice(settings)
+        if solution.guarded:
+            layers = ", ".join(map(str, solution.guarded))
+            remedy = (
+                f"the norm guard raised the ridge of layers {layers}, so make edits with nearly "
+                f"one key apart, or raise norm_guard (now {settings.norm_guard:g})"
+            )
         return f"the layers reached {share:.0%} of its residual{also} {remedy}"
     return (
         f"its target value was reached ({share:.0%}), but the batch also moves the prompt's other "
@@ -333,14 +339,3 @@ def _next_state(
         records.append(record)
     targets = torch.cat([state.targets, found.values.to(state.targets)])
     return EditState(solution.factors, (*records, *carried, *new), targets, solution.solvers)
-
-
-def _remedy(settings: Settings, metric: Metric, solution: SolvedLayers) -> str:
-    """What keeps the layers from the residual, as something to do."""
-    if solution.guarded:
-        layers = ", ".join(map(str, solution.guarded))
-        return (
-            f"the norm guard raised the ridge of layers {layers}, so make edits with nearly one "
-            f"key apart, or raise norm_guard (now {settings.norm_guard:g})"
-        )
-    return metric.advice(settings)

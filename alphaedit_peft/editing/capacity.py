@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from math import isfinite
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from alphaedit_peft.algebra import LowRankDelta
+from alphaedit_peft.editing.state import protects
 from alphaedit_peft.pack.value import PackValue
 
 if TYPE_CHECKING:
@@ -127,6 +128,7 @@ def measure_capacity(
     null_space: NullSpace | None = None,
     weight_norms: Mapping[int, float | None] | None = None,
     grams: Mapping[int, Tensor] | None = None,
+    bound: float = 0.0,
 ) -> Capacity:
     """Figures of the factors in place; the first ``MAX_ROWS`` standing rows are looked at.
 
@@ -136,6 +138,7 @@ def measure_capacity(
         null_space: the one that the rows were projected with.
         weight_norms: by layer, |W| of the base.
         grams: by layer, A A^T (n, n) in float64 where it is at hand: it is most of the work.
+        bound: see :class:`Capacity`.
 
     Raises:
         ValueError: ``standing`` is not as long as the factors.
@@ -154,7 +157,7 @@ def measure_capacity(
         room = None if null_space is None else null_space.null_dimension(layer)
         norms = delta.norm(gram), (weight_norms or {}).get(layer)
         layers.append(LayerCapacity(layer, count, rank, room, condition, conflicts, *norms))
-    return Capacity(tuple(layers))
+    return Capacity(tuple(layers), bound=bound)
 
 
 def pack_capacity(pack: PackValue, null_space: NullSpace | None = None) -> Capacity | None:
@@ -164,11 +167,13 @@ def pack_capacity(pack: PackValue, null_space: NullSpace | None = None) -> Capac
     """
     if pack.mixed:
         return None
-    rows = {record.row for record in pack.records if record.role != "superseded"}
-    factors = dict(zip(pack.layers, pack.factors.values(), strict=True))
-    standing = [row in rows for row in range(pack.rank)]
-    found = measure_capacity(factors, standing, null_space=null_space)
-    return replace(found, bound=pack.config.capacity_bound)
+    standing = [record for record in pack.records if record.role != "superseded"]
+    return measure_capacity(
+        dict(zip(pack.layers, pack.factors.values(), strict=True)),
+        protects(standing, pack.rank),
+        null_space=null_space,
+        bound=pack.config.capacity_bound,
+    )
 
 
 def prompt_drift(

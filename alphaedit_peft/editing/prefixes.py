@@ -186,11 +186,17 @@ class PrefixCache:
     Args:
         lengths: (rows,), how many tokens each row has behind it; on the CPU.
         pairs: by block, keys and values (rows, heads, width, d_head), where width is the largest
-            length; of blocks that are passed over only ``unread`` ones, that count tokens.
+            length; of blocks that are passed over only zeros, that count tokens.
     """
 
     lengths: Tensor
     pairs: tuple[Pair, ...]
+
+    @classmethod
+    def of(cls, lengths: Tensor, pairs: Mapping[int, Pair], blocks: int) -> PrefixCache:
+        """The cache of a model's first blocks; those without a pair are passed over."""
+        nothing = torch.zeros(len(lengths), 1, int(lengths.max()), 1)
+        return cls(lengths, tuple(pairs.get(b, (nothing, nothing)) for b in range(blocks)))
 
     @property
     def width(self) -> int:
@@ -229,12 +235,6 @@ class PrefixCache:
         return {**found, "use_cache": True}
 
 
-def unread(rows: int, width: int, device: torch.device) -> Pair:
-    """Keys and values of a block that is passed over: they count its tokens."""
-    nothing = torch.zeros(rows, 1, width, 1, device=device)
-    return nothing, nothing
-
-
 def recording(inputs: Mapping[str, Tensor]) -> tuple[dict[str, Any], DynamicCache]:
     """Inputs that let a pass leave its keys and values in a cache, and the cache."""
     cache = DynamicCache()
@@ -249,15 +249,11 @@ def cached(cache: DynamicCache) -> dict[int, Pair]:
 
 
 def aligned(pairs: Mapping[int, Pair], lengths: Tensor) -> PrefixCache:
-    """The cache of rows that a pass ran padded on the right; blocks without a pair are unread.
-
-    ``lengths`` (rows,) are on the CPU.
-    """
+    """The cache of rows that a pass ran padded on the right; ``lengths`` (rows,) are on the CPU."""
     width = int(lengths.max())
     steps = torch.arange(width) - width + lengths[:, None]
     moved = {b: (take(keys, steps), take(values, steps)) for b, (keys, values) in pairs.items()}
-    nothing = unread(len(lengths), width, lengths.device)
-    return PrefixCache(lengths, tuple(moved.get(b, nothing) for b in range(max(pairs) + 1)))
+    return PrefixCache.of(lengths, moved, max(pairs) + 1)
 
 
 def take(values: Tensor, positions: Tensor) -> Tensor:

@@ -167,15 +167,21 @@ def solve_layer(
         ValueError: keys or residuals that are not finite.
     """
     before, count = state.factors[layer].to(rows.device), len(rows)
+    prior = before.A  # (n, d_in)
     residuals = residuals.to(rows.device).double()
     if not (rows.isfinite().all() and residuals.isfinite().all()):
         raise ValueError("keys or residuals hold NaN or infinity; check the base model's weights")
-    A = torch.cat([before.A, metric.stored(layer, rows).to(before.A)])
-    whole = _extended(metric, layer, before.A, rows.to(before.A), state, A)
+    A = torch.cat([prior, metric.stored(layer, rows).to(prior)])  # (n + groups, d_in)
+    blocks = [len(list(some)) for _, some in groupby(state.batches)]
+    known = state.kept.get(layer, KeptFactor.empty(prior)).matching(prior, blocks)
+    start, missing = len(known.ridges), blocks[len(known.blocks) :]
+    lacking = [*prior[start:].split(missing)] if missing else []
+    grams = metric.grams(layer, prior[:start], [*lacking, rows.to(prior)])
+    whole = known.extended(A, grams)
     ridges = _ridges(settings, metric, whole, protected)
     whole = whole.factored(ridges)
     columns = whole.columns(count)  # (n + groups, groups)
-    squares, doubled, guard = whole.squares[len(before.A) :], 0, settings.norm_guard
+    squares, doubled, guard = whole.squares[len(prior) :], 0, settings.norm_guard
     while guard and doubled < GUARD_STEPS:
         growth = algebra.amplification(whole.times(columns), squares, columns, residuals)
         if not growth > guard:
@@ -186,21 +192,6 @@ def solve_layer(
     B = torch.nn.functional.pad(before.B, (0, count))  # (d_out, n + groups)
     delta = LowRankDelta(A, B + (residuals.T @ columns.T).to(B))
     return Solved(delta, reached, doubled, whole)
-
-
-def _extended(
-    metric: Metric, layer: int, prior: Tensor, rows: Tensor, state: EditState, A: Tensor
-) -> KeptFactor:
-    """The factor kept of the rows in place, with the products of those that it lacks and of new.
-
-    ``prior`` (n, d_in) are the rows in place, ``rows`` (u, d_in) the new ones and ``A``
-    (n + u, d_in) both as they go into ``lora_A``.
-    """
-    blocks = [len(list(rows)) for _, rows in groupby(state.batches)]
-    found = state.kept.get(layer, KeptFactor.empty(prior)).matching(prior, blocks)
-    start, missing = len(found.ridges), blocks[len(found.blocks) :]
-    batches = [*prior[start:].split(missing), rows] if missing else [rows]
-    return found.extended(A, metric.grams(layer, prior[:start], batches))
 
 
 def _ridges(

@@ -117,8 +117,8 @@ def capacity(model: EditedModel, adapter: Adapter, prompts: Sequence[str] = ()) 
         null_space=null_space,
         weight_norms={layer: weight_norm(adapter, layer) for layer in factors},
         grams=grams,
+        bound=model.alphaedit_config.capacity_bound,
     )
-    found = replace(found, bound=model.alphaedit_config.capacity_bound)
     if not prompts:
         return found
     base, most = model.get_base_model(), model.alphaedit_config.tokens_per_batch

@@ -75,8 +75,7 @@ class _FewerCasts(TorchFunctionMode):
         """``dtype`` is autocast's, None where that is off."""
         super().__init__()
         self.dtype = dtype
-        self._read: tuple[Tensor, int] | None = None  # and how often it had been written to
-        self._cast: Tensor | None = None
+        self._read: tuple[Tensor, int, Tensor] | None = None  # what, its version, its copy
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -97,11 +96,10 @@ class _FewerCasts(TorchFunctionMode):
     def _cast_of(self, values: Tensor) -> Tensor:
         if values.dtype != torch.float32:
             return values
-        last, written = self._read or (None, None)
-        if self._cast is None or last is not values or written != values._version:
-            self._read = values, values._version
-            self._cast = values.to(self.dtype)
-        return self._cast
+        read = self._read
+        if read is None or read[0] is not values or read[1] != values._version:
+            self._read = read = values, values._version, values.to(self.dtype)
+        return read[2]
 
 
 def _in_float32(value: Any) -> Any:

@@ -10,7 +10,7 @@ numbers.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -27,7 +27,6 @@ from alphaedit_peft.editing.prefixes import (
     cut_rows,
     recording,
     take,
-    unread,
 )
 from alphaedit_peft.editing.runner import Runner, at_least_float32
 from alphaedit_peft.editing.targets.autocast import Autocast
@@ -119,7 +118,8 @@ class FromSubject:
         passes = _passes_before(runner, rows, autocast)
         lengths = [len(row.ids) - row.subject for row in rows]
         batched = by_length(lengths, runner.device, few=runner.few_passes)
-        self._parts = [_Suffixes(runner, rows, autocast, some, passes) for some in batched]
+        parts = [{row: rows[row] for row in some} for some in batched]
+        self._parts = [_Suffixes(runner, autocast, part, passes) for part in parts]
         self._places = {
             row: (part, slot) for part in self._parts for slot, row in enumerate(part.which)
         }
@@ -145,15 +145,10 @@ class _Suffixes:
     """
 
     def __init__(
-        self,
-        runner: Runner,
-        rows: Sequence[Row],
-        autocast: Autocast,
-        some: Sequence[int],
-        passes: Sequence[_Pass],
+        self, runner: Runner, autocast: Autocast, rows: Mapping[int, Row], passes: Sequence[_Pass]
     ) -> None:
-        wanted, device = set(some), runner.device
-        self.which = [row for p in passes for row in p.slots if row in wanted]
+        device = runner.device
+        self.which = [row for p in passes for row in p.slots if row in rows]
         self.runner, self.autocast, self.blocks = runner, autocast, runner.blocks_below
         self.rows = [rows[row] for row in self.which]
         suffixes = [row.ids[row.subject :] for row in self.rows]
@@ -165,12 +160,12 @@ class _Suffixes:
         self.form = hooks.form_of(passes[0].output)
         width = int(subjects.max())
         before = torch.arange(width, device=device) - width + subjects[:, None]
-        pairs = [unread(len(self.rows), width, device)] * len(self.blocks)
+        pairs: dict[int, Pair] = {}
         for block in passes[0].pairs:
             sides = ([(p, p.pairs[block][side], p.width) for p in passes] for side in (0, 1))
             keys, values = (self._taken(before, side) for side in sides)
-            pairs.append((keys, values))
-        self.prefix_cache = PrefixCache(subjects.cpu(), tuple(pairs))
+            pairs[block] = keys, values
+        self.prefix_cache = PrefixCache.of(subjects.cpu(), pairs, len(runner.blocks))
         self.expected: dict[int, Tensor] | None = self._expected()
 
     def _taken(self, positions: Tensor, given: Sequence[tuple[_Pass, Tensor, int]]) -> Tensor:
