@@ -84,7 +84,9 @@ def edit_batch(
     written = [rows for rows in usable if rows.edit.id not in failed]
     replaced = _replaced(replaces, written)
     leaders = [group.leader for group in groups]
-    protected = _still_protected(runner, state, groups, replaced)
+    gone = {row for group in groups for row in group.old_rows}
+    standing = [r for r in state.standing if r.edit.id not in replaced and r.row not in gone]
+    protected = protects(standing if runner.settings.history else (), state.rank)
     taken = taken.chosen([usable.index(leader) for leader in leaders])
     solution = solve_layers(
         runner, metric, leaders, found.values, state, protected, write, taken=taken
@@ -297,15 +299,6 @@ def _without_failures(
     }
     keep = good.nonzero()[:, 0].tolist()
     return [groups[i] for i in keep], Targets(*(part[keep] for part in found.columns)), failed
-
-
-def _still_protected(
-    runner: Runner, state: EditState, groups: Sequence[Group], replaced: frozenset[str]
-) -> list[bool]:
-    """Rows in place that keep their output: neither replaced nor taken over by a group."""
-    taken = {row for group in groups for row in group.old_rows}
-    kept = [r for r in state.standing if r.edit.id not in replaced and r.row not in taken]
-    return protects(kept if runner.settings.history else (), state.rank)
 
 
 def _record(rows: EditRows, result: EditResult, batch: int) -> EditRecord:

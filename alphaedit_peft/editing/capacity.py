@@ -133,7 +133,6 @@ def measure_capacity(
     """Figures of the factors in place; the first ``MAX_ROWS`` standing rows are looked at.
 
     Args:
-        factors: by layer.
         standing: (n,), for each row whether an edit stands in it.
         null_space: the one that the rows were projected with.
         weight_norms: by layer, |W| of the base.
@@ -182,7 +181,6 @@ def prompt_drift(
     """Mean KL(unedited || edited) of the distributions of the token after each prompt, in nats.
 
     Args:
-        reader: the edited model.
         without: switches the edits off, as PEFT's ``model.disable_adapter`` does.
         prompts: texts that should go on as before.
 

@@ -62,10 +62,7 @@ class Cut:
 def cut_rows(runner: Runner, rows: Sequence[Ids], most: Sequence[int]) -> Cut:
     """Cut rows where it saves more than the further pass costs, and the model goes on from a cache.
 
-    Args:
-        runner: the model; the cut is tried on two rows first.
-        rows: token ids.
-        most: by row, how many leading tokens it may share.
+    Each may share its first ``most`` tokens. The cut is tried on two rows first.
     """
     cut = _within_a_pass(shared_prefixes(rows, most), rows, runner.settings.tokens_per_batch)
     saved = sum(cut.starts) - sum(map(len, cut.prefixes))

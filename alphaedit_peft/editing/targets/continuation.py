@@ -272,23 +272,17 @@ class _Pass:
 def _passes_before(runner: Runner, rows: Sequence[Row], autocast: Autocast) -> list[_Pass]:
     """Run everything that no change at the subjects can reach."""
     cut = cut_rows(runner, [row.ids for row in rows], [row.subject for row in rows])
-    prefix_cache = _shared_cache(runner, autocast, cut.prefixes) if cut.prefixes else None
-    found = []
+    prefix_cache, found = None, []
+    if cut.prefixes:
+        inputs, cache = recording(padded(cut.prefixes, runner.device))
+        with _differing(), autocast.running_above(runner.blocks_below[-1]):
+            hooks.run_until(runner.model, inputs, runner.blocks[-1])
+        lengths = torch.tensor([len(prefix) for prefix in cut.prefixes])
+        prefix_cache = aligned(_complete(runner, cached(cache), int(lengths.max()), 0), lengths)
     for which, inputs, behind in cut.batches(runner, [row.ids for row in rows]):
         own = prefix_cache.chosen(behind) if prefix_cache is not None and behind else None
         found.append(_pass(runner, rows, autocast, which, inputs, own))
     return found
-
-
-def _shared_cache(
-    runner: Runner, autocast: Autocast, prefixes: Sequence[Sequence[int]]
-) -> PrefixCache:
-    """Keys and values of the shared prefixes, at every block."""
-    inputs, cache = recording(padded(prefixes, runner.device))
-    with _differing(), autocast.running_above(runner.blocks_below[-1]):
-        hooks.run_until(runner.model, inputs, runner.blocks[-1])
-    lengths = torch.tensor([len(prefix) for prefix in prefixes])
-    return aligned(_complete(runner, cached(cache), int(lengths.max()), 0), lengths)
 
 
 def _pass(

@@ -65,10 +65,8 @@ def optimise_targets(
 ) -> Targets:
     """Optimise every group's z, in chunks of at most ``target_tokens`` tokens.
 
-    Args:
-        runner: the model and its settings; its state decides h, so edits made earlier count.
-        groups: edits that share a key, see ``group_by_key``.
-        progress: called with the number of groups that were finished.
+    The model's state decides h, so edits made earlier count. ``progress`` is called with the number
+    of groups that were finished.
 
     Warns:
         UserWarning: memory ran out, so that smaller chunks are used from there on.
