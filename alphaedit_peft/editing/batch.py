@@ -8,7 +8,7 @@ a batch that does not end: states are values, so it writes the old one back.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -30,15 +30,6 @@ from alphaedit_peft.settings import Settings
 
 SAID = 0.5  # a target value works if greedy decoding says the target after this share of prompts
 REACHED = 0.8  # share of z - h below which the layers, not the target value, are to blame
-
-
-@dataclass(frozen=True)
-class Scores:
-    """How the model takes an edit's target: before the batch, after it, and after paraphrases."""
-
-    before: Score
-    after: Score
-    paraphrases: tuple[Score, ...] = ()
 
 
 def edit_batch(
@@ -127,8 +118,8 @@ def score(runner: Runner, rows: Sequence[TokenRow]) -> list[Score]:
 
 def score_after(
     runner: Runner, edits: Sequence[EditRows], before: Sequence[Score]
-) -> dict[str, Scores]:
-    """Scores of edits that are in the model now, by id, with those of their paraphrases."""
+) -> dict[str, tuple[Score, ...]]:
+    """By id of edits that are in the model now: scores before, after, and of each paraphrase."""
     after = score(runner, [rows.rows[0] for rows in edits])
     asked = [
         runner.renderer.target_row(text, rows.edit.target_new)
@@ -137,7 +128,7 @@ def score_after(
     ]
     said = iter(score(runner, asked) if asked else ())
     return {
-        rows.edit.id: Scores(old, new, tuple(next(said) for _ in rows.edit.paraphrases))
+        rows.edit.id: (old, new, *(next(said) for _ in rows.edit.paraphrases))
         for rows, old, new in zip(edits, before, after, strict=True)
     }
 
@@ -149,31 +140,31 @@ def outcome(
     groups: Sequence[Group],
     found: Targets,
     solution: SolvedLayers,
-    scores: Mapping[str, Scores],
+    scores: Mapping[str, Sequence[Score]],
 ) -> dict[str, EditResult]:
     """A result for each edit that ``scores`` has by id: the new ones of the groups, as solved.
 
     ``first_row`` is the row of ``lora_A`` that the first group got.
     """
-    results, figures = {}, (runner.settings, metric, found, solution)
+    results, settings = {}, runner.settings
     for g, group in enumerate(groups):
         for member in group.members:
-            told = scores.get(member.edit.id)
-            if told is None:
+            if member.edit.id not in scores:
                 continue
+            before, after, *others = scores[member.edit.id]
             results[member.edit.id] = EditResult(
                 member.edit,
                 row=first_row + g,
-                probability_before=told.before.probability,
-                probability_after=told.after.probability,
-                likeliest=told.after.greedy,
+                probability_before=before.probability,
+                probability_after=after.probability,
+                likeliest=after.greedy,
                 loss=float(found.losses[g]),
                 steps=int(found.steps[g]),
                 clamped=float(found.clamped[g]),
                 shares=dict(zip(runner.layers, solution.shares[:, g].tolist(), strict=True)),
                 total_share=float(solution.total[g]),
-                paraphrases=tuple(found.greedy for found in told.paraphrases),
-                why_not="" if told.after.greedy else why_not(*figures, g),
+                paraphrases=tuple(other.greedy for other in others),
+                why_not="" if after.greedy else why_not(settings, metric, found, solution, g),
             )
     return results
 

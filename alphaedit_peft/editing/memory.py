@@ -102,13 +102,8 @@ class Need:
     longest: int
     largest: int
 
-    @property
-    def least(self) -> int:
-        """What one edit at a time takes."""
-        return self.peak(self.longest, 0)
-
     def peak(self, tokens_per_batch: int, target_tokens: int) -> int:
-        """What the batch takes with these chunk sizes."""
+        """What the batch takes with these chunk sizes; with none, one edit at a time."""
         passes = self.token * max(tokens_per_batch, self.longest)
         return self.held + max(self.solve, passes, self.largest, self.suffix * target_tokens)
 
@@ -127,10 +122,10 @@ def within_budget(
     if budget is None or not edits:
         return runner
     need = estimate(runner, metric, edits, min(batch_size, len(edits)), rank + len(edits))
-    if budget < need.least:
+    if budget < (least := need.peak(0, 0)):
         raise ValueError(
             f"memory_budget={bytes_in_words(budget)} is too small for one edit of this batch, "
-            f"which takes {bytes_in_words(need.least)}; raise it, or lower batch_size, "
+            f"which takes {bytes_in_words(least)}; raise it, or lower batch_size, "
             "num_contexts or context_length"
         )
     left = budget - need.held

@@ -81,7 +81,7 @@ def test_a_long_edit_makes_no_room_for_more_rows_of_short_ones(tokenizer):
 
 def test_too_small_a_budget_names_what_one_edit_takes(tokenizer):
     runner, edits = bench_and_edits(tokenizer, memory_budget="10kiB")
-    need = bytes_in_words(estimate(runner, OBJECTIVE, edits, len(edits), len(edits)).least)
+    need = bytes_in_words(estimate(runner, OBJECTIVE, edits, len(edits), len(edits)).peak(0, 0))
     with pytest.raises(ValueError, match=f"memory_budget=10kiB is too small .* takes {need}; "):
         within_budget(runner, OBJECTIVE, edits, 100, 0)
     runner.settings.memory_budget = need
