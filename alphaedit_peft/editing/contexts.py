@@ -156,25 +156,18 @@ def _together(
 ) -> list[Tensor] | None:
     """Ids of all contexts; None, before anything is run, where ``_sample`` says so."""
     streams = _Streams(options.seed, len(starts), options.context_length)
+    lengths = [len(start) for start in starts]
     found: dict[int, Tensor] = {}
-    for numbers in _batches([len(start) for start in starts], options):
-        decode = partial(_sample, _Drawn(streams, numbers))
-        rows = written([starts[i] for i in numbers], decode)
-        if rows is None:
-            return None
-        found |= dict(zip(numbers, rows, strict=True))
-    return [found[i] for i in range(len(starts))]
-
-
-def _batches(lengths: Sequence[int], options: EditOptions) -> list[list[int]]:
-    """Indices of starts to go on from together: equally long, and few enough for memory."""
-    found = []
-    for length in dict.fromkeys(lengths):
+    for length in dict.fromkeys(lengths):  # equally long ones need no padding
         alike = [i for i, other in enumerate(lengths) if other == length]
         fitting = options.tokens_per_batch // (length + options.context_length)
         step = min(max(1, fitting), MOST_ROWS)
-        found += [alike[i : i + step] for i in range(0, len(alike), step)]
-    return found
+        for some in (alike[i : i + step] for i in range(0, len(alike), step)):
+            rows = written([starts[i] for i in some], partial(_sample, _Drawn(streams, some)))
+            if rows is None:
+                return None
+            found |= dict(zip(some, rows, strict=True))
+    return [found[i] for i in range(len(starts))]
 
 
 def _sample(

@@ -101,7 +101,6 @@ def decisions(
 
     Args:
         runner: with the settings as decided, as ``metric`` is.
-        edits: of the first batch.
         undecided: names of the settings that the user left open.
         disturbances: from ``least_disturbing``; empty where the threshold was not chosen here.
     """

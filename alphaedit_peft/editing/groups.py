@@ -63,7 +63,12 @@ def sort_out(new: Sequence[Edit], existing: Sequence[Edit], on_conflict: str) ->
     replaced: dict[str, str] = {}
     chosen: dict[str, Edit] = {}
     for edit in new:
-        _require_same(by_id.setdefault(edit.id, edit), edit)
+        other = by_id.setdefault(edit.id, edit)
+        if (other.question, other.target_new) != (edit.question, edit.target_new):
+            raise ValueError(
+                f"id {edit.id!r} names two edits: {other.question!r} -> {other.target_new!r} and "
+                f"{edit.question!r} -> {edit.target_new!r}; give each its own id"
+            )
         question = asked(edit)
         earlier = standing.get(question)
         if earlier is not None:
@@ -127,14 +132,6 @@ def _pairs(alike: Tensor) -> dict[int, list[int]]:
     for row, column in alike.nonzero().tolist():
         found.setdefault(row, []).append(column)
     return found
-
-
-def _require_same(other: Edit, edit: Edit) -> None:
-    if (other.question, other.target_new) != (edit.question, edit.target_new):
-        raise ValueError(
-            f"id {edit.id!r} names two edits: {other.question!r} -> {other.target_new!r} and "
-            f"{edit.question!r} -> {edit.target_new!r}; give each its own id"
-        )
 
 
 def _reason_aside(earlier: Edit, edit: Edit, on_conflict: str, in_place: bool) -> str:

@@ -39,7 +39,6 @@ def rebuild_state(
     in rows of zeros.
 
     Args:
-        empty: the state to begin with.
         records: the edits to write; a row is written with the latest of its edits' batches.
         stored: the state whose targets and rows the records refer to.
         together: all in one batch. Keys in upper layers are then measured with every edit in the

@@ -1,7 +1,7 @@
 """What an edit run works with: model, tokenizer, layout and settings, under one name.
 
 In: the base model (its rewrite modules may be LoRA layers), settled settings. Out: :class:`Runner`,
-which puts rows of tokens into batches, and what depends on the model's layout under one name.
+which names the model's blocks and head, and puts rows of tokens into batches for it.
 """
 
 from __future__ import annotations

@@ -61,12 +61,11 @@ def solve_layers(
     write: Write,
     taken: EditKeys | None = None,
 ) -> SolvedLayers:
-    """Write a batch of target values into the model.
+    """Write a batch of target values into the model, beside what ``state`` has in place.
 
     Args:
         leaders: for each group the edit whose prompts give its key.
         targets: z, (groups, d).
-        state: what is in place before this batch.
         protected: (n,), whether each row in place shall keep its output.
         write: puts a layer's new factors into the runner's model.
         taken: of the leaders in the model as it is, where they have been taken already.
@@ -150,7 +149,7 @@ def solve_layer(
     state: EditState,
     protected: Sequence[bool],
 ) -> Solved:
-    """Extend a layer's factors by a batch.
+    """Extend a layer's factors, as ``state`` has them in place, by a batch.
 
     Rows in place have ``prior_ridge`` times the ridge of their own batch: the less it is, the
     better they keep their outputs, and at 0 the update is orthogonal to them. While the update is
@@ -160,7 +159,6 @@ def solve_layer(
     Args:
         rows: K M of the new groups, (groups, d_in).
         residuals: R, (groups, d_out).
-        state: in place before this batch.
         protected: (n,), whether each row in place shall keep its output.
 
     Raises:

@@ -135,11 +135,3 @@ class Snapshot:
 
     journal: Journal
     B: Mapping[int, Tensor]
-
-    def restored(self, factors: Mapping[int, LowRankDelta]) -> dict[int, LowRankDelta]:
-        """The factors remembered, given those of any later state."""
-        rank = self.journal.rank
-        return {
-            layer: LowRankDelta(factors[layer].A[:rank], B.to(factors[layer].B.device))
-            for layer, B in self.B.items()
-        }

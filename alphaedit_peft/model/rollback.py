@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from alphaedit_peft.algebra import LowRankDelta
 from alphaedit_peft.editing.state import EditState, Journal, Snapshot
 from alphaedit_peft.model import lora_layer
 from alphaedit_peft.model.adapter import Adapter, EditedModel
@@ -56,7 +57,8 @@ def take_back(adapter: Adapter, batches: int) -> bool:
         return False
     for _ in range(batches):
         snapshot = adapter.snapshots.pop()
-    for layer, delta in snapshot.restored(adapter.factors).items():
-        adapter.write(layer, delta)
+    for layer, delta in adapter.factors.items():
+        B = snapshot.B[layer].to(delta.B.device)
+        adapter.write(layer, LowRankDelta(delta.A[: snapshot.journal.rank], B))
     adapter.keep(snapshot.journal)
     return True

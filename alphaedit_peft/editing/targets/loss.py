@@ -52,7 +52,6 @@ class Loss:
 
         Args:
             delta: (active, d); zero at the first call, which sets P_0.
-            active: which groups.
             descending: whether the gradient is wanted; else it is zero.
 
         Returns:
@@ -136,8 +135,8 @@ def rows_of(group: Group, slot: int, settings: Settings) -> list[Row]:
     kl = group.leader.kl_row
     rows.append(Row(slot, kl.ids, kl.subject_last, (kl.subject_last,), (), settings.kl_factor))
     asked = {member.rows[0].ids for member in group.members}  # an edit's prompt is no anchor
-    anchors = [a for member in group.members for a in member.anchors if a.ids not in asked]
-    anchors = list(dict.fromkeys(anchors))
+    every = dict.fromkeys(anchor for member in group.members for anchor in member.anchors)
+    anchors = [anchor for anchor in every if anchor.ids not in asked]
     for anchor in anchors:
         reads = tuple(anchor.target_positions) or (len(anchor.ids) - 1,)
         weight = settings.anchor_factor / len(anchors)
