@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from alphaedit_peft import AlphaEditModel, Edit, get_alphaedit_model, metric
+from alphaedit_peft.editing.keys import take_keys
 from alphaedit_peft.editing.runner import Runner
 from alphaedit_peft.metric import Given, Metric, products
 from alphaedit_peft.nullspace import KeyMoments, NullSpace
@@ -117,7 +118,7 @@ def keys_and_hidden(model: AlphaEditModel, edits: Sequence[Edit]) -> tuple[Tenso
     rows = [runner.renderer.edit_rows(edit, CONTEXTS) for edit in edits]
     module = model.architecture.rewrite_name(1)
     keys = torch.stack([oracle.mean_key(base, module, row) for row in rows])
-    return keys, runner.hidden([row.rows[0] for row in rows], 1)
+    return keys, take_keys(runner, rows).hidden
 
 
 def test_a_sequence_is_the_dense_formula(tokenizer):

@@ -7,6 +7,7 @@ import torch
 
 from alphaedit_peft import AlphaEditConfig, Edit
 from alphaedit_peft.editing.batch import score
+from alphaedit_peft.editing.keys import take_keys
 from alphaedit_peft.editing.runner import Runner
 from alphaedit_peft.settings import Settings
 from alphaedit_peft.studies import METHODS, FineTuned, FineTuning, Method, find_methods, fine_tune
@@ -28,7 +29,7 @@ def test_rome_is_its_rank_one_constraint(study):
         )
         rows = runner.renderer.edit_rows(edit, runner.contexts)
         k = oracle.mean_key(base.model, f"model.layers.{layer}.mlp.down_proj", rows).double()
-        h = runner.hidden(rows.rows[:1], layer)[0].double()
+        h = take_keys(runner, [rows]).hidden[0].double()
         editor.edit([edit])
         z = editor.model.to_pack().targets[0].double()
         found = editor.model.factors[layer].dense().double()
