@@ -9,11 +9,10 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import typer
+from typer import Argument, BadParameter, Option
 
 from alphaedit_peft.cli import printing
 
@@ -28,82 +27,50 @@ EMBEDDED_CASES = 50
 STATISTICS_TEXTS = 2500  # of the embedded world, where a command makes its statistics
 PAGES = (".html", ".htm")
 
-
-class Dtype(str, Enum):
-    """dtype of a model's weights in memory; ``auto`` is the checkpoint's own."""
-
-    AUTO = "auto"
-    FLOAT32 = "float32"
-    BFLOAT16 = "bfloat16"
-    FLOAT16 = "float16"
-
-
-class Target(str, Enum):
-    """zsRE's field that is taught."""
-
-    ANSWERS = "answers"
-    ALT = "alt"
-
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+Target = Literal["answers", "alt"]
 
 ModelArgument = Annotated[
-    str, typer.Argument(metavar="MODEL", help="A model's folder or Hub id, or 'embedded'.")
+    str, Argument(metavar="MODEL", help="A model's folder or Hub id, or 'embedded'.")
 ]
-PackArgument = Annotated[str, typer.Argument(metavar="PACK", help="A pack's folder or Hub id.")]
-OutOption = Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder to write.")]
-PageOption = Annotated[
-    Path | None, typer.Option("--html", metavar="PAGE.html", help="Write a page to look at.")
-]
-DtypeOption = Annotated[
-    Dtype, typer.Option("--dtype", help="Of the weights in memory; auto: the checkpoint's own.")
-]
+PackArgument = Annotated[str, Argument(metavar="PACK", help="A pack's folder or Hub id.")]
+OutOption = Annotated[Path, Option(metavar="DIR", help="Folder to write.")]
+PageOption = Annotated[Path | None, Option(metavar="PAGE.html", help="Write a page to look at.")]
+DtypeOption = Annotated[Dtype, Option(help="Of the weights in memory; auto: the checkpoint's own.")]
 DeviceOption = Annotated[
     str | None,
-    typer.Option(
-        "--device", help="cpu, cuda, cuda:1, or auto to spread it; by default cuda where there is."
-    ),
+    Option(help="cpu, cuda, cuda:1, or auto to spread it; by default cuda where there is."),
 ]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
+JsonOption = Annotated[bool, Option("--json", help="Print JSON instead of tables.")]
 LayersOption = Annotated[
-    str | None,
-    typer.Option("--layers", help="Blocks to rewrite, such as 4,5,6 or 4-8; else by the preset."),
+    str | None, Option(help="Blocks to rewrite, such as 4,5,6 or 4-8; else by the preset.")
 ]
 NullSpaceOption = Annotated[
-    str | None,
-    typer.Option(
-        "--null-space", metavar="DIR", help="What 'alphaedit nullspace' wrote, or a Hub id."
-    ),
+    str | None, Option(metavar="DIR", help="What 'alphaedit nullspace' wrote, or a Hub id.")
 ]
 MomentsOption = Annotated[
-    Path | None,
-    typer.Option("--key-moments", metavar="DIR", help="Key moments, for objective memit."),
+    Path | None, Option(metavar="DIR", help="Key moments, for objective memit.")
 ]
 DataOption = Annotated[
     str | None,
-    typer.Option(
-        "--data",
+    Option(
         metavar="FILE",
         help="Cases: CounterFact, zsRE, KnowEdit or edits.jsonl; or the word 'embedded'.",
     ),
 ]
 SplitOption = Annotated[
-    str | None,
-    typer.Option("--split", help="Read --data as a dataset (Hub id or folder), and this of it."),
+    str | None, Option(help="Read --data as a dataset (Hub id or folder), and this of it.")
 ]
-TargetOption = Annotated[Target, typer.Option("--target", help="For zsRE: which answer is taught.")]
+TargetOption = Annotated[Target, Option(help="For zsRE: which answer is taught.")]
 SnippetsOption = Annotated[
     Path | None,
-    typer.Option(
-        "--snippets",
-        metavar="FILE",
-        help="CounterFact's attribute_snippets.json, which consistency needs.",
-    ),
+    Option(metavar="FILE", help="CounterFact's attribute_snippets.json, which consistency needs."),
 ]
 TextsOption = Annotated[
-    Path | None,
-    typer.Option("--texts", metavar="FILE", help="Texts for perplexity, one a line."),
+    Path | None, Option(metavar="FILE", help="Texts for perplexity, one a line.")
 ]
 GenerateOption = Annotated[
-    bool, typer.Option("--generate", help="Let the model write too: fluency, consistency; slow.")
+    bool, Option("--generate", help="Let the model write too: fluency, consistency; slow.")
 ]
 
 
@@ -111,7 +78,7 @@ def parse_layers(text: str | None) -> list[int] | None:
     """Block numbers from ``4,5,6`` or ``4-8``.
 
     Raises:
-        typer.BadParameter: anything else.
+        BadParameter: anything else.
     """
     if text is None:
         return None
@@ -119,10 +86,10 @@ def parse_layers(text: str | None) -> list[int] | None:
     for part in text.split(","):
         first, dash, last = part.strip().partition("-")
         if not first.isdecimal() or (dash and not last.isdecimal()):
-            raise typer.BadParameter(f"--layers {text!r} is not a list such as 4,5,6 or 4-8")
+            raise BadParameter(f"--layers {text!r} is not a list such as 4,5,6 or 4-8")
         layers += range(int(first), int(last or first) + 1)
     if not layers:
-        raise typer.BadParameter(f"--layers {text!r} counts backwards; write 4-8")
+        raise BadParameter(f"--layers {text!r} counts backwards; write 4-8")
     return layers
 
 
@@ -158,15 +125,15 @@ def check_file(option: str, path: Path | None, suffixes: Sequence[str] = ()) -> 
         suffixes: that its name may have; none: any.
 
     Raises:
-        typer.BadParameter: a folder, or a name without one of the suffixes.
+        BadParameter: a folder, or a name without one of the suffixes.
         FileNotFoundError: a folder that is not there.
     """
     if path is None:
         return
     if path.is_dir():
-        raise typer.BadParameter(f"{option} {str(path)!r} is a folder; name a file")
+        raise BadParameter(f"{option} {str(path)!r} is a folder; name a file")
     if suffixes and path.suffix.lower() not in suffixes:
-        raise typer.BadParameter(f"{option} {str(path)!r} must be a file's name in {suffixes[0]}")
+        raise BadParameter(f"{option} {str(path)!r} must be a file's name in {suffixes[0]}")
     if not path.parent.is_dir():
         raise FileNotFoundError(f"{option} {path}: there is no folder {path.parent}; make it first")
 
@@ -175,10 +142,10 @@ def data_for(model: str, data: str | None) -> str:
     """The data that were named; the embedded world's for its own model.
 
     Raises:
-        typer.BadParameter: none were named for another model.
+        BadParameter: none were named for another model.
     """
     if data is None and model != EMBEDDED:
-        raise typer.BadParameter("give --data FILE")
+        raise BadParameter("give --data FILE")
     return data or EMBEDDED
 
 
@@ -186,13 +153,13 @@ def check_ways(data: str | None, split: str | None, target: Target, snippets: Pa
     """Refuse ways of reading records where no records are read.
 
     Raises:
-        typer.BadParameter: one that was given for nothing.
+        BadParameter: one that was given for nothing.
     """
     ways = {"--split": split, "--snippets": snippets}
-    ways["--target"] = None if target is Target.ANSWERS else target.value
+    ways["--target"] = None if target == "answers" else target
     given = [f"{name} {value}" for name, value in ways.items() if value is not None]
     if given and data in (None, EMBEDDED):
-        raise typer.BadParameter(f"{given[0]} is for records; give them with --data")
+        raise BadParameter(f"{given[0]} is for records; give them with --data")
 
 
 def read_suite(
@@ -201,13 +168,13 @@ def read_suite(
     rest: int = 0,
     *,
     split: str | None = None,
-    target: Target = Target.ANSWERS,
+    target: Target = "answers",
     snippets: Path | None = None,
 ) -> Suite:
     """Cases and what stands around them; ``rest`` more records give facts that should stay.
 
     Raises:
-        typer.BadParameter: options that ``data`` has no use for.
+        BadParameter: options that ``data`` has no use for.
         ValueError: as ``read_cases``, or fewer cases than asked for.
     """
     from alphaedit_peft.evaluation import Suite, embedded_suite, facts_of, read_cases
@@ -216,9 +183,7 @@ def read_suite(
     if data == EMBEDDED:
         return embedded_suite(limit or EMBEDDED_CASES)
     most = None if limit is None else limit + rest
-    cases, report = read_cases(
-        data, split=split, limit=most, target=target.value, snippets=snippets
-    )
+    cases, report = read_cases(data, split=split, limit=most, target=target, snippets=snippets)
     if rest and limit is not None and len(cases) < limit:
         raise ValueError(f"{data} holds {len(cases)} distinct cases, fewer than --edits {limit}")
     printing.say(" ".join(str(report).split()))
@@ -249,12 +214,12 @@ def load_model(model: str, dtype: Dtype, device: str | None) -> tuple[Any, Any]:
     if model == EMBEDDED:
         from alphaedit_peft import embedded
 
-        wanted = torch.float32 if dtype is Dtype.AUTO else getattr(torch, dtype.value)
+        wanted = torch.float32 if dtype == "auto" else getattr(torch, dtype)
         base, tokenizer = embedded.load(wanted)
         return base.to("cpu" if device == "auto" else device), tokenizer  # type: ignore[arg-type]
     try:
         tokenizer = AutoTokenizer.from_pretrained(model)
-        base = AutoModelForCausalLM.from_pretrained(model, dtype=dtype.value, device_map=device)
+        base = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, device_map=device)
     except Exception as error:  # each file format and the Hub have errors of their own
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise ValueError(f"model {model!r} cannot be loaded: {reason}") from error

@@ -8,11 +8,10 @@ phase beside the least their arithmetic can take, or JSON. It does what
 from __future__ import annotations
 
 import json
-from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import typer
+from typer import Argument, BadParameter, Option
 
 from alphaedit_peft.cli import arguments, printing
 from alphaedit_peft.settings import about
@@ -26,92 +25,67 @@ if TYPE_CHECKING:
 
 
 OBJECTIVES = ("alphaedit", "memit")
-
-
-class Origin(str, Enum):
-    """How statistics are made where none are given."""
-
-    COLLECTED = "collected"
-    RANDOM = "random"
-
-
-class Requests(str, Enum):
-    """Whose lengths made-up edits have."""
-
-    COUNTERFACT = "counterfact"
-    ZSRE = "zsre"
-
-
-class Autocast(str, Enum):
-    """What matrix products are made in, on weights of a wider dtype."""
-
-    BFLOAT16 = "bfloat16"
-
-
-class Curves(str, Enum):
-    """How far curves go: to 1,000 rows and a width of 2,048, or to 10,000 and 14,336."""
-
-    SMALL = "small"
-    FULL = "full"
+Requests = Literal["counterfact", "zsre"]
+Curves = Literal["small", "full"]  # to 1,000 rows and a width of 2,048, or to 10,000 and 14,336
+Origin = Literal["collected", "random"]
 
 
 def benchmark(  # noqa: PLR0913
     model: Annotated[
-        str | None,
-        typer.Argument(metavar="[MODEL]", help="A model's folder or Hub id, or 'embedded'."),
+        str | None, Argument(metavar="[MODEL]", help="A model's folder or Hub id, or 'embedded'.")
     ] = None,
     *,
     shape: Annotated[
         str | None,
-        typer.Option(
+        Option(
             help="Random weights of that shape: gpt2-xl, gpt-j-6b, llama-3-8b, lab-gpt2, "
             "lab-gptj, lab-llama, or a config.json."
         ),
     ] = None,
-    edits: Annotated[int, typer.Option(min=1, help="In a batch.")] = 100,
-    batches: Annotated[int, typer.Option(min=1, help="One on top of the other.")] = 1,
-    repeats: Annotated[int, typer.Option(min=1, help="Of each run; medians are shown.")] = 1,
+    edits: Annotated[int, Option(min=1, help="In a batch.")] = 100,
+    batches: Annotated[int, Option(min=1, help="One on top of the other.")] = 1,
+    repeats: Annotated[int, Option(min=1, help="Of each run; medians are shown.")] = 1,
     requests: Annotated[
-        Requests, typer.Option(help="Whose lengths the made-up edits have.")
-    ] = Requests.COUNTERFACT,
+        Requests, Option(help="Whose lengths the made-up edits have.")
+    ] = "counterfact",
     edits_file: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Edits of your own, one JSON a line.")
+        Path | None, Option(metavar="FILE", help="Edits of your own, one JSON a line.")
     ] = None,
-    objective: Annotated[str, typer.Option(help="Of alphaedit and memit.")] = "alphaedit,memit",
-    plain: Annotated[bool, typer.Option("--plain", help="Time the plain way too.")] = False,
+    objective: Annotated[str, Option(help="Of alphaedit and memit.")] = "alphaedit,memit",
+    plain: Annotated[bool, Option("--plain", help="Time the plain way too.")] = False,
     plain_edits: Annotated[
-        int | None, typer.Option(min=1, help="That the plain way makes; else 10, or all if fewer.")
+        int | None, Option(min=1, help="That the plain way makes; else 10, or all if fewer.")
     ] = None,
     inference: Annotated[
-        bool, typer.Option("--inference", help="Time forward passes with and without packs.")
+        bool, Option("--inference", help="Time forward passes with and without packs.")
     ] = False,
     curves: Annotated[
-        Curves | None, typer.Option(help="Time solves over edits and widths; needs no model.")
+        Curves | None, Option(help="Time solves over edits and widths; needs no model.")
     ] = None,
-    floor: Annotated[bool, typer.Option(help="Count operations, in a run of its own.")] = True,
+    floor: Annotated[bool, Option(help="Count operations, in a run of its own.")] = True,
     statistics: Annotated[
-        Origin, typer.Option(help="Made over random words, or drawn, which is quick.")
-    ] = Origin.COLLECTED,
+        Origin, Option(help="Made over random words, or drawn, which is quick.")
+    ] = "collected",
     statistics_tokens: Annotated[
-        int | None, typer.Option(min=1, help="To collect; else twice the width.")
+        int | None, Option(min=1, help="To collect; else twice the width.")
     ] = None,
     null_space: arguments.NullSpaceOption = None,
     key_moments: arguments.MomentsOption = None,
     layers: arguments.LayersOption = None,
     steps: Annotated[
-        int | None, typer.Option(min=1, help="Loss evaluations of an edit; else the paper's.")
+        int | None, Option(min=1, help="Loss evaluations of an edit; else the paper's.")
     ] = None,
     stop_loss: Annotated[
-        float, typer.Option(min=0.0, help=f"{about('stop_loss').capitalize()}; 0: all steps run.")
+        float, Option(min=0.0, help=f"{about('stop_loss').capitalize()}; 0: all steps run.")
     ] = 0.0,
     autocast: Annotated[
-        Autocast | None, typer.Option(help="Target values by products in this dtype.")
+        Literal["bfloat16"] | None, Option(help="Target values by products in this dtype.")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of weights, edits and contexts.")] = 0,
+    seed: Annotated[int, Option(help="Of weights, edits and contexts.")] = 0,
     out: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Write all figures there, as JSON.")
+        Path | None, Option(metavar="FILE", help="Write all figures there, as JSON.")
     ] = None,
-    dtype: arguments.DtypeOption = arguments.Dtype.AUTO,
+    dtype: arguments.DtypeOption = "auto",
     device: arguments.DeviceOption = None,
     as_json: arguments.JsonOption = False,
 ) -> None:
@@ -125,7 +99,7 @@ def benchmark(  # noqa: PLR0913
     so every step is run unless --stop-loss says otherwise.
     """
     if (model is None) == (shape is None) and (model is not None or curves is None):
-        raise typer.BadParameter("give either MODEL or --shape NAME, or --curves alone")
+        raise BadParameter("give either MODEL or --shape NAME, or --curves alone")
     objectives = _objectives(objective)
     plain_too = _plain_edits(plain, plain_edits, edits)
     rewrite_layers = arguments.parse_layers(layers)
@@ -142,25 +116,24 @@ def benchmark(  # noqa: PLR0913
         plan = measuring.Plan(edits, batches, repeats, objectives, plain_too, floor, inference)
         own = None if edits_file is None else plan.take(read_edits(edits_file))
         if "memit" in objectives and null_space is not None and key_moments is None:
-            raise typer.BadParameter(
+            raise BadParameter(
                 "MEMIT needs key moments: give --key-moments too, or --objective alphaedit"
             )
         space, moments = arguments.load_null_space(null_space), arguments.load_moments(key_moments)
-        cast = None if autocast is None else autocast.value
         config = measuring.benchmark_config(
-            rewrite_layers, steps=steps, stop_loss=stop_loss, autocast=cast, seed=seed
+            rewrite_layers, steps=steps, stop_loss=stop_loss, autocast=autocast, seed=seed
         )
         printing.progress("making the model" if model is None else "loading the model")
         subject = _subject(model, shape, config, dtype, device)
-        made = own or measuring.made_up_edits(subject.tokenizer, plan.needed, requests.value, seed)
+        made = own or measuring.made_up_edits(subject.tokenizer, plan.needed, requests, seed)
         printing.progress("making statistics")
         given = _statistics(subject, statistics, statistics_tokens, space, moments)
         found = measuring.benchmark(subject, given, made, plan, printing.progress)
-        facts = {"requests": edits_file.name if edits_file else f"made up as {requests.value}"}
+        facts = {"requests": edits_file.name if edits_file else f"made up as {requests}"}
         facts |= found.to_json()
         parts += pages.measured(facts)
     if curves is not None:
-        grid = measuring.SMALL if curves is Curves.SMALL else measuring.FULL
+        grid = measuring.SMALL if curves == "small" else measuring.FULL
         facts["curves"] = measuring.growth(grid, _device(device), printing.progress).to_json()
         parts += pages.grown(facts["curves"])
     if out is not None:
@@ -175,7 +148,7 @@ def _objectives(text: str) -> tuple[str, ...]:
     names = tuple(dict.fromkeys(name.strip() for name in text.split(",")))
     for name in names:
         if name not in OBJECTIVES:
-            raise typer.BadParameter(f"--objective {name!r} is neither alphaedit nor memit")
+            raise BadParameter(f"--objective {name!r} is neither alphaedit nor memit")
     return names
 
 
@@ -184,9 +157,9 @@ def _plain_edits(plain: bool, asked: int | None, edits: int) -> int:
     if asked is None:
         return min(10, edits) if plain else 0
     if not plain:
-        raise typer.BadParameter(f"--plain-edits {asked} is for the plain way; give --plain too")
+        raise BadParameter(f"--plain-edits {asked} is for the plain way; give --plain too")
     if asked > edits:
-        raise typer.BadParameter(
+        raise BadParameter(
             f"--plain-edits {asked} is more than the {edits} edits of a batch; give {edits} or "
             "fewer, or more --edits"
         )
@@ -221,7 +194,7 @@ def _subject(
         base, tokenizer = arguments.load_model(model, dtype, device)
         return measuring.Subject(model, base.requires_grad_(False), tokenizer, config, False)
     found = measuring.read_shape(shape)
-    kind = torch.float32 if dtype is arguments.Dtype.AUTO else getattr(torch, dtype.value)
+    kind = torch.float32 if dtype == "auto" else getattr(torch, dtype)
     made = measuring.shape_config(found)
     base = measuring.random_model(made, kind, _device(device), config.seed)
     if config.rewrite_layers is None and found.rewrite_layers is not None:
@@ -241,7 +214,7 @@ def _statistics(
     from alphaedit_peft.studies import benchmark as measuring
 
     if null_space is None and key_moments is None:
-        if origin is Origin.RANDOM:
+        if origin == "random":
             return measuring.random_statistics(subject, subject.config.seed)
         return measuring.collect_statistics(subject, tokens, subject.config.seed)
     if null_space is None:

@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
+from typer import BadParameter, Option
 
 from alphaedit_peft.cli import arguments, printing
 
@@ -33,28 +33,28 @@ def compare(  # noqa: PLR0913
     data: arguments.DataOption = None,
     out: arguments.OutOption,
     methods: Annotated[
-        str, typer.Option(help="Of alphaedit, memit, memit-history, memit-projection, rome, ...")
+        str, Option(help="Of alphaedit, memit, memit-history, memit-projection, rome, ...")
     ] = "alphaedit,memit",
-    edits: Annotated[int, typer.Option(min=1, help="How many to make.")] = 100,
-    batch_size: Annotated[int, typer.Option(min=1, help="Edits solved together.")] = 100,
+    edits: Annotated[int, Option(min=1, help="How many to make.")] = 100,
+    batch_size: Annotated[int, Option(min=1, help="Edits solved together.")] = 100,
     every: Annotated[
-        int, typer.Option(min=0, help="Judge after every so many batches; 0: at the end.")
+        int, Option(min=0, help="Judge after every so many batches; 0: at the end.")
     ] = 0,
-    seeds: Annotated[str, typer.Option(help="Of the orders that edits are made in.")] = "0",
+    seeds: Annotated[str, Option(help="Of the orders that edits are made in.")] = "0",
     settings: Annotated[
         list[str] | None,
-        typer.Option(
+        Option(
             "--set", metavar="NAME=VALUE", help="For all, or METHOD.NAME=VALUE; can be repeated."
         ),
     ] = None,
     split: arguments.SplitOption = None,
-    target: arguments.TargetOption = arguments.Target.ANSWERS,
+    target: arguments.TargetOption = "answers",
     snippets: arguments.SnippetsOption = None,
     texts: arguments.TextsOption = None,
     generate: arguments.GenerateOption = False,
     null_space: arguments.NullSpaceOption = None,
     key_moments: arguments.MomentsOption = None,
-    dtype: arguments.DtypeOption = arguments.Dtype.AUTO,
+    dtype: arguments.DtypeOption = "auto",
     device: arguments.DeviceOption = None,
     as_json: arguments.JsonOption = False,
 ) -> None:
@@ -107,8 +107,8 @@ def _origin(
         origin = {"name": data, "split": split}
     elif data != arguments.EMBEDDED:
         origin["sha256"] = file_digest(data)
-    if target is not arguments.Target.ANSWERS:
-        origin["target"] = target.value
+    if target != "answers":
+        origin["target"] = target
     if snippets is not None:
         origin["snippets_sha256"] = file_digest(snippets)
     return origin
@@ -165,7 +165,7 @@ def _assignments(given: list[str]) -> tuple[dict[str, Any], dict[str, dict[str, 
         name, equals, value = text.partition("=")
         method, dot, setting = name.strip().rpartition(".")
         if not equals or not setting or (dot and not method):
-            raise typer.BadParameter(f"--set {text!r} is not NAME=VALUE or METHOD.NAME=VALUE")
+            raise BadParameter(f"--set {text!r} is not NAME=VALUE or METHOD.NAME=VALUE")
         (own.setdefault(method, {}) if method else common)[setting] = arguments.parse_value(value)
     return common, own
 
@@ -174,4 +174,4 @@ def _seeds(text: str) -> list[int]:
     try:
         return [int(part) for part in text.split(",")]
     except ValueError:
-        raise typer.BadParameter(f"--seeds {text!r} is not a list such as 0,1,2") from None
+        raise BadParameter(f"--seeds {text!r} is not a list such as 0,1,2") from None

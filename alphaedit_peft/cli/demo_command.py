@@ -11,10 +11,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated
 
-import typer
+from typer import Option
 
-from alphaedit_peft.cli import printing
-from alphaedit_peft.cli.arguments import JsonOption, check_folder, hush
+from alphaedit_peft.cli import arguments, printing
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -35,10 +34,9 @@ ROWS = {
 def demo(
     *,
     out: Annotated[
-        Path | None,
-        typer.Option("--out", metavar="DIR", help="Keep the pack, null space and edits here."),
+        Path | None, Option(metavar="DIR", help="Keep the pack, null space and edits here.")
     ] = None,
-    as_json: JsonOption = False,
+    as_json: arguments.JsonOption = False,
 ) -> None:
     """Edit ten facts of the embedded model, and take the pack through its whole life.
 
@@ -48,8 +46,8 @@ def demo(
     `alphaedit demo --out demo`, then `alphaedit inspect demo/pack`
     """
     if out is not None:
-        check_folder(out)
-    hush()
+        arguments.check_folder(out)
+    arguments.hush()
     from alphaedit_peft.cli.demonstrate import demonstrate
 
     def tell(step: str) -> None:

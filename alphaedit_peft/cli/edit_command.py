@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
+from typer import Argument, BadParameter, Option
 
 from alphaedit_peft.cli import arguments, printing
 from alphaedit_peft.settings import EditOptions, about
@@ -33,29 +33,25 @@ FIXED = (  # what a pack's edits were made with, and later ones must be too
 def edit(  # noqa: PLR0913
     model: arguments.ModelArgument,
     edits: Annotated[
-        Path, typer.Argument(metavar="EDITS.jsonl", help="One JSON object a line, one edit each.")
+        Path, Argument(metavar="EDITS.jsonl", help="One JSON object a line, one edit each.")
     ],
     *,
-    out: Annotated[Path, typer.Option("--out", metavar="PACK", help="Pack to write.")],
+    out: Annotated[Path, Option(metavar="PACK", help="Pack to write.")],
     null_space: arguments.NullSpaceOption = None,
-    pack: Annotated[
-        str | None, typer.Option("--pack", metavar="PACK", help="Pack to go on from.")
-    ] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Edits solved together.")] = 100,
-    config: Annotated[
-        Path | None, typer.Option("--config", metavar="FILE", help="AlphaEditConfig as JSON.")
-    ] = None,
+    pack: Annotated[str | None, Option(metavar="PACK", help="Pack to go on from.")] = None,
+    batch_size: Annotated[int, Option(min=1, help="Edits solved together.")] = 100,
+    config: Annotated[Path | None, Option(metavar="FILE", help="AlphaEditConfig as JSON.")] = None,
     layers: arguments.LayersOption = None,
-    preset: Annotated[str | None, typer.Option(help=f"{about('preset')}.")] = None,
-    ridge: Annotated[float | None, typer.Option(help=f"{about('ridge')}.")] = None,
-    steps: Annotated[int | None, typer.Option(help="Of each target value's search.")] = None,
-    on_conflict: Annotated[str | None, typer.Option(help=f"{about('on_conflict')}.")] = None,
+    preset: Annotated[str | None, Option(help=f"{about('preset')}.")] = None,
+    ridge: Annotated[float | None, Option(help=f"{about('ridge')}.")] = None,
+    steps: Annotated[int | None, Option(help="Of each target value's search.")] = None,
+    on_conflict: Annotated[str | None, Option(help=f"{about('on_conflict')}.")] = None,
     settings: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="NAME=VALUE", help="Any other setting; can be repeated."),
+        Option("--set", metavar="NAME=VALUE", help="Any other setting; can be repeated."),
     ] = None,
     key_moments: arguments.MomentsOption = None,
-    dtype: arguments.DtypeOption = arguments.Dtype.AUTO,
+    dtype: arguments.DtypeOption = "auto",
     device: arguments.DeviceOption = None,
     as_json: arguments.JsonOption = False,
 ) -> None:
@@ -102,7 +98,7 @@ def _settings(path: Path | None, given: dict[str, Any], assignments: list[str]) 
     for assignment in assignments:
         name, equals, text = assignment.partition("=")
         if not equals:
-            raise typer.BadParameter(f"--set {assignment!r} is not NAME=VALUE")
+            raise BadParameter(f"--set {assignment!r} is not NAME=VALUE")
         values[name.strip()] = arguments.parse_value(text)
 
     known = list(EditOptions().to_json())

@@ -10,29 +10,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import typer
+from typer import BadParameter, Option
 
-from alphaedit_peft.cli import printing
-from alphaedit_peft.cli.arguments import (
-    DataOption,
-    DeviceOption,
-    Dtype,
-    DtypeOption,
-    GenerateOption,
-    JsonOption,
-    ModelArgument,
-    SnippetsOption,
-    SplitOption,
-    Target,
-    TargetOption,
-    TextsOption,
-    check_ways,
-    finding,
-    load_model,
-    load_pack,
-    read_lines,
-    read_suite,
-)
+from alphaedit_peft.cli import arguments, printing
 
 if TYPE_CHECKING:
     from alphaedit_peft.evaluation import Suite
@@ -40,28 +20,25 @@ if TYPE_CHECKING:
 
 
 def evaluate(  # noqa: PLR0913
-    model: ModelArgument,
+    model: arguments.ModelArgument,
     *,
-    data: DataOption = None,
+    data: arguments.DataOption = None,
     pack: Annotated[
-        str | None,
-        typer.Option("--pack", metavar="PACK", help="Edits to judge, before and after."),
+        str | None, Option(metavar="PACK", help="Edits to judge, before and after.")
     ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Judge so many cases at most.")] = None,
-    split: SplitOption = None,
-    target: TargetOption = Target.ANSWERS,
-    snippets: SnippetsOption = None,
-    texts: TextsOption = None,
-    generate: GenerateOption = False,
+    limit: Annotated[int | None, Option(min=1, help="Judge so many cases at most.")] = None,
+    split: arguments.SplitOption = None,
+    target: arguments.TargetOption = "answers",
+    snippets: arguments.SnippetsOption = None,
+    texts: arguments.TextsOption = None,
+    generate: arguments.GenerateOption = False,
     out: Annotated[
         Path | None,
-        typer.Option(
-            "--out", metavar="FILE.jsonl", help="Keep judged cases here, and go on from there."
-        ),
+        Option(metavar="FILE.jsonl", help="Keep judged cases here, and go on from there."),
     ] = None,
-    dtype: DtypeOption = Dtype.AUTO,
-    device: DeviceOption = None,
-    as_json: JsonOption = False,
+    dtype: arguments.DtypeOption = "auto",
+    device: arguments.DeviceOption = None,
+    as_json: arguments.JsonOption = False,
 ) -> None:
     """Judge a model, with or without a pack: efficacy, generalization, specificity and more.
 
@@ -76,19 +53,19 @@ def evaluate(  # noqa: PLR0913
     from alphaedit_peft import evaluation
 
     if data is None and pack is None:
-        raise typer.BadParameter("give --data FILE, or --pack PACK for a pack's own edits")
+        raise BadParameter("give --data FILE, or --pack PACK for a pack's own edits")
     if data is None:
-        check_ways(data, split, target, snippets)
+        arguments.check_ways(data, split, target, snippets)
         suite = _suite_of_pack(str(pack), limit)
     else:
-        suite = read_suite(data, limit, split=split, target=target, snippets=snippets)
-    suite = replace(suite, texts=(*suite.texts, *read_lines(texts)))
-    base, tokenizer = load_model(model, dtype, device)
+        suite = arguments.read_suite(data, limit, split=split, target=target, snippets=snippets)
+    suite = replace(suite, texts=(*suite.texts, *arguments.read_lines(texts)))
+    base, tokenizer = arguments.load_model(model, dtype, device)
     before, now = None, base
     if pack is not None:
         first = None if out is None else out.with_name(f"{out.stem}.before{out.suffix}")
         before = evaluation.evaluate(base, tokenizer, suite, generate=generate, results=first)
-        now = load_pack(base, pack)
+        now = arguments.load_pack(base, pack)
     scores = evaluation.evaluate(
         now, tokenizer, suite, baseline=before, generate=generate, results=out
     )
@@ -119,7 +96,7 @@ def _suite_of_pack(pack: str, limit: int | None) -> Suite:
     from alphaedit_peft import EditPack
     from alphaedit_peft.evaluation import Case, Suite
 
-    with finding(pack):
+    with arguments.finding(pack):
         edits = EditPack.from_pretrained(pack).edits[:limit]
     if not edits:
         raise ValueError(f"{pack} holds no edit to judge; give --data FILE")

@@ -6,69 +6,33 @@ call the functions that the methods of that name of ``EditPack`` call.
 
 from __future__ import annotations
 
-from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import typer
+from typer import Argument, BadParameter, Option
 
-from alphaedit_peft.cli import printing
-from alphaedit_peft.cli.arguments import (
-    JsonOption,
-    OutOption,
-    PackArgument,
-    check_folder,
-    read_pack,
-)
+from alphaedit_peft.cli import arguments, printing
 
 if TYPE_CHECKING:
     from rich.table import Table
 
 
-class Conflict(str, Enum):
-    """Which of two packs keeps a key that both have."""
-
-    ERROR = "error"
-    FIRST = "first"
-    LAST = "last"
-
-
-class Layers(str, Enum):
-    """Whether packs may edit different layers."""
-
-    SAME = "same"
-    UNION = "union"
-
-
-class Smaller(str, Enum):
-    """dtype of factors on disk."""
-
-    FLOAT32 = "float32"
-    BFLOAT16 = "bfloat16"
-    FLOAT16 = "float16"
-
-
-class Format(str, Enum):
-    """Whom an export is for."""
-
-    PEFT = "peft"
-    LLAMA_CPP = "llama.cpp"
-
-
-FactorsOption = Annotated[
-    Smaller | None, typer.Option("--dtype", help="Of the factors; by default as they are.")
-]
+Conflict = Literal["error", "first", "last"]
+Layers = Literal["same", "union"]
+Stored = Literal["float32", "bfloat16", "float16"]
+Format = Literal["peft", "llama.cpp"]
+FactorsOption = Annotated[Stored | None, Option(help="Of the factors; by default as they are.")]
 
 
 def remove(
-    pack: PackArgument,
-    ids: Annotated[list[str], typer.Argument(metavar="ID...", help="Ids that inspect shows.")],
+    pack: arguments.PackArgument,
+    ids: Annotated[list[str], Argument(metavar="ID...", help="Ids that inspect shows.")],
     *,
-    out: OutOption,
+    out: arguments.OutOption,
     max_share: Annotated[
-        float, typer.Option(min=0, max=1, help="Warn where more of an edit stays in force.")
+        float, Option(min=0, max=1, help="Warn where more of an edit stays in force.")
     ] = 0.5,
-    as_json: JsonOption = False,
+    as_json: arguments.JsonOption = False,
 ) -> None:
     """Take edits out of a pack, without the model; the others stay as they are on their keys.
 
@@ -80,8 +44,8 @@ def remove(
     from alphaedit_peft.pack.files import save_pack
     from alphaedit_peft.pack.remove import remove as take_out
 
-    check_folder(out)
-    read = read_pack(pack)
+    arguments.check_folder(out)
+    read = arguments.read_pack(pack)
     removal = take_out(read, ids, max_share=max_share)
     save_pack(removal.pack, out)
     gone = {edit.id: edit for edit in read.edits if edit.id in removal.shares}
@@ -102,19 +66,19 @@ def remove(
 
 
 def join(
-    packs: Annotated[list[str], typer.Argument(metavar="PACK...", help="Folders or Hub ids.")],
+    packs: Annotated[list[str], Argument(metavar="PACK...", help="Folders or Hub ids.")],
     *,
-    out: OutOption,
+    out: arguments.OutOption,
     on_conflict: Annotated[
-        Conflict, typer.Option(help="Which pack keeps a key or prompt that two have.")
-    ] = Conflict.ERROR,
+        Conflict, Option(help="Which pack keeps a key or prompt that two have.")
+    ] = "error",
     layers: Annotated[
-        Layers, typer.Option(help="union: accept packs that edit different layers.")
-    ] = Layers.SAME,
+        Layers, Option(help="union: accept packs that edit different layers.")
+    ] = "same",
     norm_guard: Annotated[
-        float, typer.Option(help="Most |Delta|, relative to unrelated packs; 0: none.")
+        float, Option(help="Most |Delta|, relative to unrelated packs; 0: none.")
     ] = 2.0,
-    as_json: JsonOption = False,
+    as_json: arguments.JsonOption = False,
 ) -> None:
     """Join packs of one base and one null space into one, without the model.
 
@@ -126,11 +90,12 @@ def join(
     from alphaedit_peft.pack.join import JoinOptions
     from alphaedit_peft.pack.join import join as solve
 
-    check_folder(out)
+    arguments.check_folder(out)
     names = [Path(name).name or name for name in packs]
-    how = JoinOptions(on_conflict.value, norm_guard=norm_guard, layers=layers.value)
+    how = JoinOptions(on_conflict, norm_guard=norm_guard, layers=layers)
     distinct = len(set(names)) == len(names)
-    found = solve([read_pack(name) for name in packs], how, names if distinct else packs)
+    read = [arguments.read_pack(name) for name in packs]
+    found = solve(read, how, names if distinct else packs)
     save_pack(found.pack, out)
     figures = {
         name: {
@@ -159,15 +124,15 @@ def join(
 
 
 def compress(
-    pack: PackArgument,
+    pack: arguments.PackArgument,
     *,
-    out: OutOption,
-    rank: Annotated[int | None, typer.Option(min=1, help="Of every layer.")] = None,
+    out: arguments.OutOption,
+    rank: Annotated[int | None, Option(min=1, help="Of every layer.")] = None,
     tolerance: Annotated[
-        float | None, typer.Option(help="Least rank whose relative error is within this.")
+        float | None, Option(help="Least rank whose relative error is within this.")
     ] = None,
     dtype: FactorsOption = None,
-    as_json: JsonOption = False,
+    as_json: arguments.JsonOption = False,
 ) -> None:
     """Make a pack smaller: a lower rank, a smaller dtype, or both.
 
@@ -179,9 +144,9 @@ def compress(
     from alphaedit_peft.pack.files import save_pack
 
     if rank is None and tolerance is None and dtype is None:
-        raise typer.BadParameter("give --rank, --tolerance or --dtype")
-    check_folder(out)
-    read = read_pack(pack)
+        raise BadParameter("give --rank, --tolerance or --dtype")
+    arguments.check_folder(out)
+    read = arguments.read_pack(pack)
     small = shrink(read, rank, tolerance, _torch_dtype(dtype))
     save_pack(small, out)
     assert small.compression is not None, "compress says what it did"
@@ -197,23 +162,21 @@ def compress(
 
 
 def export(
-    pack: PackArgument,
+    pack: arguments.PackArgument,
     *,
-    out: OutOption,
-    format: Annotated[
-        Format, typer.Option("--format", help="llama.cpp: as its converter wants GPT-2's.")
-    ] = Format.PEFT,
+    out: arguments.OutOption,
+    format: Annotated[Format, Option(help="llama.cpp: as its converter wants GPT-2's.")] = "peft",
     max_rank: Annotated[
-        str | None, typer.Option(metavar="N|vllm", help="Add rows of zeros up to this rank.")
+        str | None, Option(metavar="N|vllm", help="Add rows of zeros up to this rank.")
     ] = None,
     dtype: FactorsOption = None,
     all_layers: Annotated[
-        bool, typer.Option("--all-layers", help="Zeros in blocks that were not edited, for TGI.")
+        bool, Option("--all-layers", help="Zeros in blocks that were not edited, for TGI.")
     ] = False,
     num_blocks: Annotated[
-        int | None, typer.Option(min=1, help="Of the base, where the pack does not know.")
+        int | None, Option(min=1, help="Of the base, where the pack does not know.")
     ] = None,
-    as_json: JsonOption = False,
+    as_json: arguments.JsonOption = False,
 ) -> None:
     """Write a pack as a plain LoRA folder without sidecar, for servers.
 
@@ -222,10 +185,10 @@ def export(
     from alphaedit_peft.pack.export import export as write_lora
     from alphaedit_peft.pack.parents import require_alone
 
-    check_folder(out)
+    arguments.check_folder(out)
     if max_rank is not None and max_rank != "vllm" and not max_rank.isdecimal():
-        raise typer.BadParameter(f"--max-rank {max_rank!r} is not 1, 2, 3 ... or 'vllm'")
-    read = read_pack(pack)
+        raise BadParameter(f"--max-rank {max_rank!r} is not 1, 2, 3 ... or 'vllm'")
+    read = arguments.read_pack(pack)
     require_alone(
         read,
         "it cannot be exported alone",
@@ -234,7 +197,7 @@ def export(
     done = write_lora(
         read,
         out,
-        format=format.value,
+        format=format,
         max_rank=int(max_rank) if max_rank and max_rank.isdecimal() else max_rank,
         dtype=_torch_dtype(dtype),
         all_layers=all_layers,
@@ -248,7 +211,7 @@ def export(
     printing.show(as_json, facts, f"Written to {out}: {text}{rounding}{turned}")
 
 
-def _torch_dtype(dtype: Smaller | None) -> Any:
+def _torch_dtype(dtype: Stored | None) -> Any:
     import torch
 
-    return None if dtype is None else getattr(torch, dtype.value)
+    return None if dtype is None else getattr(torch, dtype)

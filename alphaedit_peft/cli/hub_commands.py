@@ -7,49 +7,27 @@ of ``hf auth login``, or the environment's ``HF_TOKEN``.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
-import typer
+from typer import Argument, Option
 
-from alphaedit_peft.cli import nullspace_commands, printing
-from alphaedit_peft.cli.arguments import (
-    DeviceOption,
-    Dtype,
-    DtypeOption,
-    JsonOption,
-    OutOption,
-    PackArgument,
-    check_folder,
-    finding,
-    fingerprint_of,
-    load_model,
-)
+from alphaedit_peft.cli import arguments, nullspace_commands, printing
 
-if TYPE_CHECKING:
-    pass
-
-
-RepoArgument = Annotated[str, typer.Argument(metavar="REPO", help="On the Hub: user/name.")]
+RepoArgument = Annotated[str, Argument(metavar="REPO", help="On the Hub: user/name.")]
 PrivateOption = Annotated[
-    bool, typer.Option("--private", help="Make the repository private where it is made.")
+    bool, Option("--private", help="Make the repository private where it is made.")
 ]
-BranchOption = Annotated[
-    str | None, typer.Option("--revision", help="Branch; made where it does not exist.")
-]
+BranchOption = Annotated[str | None, Option(help="Branch; made where it does not exist.")]
 PullRequestOption = Annotated[
-    bool, typer.Option("--create-pr", help="Open a pull request instead of committing.")
+    bool, Option("--create-pr", help="Open a pull request instead of committing.")
 ]
-MessageOption = Annotated[str | None, typer.Option("--message", help="Of the commit.")]
-SubfolderOption = Annotated[
-    str | None, typer.Option("--subfolder", metavar="NAME", help="Within the repository.")
-]
-RevisionOption = Annotated[
-    str | None, typer.Option("--revision", help="Branch, tag, commit or refs/pr/N.")
-]
+MessageOption = Annotated[str | None, Option(help="Of the commit.")]
+SubfolderOption = Annotated[str | None, Option(metavar="NAME", help="Within the repository.")]
+RevisionOption = Annotated[str | None, Option(help="Branch, tag, commit or refs/pr/N.")]
 
 
 def push(  # noqa: PLR0913
-    pack: PackArgument,
+    pack: arguments.PackArgument,
     repo: RepoArgument,
     *,
     private: PrivateOption = False,
@@ -57,10 +35,10 @@ def push(  # noqa: PLR0913
     create_pr: PullRequestOption = False,
     subfolder: SubfolderOption = None,
     no_texts: Annotated[
-        bool, typer.Option("--no-texts", help="Leave the edits' texts out of the model card.")
+        bool, Option("--no-texts", help="Leave the edits' texts out of the model card.")
     ] = False,
     message: MessageOption = None,
-    as_json: JsonOption = False,
+    as_json: arguments.JsonOption = False,
 ) -> None:
     """Upload a pack to the Hub, in one commit, with a model card.
 
@@ -73,7 +51,7 @@ def push(  # noqa: PLR0913
     from alphaedit_peft.pack.files import StoredPack, locate, push_pack, read_pack, stored_dtype
 
     _hush()
-    with finding(pack):
+    with arguments.finding(pack):
         folder = locate(pack)
         read = read_pack(folder, StoredPack)
     to = Destination(repo, private or None, None, revision, create_pr, subfolder)
@@ -85,10 +63,10 @@ def push(  # noqa: PLR0913
 def pull(
     repo: RepoArgument,
     *,
-    out: OutOption,
+    out: arguments.OutOption,
     revision: RevisionOption = None,
     subfolder: SubfolderOption = None,
-    as_json: JsonOption = False,
+    as_json: arguments.JsonOption = False,
 ) -> None:
     """Download a pack from the Hub into a folder, after checking it.
 
@@ -97,7 +75,7 @@ def pull(
     from alphaedit_peft.pack.files import copy_pack, locate
 
     _hush()
-    check_folder(out)
+    arguments.check_folder(out)
     pack = copy_pack(locate(repo, revision, subfolder=subfolder), out)
     facts = {"out": str(out), "edits": len(pack.edits), "rank": pack.rank}
     shown = f"Written to {out}: {printing.count(len(pack.edits), 'edit')}, rank {pack.rank}"
@@ -105,21 +83,19 @@ def pull(
 
 
 def push_null_space(  # noqa: PLR0913
-    folder: Annotated[str, typer.Argument(metavar="FOLDER", help="A NullSpace folder.")],
+    folder: Annotated[str, Argument(metavar="FOLDER", help="A NullSpace folder.")],
     repo: RepoArgument,
     *,
     by_fingerprint: Annotated[
         bool,
-        typer.Option(
-            "--by-fingerprint", help="Into the folder named by its base, beside other bases'."
-        ),
+        Option("--by-fingerprint", help="Into the folder named by its base, beside other bases'."),
     ] = False,
     private: PrivateOption = False,
     revision: BranchOption = None,
     create_pr: PullRequestOption = False,
     subfolder: SubfolderOption = None,
     message: MessageOption = None,
-    as_json: JsonOption = False,
+    as_json: arguments.JsonOption = False,
 ) -> None:
     """Upload a null space to the Hub, in one commit, with a README.
 
@@ -146,18 +122,16 @@ def push_null_space(  # noqa: PLR0913
 def pull_null_space(
     repo: RepoArgument,
     *,
-    out: OutOption,
+    out: arguments.OutOption,
     model: Annotated[
         str | None,
-        typer.Option(
-            "--model", metavar="MODEL", help="Take the one made for this model, by fingerprint."
-        ),
+        Option(metavar="MODEL", help="Take the one made for this model, by fingerprint."),
     ] = None,
     revision: RevisionOption = None,
     subfolder: SubfolderOption = None,
-    dtype: DtypeOption = Dtype.AUTO,
-    device: DeviceOption = None,
-    as_json: JsonOption = False,
+    dtype: arguments.DtypeOption = "auto",
+    device: arguments.DeviceOption = None,
+    as_json: arguments.JsonOption = False,
 ) -> None:
     """Download a null space from the Hub into a folder, after checking it.
 
@@ -166,8 +140,10 @@ def pull_null_space(
     from alphaedit_peft import NullSpace
 
     _hush()
-    check_folder(out)
-    wanted = None if model is None else fingerprint_of(load_model(model, dtype, device)[0])
+    arguments.check_folder(out)
+    wanted = None
+    if model is not None:
+        wanted = arguments.fingerprint_of(arguments.load_model(model, dtype, device)[0])
     found = NullSpace.from_pretrained(
         repo, revision=revision, subfolder=subfolder, fingerprint=wanted
     )

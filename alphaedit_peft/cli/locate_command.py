@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
+from typer import Option
 
 from alphaedit_peft.cli import arguments, printing
 
@@ -30,17 +30,17 @@ def locate(  # noqa: PLR0913
     model: arguments.ModelArgument,
     *,
     data: arguments.DataOption = None,
-    limit: Annotated[int, typer.Option(min=1, help="Trace so many facts at most.")] = 20,
+    limit: Annotated[int, Option(min=1, help="Trace so many facts at most.")] = 20,
     noise: Annotated[
-        float, typer.Option(min=0.0, help="Of the subject, in deviations of its embeddings.")
+        float, Option(min=0.0, help="Of the subject, in deviations of its embeddings.")
     ] = 3.0,
-    samples: Annotated[int, typer.Option(min=1, help="Draws of the noise for a fact.")] = 10,
+    samples: Annotated[int, Option(min=1, help="Draws of the noise for a fact.")] = 10,
     window: Annotated[
-        int | None, typer.Option(min=1, help="MLPs restored together; else a fifth of the blocks.")
+        int | None, Option(min=1, help="MLPs restored together; else a fifth of the blocks.")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of the noise.")] = 0,
+    seed: Annotated[int, Option(help="Of the noise.")] = 0,
     html: arguments.PageOption = None,
-    dtype: arguments.DtypeOption = arguments.Dtype.AUTO,
+    dtype: arguments.DtypeOption = "auto",
     device: arguments.DeviceOption = None,
     as_json: arguments.JsonOption = False,
 ) -> None:

@@ -11,22 +11,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
+from typer import Argument, BadParameter, Option
 
-from alphaedit_peft.cli import printing
-from alphaedit_peft.cli.arguments import (
-    EMBEDDED,
-    DeviceOption,
-    Dtype,
-    DtypeOption,
-    JsonOption,
-    LayersOption,
-    ModelArgument,
-    OutOption,
-    check_folder,
-    load_model,
-    parse_layers,
-)
+from alphaedit_peft.cli import arguments, printing
 from alphaedit_peft.settings import about
 
 if TYPE_CHECKING:
@@ -37,45 +24,42 @@ if TYPE_CHECKING:
 
 EMBEDDED_TEXTS = 5000
 KINDS = (".npz", ".pt", ".safetensors")
-ModeOption = Annotated[str | None, typer.Option(help=f"{about('threshold_mode')}.")]
-PresetOption = Annotated[str, typer.Option(help="auto or paper.")]
+ModeOption = Annotated[str | None, Option(help=f"{about('threshold_mode')}.")]
+PresetOption = Annotated[str, Option(help="auto or paper.")]
 MomentsOutOption = Annotated[
-    Path | None,
-    typer.Option(metavar="DIR", help="Write the full moments too: MEMIT, other thresholds."),
+    Path | None, Option(metavar="DIR", help="Write the full moments too: MEMIT, other thresholds.")
 ]
 
 
 def nullspace(  # noqa: PLR0913
-    model: ModelArgument,
+    model: arguments.ModelArgument,
     *,
-    out: OutOption,
+    out: arguments.OutOption,
     texts: Annotated[
-        Path | None, typer.Option("--texts", metavar="FILE", help="A text file, one text a line.")
+        Path | None, Option(metavar="FILE", help="A text file, one text a line.")
     ] = None,
     dataset: Annotated[
-        str | None,
-        typer.Option("--dataset", metavar="NAME", help="On the Hub: repo, repo:config[:split]."),
+        str | None, Option(metavar="NAME", help="On the Hub: repo, repo:config[:split].")
     ] = None,
-    text_column: Annotated[str, typer.Option(help="Of the dataset.")] = "text",
-    layers: LayersOption = None,
+    text_column: Annotated[str, Option(help="Of the dataset.")] = "text",
+    layers: arguments.LayersOption = None,
     threshold: Annotated[
-        float | None,
-        typer.Option(help=f"{about('threshold').capitalize()}; the preset's by default."),
+        float | None, Option(help=f"{about('threshold').capitalize()}; the preset's by default.")
     ] = None,
     threshold_mode: ModeOption = None,
     preset: PresetOption = "auto",
     max_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Stop after so many; ten times d_in is a minimum.")
+        int | None, Option(min=1, help="Stop after so many; ten times d_in is a minimum.")
     ] = None,
-    tokens_per_batch: Annotated[int, typer.Option(min=1, help="Bounds memory.")] = 8192,
+    tokens_per_batch: Annotated[int, Option(min=1, help="Bounds memory.")] = 8192,
     resume: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Keep the sums here, and go on from them if they exist."),
+        Option(metavar="FILE", help="Keep the sums here, and go on from them if they exist."),
     ] = None,
     moments_out: MomentsOutOption = None,
-    dtype: DtypeOption = Dtype.AUTO,
-    device: DeviceOption = None,
-    as_json: JsonOption = False,
+    dtype: arguments.DtypeOption = "auto",
+    device: arguments.DeviceOption = None,
+    as_json: arguments.JsonOption = False,
 ) -> None:
     """Measure which directions preserved knowledge leaves free; done once for a model.
 
@@ -86,9 +70,9 @@ def nullspace(  # noqa: PLR0913
 
     Others' null spaces: `alphaedit nullspace push --help`, `alphaedit nullspace pull --help`.
     """
-    wanted = parse_layers(layers)
+    wanted = arguments.parse_layers(layers)
     for folder in filter(None, (out, moments_out)):
-        check_folder(folder)
+        arguments.check_folder(folder)
     corpus = _corpus(model, texts, dataset)
 
     from alphaedit_peft import AlphaEditConfig, KeyMoments
@@ -100,7 +84,7 @@ def nullspace(  # noqa: PLR0913
         threshold_mode=threshold_mode,
         tokens_per_batch=tokens_per_batch,
     )
-    base, tokenizer = load_model(model, dtype, device)
+    base, tokenizer = arguments.load_model(model, dtype, device)
     moments = KeyMoments.collect(
         base,
         tokenizer,
@@ -149,15 +133,15 @@ def summary_table(found: NullSpace) -> Table:
 
 def _corpus(model: str, texts: Path | None, dataset: str | None) -> Any:
     if texts is not None and dataset is not None:
-        raise typer.BadParameter("give --texts or --dataset, not both")
+        raise BadParameter("give --texts or --dataset, not both")
     if texts is not None:
         if not texts.is_file():
             raise FileNotFoundError(f"--texts {texts} is no file; give a text file")
         return str(texts)
     if dataset is not None:
         return dataset
-    if model != EMBEDDED:
-        raise typer.BadParameter(f"give --texts FILE or --dataset NAME for model {model!r}")
+    if model != arguments.EMBEDDED:
+        raise BadParameter(f"give --texts FILE or --dataset NAME for model {model!r}")
 
     from alphaedit_peft import embedded
 
@@ -166,41 +150,38 @@ def _corpus(model: str, texts: Path | None, dataset: str | None) -> Any:
 
 def import_statistics(  # noqa: PLR0913
     files: Annotated[
-        list[Path], typer.Argument(metavar="FILE...", help="All .npz, or one .pt or .safetensors.")
+        list[Path], Argument(metavar="FILE...", help="All .npz, or one .pt or .safetensors.")
     ],
     *,
-    out: OutOption,
+    out: arguments.OutOption,
     layers: Annotated[
         str | None,
-        typer.Option(
-            help="What the files are of, in their order, such as 4-8; .npz names tell it."
-        ),
+        Option(help="What the files are of, in their order, such as 4-8; .npz names tell it."),
     ] = None,
     model: Annotated[
         str | None,
-        typer.Option(metavar="MODEL", help="Check them against this model, and bind them to it."),
+        Option(metavar="MODEL", help="Check them against this model, and bind them to it."),
     ] = None,
     threshold: Annotated[
         float | None,
-        typer.Option(help=f"{about('threshold').capitalize()}; by default the preset's for MODEL."),
+        Option(help=f"{about('threshold').capitalize()}; by default the preset's for MODEL."),
     ] = None,
     threshold_mode: ModeOption = None,
     preset: PresetOption = "auto",
     reach: Annotated[
-        float, typer.Option(help="How far the threshold can be moved later; 1 is the thinnest.")
+        float, Option(help="How far the threshold can be moved later; 1 is the thinnest.")
     ] = 10.0,
     name: Annotated[
-        str | None,
-        typer.Option(metavar="NAME", help="Of a matrix in .safetensors, '{}' for the layer."),
+        str | None, Option(metavar="NAME", help="Of a matrix in .safetensors, '{}' for the layer.")
     ] = None,
     tokens: Annotated[
-        int | None, typer.Option(min=1, help="That went into a .safetensors file's matrices.")
+        int | None, Option(min=1, help="That went into a .safetensors file's matrices.")
     ] = None,
     summed: Annotated[
-        bool, typer.Option("--summed", help="Its matrices are sums over the tokens, not means.")
+        bool, Option("--summed", help="Its matrices are sums over the tokens, not means.")
     ] = False,
     moments_out: MomentsOutOption = None,
-    as_json: JsonOption = False,
+    as_json: arguments.JsonOption = False,
 ) -> None:
     """Read statistics of ROME, MEMIT or AlphaEdit's own code.
 
@@ -213,19 +194,19 @@ def import_statistics(  # noqa: PLR0913
     --model MODEL --out ns`
     """
     kind = _kind(files)
-    blocks = parse_layers(layers)
+    blocks = arguments.parse_layers(layers)
     for folder in filter(None, (out, moments_out)):
-        check_folder(folder)
+        arguments.check_folder(folder)
     if kind != ".npz" and blocks is None:
-        raise typer.BadParameter(f"a {kind} file does not tell its layers; give --layers")
+        raise BadParameter(f"a {kind} file does not tell its layers; give --layers")
     if kind == ".safetensors" and (name is None or "{}" not in name or tokens is None):
-        raise typer.BadParameter("a .safetensors file needs --tokens and --name with '{}'")
+        raise BadParameter("a .safetensors file needs --tokens and --name with '{}'")
     if kind == ".pt" and (threshold is not None or threshold_mode or moments_out):
-        raise typer.BadParameter(
+        raise BadParameter(
             "a projector has neither threshold nor moments; leave --threshold and --moments-out out"
         )
     if kind != ".pt" and model is None and (threshold is None or threshold_mode is None):
-        raise typer.BadParameter(
+        raise BadParameter(
             "give --threshold and --threshold-mode (the paper's code: 0.02, absolute), or --model"
         )
 
@@ -233,7 +214,7 @@ def import_statistics(  # noqa: PLR0913
     from alphaedit_peft.nullspace import read_covariances, read_projector, read_second_moments
 
     config = AlphaEditConfig(preset=preset, threshold=threshold, threshold_mode=threshold_mode)
-    base = None if model is None else load_model(model, Dtype.AUTO, "cpu")[0]
+    base = None if model is None else arguments.load_model(model, "auto", "cpu")[0]
     moments: KeyMoments | None = None
     if kind == ".pt":
         found = read_projector(files[0], blocks or [], model=base)
@@ -255,7 +236,7 @@ def _kind(files: list[Path]) -> str:
     kind = min(kinds)
     if len(kinds) > 1 or kind not in KINDS or (kind != ".npz" and len(files) > 1):
         names = ", ".join(path.name for path in files)
-        raise typer.BadParameter(f"{names}: give .npz files, or one .pt or .safetensors file")
+        raise BadParameter(f"{names}: give .npz files, or one .pt or .safetensors file")
     return kind
 
 
@@ -263,5 +244,5 @@ def _by_layer(files: list[Path], layers: list[int] | None) -> dict[int, Path] | 
     if layers is None:
         return files
     if len(layers) != len(files) or len(set(layers)) != len(layers):
-        raise typer.BadParameter(f"--layers names {len(set(layers))} for {len(files)} files")
+        raise BadParameter(f"--layers names {len(set(layers))} for {len(files)} files")
     return dict(zip(layers, files, strict=True))

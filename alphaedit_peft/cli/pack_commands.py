@@ -10,28 +10,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
+from typer import BadParameter, Option
 
-from alphaedit_peft.cli import nullspace_commands, printing
-from alphaedit_peft.cli.arguments import (
-    PAGES,
-    DeviceOption,
-    Dtype,
-    DtypeOption,
-    JsonOption,
-    ModelArgument,
-    MomentsOption,
-    NullSpaceOption,
-    OutOption,
-    PackArgument,
-    check_file,
-    check_folder,
-    load_model,
-    load_model_and_space,
-    load_moments,
-    load_null_space,
-    read_pack,
-)
+from alphaedit_peft.cli import arguments, nullspace_commands, printing
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -44,22 +25,18 @@ LISTED = 20
 
 
 def inspect_pack(
-    pack: PackArgument,
+    pack: arguments.PackArgument,
     *,
     all_edits: Annotated[
-        bool, typer.Option("--all", help=f"List every edit, not the first {LISTED}.")
+        bool, Option("--all", help=f"List every edit, not the first {LISTED}.")
     ] = False,
     html: Annotated[
-        Path | None,
-        typer.Option("--html", metavar="PAGE.html", help="Write a page that shows it to people."),
+        Path | None, Option(metavar="PAGE.html", help="Write a page that shows it to people.")
     ] = None,
     null_space: Annotated[
-        str | None,
-        typer.Option(
-            "--null-space", metavar="DIR", help="For the page: the one the pack was made with."
-        ),
+        str | None, Option(metavar="DIR", help="For the page: the one the pack was made with.")
     ] = None,
-    as_json: JsonOption = False,
+    as_json: arguments.JsonOption = False,
 ) -> None:
     """Show what a pack holds, without any model. Reads NullSpace folders too.
 
@@ -84,10 +61,10 @@ def inspect_pack(
     from alphaedit_peft.editing.capacity import pack_capacity
     from alphaedit_peft.pack.card import summary
 
-    read = read_pack(pack)
+    read = arguments.read_pack(pack)
     facts = _describe(read)
     if html is not None:
-        _write_page(read, pack, html, load_null_space(null_space))
+        _write_page(read, pack, html, arguments.load_null_space(null_space))
         shown = (
             f"Written to {html}: {printing.count(len(read.edits), 'edit')}; open it in a browser"
         )
@@ -109,13 +86,13 @@ def inspect_pack(
 
 
 def merge(
-    model: ModelArgument,
-    pack: PackArgument,
+    model: arguments.ModelArgument,
+    pack: arguments.PackArgument,
     *,
-    out: OutOption,
-    dtype: DtypeOption = Dtype.AUTO,
-    device: DeviceOption = None,
-    as_json: JsonOption = False,
+    out: arguments.OutOption,
+    dtype: arguments.DtypeOption = "auto",
+    device: arguments.DeviceOption = None,
+    as_json: arguments.JsonOption = False,
 ) -> None:
     """Write a model with a pack's edits in its weights, and its tokenizer.
 
@@ -127,17 +104,17 @@ def merge(
     from alphaedit_peft import AlphaEditModel
     from alphaedit_peft.pack.parents import require_alone
 
-    check_folder(out)
+    arguments.check_folder(out)
     if out.is_dir() and any(out.iterdir()):
         raise FileExistsError(f"--out {out} is not empty; give a new folder")
-    read = read_pack(pack)
+    read = arguments.read_pack(pack)
     require_alone(
         read,
         "it cannot be merged alone",
         f"join it with its parent first: alphaedit join PARENT {pack} --out both",
     )
     edits = len(read.edits)
-    base, tokenizer = load_model(model, dtype, device)
+    base, tokenizer = arguments.load_model(model, dtype, device)
     edited = AlphaEditModel.from_pretrained(base, pack)
     rounding = max(edited.merge_errors().values())
     merged: Any = edited.merge_and_unload(safe_merge=True)
@@ -154,16 +131,16 @@ def merge(
 
 
 def rollback(  # noqa: PLR0913
-    model: ModelArgument,
-    pack: PackArgument,
+    model: arguments.ModelArgument,
+    pack: arguments.PackArgument,
     *,
-    out: OutOption,
-    null_space: NullSpaceOption = None,
-    batches: Annotated[int, typer.Option(min=1, help="How many to take back.")] = 1,
-    key_moments: MomentsOption = None,
-    dtype: DtypeOption = Dtype.AUTO,
-    device: DeviceOption = None,
-    as_json: JsonOption = False,
+    out: arguments.OutOption,
+    null_space: arguments.NullSpaceOption = None,
+    batches: Annotated[int, Option(min=1, help="How many to take back.")] = 1,
+    key_moments: arguments.MomentsOption = None,
+    dtype: arguments.DtypeOption = "auto",
+    device: arguments.DeviceOption = None,
+    as_json: arguments.JsonOption = False,
 ) -> None:
     """Take back a pack's last batches of edits, and write what remains as a pack.
 
@@ -175,8 +152,8 @@ def rollback(  # noqa: PLR0913
     from alphaedit_peft import AlphaEditModel
     from alphaedit_peft.pack.parents import require_alone
 
-    check_folder(out)
-    read = read_pack(pack)
+    arguments.check_folder(out)
+    read = arguments.read_pack(pack)
     require_alone(
         read,
         "its batches cannot be taken back alone",
@@ -184,8 +161,8 @@ def rollback(  # noqa: PLR0913
         "--out both",
     )
     before = read.edits
-    moments = load_moments(key_moments)
-    base, tokenizer, space = load_model_and_space(model, dtype, device, null_space)
+    moments = arguments.load_moments(key_moments)
+    base, tokenizer, space = arguments.load_model_and_space(model, dtype, device, null_space)
     edited = AlphaEditModel.from_pretrained(
         base, pack, tokenizer=tokenizer, null_space=space, key_moments=moments
     )
@@ -209,12 +186,12 @@ def _check_page(html: Path | None, null_space: str | None) -> None:
     """Refuse a page that cannot be written, before anything is read.
 
     Raises:
-        typer.BadParameter: a name that is no page's, or a null space without a page.
+        BadParameter: a name that is no page's, or a null space without a page.
         FileNotFoundError: a folder that is not there.
     """
     if html is None and null_space is not None:
-        raise typer.BadParameter(f"--null-space {null_space} is for the page; give --html too")
-    check_file("--html", html, PAGES)
+        raise BadParameter(f"--null-space {null_space} is for the page; give --html too")
+    arguments.check_file("--html", html, arguments.PAGES)
 
 
 def _write_page(pack: PackValue, name: str, html: Path, null_space: NullSpace | None) -> None:

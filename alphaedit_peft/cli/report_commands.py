@@ -9,27 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict
-from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import typer
+from typer import Argument, BadParameter, Option
 
-from alphaedit_peft.cli import printing
-from alphaedit_peft.cli.arguments import (
-    PAGES,
-    DeviceOption,
-    Dtype,
-    DtypeOption,
-    JsonOption,
-    PageOption,
-    Target,
-    TargetOption,
-    check_file,
-    load_model,
-    load_pack,
-    read_lines,
-)
+from alphaedit_peft.cli import arguments, printing
 
 if TYPE_CHECKING:
     from alphaedit_peft.evaluation import Case
@@ -39,35 +24,33 @@ if TYPE_CHECKING:
 TEXTS = (".md", ".markdown")
 KEPT, EDITED = "prompts to be kept", "edited prompts"
 
+Layout = Literal["counterfact", "zsre", "knowedit", "own"]
+
 ModelOption = Annotated[
-    str | None,
-    typer.Option("--model", metavar="MODEL", help="A model's folder or Hub id, or 'embedded'."),
+    str | None, Option(metavar="MODEL", help="A model's folder or Hub id, or 'embedded'.")
 ]
-PackOption = Annotated[
-    str | None, typer.Option("--pack", metavar="PACK", help="An edit pack of that model.")
-]
+PackOption = Annotated[str | None, Option(metavar="PACK", help="An edit pack of that model.")]
 
 
 def report(  # noqa: PLR0913
     results: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[RESULTS]...", help="Files or folders of evaluate and compare."),
+        Argument(metavar="[RESULTS]...", help="Files or folders of evaluate and compare."),
     ] = None,
     *,
-    html: PageOption = None,
+    html: arguments.PageOption = None,
     markdown: Annotated[
-        Path | None, typer.Option("--markdown", metavar="FILE.md", help="Write the tables there.")
+        Path | None, Option(metavar="FILE.md", help="Write the tables there.")
     ] = None,
-    title: Annotated[str, typer.Option(help="Of the page.")] = "Scores",
+    title: Annotated[str, Option(help="Of the page.")] = "Scores",
     model: ModelOption = None,
     pack: PackOption = None,
     prompts: Annotated[
-        Path | None,
-        typer.Option("--prompts", metavar="FILE", help="Prompts that should stay, one a line."),
+        Path | None, Option(metavar="FILE", help="Prompts that should stay, one a line.")
     ] = None,
-    dtype: DtypeOption = Dtype.AUTO,
-    device: DeviceOption = None,
-    as_json: JsonOption = False,
+    dtype: arguments.DtypeOption = "auto",
+    device: arguments.DeviceOption = None,
+    as_json: arguments.JsonOption = False,
 ) -> None:
     """Show what evaluations found: tables here, a page with plots, Markdown.
 
@@ -80,13 +63,13 @@ def report(  # noqa: PLR0913
     """
     given = (model, pack, prompts)
     if any(given) and not all(given):
-        raise typer.BadParameter("--model, --pack and --prompts belong together; give all three")
+        raise BadParameter("--model, --pack and --prompts belong together; give all three")
     if not results and not model:
-        raise typer.BadParameter("give results, or --model, --pack and --prompts")
+        raise BadParameter("give results, or --model, --pack and --prompts")
     if markdown is not None and not results:
-        raise typer.BadParameter("--markdown is for results; give some, or --html")
-    check_file("--html", html, PAGES)
-    check_file("--markdown", markdown, TEXTS)
+        raise BadParameter("--markdown is for results; give some, or --html")
+    arguments.check_file("--html", html, arguments.PAGES)
+    arguments.check_file("--markdown", markdown, TEXTS)
     from alphaedit_peft.report import read_findings, scores_markdown, scores_page, shift_section
 
     found = read_findings(results or [])
@@ -109,15 +92,15 @@ def report(  # noqa: PLR0913
 
 
 def _shifts(
-    model: str, pack: str, prompts: Path, dtype: Dtype, device: str | None
+    model: str, pack: str, prompts: Path, dtype: arguments.Dtype, device: str | None
 ) -> tuple[Shift, ...]:
-    kept = read_lines(prompts)
+    kept = arguments.read_lines(prompts)
     if not kept:
         raise ValueError(f"{prompts} holds no prompt; write one a line")
     from alphaedit_peft.report import pack_shift
 
-    base, tokenizer = load_model(model, dtype, device)
-    edited = load_pack(base, pack)
+    base, tokenizer = arguments.load_model(model, dtype, device)
+    edited = arguments.load_pack(base, pack)
     groups = {KEPT: kept, EDITED: [edit.question for edit in edited.edits]}
     return pack_shift(edited, tokenizer, groups)
 
@@ -164,32 +147,21 @@ def _moved(shifts: Sequence[Shift]) -> list[Any]:
     return [printing.table("What moved inside", columns, rows)] if rows else []
 
 
-class Layout(str, Enum):
-    """Data sets whose records can be shown."""
-
-    COUNTERFACT = "counterfact"
-    ZSRE = "zsre"
-    KNOWEDIT = "knowedit"
-    OWN = "own"
-
-
 def show_record(  # noqa: PLR0913
-    layout: Annotated[Layout, typer.Argument(help="What the file holds.")],
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="Of records, JSON or JSON Lines.")],
+    layout: Annotated[Layout, Argument(help="What the file holds.")],
+    file: Annotated[Path, Argument(metavar="FILE", help="Of records, JSON or JSON Lines.")],
     *,
-    case: Annotated[
-        int, typer.Option("--case", min=0, help="The record's case_id; without one, its place.")
-    ] = 0,
+    case: Annotated[int, Option(min=0, help="The record's case_id; without one, its place.")] = 0,
     model: ModelOption = None,
     pack: PackOption = None,
-    html: PageOption = None,
-    target: TargetOption = Target.ANSWERS,
+    html: arguments.PageOption = None,
+    target: arguments.TargetOption = "answers",
     text_tokens: Annotated[
-        int, typer.Option("--tokens", min=1, help="Written after generation prompts.")
+        int, Option("--tokens", min=1, help="Written after generation prompts.")
     ] = 24,
-    dtype: DtypeOption = Dtype.AUTO,
-    device: DeviceOption = None,
-    as_json: JsonOption = False,
+    dtype: arguments.DtypeOption = "auto",
+    device: arguments.DeviceOption = None,
+    as_json: arguments.JsonOption = False,
 ) -> None:
     """Show one record: the request, paraphrases, neighbours, and what a model says to them.
 
@@ -198,8 +170,8 @@ def show_record(  # noqa: PLR0913
     `alphaedit show zsre zsre.json --case 3 --model MODEL --pack pack --html record.html`
     """
     if pack is not None and model is None:
-        raise typer.BadParameter(f"--pack {pack} needs its model; give --model too")
-    check_file("--html", html, PAGES)
+        raise BadParameter(f"--pack {pack} needs its model; give --model too")
+    arguments.check_file("--html", html, arguments.PAGES)
     read = _read(layout, file, case, target)
     from alphaedit_peft.report import prompts_of, record_page
 
@@ -220,7 +192,7 @@ def show_record(  # noqa: PLR0913
     printing.show(as_json, facts, *parts)
 
 
-def _read(layout: Layout, file: Path, number: int, target: Target) -> Case:
+def _read(layout: Layout, file: Path, number: int, target: arguments.Target) -> Case:
     """One record as a case.
 
     Raises:
@@ -241,7 +213,7 @@ def _read(layout: Layout, file: Path, number: int, target: Target) -> Case:
         raise ValueError(f"--case {number} is not in {name}, which holds {there}")
     chosen = records[where.index(number)]
     try:
-        return read_cases([chosen], layout.value, target=target.value)[0][0]
+        return read_cases([chosen], layout, target=target)[0][0]
     except DataError as error:
         why = str(error).removeprefix("list, record 0, ")  # its place in the list of one
         raise ValueError(f"{name}, --case {number}: {why}") from error
@@ -253,17 +225,17 @@ def _answers(
     model: str,
     pack: str | None,
     text_tokens: int,
-    dtype: Dtype,
+    dtype: arguments.Dtype,
     device: str | None,
 ) -> tuple[list[tuple[Answer, ...]], str]:
     """What the model says without and with the pack, and that in a sentence."""
     from alphaedit_peft.report import ask
 
-    base, tokenizer = load_model(model, dtype, device)
+    base, tokenizer = arguments.load_model(model, dtype, device)
     before = ask(base, tokenizer, prompts, text_tokens=text_tokens)
     if pack is None:
         return [before], f"Answers are those of {model}, greedily."
-    edited = load_pack(base, pack)
+    edited = arguments.load_pack(base, pack)
     after = ask(edited, tokenizer, prompts, text_tokens=text_tokens)
     asked = case.edit
     same = [e for e in edited.edits if (e.subject, e.prompt) == (asked.subject, asked.prompt)]

@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
-import typer
+from typer import BadParameter, Option
 
 from alphaedit_peft.cli import arguments, printing
 
@@ -38,28 +38,25 @@ def tune(  # noqa: PLR0913
     model: arguments.ModelArgument,
     *,
     data: arguments.DataOption = None,
-    edits: Annotated[int, typer.Option(min=2, help="Probe edits, made and judged.")] = 20,
+    edits: Annotated[int, Option(min=2, help="Probe edits, made and judged.")] = 20,
     null_space: arguments.NullSpaceOption = None,
     texts: Annotated[
         Path | None,
-        typer.Option(
-            "--texts",
+        Option(
             metavar="FILE",
             help="One a line: drift is measured on the last 100; the null space is made of the "
             "others where none is given.",
         ),
     ] = None,
-    layers: Annotated[
-        str | None, typer.Option(help="Rewrite layers to try, such as '0-1;2-3'.")
-    ] = None,
-    clamps: Annotated[str | None, typer.Option(help="clamp_factor, such as 0.75,1.")] = None,
-    ridges: Annotated[str | None, typer.Option(help="Relative ridges, such as 0.05,0.2.")] = None,
+    layers: Annotated[str | None, Option(help="Rewrite layers to try, such as '0-1;2-3'.")] = None,
+    clamps: Annotated[str | None, Option(help="clamp_factor, such as 0.75,1.")] = None,
+    ridges: Annotated[str | None, Option(help="Relative ridges, such as 0.05,0.2.")] = None,
     thresholds: Annotated[
-        str | None, typer.Option(help="Thresholds by energy, such as 0.01,0.05.")
+        str | None, Option(help="Thresholds by energy, such as 0.01,0.05.")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of the contexts that edits are made with.")] = 0,
+    seed: Annotated[int, Option(help="Of the contexts that edits are made with.")] = 0,
     html: arguments.PageOption = None,
-    dtype: arguments.DtypeOption = arguments.Dtype.AUTO,
+    dtype: arguments.DtypeOption = "auto",
     device: arguments.DeviceOption = None,
     as_json: arguments.JsonOption = False,
 ) -> None:
@@ -75,7 +72,7 @@ def tune(  # noqa: PLR0913
     arguments.check_file("--html", html, arguments.PAGES)
     data = arguments.data_for(model, data)
     if null_space is None and texts is None and model != arguments.EMBEDDED:
-        raise typer.BadParameter("give --null-space DIR or --texts FILE")
+        raise BadParameter("give --null-space DIR or --texts FILE")
     numbers = {"clamps": clamps, "ridges": ridges, "thresholds": thresholds}
     given = {n: _split(n, text, ",", float) for n, text in numbers.items() if text is not None}
     wanted = () if layers is None else _split("layers", layers, ";", _layers)
@@ -183,4 +180,4 @@ def _split(name: str, text: str, by: str, read: Callable[[str], T]) -> tuple[T, 
     try:
         return tuple(read(part) for part in text.split(by))
     except ValueError:
-        raise typer.BadParameter(f"--{name} {text!r} is no list of numbers") from None
+        raise BadParameter(f"--{name} {text!r} is no list of numbers") from None
