@@ -36,35 +36,24 @@ from alphaedit_peft import AlphaEditModel, EditPack
 print(EditPack.from_pretrained({place}{inside}).summary())
 model = AlphaEditModel.from_pretrained(base, {first}{where})"""
 
-_ALONE = """\
-Then the adapter. With PEFT alone, as any LoRA:
+_USE = """\
+{lead}
 
 ```python
 {code.peft}
 ```
-
-With transformers alone: `base.load_adapter({place}{adapter_kwargs})`.
-
+{otherwise}
 With `alphaedit_peft`, {purpose}:
 
 ```python
 {code.own}
 ```
 """
+_ALONE = "Then the adapter. With PEFT alone, as any LoRA:"
+_TRANSFORMERS = "\nWith transformers alone: `base.load_adapter({place}{adapter_kwargs})`.\n"
 _ABOVE = """\
 This adapter was made on top of {parents}, and acts as it was made only beside {them}. Load {them}
-first. With PEFT alone:
-
-```python
-{code.peft}
-```
-
-With `alphaedit_peft`, {purpose}:
-
-```python
-{code.own}
-```
-"""
+first. With PEFT alone:"""
 _LOADING = """\
 from transformers import AutoModelForCausalLM
 
@@ -121,11 +110,8 @@ def card(
 ) -> str:
     """The model card, ``README.md``: metadata, how to load, a table of the edits, provenance.
 
-    Args:
-        pack: the pack.
-        repo: the repository it is sent to, for the code in the card; None: a placeholder.
-        subfolder: of the pack in the repository.
-        texts: whether to show the edits' texts; without them the card says where they are.
+    Its code names the repository and subfolder, or a placeholder where there is none. Without
+    ``texts`` it says where those of the edits are.
     """
     from huggingface_hub import ModelCardData
 
@@ -188,19 +174,16 @@ def loading_code(base: str | None) -> str:
 
 
 class Code(NamedTuple):
-    """Python that loads a pack, with its parents, onto ``base``: with PEFT alone, and with this."""
+    """Python that loads a pack onto ``base``: with PEFT alone, and with this package."""
 
     peft: str
     own: str
 
 
 def loading(place: str, inside: str, parents: Sequence[Mapping[str, Any]]) -> Code:
-    """The code that loads a pack, after the packs that it stands on.
+    """The code that loads a pack from a path or repository, after the packs that it stands on.
 
-    Args:
-        place: the pack's path or repository.
-        inside: ``subfolder="..."``, or empty.
-        parents: that it stands on, as it records them; where they lie is left to fill in.
+    ``inside`` is ``subfolder="..."`` or empty; where the parents lie is left to fill in.
     """
     inside = inside and f", {inside}"
     words = {"place": json.dumps(place), "inside": inside}
@@ -225,15 +208,17 @@ def _activate(names: Sequence[str]) -> str:
 def _use(pack: PackValue, place: str, subfolder: str | None) -> str:
     below = stands_on(pack.parents)
     inside = "" if subfolder is None else f"subfolder={json.dumps(subfolder)}"
-    words = {
-        "code": loading(place, inside, below),
-        "purpose": "to look at the edits" + ("" if pack.mixed else ", and to go on from them"),
-    }
+    purpose = "to look at the edits" + ("" if pack.mixed else ", and to go on from them")
     if below:
         named = " and ".join(_escaped(_name(parent)) for parent in below)
-        return _ABOVE.format(parents=named, them="it" if len(below) == 1 else "them", **words)
-    kwargs = inside and f", adapter_kwargs=dict({inside})"
-    return _ALONE.format(place=json.dumps(place), adapter_kwargs=kwargs, **words)
+        lead = _ABOVE.format(parents=named, them="it" if len(below) == 1 else "them")
+        otherwise = ""
+    else:
+        kwargs = inside and f", adapter_kwargs=dict({inside})"
+        lead = _ALONE
+        otherwise = _TRANSFORMERS.format(place=json.dumps(place), adapter_kwargs=kwargs)
+    code = loading(place, inside, below)
+    return _USE.format(lead=lead, code=code, otherwise=otherwise, purpose=purpose)
 
 
 def _name(parent: Mapping[str, Any]) -> str:
@@ -244,12 +229,11 @@ def _name(parent: Mapping[str, Any]) -> str:
 
 def _rows(pack: PackValue) -> str:
     """What the rows of A are, in a sentence without its full stop."""
-    if pack.compression is None or not pack.compression.mixed:
+    if not pack.mixed:
         return "Each edit is one row of `lora_A`, unless edits\nshare a subject"
-    made = str(pack.compression)
     return (
-        f"It was compressed ({made}), so\nthat rows of `lora_A` are mixtures, and edits can no "
-        "longer be taken out or gone on from"
+        f"It was compressed ({pack.compression}), so\nthat rows of `lora_A` are mixtures, and "
+        "edits can no longer be taken out or gone on from"
     )
 
 

@@ -29,6 +29,7 @@ from alphaedit_peft.pack.format import (
 )
 from alphaedit_peft.pack.parents import require_alone
 from alphaedit_peft.pack.value import PackValue
+from alphaedit_peft.settings import require_one_of
 
 FORMATS = ("peft", "llama.cpp")
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM's max_lora_rank may be
@@ -37,23 +38,14 @@ _FILES = (ADAPTER_CONFIG, ADAPTER_MODEL)
 
 @dataclass(frozen=True)
 class Export:
-    """A plain LoRA folder that was written.
-
-    Args:
-        folder: where.
-        rank: of every module, with the rows of zeros.
-        modules: full names, lowest block first.
-        dtype: of the factors.
-        rounding_errors: by edited module, |Delta' - Delta|_F / |Delta|_F.
-        transposed: whether the factors are those of Delta^T, as the base stores its weights.
-    """
+    """A plain LoRA folder that was written, and what of the pack it holds."""
 
     folder: Path
-    rank: int
-    modules: tuple[str, ...]
-    dtype: torch.dtype
-    rounding_errors: dict[str, float]
-    transposed: bool
+    rank: int  # of every module, with the rows of zeros
+    modules: tuple[str, ...]  # full names, lowest block first
+    dtype: torch.dtype  # of the factors
+    rounding_errors: dict[str, float]  # by edited module, |Delta' - Delta|_F / |Delta|_F
+    transposed: bool  # the factors are those of Delta^T, as the base stores its weights
 
 
 def export(
@@ -70,8 +62,7 @@ def export(
     require_alone(
         pack, "it cannot be exported alone", "join them first, EditPack.join([parent, pack])"
     )
-    if format not in FORMATS:
-        raise ValueError(f"format={format!r} is unknown; use one of {FORMATS}")
+    require_one_of("format", format, FORMATS)
     dtype = pack.saved_dtype if dtype is None else dtype
     if dtype not in DTYPES:
         raise ValueError(f"dtype={dtype} cannot be saved; use one of {DTYPES}")
@@ -92,11 +83,7 @@ def export(
 
 
 def _check_folder(folder: Path) -> None:
-    """Refuse a folder with anything but an earlier export in it.
-
-    Raises:
-        FileExistsError: it holds something else.
-    """
+    """Raise a FileExistsError for a folder with anything but an earlier export in it."""
     if (folder / SIDECAR_CONFIG).exists():
         raise FileExistsError(
             f"{folder} is an edit pack, which an export would replace; give another folder"

@@ -67,8 +67,7 @@ class EditRecord:
 
     def to_json(self) -> dict[str, Any]:
         """The record as plain JSON values."""
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return values | {"edit": self.edit.to_dict()}
+        return {**vars(self), "edit": self.edit.to_dict()}
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> EditRecord:

@@ -23,15 +23,10 @@ REPOUR = "AlphaEditModel.remove_edits, which pours the others again,"
 
 @dataclass(frozen=True)
 class Removal(Generic[Pack]):
-    """A pack without some edits.
-
-    Args:
-        pack: what is left.
-        shares: by id of each removed edit, then module: which part of it is still in force.
-    """
+    """A pack without some edits, and which part of each, in 0..1, is still in force."""
 
     pack: Pack
-    shares: dict[str, dict[str, float]]
+    shares: dict[str, dict[str, float]]  # by id of a removed edit, then module
 
     def largest(self, name: str) -> float:
         """The largest share of a removed edit, over the modules."""
@@ -106,8 +101,7 @@ def _staying(pack: PackValue, gone: list[EditRecord]) -> list[EditRecord]:
 
 
 def _warn(removal: Removal[Pack], bound: float) -> None:
-    over = {name: removal.largest(name) for name in removal.shares}
-    over = {name: share for name, share in over.items() if share > bound}
+    over = {n: share for n in removal.shares if (share := removal.largest(n)) > bound}
     if not over:
         return
     worst = max(over, key=lambda name: over[name])
