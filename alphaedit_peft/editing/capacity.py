@@ -137,7 +137,6 @@ def measure_capacity(
         null_space: the one that the rows were projected with.
         weight_norms: by layer, |W| of the base.
         grams: by layer, A A^T (n, n) in float64 where it is at hand: it is most of the work.
-        bound: see :class:`Capacity`.
 
     Raises:
         ValueError: ``standing`` is not as long as the factors.

@@ -108,9 +108,9 @@ def _run_on(runner: Runner, parts: Parts, layers: Sequence[int]) -> EditKeys:
 def _run_all(
     runner: Runner, parts: Parts, layers: Sequence[int]
 ) -> tuple[list[_Ran], list[_Ran], list[_Ran]]:
-    """Runs of the parts; without layers only bare prompts are needed, and run through the last one.
+    """Runs of bare prompts through L, and of the others to the module of the last of ``layers``.
 
-    The others run to the module of the last of ``layers``.
+    Without ``layers`` only the bare ones run.
     """
     alone, behind, prefixes = parts
     bare = _in_parts(alone, partial(_run, runner, layers=layers, last=None))

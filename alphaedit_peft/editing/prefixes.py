@@ -190,9 +190,11 @@ class PrefixCache:
     pairs: tuple[Pair, ...]
 
     @classmethod
-    def of(cls, lengths: Tensor, pairs: Mapping[int, Pair], blocks: int) -> PrefixCache:
+    def of(
+        cls, lengths: Tensor, pairs: Mapping[int, Pair], blocks: int, device: torch.device
+    ) -> PrefixCache:
         """The cache of a model's first blocks; those without a pair are passed over."""
-        nothing = torch.zeros(len(lengths), 1, int(lengths.max()), 1)
+        nothing = torch.zeros(len(lengths), 1, int(lengths.max()), 1, device=device)
         return cls(lengths, tuple(pairs.get(b, (nothing, nothing)) for b in range(blocks)))
 
     @property
@@ -250,7 +252,7 @@ def aligned(pairs: Mapping[int, Pair], lengths: Tensor) -> PrefixCache:
     width = int(lengths.max())
     steps = torch.arange(width) - width + lengths[:, None]
     moved = {b: (take(keys, steps), take(values, steps)) for b, (keys, values) in pairs.items()}
-    return PrefixCache.of(lengths, moved, max(pairs) + 1)
+    return PrefixCache.of(lengths, moved, max(pairs) + 1, lengths.device)
 
 
 def take(values: Tensor, positions: Tensor) -> Tensor:

@@ -174,8 +174,7 @@ def solve_layer(
     known = state.kept.get(layer, KeptFactor.empty(prior)).matching(prior, blocks)
     start, missing = len(known.ridges), blocks[len(known.blocks) :]
     lacking = [*prior[start:].split(missing)] if missing else []
-    grams = metric.grams(layer, prior[:start], [*lacking, rows.to(prior)])
-    whole = known.extended(A, grams)
+    whole = known.extended(A, metric.grams(layer, prior[:start], [*lacking, rows.to(prior)]))
     ridges = _ridges(settings, metric, whole, protected)
     whole = whole.factored(ridges)
     columns = whole.columns(count)  # (n + groups, groups)

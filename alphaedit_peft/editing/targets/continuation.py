@@ -165,7 +165,7 @@ class _Suffixes:
             sides = ([(p, p.pairs[block][side], p.width) for p in passes] for side in (0, 1))
             keys, values = (self._taken(before, side) for side in sides)
             pairs[block] = keys, values
-        self.prefix_cache = PrefixCache.of(subjects.cpu(), pairs, len(runner.blocks))
+        self.prefix_cache = PrefixCache.of(subjects.cpu(), pairs, len(runner.blocks), device)
         self.expected: dict[int, Tensor] | None = self._expected()
 
     def _taken(self, positions: Tensor, given: Sequence[tuple[_Pass, Tensor, int]]) -> Tensor:
