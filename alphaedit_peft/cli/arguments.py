@@ -75,11 +75,7 @@ GenerateOption = Annotated[
 
 
 def parse_layers(text: str | None) -> list[int] | None:
-    """Block numbers from ``4,5,6`` or ``4-8``.
-
-    Raises:
-        BadParameter: anything else.
-    """
+    """Block numbers from ``4,5,6`` or ``4-8``; anything else is refused."""
     if text is None:
         return None
     layers: list[int] = []
@@ -117,17 +113,7 @@ def check_folder(path: Path) -> None:
 
 
 def check_file(option: str, path: Path | None, suffixes: Sequence[str] = ()) -> None:
-    """Refuse a file that cannot be written, before any work.
-
-    Args:
-        option: its name, for the sentence.
-        path: None where it was not asked for.
-        suffixes: that its name may have; none: any.
-
-    Raises:
-        BadParameter: a folder, or a name without one of the suffixes.
-        FileNotFoundError: a folder that is not there.
-    """
+    """Refuse a file that cannot be written, or has none of the suffixes, before any work."""
     if path is None:
         return
     if path.is_dir():
@@ -139,22 +125,14 @@ def check_file(option: str, path: Path | None, suffixes: Sequence[str] = ()) -> 
 
 
 def data_for(model: str, data: str | None) -> str:
-    """The data that were named; the embedded world's for its own model.
-
-    Raises:
-        BadParameter: none were named for another model.
-    """
+    """The data that were named; the embedded world's for its own model, and for no other."""
     if data is None and model != EMBEDDED:
         raise BadParameter("give --data FILE")
     return data or EMBEDDED
 
 
 def check_ways(data: str | None, split: str | None, target: Target, snippets: Path | None) -> None:
-    """Refuse ways of reading records where no records are read.
-
-    Raises:
-        BadParameter: one that was given for nothing.
-    """
+    """Refuse ways of reading records where no records are read."""
     ways = {"--split": split, "--snippets": snippets}
     ways["--target"] = None if target == "answers" else target
     given = [f"{name} {value}" for name, value in ways.items() if value is not None]
@@ -318,13 +296,7 @@ def finding(path: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        from huggingface_hub.errors import (
-            EntryNotFoundError,
-            HfHubHTTPError,
-            LocalEntryNotFoundError,
-            OfflineModeIsEnabled,
-            RepositoryNotFoundError,
-        )
+        from huggingface_hub import errors
 
         from alphaedit_peft.pack.parents import MissingParentError
 
@@ -333,11 +305,12 @@ def finding(path: str) -> Iterator[None]:
                 f"{path}: {error.missing} and acts as made only beside it; join the two first: "
                 f"alphaedit join PARENT {path} --out both"
             ) from error
-        if not isinstance(error, (EntryNotFoundError, HfHubHTTPError, OfflineModeIsEnabled)):
+        offline = (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled)
+        if not isinstance(error, (errors.EntryNotFoundError, errors.HfHubHTTPError, *offline)):
             raise
-        if isinstance(error, (LocalEntryNotFoundError, OfflineModeIsEnabled)):
+        if isinstance(error, offline):
             why = " that could be asked for; check the path or the connection"
-        elif isinstance(error, RepositoryNotFoundError):
+        elif isinstance(error, errors.RepositoryNotFoundError):
             why = " of that name; check the path, or log in if it is private"
         else:
             why = f" that has it: {str(error).strip().splitlines()[0]}"
@@ -352,3 +325,13 @@ def read_pack(pack: str) -> StoredPack:
 
     with finding(pack):
         return files.read_pack(files.locate(pack), files.StoredPack)
+
+
+def read_alone(pack: str, refusal: str, then: str = "") -> StoredPack:
+    """The same; a pack that stands on another is refused, ``then`` being more of the remedy."""
+    from alphaedit_peft.pack.parents import require_alone
+
+    read = read_pack(pack)
+    join = f"join it with its parent first{then}: alphaedit join PARENT {pack} --out both"
+    require_alone(read, refusal, join)
+    return read

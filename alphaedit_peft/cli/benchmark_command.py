@@ -7,7 +7,6 @@ phase beside the least their arithmetic can take, or JSON. It does what
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -137,8 +136,7 @@ def benchmark(  # noqa: PLR0913
         facts["curves"] = measuring.growth(grid, _device(device), printing.progress).to_json()
         parts += pages.grown(facts["curves"])
     if out is not None:
-        text = json.dumps(printing.finite(facts), indent=1, allow_nan=False)
-        out.write_text(text + "\n", encoding="utf-8")
+        out.write_text(printing.json_text(facts), encoding="utf-8")
         parts.append(f"Written to {out}")
     shown = (part if isinstance(part, str) else printing.table(part[0], *part[1]) for part in parts)
     printing.show(as_json, facts, *shown)
@@ -213,11 +211,10 @@ def _statistics(
     """Statistics that were given, or made for this run."""
     from alphaedit_peft.studies import benchmark as measuring
 
-    if null_space is None and key_moments is None:
-        if origin == "random":
-            return measuring.random_statistics(subject, subject.config.seed)
-        return measuring.collect_statistics(subject, tokens, subject.config.seed)
-    if null_space is None:
-        assert key_moments is not None, "one of the two is given"
+    if null_space is None and key_moments is not None:
         null_space = key_moments.null_space(config=subject.config.resolve(subject.model)[0])
-    return measuring.Statistics(null_space, key_moments)
+    if null_space is not None:
+        return measuring.Statistics(null_space, key_moments)
+    if origin == "random":
+        return measuring.random_statistics(subject, subject.config.seed)
+    return measuring.collect_statistics(subject, tokens, subject.config.seed)

@@ -6,7 +6,6 @@ with every run, which a later call takes up. It does what ``alphaedit_peft.studi
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -89,8 +88,7 @@ def compare(  # noqa: PLR0913
     schedule = studies.Schedule(batch_size, every)
     found = studies.compare(study, chosen, out, schedule, seeds=orders, progress=printing.say)
     facts = {"out": str(out), "edits": edits, **found.to_json()}
-    text = json.dumps(printing.finite(facts), indent=1, allow_nan=False)
-    (out / "comparison.json").write_text(text + "\n", encoding="utf-8")
+    (out / "comparison.json").write_text(printing.json_text(facts), encoding="utf-8")
     over = "over seeds" if len(orders) > 1 else "over cases"
     title = f"{edits} edits in batches of {batch_size}: means, 95 % intervals {over}"
     printing.show(as_json, facts, title, str(found), *_undone(found), f"Written to {out}")

@@ -6,7 +6,6 @@ if the base was not restored, or the pack answered differently elsewhere.
 
 from __future__ import annotations
 
-from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated
@@ -16,8 +15,6 @@ from typer import Option
 from alphaedit_peft.cli import arguments, printing
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from rich.table import Table
 
     from alphaedit_peft.cli.demonstrate import Findings
@@ -53,7 +50,9 @@ def demo(
     def tell(step: str) -> None:
         printing.show(False, None, f"- {step} ...")
 
-    with _folder(out) as folder:
+    with TemporaryDirectory(prefix="alphaedit-demo-") as temporary:
+        folder = out or Path(temporary)
+        folder.mkdir(parents=True, exist_ok=True)
         found = demonstrate(folder, (lambda step: None) if as_json else tell)
     facts = {"out": None if out is None else str(out), **found.to_json()}
     printing.show(as_json, facts, "", _facts(found), _summary(found), _elsewhere(found))
@@ -95,13 +94,3 @@ def _elsewhere(found: Findings) -> Table:
         within = f"P within {furthest:.0e}" if furthest else "P equal"
         rows.append((how, f"{equal} of {len(found.questions)} answers the same, {within}"))
     return printing.table("The same edits elsewhere", ["", ""], rows)
-
-
-@contextmanager
-def _folder(out: Path | None) -> Iterator[Path]:
-    if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
-        yield out
-        return
-    with TemporaryDirectory(prefix="alphaedit-demo-") as folder:
-        yield Path(folder)

@@ -138,17 +138,16 @@ def demonstrate(folder: Path, tell: Callable[[str], None] = lambda text: None) -
 
 def exam() -> tuple[tuple[Edit, ...], tuple[Question, ...]]:
     """Edits of ten people, all relations, and the questions that show what they did."""
-    records = embedded.records()
+    facts = [_edit(record) for record in embedded.records()]
     relations = len(embedded.world().relations)
     edits, questions = [], []
     for number in range(EDITS):
         # the next person, the next relation
-        record = records[number * relations + number % relations]
-        edit = _edit(record)
-        others = [r for r in _of_subject(records, edit.subject) if r is not record]
+        edit = facts[number * relations + number % relations]
+        others = [fact for fact in facts if fact.subject == edit.subject and fact is not edit]
         asked = [("edit", edit.question, edit.target_true)]
         asked += [("paraphrase", prompt, edit.target_true) for prompt in edit.paraphrases]
-        asked += [("same subject", _edit(r).question, _edit(r).target_true) for r in others]
+        asked += [("same subject", fact.question, fact.target_true) for fact in others]
         asked += [("bystander", prompt, edit.target_true) for prompt in edit.neighborhood]
         edits.append(edit)
         questions += [Question(k, text, edit.target_new, str(true)) for k, text, true in asked]
@@ -165,10 +164,6 @@ def _edit(record: Mapping[str, Any]) -> Edit:
         paraphrases=tuple(record["paraphrase_prompts"]),
         neighborhood=tuple(record["neighborhood_prompts"]),
     )
-
-
-def _of_subject(records: Sequence[Mapping[str, Any]], subject: str) -> list[Mapping[str, Any]]:
-    return [r for r in records if r["requested_rewrite"]["subject"] == subject]
 
 
 def _equal(one: Mapping[str, torch.Tensor], other: Mapping[str, torch.Tensor]) -> bool:
@@ -193,14 +188,9 @@ class Question:
     true: str
 
     @property
-    def should_change(self) -> bool:
-        """Whether the edit asks for the new target here."""
-        return self.kind in ("edit", "paraphrase")
-
-    @property
     def wanted(self) -> str:
         """The answer that a perfect edit leaves here."""
-        return self.new if self.should_change else self.true
+        return self.new if self.kind in ("edit", "paraphrase") else self.true
 
 
 @dataclass(frozen=True)

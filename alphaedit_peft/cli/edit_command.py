@@ -146,25 +146,22 @@ def _edit_and_save(
 def _parts(report: EditReport, total: int, out: Path) -> list[Table | str]:
     """The report as tables and sentences."""
     took = len(report.made) - len(report.not_taken)
-    parts: list[Table | str] = []
-    if report.decisions:
-        decided = [(d.name, d.value, d.reason) for d in report.decisions]
-        parts.append(printing.table(printing.DECIDED, ["setting", "value", "reason"], decided))
-    if report.made:
-        parts.append(_edit_table(report))
-        parts.append(_layer_table(report))
+    decided = [(d.name, d.value, d.reason) for d in report.decisions]
     remarks = [(r.edit.question, r.edit.target_new.strip(), r.remark) for r in report if r.remark]
-    if remarks:
-        parts.append(printing.table("Not as asked for", ["prompt", "new target", "why"], remarks))
-    if report.set_aside:
-        rows = [(r.edit.question, r.edit.target_new.strip(), r.reason) for r in report.set_aside]
-        parts.append(printing.table("Set aside", ["prompt", "new target", "why"], rows))
-    parts.append(
+    aside = [(r.edit.question, r.edit.target_new.strip(), r.reason) for r in report.set_aside]
+    columns = ["prompt", "new target", "why"]
+    made = (
         f"{printing.count(len(report.made), 'edit')} made, {len(report.set_aside)} set aside; "
         f"{took} of {len(report.made)} new targets are now what the model says by itself."
     )
-    parts.append(f"Written to {out}: {printing.count(total, 'edit')}")
-    return parts
+    return [
+        *printing.filled(*printing.DECIDED, decided),
+        *([_edit_table(report), _layer_table(report)] if report.made else []),
+        *printing.filled("Not as asked for", columns, remarks),
+        *printing.filled("Set aside", columns, aside),
+        made,
+        f"Written to {out}: {printing.count(total, 'edit')}",
+    ]
 
 
 def _edit_table(report: EditReport) -> Table:

@@ -16,7 +16,6 @@ from alphaedit_peft.cli import arguments, printing
 
 if TYPE_CHECKING:
     from alphaedit_peft.evaluation import Suite
-    from alphaedit_peft.evaluation.scores import Estimate
 
 
 def evaluate(  # noqa: PLR0913
@@ -78,18 +77,14 @@ def evaluate(  # noqa: PLR0913
         reader = evaluation.Reader(now, tokenizer)
         drift = evaluation.text_divergence(reader, now.disable_adapter, suite.texts)
         facts["drift"] = drift.to_json()
-        parts.append(_drift(drift))
+        parts.append(
+            f"Drift over {drift.n} texts: KL(before || after) {drift.value:.3g} nats a token "
+            f"({drift.low:.3g} to {drift.high:.3g})"
+        )
     if out is not None:
         facts["out"] = str(out)
         parts.append(f"Judged cases are in {out}")
     printing.show(as_json, facts, *parts)
-
-
-def _drift(found: Estimate) -> str:
-    return (
-        f"Drift over {found.n} texts: KL(before || after) {found.value:.3g} nats a token "
-        f"({found.low:.3g} to {found.high:.3g})"
-    )
 
 
 def _suite_of_pack(pack: str, limit: int | None) -> Suite:

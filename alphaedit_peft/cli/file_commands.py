@@ -116,9 +116,8 @@ def join(
     columns = ["module", ">outputs off by", ">|Delta| growth", ">ridge"]
     rows = [(n, f["largest_drift"], f["growth"], f["ridge"]) for n, f in figures.items()]
     parts: list[Table | str] = [printing.table("Joined", columns, rows)]
-    if found.left_out:
-        left_out = [(left.id, left.pack, left.reason) for left in found.left_out]
-        parts.append(printing.table("Left out", ["id", "pack", "reason"], left_out))
+    left_out = [(left.id, left.pack, left.reason) for left in found.left_out]
+    parts += printing.filled("Left out", ["id", "pack", "reason"], left_out)
     edits = printing.count(len(found.pack.edits), "edit")
     printing.show(as_json, facts, *parts, f"Written to {out}: {edits}, rank {found.pack.rank}")
 
@@ -183,17 +182,11 @@ def export(
     `alphaedit export pack --max-rank vllm --dtype bfloat16 --out lora`
     """
     from alphaedit_peft.pack.export import export as write_lora
-    from alphaedit_peft.pack.parents import require_alone
 
     arguments.check_folder(out)
     if max_rank is not None and max_rank != "vllm" and not max_rank.isdecimal():
         raise BadParameter(f"--max-rank {max_rank!r} is not 1, 2, 3 ... or 'vllm'")
-    read = arguments.read_pack(pack)
-    require_alone(
-        read,
-        "it cannot be exported alone",
-        f"join it with its parent first: alphaedit join PARENT {pack} --out both",
-    )
+    read = arguments.read_alone(pack, "it cannot be exported alone")
     done = write_lora(
         read,
         out,

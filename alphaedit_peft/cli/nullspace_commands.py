@@ -108,27 +108,20 @@ def write(
 ) -> None:
     """Save a null space, and say what it is; ``more`` is for JSON alone."""
     found.save_pretrained(out)
-    facts = {"out": str(out), **describe(found), **(more or {})}
-    printing.show(as_json, facts, summary_table(found), f"Written to {out}")
+    facts, table = described(found)
+    facts = {"out": str(out), **facts, **(more or {})}
+    printing.show(as_json, facts, table, f"Written to {out}")
 
 
-def describe(found: NullSpace) -> dict[str, Any]:
-    """A null space as plain JSON values."""
-    layers = [row._asdict() for row in found.summary()]
-    return {"tokens": found.tokens, "layers": layers, "provenance": dict(found.provenance)}
-
-
-def summary_table(found: NullSpace) -> Table:
-    """A null space as a table, one row a layer."""
-    corpus = found.provenance.get("corpus", "an unknown corpus")
-    return printing.table(
-        f"Null space from {found.tokens:,} tokens of {corpus}",
-        [">layer", ">width", ">kept", ">of width", ">largest eigenvalue", ">threshold", "mode"],
-        [
-            (row.layer, row.width, row.kept, f"{row.kept / row.width:.0%}", *row[3:])
-            for row in found.summary()
-        ],
-    )
+def described(found: NullSpace) -> tuple[dict[str, Any], Table]:
+    """A null space as plain JSON values, and as a table of its layers."""
+    layers, provenance = found.summary(), dict(found.provenance)
+    title = f"{found.tokens:,} tokens of {provenance.get('corpus', 'an unknown corpus')}"
+    columns = [">layer", ">width", ">kept", ">of width", ">largest eigenvalue", ">threshold"]
+    rows = [(x.layer, x.width, x.kept, f"{x.kept / x.width:.0%}", *x[3:]) for x in layers]
+    table = printing.table(f"Null space from {title}", [*columns, "mode"], rows)
+    each = [layer._asdict() for layer in layers]
+    return {"tokens": found.tokens, "layers": each, "provenance": provenance}, table
 
 
 def _corpus(model: str, texts: Path | None, dataset: str | None) -> Any:

@@ -17,7 +17,6 @@ from alphaedit_peft.cli import arguments, nullspace_commands, printing
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from alphaedit_peft import NullSpace
     from alphaedit_peft.pack.value import PackValue
 
 
@@ -46,16 +45,15 @@ def inspect_pack(
 
     `alphaedit inspect pack --html pack.html --null-space ns` (one file, for a browser)
     """
-    _check_page(html, null_space)
+    if html is None and null_space is not None:
+        raise BadParameter(f"--null-space {null_space} is for the page; give --html too")
+    arguments.check_file("--html", html, arguments.PAGES)
     if (Path(pack) / "null_space.json").is_file():
         from alphaedit_peft import NullSpace
 
         if html is not None:
             raise ValueError(f"{pack} is a null space, and --html shows packs; leave it out")
-        found = NullSpace.from_pretrained(pack)
-        printing.show(
-            as_json, nullspace_commands.describe(found), nullspace_commands.summary_table(found)
-        )
+        printing.show(as_json, *nullspace_commands.described(NullSpace.from_pretrained(pack)))
         return
 
     from alphaedit_peft.editing.capacity import pack_capacity
@@ -64,11 +62,14 @@ def inspect_pack(
     read = arguments.read_pack(pack)
     facts = _describe(read)
     if html is not None:
-        _write_page(read, pack, html, arguments.load_null_space(null_space))
-        shown = (
-            f"Written to {html}: {printing.count(len(read.edits), 'edit')}; open it in a browser"
-        )
-        printing.show(as_json, {"html": str(html), **facts}, shown)
+        from alphaedit_peft.report import pack_page
+
+        name = Path(pack).resolve().name if Path(pack).is_dir() else pack
+        space = arguments.load_null_space(null_space)
+        html.write_text(pack_page(read, space, title=f"Edit pack {name}"), encoding="utf-8")
+        edits = printing.count(len(read.edits), "edit")
+        done = f"Written to {html}: {edits}; open it in a browser"
+        printing.show(as_json, {"html": str(html), **facts}, done)
         return
     table = _edit_table(read, None if all_edits else LISTED)
     more = len(read.records) - len(table.rows)
@@ -77,11 +78,7 @@ def inspect_pack(
     facts["capacity"] = None if filled is None else filled.to_json()
     room = [] if filled is None or not read.rank else [str(filled)]
     decided = [(d.get("name"), d.get("value"), d.get("reason")) for d in read.decisions]
-    settings = (
-        [printing.table(printing.DECIDED, ["setting", "value", "reason"], decided)]
-        if decided
-        else []
-    )
+    settings = printing.filled(*printing.DECIDED, decided)
     printing.show(as_json, facts, summary(read), *room, *settings, table, *rest)
 
 
@@ -102,18 +99,11 @@ def merge(
     `alphaedit merge MODEL pack --out edited-model`
     """
     from alphaedit_peft import AlphaEditModel
-    from alphaedit_peft.pack.parents import require_alone
 
     arguments.check_folder(out)
     if out.is_dir() and any(out.iterdir()):
         raise FileExistsError(f"--out {out} is not empty; give a new folder")
-    read = arguments.read_pack(pack)
-    require_alone(
-        read,
-        "it cannot be merged alone",
-        f"join it with its parent first: alphaedit join PARENT {pack} --out both",
-    )
-    edits = len(read.edits)
+    edits = len(arguments.read_alone(pack, "it cannot be merged alone").edits)
     base, tokenizer = arguments.load_model(model, dtype, device)
     edited = AlphaEditModel.from_pretrained(base, pack)
     rounding = max(edited.merge_errors().values())
@@ -150,17 +140,10 @@ def rollback(  # noqa: PLR0913
     `alphaedit rollback MODEL pack --null-space ns --out smaller-pack`
     """
     from alphaedit_peft import AlphaEditModel
-    from alphaedit_peft.pack.parents import require_alone
 
     arguments.check_folder(out)
-    read = arguments.read_pack(pack)
-    require_alone(
-        read,
-        "its batches cannot be taken back alone",
-        f"join it with its parent first, then roll that back: alphaedit join PARENT {pack} "
-        "--out both",
-    )
-    before = read.edits
+    refusal = "its batches cannot be taken back alone"
+    before = arguments.read_alone(pack, refusal, ", then roll that back").edits
     moments = arguments.load_moments(key_moments)
     base, tokenizer, space = arguments.load_model_and_space(model, dtype, device, null_space)
     edited = AlphaEditModel.from_pretrained(
@@ -180,26 +163,6 @@ def rollback(  # noqa: PLR0913
     printing.show(
         as_json, facts, table, f"Written to {out}: {printing.count(len(kept), 'edit')} remain"
     )
-
-
-def _check_page(html: Path | None, null_space: str | None) -> None:
-    """Refuse a page that cannot be written, before anything is read.
-
-    Raises:
-        BadParameter: a name that is no page's, or a null space without a page.
-        FileNotFoundError: a folder that is not there.
-    """
-    if html is None and null_space is not None:
-        raise BadParameter(f"--null-space {null_space} is for the page; give --html too")
-    arguments.check_file("--html", html, arguments.PAGES)
-
-
-def _write_page(pack: PackValue, name: str, html: Path, null_space: NullSpace | None) -> None:
-    from alphaedit_peft.report import pack_page
-
-    title = Path(name).resolve().name if Path(name).is_dir() else name
-    text = pack_page(pack, null_space, title=f"Edit pack {title}")
-    html.write_text(text, encoding="utf-8")
 
 
 def _describe(pack: PackValue) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from alphaedit_peft.tables import cell
 from alphaedit_peft.tables import count as count
 
 WIDE = 24  # characters that a prompt gets, however narrow the terminal
-DECIDED = "Settings that auto decided"
+DECIDED = "Settings that auto decided", ("setting", "value", "reason")
 
 
 def show(as_json: bool, values: Any, *parts: Table | str) -> None:
@@ -39,7 +39,7 @@ def show(as_json: bool, values: Any, *parts: Table | str) -> None:
     if os.environ.get("RANK", "0") != "0":
         return
     if as_json:
-        sys.stdout.write(json.dumps(finite(values), indent=2, allow_nan=False) + "\n")
+        sys.stdout.write(json_text(values, 2))
         return
     console = Console(file=sys.stdout, highlight=False)
     for part in parts:
@@ -71,6 +71,13 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) 
     for row in rows:
         found.add_row(*(Text(cell(value)) for value in row))
     return found
+
+
+def filled(
+    title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]
+) -> list[Table | str]:
+    """A table, or nothing where it has no rows."""
+    return [table(title, columns, rows)] if rows else []
 
 
 def _fit(found: Table, console: Console) -> None:
@@ -115,6 +122,11 @@ def tables(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]])
 def probability(value: float | None) -> str:
     """A probability with three decimals; empty where it was not measured."""
     return "" if value is None else f"{value:.3f}"
+
+
+def json_text(values: Any, indent: int = 1) -> str:
+    """Values as JSON, with a line break at the end."""
+    return json.dumps(finite(values), indent=indent, allow_nan=False) + "\n"
 
 
 def finite(values: Any) -> Any:

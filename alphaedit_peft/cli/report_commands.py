@@ -144,7 +144,7 @@ def _moved(shifts: Sequence[Shift]) -> list[Any]:
 
     columns = ["hidden states", "of", ">how many", ">median move", ">largest"]
     rows = [row[: len(columns)] for row in moves(shifts).rows]
-    return [printing.table("What moved inside", columns, rows)] if rows else []
+    return printing.filled("What moved inside", columns, rows)
 
 
 def show_record(  # noqa: PLR0913
