@@ -328,7 +328,7 @@ def read_pack(pack: str) -> StoredPack:
 
 
 def read_alone(pack: str, refusal: str, then: str = "") -> StoredPack:
-    """The same; a pack that stands on another is refused, ``then`` being more of the remedy."""
+    """As ``read_pack``, but a pack that stands on another is refused, with what to do about it."""
     from alphaedit_peft.pack.parents import require_alone
 
     read = read_pack(pack)
