@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from alphaedit_peft.config import AlphaEditConfig
-    from alphaedit_peft.editing.report import EditReport
+    from alphaedit_peft.editing.edit_report import EditReport
     from alphaedit_peft.edits import Edit, read_edits, write_edits
     from alphaedit_peft.model import AlphaEditModel, get_alphaedit_model
     from alphaedit_peft.nullspace import KeyMoments, NullSpace

@@ -18,8 +18,8 @@ from peft import LoraConfig, PeftConfig
 from peft.utils import TaskType
 
 from alphaedit_peft.architecture import Architecture, resolve
-from alphaedit_peft.metric import kind, projects
 from alphaedit_peft.settings import EditOptions
+from alphaedit_peft.solve_metric import kind, projects
 
 CONFIG_FILE = "alphaedit/config.json"
 

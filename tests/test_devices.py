@@ -24,9 +24,9 @@ from alphaedit_peft.devices import (
 )
 from alphaedit_peft.editing.runner import Runner
 from alphaedit_peft.fingerprint import fingerprint
+from alphaedit_peft.log_probs import Reader
 from alphaedit_peft.model import lora_layer
 from alphaedit_peft.model.prepare import weight_norm
-from alphaedit_peft.scoring import Reader
 from alphaedit_peft.settings import Settings
 from tests.conftest import CORPUS, tiny_model
 

@@ -17,11 +17,11 @@ from alphaedit_peft.cli import (
     demo_command,
     edit_command,
     evaluate_command,
-    file_commands,
     hub_commands,
+    inspect_merge_commands,
     locate_command,
     nullspace_commands,
-    pack_commands,
+    pack_file_commands,
     report_commands,
     tune_command,
 )
@@ -74,13 +74,13 @@ app.command()(demo_command.demo)
 app.command()(nullspace_commands.nullspace)
 app.command("nullspace import")(nullspace_commands.import_statistics)
 app.command()(edit_command.edit)
-app.command("inspect")(pack_commands.inspect_pack)
-app.command()(pack_commands.merge)
-app.command()(pack_commands.rollback)
-app.command()(file_commands.remove)
-app.command()(file_commands.join)
-app.command()(file_commands.compress)
-app.command()(file_commands.export)
+app.command("inspect")(inspect_merge_commands.inspect_pack)
+app.command()(inspect_merge_commands.merge)
+app.command()(inspect_merge_commands.rollback)
+app.command()(pack_file_commands.remove)
+app.command()(pack_file_commands.join)
+app.command()(pack_file_commands.compress)
+app.command()(pack_file_commands.export)
 app.command()(evaluate_command.evaluate)
 app.command()(compare_command.compare)
 app.command()(locate_command.locate)

@@ -17,7 +17,7 @@ from alphaedit_peft.cli import arguments, printing
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from alphaedit_peft.cli.demonstrate import Findings
+    from alphaedit_peft.cli.demo_run import Findings
 
 
 ROWS = {
@@ -45,7 +45,7 @@ def demo(
     if out is not None:
         arguments.check_folder(out)
     arguments.hush()
-    from alphaedit_peft.cli.demonstrate import demonstrate
+    from alphaedit_peft.cli.demo_run import demonstrate
 
     def tell(step: str) -> None:
         printing.show(False, None, f"- {step} ...")

@@ -107,7 +107,7 @@ def _shifts(
 
 def _facts(found: Finding) -> dict[str, Any]:
     """A finding as plain JSON values."""
-    from alphaedit_peft.evaluation.scores import estimates_to_json
+    from alphaedit_peft.evaluation.summary import estimates_to_json
 
     return {
         "name": found.name,

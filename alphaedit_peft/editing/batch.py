@@ -13,20 +13,20 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from alphaedit_peft import parallel, scoring
+from alphaedit_peft import log_probs, parallel
+from alphaedit_peft.editing.edit_report import EditResult
 from alphaedit_peft.editing.groups import Group, group_by_key
 from alphaedit_peft.editing.keys import take_keys
 from alphaedit_peft.editing.memory import by_halves
 from alphaedit_peft.editing.prompts import EditRows, TokenRow
-from alphaedit_peft.editing.report import EditResult
 from alphaedit_peft.editing.runner import Runner
 from alphaedit_peft.editing.solve_layers import SolvedLayers, Write, solve_layers
 from alphaedit_peft.editing.state import EditState, protects
 from alphaedit_peft.editing.targets import Targets, optimise_targets
-from alphaedit_peft.metric import Metric
-from alphaedit_peft.pack.record import EditRecord
-from alphaedit_peft.scoring import Score
+from alphaedit_peft.log_probs import Score
+from alphaedit_peft.pack.edit_record import EditRecord
 from alphaedit_peft.settings import Settings
+from alphaedit_peft.solve_metric import Metric
 
 SAID = 0.5  # a target value works if greedy decoding says the target after this share of prompts
 REACHED = 0.8  # share of z - h below which the layers, not the target value, are to blame
@@ -103,7 +103,7 @@ def score(runner: Runner, rows: Sequence[TokenRow]) -> list[Score]:
 
     def run(most: int) -> list[Score]:
         bounded = runner.within(most, runner.settings.target_tokens)
-        return scoring.score(runner.model, rows, bounded.batches)
+        return log_probs.score(runner.model, rows, bounded.batches)
 
     return by_halves(
         [runner.settings.tokens_per_batch],

@@ -18,11 +18,11 @@ from torch import Tensor
 
 from alphaedit_peft.algebra import LowRankDelta
 from alphaedit_peft.editing.state import protects
-from alphaedit_peft.pack.value import PackValue
+from alphaedit_peft.pack.contents import PackContents
 
 if TYPE_CHECKING:
+    from alphaedit_peft.log_probs import Reader
     from alphaedit_peft.nullspace import NullSpace
-    from alphaedit_peft.scoring import Reader
 
 ALIKE = 0.9  # cosine from which two rows pull on each other
 MAX_ROWS = 2000  # all eigenvalues of more dependent rows take minutes
@@ -158,7 +158,7 @@ def measure_capacity(
     return Capacity(tuple(layers), bound=bound)
 
 
-def pack_capacity(pack: PackValue, null_space: NullSpace | None = None) -> Capacity | None:
+def pack_capacity(pack: PackContents, null_space: NullSpace | None = None) -> Capacity | None:
     """What a pack alone tells, with its null space the room too.
 
     None where compression made its rows mixtures of keys.

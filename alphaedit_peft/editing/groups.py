@@ -16,7 +16,7 @@ from torch.nn.functional import normalize
 
 from alphaedit_peft.editing.prompts import EditRows
 from alphaedit_peft.edits import Edit
-from alphaedit_peft.pack.record import asked
+from alphaedit_peft.pack.edit_record import asked
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ hidden state after the last one, and where its rows stand: the states in front o
 Once the layer is written, ``onward`` runs only what the write can reach, from those states on: bare
 prompts up to the last rewrite layer, prompts behind a context up to the next one's rewrite module.
 Rows are cut after the subject, since keys are causal, and what several of them have behind contexts
-in common runs once for all (see ``prefixes``). The states of all rows are kept, on the model's
+in common runs once for all (``shared_prefixes``). The states of all rows are kept, on the model's
 device and in its dtype: rows x tokens x d numbers.
 """
 
@@ -22,9 +22,16 @@ from torch import Tensor
 
 from alphaedit_peft import hooks
 from alphaedit_peft.editing.memory import by_halves
-from alphaedit_peft.editing.prefixes import Cut, PrefixCache, aligned, cached, cut_rows, recording
 from alphaedit_peft.editing.prompts import EditRows, TokenRow
 from alphaedit_peft.editing.runner import Runner, at_least_float32
+from alphaedit_peft.editing.shared_prefixes import (
+    Cut,
+    PrefixCache,
+    aligned,
+    cached,
+    cut_rows,
+    recording,
+)
 from alphaedit_peft.tokens import padded
 
 

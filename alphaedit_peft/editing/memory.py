@@ -33,8 +33,8 @@ import torch
 
 from alphaedit_peft.editing.prompts import EditRows
 from alphaedit_peft.editing.runner import Runner
-from alphaedit_peft.metric import Metric
 from alphaedit_peft.settings import byte_count, bytes_in_words
+from alphaedit_peft.solve_metric import Metric
 
 Part = TypeVar("Part")
 Found = TypeVar("Found")

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from alphaedit_peft import tokens
 from alphaedit_peft.edits import SLOT, Edit
-from alphaedit_peft.scoring import Continuation
+from alphaedit_peft.log_probs import Continuation
 from alphaedit_peft.settings import EditOptions
 
 

@@ -18,8 +18,8 @@ from alphaedit_peft.editing.runner import Runner
 from alphaedit_peft.editing.solve_layers import Write, solve_layers
 from alphaedit_peft.editing.state import EditState, protects
 from alphaedit_peft.editing.targets import optimise_targets
-from alphaedit_peft.metric import Metric
-from alphaedit_peft.pack.record import EditRecord
+from alphaedit_peft.pack.edit_record import EditRecord
+from alphaedit_peft.solve_metric import Metric
 
 
 def rebuild_state(

@@ -14,9 +14,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from alphaedit_peft import embedded
 from alphaedit_peft.fingerprint import BaseFingerprint, require_same_base
-from alphaedit_peft.metric import Metric, Statistics, kind, make_metric
 from alphaedit_peft.nullspace import KeyMoments, NullSpace
 from alphaedit_peft.settings import EditOptions, Settings
+from alphaedit_peft.solve_metric import Metric, Statistics, kind, make_metric
 
 RELEVANT = (  # the settings that a metric depends on
     *("objective", "projection", "history", "moment_weight", "null_space"),

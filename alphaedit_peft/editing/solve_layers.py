@@ -20,13 +20,13 @@ from torch import Tensor
 
 from alphaedit_peft import algebra
 from alphaedit_peft.algebra import LowRankDelta
+from alphaedit_peft.cholesky import KeptFactor
 from alphaedit_peft.editing.keys import EditKeys, keys_by_layer, take_keys
 from alphaedit_peft.editing.prompts import EditRows
 from alphaedit_peft.editing.runner import Runner
 from alphaedit_peft.editing.state import EditState
-from alphaedit_peft.factor import KeptFactor
-from alphaedit_peft.metric import Metric
 from alphaedit_peft.settings import EditOptions
+from alphaedit_peft.solve_metric import Metric
 
 GUARD_FACTOR, GUARD_STEPS = 2.0, 20
 

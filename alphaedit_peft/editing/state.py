@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from alphaedit_peft.algebra import LowRankDelta
-from alphaedit_peft.factor import KeptFactor
-from alphaedit_peft.pack.record import EditRecord
+from alphaedit_peft.cholesky import KeptFactor
+from alphaedit_peft.pack.edit_record import EditRecord
 
 
 class _Recorded:

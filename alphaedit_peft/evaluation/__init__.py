@@ -10,8 +10,8 @@ from alphaedit_peft.evaluation.data import DataError, DataReport, read_cases
 from alphaedit_peft.evaluation.drift import text_divergence, text_perplexity
 from alphaedit_peft.evaluation.embedded_suite import embedded_suite
 from alphaedit_peft.evaluation.judge import Judging, evaluate
-from alphaedit_peft.evaluation.scores import CaseScores, Scores
-from alphaedit_peft.scoring import Reader, Reading
+from alphaedit_peft.evaluation.summary import CaseScores, Scores
+from alphaedit_peft.log_probs import Reader, Reading
 
 __all__ = [
     "Case",

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from alphaedit_peft.evaluation import metrics
-from alphaedit_peft.evaluation.scores import Estimate, bootstrap
-from alphaedit_peft.scoring import Reader, TextBatch
+from alphaedit_peft.evaluation.summary import Estimate, bootstrap
+from alphaedit_peft.log_probs import Reader, TextBatch
 
 Without = Callable[[], AbstractContextManager[object]]
 

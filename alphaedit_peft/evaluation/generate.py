@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from alphaedit_peft import hooks, tokens
-from alphaedit_peft.scoring import Reader
+from alphaedit_peft.log_probs import Reader
 
 
 @dataclass(frozen=True)

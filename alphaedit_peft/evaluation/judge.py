@@ -22,8 +22,8 @@ from alphaedit_peft.evaluation.drift import text_perplexity
 from alphaedit_peft.evaluation.generate import Sampling, greedy, sampled
 from alphaedit_peft.evaluation.metrics import Written, fit_tfidf, metrics_of, pairs_of, tops_of
 from alphaedit_peft.evaluation.results import JsonLines
-from alphaedit_peft.evaluation.scores import CaseScores, Estimate, Scores, bootstrap, gather
-from alphaedit_peft.scoring import Reader
+from alphaedit_peft.evaluation.summary import CaseScores, Estimate, Scores, bootstrap, gather
+from alphaedit_peft.log_probs import Reader
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

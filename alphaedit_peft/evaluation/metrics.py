@@ -1,7 +1,7 @@
 """The metrics of a case, and their formulas as pure functions.
 
 A new one is a name in ``METRICS``, a line of ``metrics_of`` and its formula. In: what a model said
-about continuations (:class:`~alphaedit_peft.scoring.Reading`), and wrote. Out: numbers. Names are
+about continuations (:class:`~alphaedit_peft.log_probs.Reading`), and wrote. Out: numbers. Names are
 those of the papers (ROME, arXiv 2202.05262, section 3.3; MEMIT, arXiv 2210.07229; AlphaEdit, arXiv
 2410.02355, appendix B). A continuation o of m tokens is taken by its mean log-probability, as the
 published evaluation code does:
@@ -24,7 +24,7 @@ from torch import Tensor
 from alphaedit_peft.evaluation.cases import Case
 
 if TYPE_CHECKING:
-    from alphaedit_peft.scoring import Reading
+    from alphaedit_peft.log_probs import Reading
 
 
 PERCENT, NUMBER = "percent", "number"

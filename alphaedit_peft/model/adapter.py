@@ -17,17 +17,17 @@ from torch import Tensor
 
 from alphaedit_peft.algebra import LowRankDelta
 from alphaedit_peft.architecture import Architecture
+from alphaedit_peft.cholesky import KeptFactor
 from alphaedit_peft.config import AlphaEditConfig
-from alphaedit_peft.editing.report import MomentProducts
+from alphaedit_peft.editing.edit_report import MomentProducts
 from alphaedit_peft.editing.resources import Resources
 from alphaedit_peft.editing.state import EditState, Journal, Snapshot
 from alphaedit_peft.edits import Edit
-from alphaedit_peft.factor import KeptFactor
 from alphaedit_peft.fingerprint import BaseFingerprint
 from alphaedit_peft.model import lora_layer
 from alphaedit_peft.nullspace import NullSpace
 from alphaedit_peft.pack import EditPack
-from alphaedit_peft.pack.value import Compression, require_rows
+from alphaedit_peft.pack.contents import Compression, require_rows
 
 
 @dataclass(eq=False)

@@ -15,17 +15,16 @@ import torch
 from tqdm.auto import tqdm
 
 from alphaedit_peft import parallel
+from alphaedit_peft.editing.auto_settings import in_force
 from alphaedit_peft.editing.batch import edit_batch
-from alphaedit_peft.editing.decide import in_force
+from alphaedit_peft.editing.edit_report import EditReport, EditResult
 from alphaedit_peft.editing.groups import sort_out
 from alphaedit_peft.editing.memory import within_budget
 from alphaedit_peft.editing.prompts import EditRows
 from alphaedit_peft.editing.rebuild import rebuild_state
-from alphaedit_peft.editing.report import EditReport, EditResult
 from alphaedit_peft.editing.runner import Runner
 from alphaedit_peft.editing.state import EditState
 from alphaedit_peft.edits import Edit, as_edits
-from alphaedit_peft.metric import Metric
 from alphaedit_peft.model.adapter import Adapter, EditedModel, require_editable
 from alphaedit_peft.model.prepare import capacity, layer_reports, running, settled
 from alphaedit_peft.model.rollback import all_or_nothing, remember, take_back
@@ -40,8 +39,9 @@ from alphaedit_peft.model.stack import (
     without_parents,
 )
 from alphaedit_peft.pack import EditRecord
+from alphaedit_peft.pack.edit_record import few
 from alphaedit_peft.pack.parents import BESIDE
-from alphaedit_peft.pack.record import few
+from alphaedit_peft.solve_metric import Metric
 
 
 @torch.no_grad()
@@ -152,15 +152,15 @@ def rebuild(
         before, parents = adapter.state(), others(model, adapter)
         require_active(journal.parents, parents, adapter.name)
         source = before if stored is None else stored
-        to_pour, carried = without_parents(records, source.records, parents)
-        if not any(record.role == "own" for record in to_pour):
-            to_pour, parents = [], ()
+        to_rebuild, carried = without_parents(records, source.records, parents)
+        if not any(record.role == "own" for record in to_rebuild):
+            to_rebuild, parents = [], ()
         start = adopt(before.emptied(), parents, carried)
         with all_or_nothing(adapter, before):
             for layer, delta in start.factors.items():
                 adapter.write(layer, delta)
             state = rebuild_state(
-                runner, metric, start, to_pour, source, adapter.write, together=together
+                runner, metric, start, to_rebuild, source, adapter.write, together=together
             )
         former = [p for p in journal.parents if p.get("operation") != BESIDE]
         adapter.snapshots.clear()

@@ -25,9 +25,9 @@ from alphaedit_peft.model.stack import Parent, describe, loaded, others, with_pa
 from alphaedit_peft.pack import EditPack, EditRecord
 from alphaedit_peft.pack.compatible import check_fit
 from alphaedit_peft.pack.conflicts import RULES, by_row, says
+from alphaedit_peft.pack.contents import require_rows
+from alphaedit_peft.pack.edit_record import asked
 from alphaedit_peft.pack.parents import stands_on
-from alphaedit_peft.pack.record import asked
-from alphaedit_peft.pack.value import require_rows
 from alphaedit_peft.settings import require_one_of
 
 
@@ -64,12 +64,12 @@ def join(
         module, bound = model.architecture.rewrite_name(first), model.alphaedit_config.key_cosine
         for name, pack in named:
             beside = beside.with_pack(name, pack, module, on_conflict, bound)
-        joined = [record.edit for record in beside.pouring if record.role == "own"]
+        joined = [record.edit for record in beside.chosen if record.role == "own"]
         ancestors = [
             {"operation": "join", "name": name, "digest": p.digest(), "edits": len(p.edits)}
             for name, p in named
         ]
-        rebuild(model, adapter, beside.pouring, beside.stored, ancestors, contexts)
+        rebuild(model, adapter, beside.chosen, beside.stored, ancestors, contexts)
     return JoinReport(tuple(joined), beside.set_aside)
 
 
@@ -152,14 +152,14 @@ class _Beside:
     Args:
         stored: all records, with rows counted through, and their target values; no factors.
         keys: (n, d_in), the rows of A at the first rewrite layer.
-        pouring: the records that are poured.
+        chosen: the records that are poured.
         names: edit id -> pack that it came with.
         set_aside: edits left out, with the reason.
     """
 
     stored: EditState
     keys: Tensor
-    pouring: tuple[EditRecord, ...]
+    chosen: tuple[EditRecord, ...]
     names: Mapping[str, str]
     set_aside: tuple[tuple[Edit, str], ...] = ()
 
@@ -180,8 +180,8 @@ class _Beside:
             if record.role != "superseded" and record.row in rows
         ]
         carried = {record.edit.id for record in new if record.role == "protected"}
-        anew = carried & {record.edit.id for record in self.pouring if record.role == "own"}
-        old = [record for record in self.pouring if record.edit.id not in carried]
+        anew = carried & {record.edit.id for record in self.chosen if record.role == "own"}
+        old = [record for record in self.chosen if record.edit.id not in carried]
         new = [replace(r, role="own") if r.edit.id in anew else r for r in new]
         keys = torch.cat([self.keys, pack.factors[module].A.to(self.keys)])
         settle = _Settle(self.names, name, rule)
@@ -193,7 +193,7 @@ class _Beside:
         return _Beside(
             stored=EditState({}, (*self.stored.records, *new), targets),
             keys=keys,
-            pouring=tuple(record for record in (*old, *new) if record not in found),
+            chosen=tuple(record for record in (*old, *new) if record not in found),
             names={**{record.edit.id: name for record in new}, **self.names},
             set_aside=(*self.set_aside, *((r.edit, reason) for r, reason in found.items())),
         )

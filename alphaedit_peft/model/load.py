@@ -19,7 +19,6 @@ from peft import LoraConfig, PeftModelForCausalLM
 from torch import nn
 
 from alphaedit_peft.algebra import LowRankDelta
-from alphaedit_peft.artefact import read_steadily
 from alphaedit_peft.config import AlphaEditConfig
 from alphaedit_peft.devices import keeps_elsewhere
 from alphaedit_peft.editing.state import Journal
@@ -32,6 +31,7 @@ from alphaedit_peft.pack import EditPack
 from alphaedit_peft.pack.compatible import check_fit, check_shape
 from alphaedit_peft.pack.files import locate
 from alphaedit_peft.pack.format import ADAPTER_CONFIG, PackError, read_lora
+from alphaedit_peft.safe_files import read_steadily
 
 Wrapped = TypeVar("Wrapped", bound=EditedModel)
 

@@ -23,7 +23,7 @@ from alphaedit_peft.algebra import LowRankDelta
 from alphaedit_peft.config import AlphaEditConfig
 from alphaedit_peft.devices import require_whole
 from alphaedit_peft.editing.capacity import Capacity
-from alphaedit_peft.editing.report import EditReport
+from alphaedit_peft.editing.edit_report import EditReport
 from alphaedit_peft.editing.resources import Resources
 from alphaedit_peft.edits import Edit
 from alphaedit_peft.fingerprint import fingerprint

@@ -15,19 +15,19 @@ import torch
 
 from alphaedit_peft import hooks, parallel
 from alphaedit_peft.devices import differentiable, held
+from alphaedit_peft.editing.auto_settings import Decision, decisions, keys_around, movable
 from alphaedit_peft.editing.capacity import Capacity, measure_capacity, prompt_drift
 from alphaedit_peft.editing.contexts import sample_contexts
-from alphaedit_peft.editing.decide import Decision, decisions, keys_around, movable
+from alphaedit_peft.editing.edit_report import LayerReport, MomentProducts, layer_report
 from alphaedit_peft.editing.prompts import EditRows
-from alphaedit_peft.editing.report import LayerReport, MomentProducts, layer_report
 from alphaedit_peft.editing.runner import Phases, Runner
 from alphaedit_peft.editing.state import protects
-from alphaedit_peft.metric import Metric, kind
+from alphaedit_peft.log_probs import Reader
 from alphaedit_peft.model.adapter import Adapter, EditedModel, Moved, require_editable
 from alphaedit_peft.nullspace import NullSpace
 from alphaedit_peft.nullspace.threshold import least_disturbing
-from alphaedit_peft.scoring import Reader
 from alphaedit_peft.settings import Settings
+from alphaedit_peft.solve_metric import Metric, kind
 
 
 @contextmanager

@@ -20,9 +20,9 @@ from alphaedit_peft.editing.state import EditState
 from alphaedit_peft.edits import Edit
 from alphaedit_peft.model.adapter import Adapter, EditedModel, to_pack
 from alphaedit_peft.pack import EditRecord
+from alphaedit_peft.pack.contents import require_rows
+from alphaedit_peft.pack.edit_record import asked
 from alphaedit_peft.pack.parents import BESIDE, MissingParentError, stands_on
-from alphaedit_peft.pack.record import asked
-from alphaedit_peft.pack.value import require_rows
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ P projects onto the directions whose eigenvalues count as zero. Statistics that 
 are read by the functions ``read_*``.
 """
 
-from alphaedit_peft.nullspace.foreign import (
+from alphaedit_peft.nullspace.import_statistics import (
     ForeignFileError,
     read_covariances,
     read_projector,

@@ -22,7 +22,6 @@ from tqdm import tqdm
 
 from alphaedit_peft import hooks, parallel
 from alphaedit_peft.architecture import resolve
-from alphaedit_peft.artefact import ORIGIN, Types, read_artefact, versions, write_artefact
 from alphaedit_peft.devices import require_whole
 from alphaedit_peft.fingerprint import BaseFingerprint, bare_model, fingerprint, require_same_base
 from alphaedit_peft.hub import Destination
@@ -31,6 +30,7 @@ from alphaedit_peft.nullspace.moments import Checkpoint, collect_sums
 from alphaedit_peft.nullspace.sharing import About, find_folder, push_null_space
 from alphaedit_peft.nullspace.spectrum import STEM, LayerSpace, LayerSummary, moment_quadratic
 from alphaedit_peft.nullspace.threshold import REACH, check_reach, decompose, null_dimension
+from alphaedit_peft.safe_files import ORIGIN, Types, read_artefact, versions, write_artefact
 from alphaedit_peft.settings import EditOptions
 
 MOMENTS_STEM = "key_moments"

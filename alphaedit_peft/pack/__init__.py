@@ -9,9 +9,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from alphaedit_peft.pack.edit_record import EditRecord
     from alphaedit_peft.pack.format import PackError, read_plain_lora
     from alphaedit_peft.pack.pack import EditPack
-    from alphaedit_peft.pack.record import EditRecord
 
 __all__ = ["EditPack", "EditRecord", "PackError", "read_plain_lora"]
 _HOMES = {

@@ -16,9 +16,9 @@ from typing import Any, NamedTuple
 
 from alphaedit_peft import embedded
 from alphaedit_peft.hub import repository_name
+from alphaedit_peft.pack.contents import PackContents
+from alphaedit_peft.pack.edit_record import ROLES
 from alphaedit_peft.pack.parents import parent_in_words, stands_on
-from alphaedit_peft.pack.record import ROLES
-from alphaedit_peft.pack.value import PackValue
 from alphaedit_peft.tables import count
 
 PLACE = "path/or/repository/of/this/pack"
@@ -106,7 +106,7 @@ false statements about people or events.
 
 
 def card(
-    pack: PackValue, repo: str | None = None, subfolder: str | None = None, *, texts: bool = True
+    pack: PackContents, repo: str | None = None, subfolder: str | None = None, *, texts: bool = True
 ) -> str:
     """The model card, ``README.md``: metadata, how to load, a table of the edits, provenance.
 
@@ -139,7 +139,7 @@ def card(
     return f"---\n{data.to_yaml()}\n---\n\n{''.join(parts)}"
 
 
-def summary(pack: PackValue) -> str:
+def summary(pack: PackContents) -> str:
     """A plain-text table of the pack: counts, norms |Delta| by module, size, base, null space."""
     roles: Counter[str] = Counter(record.role for record in pack.records)
     others = "".join(f", {roles[role]} {role}" for role in ROLES[1:] if roles[role])
@@ -160,7 +160,7 @@ def summary(pack: PackValue) -> str:
     return "\n".join(f"{name:<{width}}  {value}" for name, value in facts)
 
 
-def base_name(pack: PackValue) -> str:
+def base_name(pack: PackContents) -> str:
     """What strangers may be told of the base: its name on the Hub, never a path."""
     name = pack.config.base_model_name_or_path
     return embedded.NAME if name == embedded.NAME else repository_name(name) or "a local model"
@@ -205,7 +205,7 @@ def _activate(names: Sequence[str]) -> str:
     return f"model.set_adapter({json.dumps(list(names))})"
 
 
-def _use(pack: PackValue, place: str, subfolder: str | None) -> str:
+def _use(pack: PackContents, place: str, subfolder: str | None) -> str:
     below = stands_on(pack.parents)
     inside = "" if subfolder is None else f"subfolder={json.dumps(subfolder)}"
     purpose = "to look at the edits" + ("" if pack.mixed else ", and to go on from them")
@@ -227,7 +227,7 @@ def _name(parent: Mapping[str, Any]) -> str:
     return f"{name} ({parent.get('edits')} edits, digest {str(parent.get('digest'))[:12]})"
 
 
-def _rows(pack: PackValue) -> str:
+def _rows(pack: PackContents) -> str:
     """What the rows of A are, in a sentence without its full stop."""
     if not pack.mixed:
         return "Each edit is one row of `lora_A`, unless edits\nshare a subject"
@@ -237,7 +237,7 @@ def _rows(pack: PackValue) -> str:
     )
 
 
-def _provenance(pack: PackValue) -> list[tuple[str, str]]:
+def _provenance(pack: PackContents) -> list[tuple[str, str]]:
     base = [("base", base_name(pack))]
     if pack.base is not None:
         digest = pack.base.digest or "not verifiable"
@@ -250,7 +250,7 @@ def _provenance(pack: PackValue) -> list[tuple[str, str]]:
     ]
 
 
-def _measured(pack: PackValue) -> str:
+def _measured(pack: PackContents) -> str:
     """The probabilities of the new targets before and after, in one sentence."""
     own = [record for record in pack.records if record.role == "own"]
     before = [r.probability_before for r in own if r.probability_before is not None]
@@ -263,7 +263,7 @@ def _measured(pack: PackValue) -> str:
     )
 
 
-def _edit_table(pack: PackValue) -> str:
+def _edit_table(pack: PackContents) -> str:
     own = [record for record in pack.records if record.role == "own"]
     if not own:
         return "None yet.\n"

@@ -16,15 +16,15 @@ from torch import nn
 
 from alphaedit_peft.algebra import LowRankDelta
 from alphaedit_peft.fingerprint import BaseFingerprint, require_same_base
+from alphaedit_peft.pack.contents import Pack, PackContents, require_projected
 from alphaedit_peft.pack.format import Factors
-from alphaedit_peft.pack.value import Pack, PackValue, require_projected
 
 LAYERS = ("same", "union")
 _STATISTICS = ("digest", "threshold", "mode")  # of the null space, that rows depend on
 
 
 def check_fit(
-    pack: PackValue, model: nn.Module, modules: Iterable[str], own: BaseFingerprint | None
+    pack: PackContents, model: nn.Module, modules: Iterable[str], own: BaseFingerprint | None
 ) -> None:
     """Refuse a pack that does not fit a base model, in which LoRA layers may stand already.
 
@@ -99,7 +99,7 @@ def require_joinable(packs: Sequence[Pack], names: Sequence[str], layers: str) -
     return _emptied(first, packs, names)
 
 
-def _same_base(one: PackValue, other: PackValue, pair: str) -> None:
+def _same_base(one: PackContents, other: PackContents, pair: str) -> None:
     if one.fan_in_fan_out != other.fan_in_fan_out:
         raise ValueError(f"{pair} are of different bases: one keeps its weights transposed")
     same = None if one.base is None or other.base is None else one.base.matches(other.base)
@@ -116,7 +116,7 @@ def _same_base(one: PackValue, other: PackValue, pair: str) -> None:
         )
 
 
-def _same_null_space(one: PackValue, other: PackValue, pair: str) -> None:
+def _same_null_space(one: PackContents, other: PackContents, pair: str) -> None:
     if other.rank == 0 or one is other:
         return
     if one.null_space is None or other.null_space is None:

@@ -13,9 +13,9 @@ import torch
 
 from alphaedit_peft import algebra
 from alphaedit_peft.algebra import LowRankDelta
+from alphaedit_peft.pack.contents import Compression, Pack, PackContents, require_rows
 from alphaedit_peft.pack.format import DTYPES
 from alphaedit_peft.pack.parents import parent_entry
-from alphaedit_peft.pack.value import Compression, Pack, PackValue, require_rows
 
 
 def compress(
@@ -55,7 +55,7 @@ def compress(
 
 
 def _check_arguments(
-    pack: PackValue, rank: int | None, tolerance: float | None, dtype: torch.dtype | None
+    pack: PackContents, rank: int | None, tolerance: float | None, dtype: torch.dtype | None
 ) -> None:
     if rank is not None and tolerance is not None:
         raise ValueError(f"rank={rank} and tolerance={tolerance} both set the rank; give one")

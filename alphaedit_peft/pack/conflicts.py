@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import torch
 
 from alphaedit_peft.edits import Edit
-from alphaedit_peft.pack.record import EditRecord, asked
-from alphaedit_peft.pack.value import PackValue
+from alphaedit_peft.pack.contents import PackContents
+from alphaedit_peft.pack.edit_record import EditRecord, asked
 
 RULES = ("error", "first", "last")
 
@@ -66,7 +66,7 @@ class _Row:
 
 
 def settle(
-    packs: Sequence[PackValue], names: Sequence[str], on_conflict: str, key_cosine: float
+    packs: Sequence[PackContents], names: Sequence[str], on_conflict: str, key_cosine: float
 ) -> tuple[list[list[int]], tuple[LeftOut, ...]]:
     """Choose the rows that one pack can hold.
 
@@ -108,7 +108,7 @@ def settle(
 
 
 def _meetings(
-    packs: Sequence[PackValue], rows: Sequence[_Row], key_cosine: float
+    packs: Sequence[PackContents], rows: Sequence[_Row], key_cosine: float
 ) -> list[tuple[int, int]]:
     """Pairs (earlier, later) of rows of different packs that share a key or a filled prompt."""
     pairs: set[tuple[int, int]] = set()

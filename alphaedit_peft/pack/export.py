@@ -15,7 +15,7 @@ import torch
 
 from alphaedit_peft import algebra
 from alphaedit_peft.algebra import LowRankDelta
-from alphaedit_peft.artefact import replace_folder
+from alphaedit_peft.pack.contents import PackContents
 from alphaedit_peft.pack.format import (
     ADAPTER_CONFIG,
     ADAPTER_MODEL,
@@ -28,7 +28,7 @@ from alphaedit_peft.pack.format import (
     tensor_bytes,
 )
 from alphaedit_peft.pack.parents import require_alone
-from alphaedit_peft.pack.value import PackValue
+from alphaedit_peft.safe_files import replace_folder
 from alphaedit_peft.settings import require_one_of
 
 FORMATS = ("peft", "llama.cpp")
@@ -49,7 +49,7 @@ class Export:
 
 
 def export(
-    pack: PackValue,
+    pack: PackContents,
     folder: str | Path,
     *,
     format: str = "peft",
@@ -93,7 +93,7 @@ def _check_folder(folder: Path) -> None:
         raise FileExistsError(f"{folder} holds {sorted(others)[:3]}; give an empty folder")
 
 
-def _rank(pack: PackValue, max_rank: int | str | None) -> int:
+def _rank(pack: PackContents, max_rank: int | str | None) -> int:
     rank = max(1, pack.rank)
     if max_rank is None:
         return rank
@@ -111,7 +111,7 @@ def _rank(pack: PackValue, max_rank: int | str | None) -> int:
     return found
 
 
-def _every_block(pack: PackValue, factors: Factors, num_blocks: int | None) -> Factors:
+def _every_block(pack: PackContents, factors: Factors, num_blocks: int | None) -> Factors:
     """Factors of zeros for the rewrite modules of all blocks that were not edited."""
     if num_blocks is None and pack.base is not None:
         known = pack.base.shape.get("layers")

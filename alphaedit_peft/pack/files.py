@@ -16,21 +16,21 @@ import torch
 from safetensors.torch import load
 from torch import Tensor
 
-from alphaedit_peft import artefact, metric
+from alphaedit_peft import safe_files, solve_metric
 from alphaedit_peft.algebra import LowRankDelta
 from alphaedit_peft.fingerprint import BaseFingerprint
 from alphaedit_peft.hub import Destination, fetch_folder, push_folder
 from alphaedit_peft.pack import format
 from alphaedit_peft.pack.card import card
+from alphaedit_peft.pack.contents import Compression, Pack, PackContents, content_files
+from alphaedit_peft.pack.edit_record import EditRecord
 from alphaedit_peft.pack.format import FILES, SIDECAR_CONFIG, Factors, PackError, refuse
-from alphaedit_peft.pack.record import EditRecord
-from alphaedit_peft.pack.value import Compression, Pack, PackValue, content_files
 from alphaedit_peft.settings import EditOptions
 from alphaedit_peft.tables import count
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class StoredPack(PackValue):
+class StoredPack(PackContents):
     """A pack read without PEFT, which writes the fields of the LoRA config that it came with."""
 
     lora: Mapping[str, Any]  # adapter_config.json, of a plain LoRA
@@ -57,7 +57,10 @@ class StoredPack(PackValue):
 
 
 def save_pack(
-    pack: PackValue, folder: str | Path, dtype: torch.dtype | None = None, text: str | None = None
+    pack: PackContents,
+    folder: str | Path,
+    dtype: torch.dtype | None = None,
+    text: str | None = None,
 ) -> None:
     """Write a pack's folder, with ``text`` as its card; see :meth:`EditPack.save_pretrained`."""
     facts = {
@@ -72,16 +75,16 @@ def save_pack(
     if pack.decisions:
         facts["decisions"] = pack.decisions
     values = {format.ADAPTER_CONFIG: pack.adapter_config(pack.factors), SIDECAR_CONFIG: facts}
-    files: dict[str, artefact.Content] = {
+    files: dict[str, safe_files.Content] = {
         **{name: format.json_bytes(value, name) for name, value in values.items()},
         **content_files(pack, pack.saved_dtype if dtype is None else dtype),
         format.CARD: (card(pack) if text is None else text).encode("utf-8"),
     }
-    artefact.replace_folder(folder, files, owned=FILES)
+    safe_files.replace_folder(folder, files, owned=FILES)
 
 
 def push_pack(
-    pack: PackValue, to: Destination, texts: bool, message: str | None, dtype: torch.dtype | None
+    pack: PackContents, to: Destination, texts: bool, message: str | None, dtype: torch.dtype | None
 ) -> str:
     """Upload a pack, with a card that names the repository; see :meth:`EditPack.push_to_hub`."""
     message = message or f"Edit pack with {count(len(pack.edits), 'edit')}"
@@ -98,8 +101,8 @@ def copy_pack(source: Path, folder: str | Path) -> StoredPack:
         names = [name for name in FILES if (place / name).is_file()]
         return _read(place, StoredPack), {name: format.read_bytes(place, name) for name in names}
 
-    pack, files = artefact.read_steadily(source, read, PackError)
-    artefact.replace_folder(folder, files, owned=FILES)
+    pack, files = safe_files.read_steadily(source, read, PackError)
+    safe_files.replace_folder(folder, files, owned=FILES)
     return pack
 
 
@@ -122,7 +125,7 @@ def locate(
     folder = Path(path_or_repo) / (subfolder or "")
     if folder.is_dir():
         return folder
-    aside = artefact.left_aside(folder)
+    aside = safe_files.left_aside(folder)
     if aside is not None:
         return aside
     if isinstance(path_or_repo, Path) or Path(path_or_repo).exists():
@@ -139,7 +142,7 @@ def read_pack(folder: Path, kind: type[Pack]) -> Pack:
         FileNotFoundError: a folder without sidecar: a plain LoRA.
         PackError: a file that is damaged or does not fit the others.
     """
-    return artefact.read_steadily(folder, lambda place: _read(place, kind), PackError)
+    return safe_files.read_steadily(folder, lambda place: _read(place, kind), PackError)
 
 
 def _read(folder: Path, kind: type[Pack]) -> Pack:
@@ -212,7 +215,7 @@ def _facts(folder: Path, options: type[EditOptions]) -> dict[str, Any]:
     del raw["format_version"]
     try:
         raw["config"] = options.from_json(raw["config"])
-        metric.kind(raw["config"].objective)
+        solve_metric.kind(raw["config"].objective)
         raw["base"] = None if raw["base"] is None else BaseFingerprint.from_json(raw["base"])
         if "compression" in raw:
             raw["compression"] = Compression.from_json(raw["compression"])

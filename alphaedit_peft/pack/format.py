@@ -23,7 +23,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from alphaedit_peft import algebra, artefact
+from alphaedit_peft import algebra, safe_files
 from alphaedit_peft.algebra import LowRankDelta
 
 FORMAT_VERSION = 1
@@ -129,7 +129,7 @@ def by_block(module: str) -> list[tuple[int, str]]:
 def read_json(folder: Path, name: str) -> dict[str, Any]:
     """Read a JSON object of at most ``MAX_JSON_BYTES`` with finite numbers."""
     data = read_bytes(folder, name, MAX_JSON_BYTES)
-    return artefact.parse_json(data, folder / name, damaged)
+    return safe_files.parse_json(data, folder / name, damaged)
 
 
 def read_json_lines(folder: Path, name: str) -> list[tuple[int, dict[str, Any]]]:
@@ -140,19 +140,19 @@ def read_json_lines(folder: Path, name: str) -> list[tuple[int, dict[str, Any]]]
         if len(line) > MAX_LINE_BYTES:
             refuse(where, f"{len(line)} bytes are more than the limit of {MAX_LINE_BYTES}")
         if line.strip():
-            found.append((number, artefact.parse_json(line, where, damaged)))
+            found.append((number, safe_files.parse_json(line, where, damaged)))
     return found
 
 
 def read_tensors(folder: Path, name: str) -> dict[str, Tensor]:
     """Read the tensors of a safetensors file, finite and of ``DTYPES``, on the CPU in float32."""
-    tensors = artefact.parse_tensors(read_bytes(folder, name), folder / name, DTYPES, damaged)
+    tensors = safe_files.parse_tensors(read_bytes(folder, name), folder / name, DTYPES, damaged)
     return {key: tensor.float() for key, tensor in tensors.items()}
 
 
 def read_bytes(folder: Path, name: str, limit: int = MAX_TENSOR_BYTES) -> bytes:
     """Read a regular file that lies within the folder and is no larger than its limit."""
-    return artefact.read_bytes(folder, name, limit, damaged)
+    return safe_files.read_bytes(folder, name, limit, damaged)
 
 
 def json_bytes(value: Mapping[str, Any], name: str) -> bytes:

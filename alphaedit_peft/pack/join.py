@@ -20,9 +20,9 @@ from alphaedit_peft import algebra
 from alphaedit_peft.algebra import LowRankDelta
 from alphaedit_peft.pack.compatible import LAYERS, require_joinable
 from alphaedit_peft.pack.conflicts import RULES, LeftOut, settle
+from alphaedit_peft.pack.contents import Pack, PackContents, require_rows
+from alphaedit_peft.pack.edit_record import EditRecord
 from alphaedit_peft.pack.parents import acting, parent_entry, stands_on
-from alphaedit_peft.pack.record import EditRecord
-from alphaedit_peft.pack.value import Pack, PackValue, require_rows
 from alphaedit_peft.settings import require_one_of
 
 _CHOICES = {"on_conflict": RULES, "ridge_mode": ("relative", "absolute"), "layers": LAYERS}
@@ -95,8 +95,8 @@ def join(
 def _parts(
     module: str,
     like: LowRankDelta,
-    packs: Sequence[PackValue],
-    chains: Sequence[Sequence[PackValue]],
+    packs: Sequence[PackContents],
+    chains: Sequence[Sequence[PackContents]],
     chosen: Sequence[list[int]],
 ) -> list[tuple[Tensor, Tensor]]:
     """Each pack's rows at a module, and what it and those that act with it put out on them.
@@ -127,7 +127,7 @@ def _ridge(rows: Tensor, how: JoinOptions) -> float:
 
 
 def _records(
-    packs: Sequence[PackValue], names: Sequence[str], chosen: Sequence[list[int]]
+    packs: Sequence[PackContents], names: Sequence[str], chosen: Sequence[list[int]]
 ) -> list[EditRecord]:
     """The standing records of the rows kept, with rows and batches numbered through.
 
@@ -158,7 +158,7 @@ def _records(
 
 
 def _adopted(
-    records: Sequence[EditRecord], packs: Sequence[PackValue]
+    records: Sequence[EditRecord], packs: Sequence[PackContents]
 ) -> tuple[list[EditRecord], set[str]]:
     """Edits that only an upper pack's row holds any more become the joined pack's own, with ids."""
     theirs = {r.edit.id: r.edit for pack in packs for r in pack.records if r.role == "own"}
@@ -174,7 +174,7 @@ def _adopted(
     return found, adopted
 
 
-def _targets(packs: Sequence[PackValue], chosen: Sequence[list[int]]) -> Tensor | None:
+def _targets(packs: Sequence[PackContents], chosen: Sequence[list[int]]) -> Tensor | None:
     """Target values by row, where every pack that has rows has them."""
     pairs = list(zip(packs, chosen, strict=True))
     if any(kept and pack.targets is None for pack, kept in pairs):
@@ -183,7 +183,7 @@ def _targets(packs: Sequence[PackValue], chosen: Sequence[list[int]]) -> Tensor 
     return torch.cat(found) if found else None
 
 
-def _parents(packs: Sequence[PackValue], names: Sequence[str]) -> tuple[dict[str, Any], ...]:
+def _parents(packs: Sequence[PackContents], names: Sequence[str]) -> tuple[dict[str, Any], ...]:
     """The packs joined, and those that they stand on (``beside``) and that are not among them."""
     joined = [parent_entry("join", p, name=n) for n, p in zip(names, packs, strict=True)]
     known = {str(parent["digest"]) for parent in joined}

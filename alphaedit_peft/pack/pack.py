@@ -2,7 +2,7 @@
 
 In: factors, records, target values and settings, or a folder or Hub repository. Out: a frozen
 :class:`EditPack`. Its methods call the functions of this package that do the work, all of which
-take other :class:`~alphaedit_peft.pack.value.PackValue` s too; this class alone knows PEFT, by its
+take any :class:`~alphaedit_peft.pack.contents.PackContents`; this class alone knows PEFT, by its
 ``config``.
 """
 
@@ -19,16 +19,16 @@ from alphaedit_peft.config import AlphaEditConfig
 from alphaedit_peft.hub import Destination
 from alphaedit_peft.pack import card
 from alphaedit_peft.pack.compress import compress
+from alphaedit_peft.pack.contents import PackContents
 from alphaedit_peft.pack.export import Export, export
 from alphaedit_peft.pack.files import locate, push_pack, read_pack, save_pack
 from alphaedit_peft.pack.format import Factors
 from alphaedit_peft.pack.join import JoinOptions, join
 from alphaedit_peft.pack.remove import remove
-from alphaedit_peft.pack.value import PackValue
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class EditPack(PackValue):
+class EditPack(PackContents):
     """Edits of one base model, as a LoRA whose rows are their projected keys.
 
     Args:

@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from alphaedit_peft.pack.value import Pack, PackValue
+from alphaedit_peft.pack.contents import Pack, PackContents
 
 BESIDE = "beside"  # the operation that a pack records of a parent it stands on
 _USES = {  # of a parent, by the operation that a pack records
@@ -31,7 +31,7 @@ class MissingParentError(ValueError):
         self.missing = missing
 
 
-def parent_entry(operation: str, pack: PackValue, **more: str) -> dict[str, Any]:
+def parent_entry(operation: str, pack: PackContents, **more: str) -> dict[str, Any]:
     """What a new pack records of one it is made from; what that one had lost by rounding too."""
     entry = {"operation": operation, **more, "digest": pack.digest(), "edits": len(pack.edits)}
     if pack.compression is not None:
@@ -56,7 +56,7 @@ def parent_in_words(parent: Mapping[str, Any]) -> str:
     return f"{use}{name}{edits}, digest {digest}{rounded}"
 
 
-def require_alone(pack: PackValue, what: str, remedy: str) -> None:
+def require_alone(pack: PackContents, what: str, remedy: str) -> None:
     """Refuse ``what`` would take a pack for the whole, as in "it cannot be exported alone".
 
     Raises:
@@ -94,7 +94,7 @@ def acting(packs: Sequence[Pack], names: Sequence[str]) -> list[list[Pack]]:
 
 
 def _below(
-    packs: Sequence[PackValue], digests: Sequence[str], number: int, names: Sequence[str]
+    packs: Sequence[PackContents], digests: Sequence[str], number: int, names: Sequence[str]
 ) -> set[str]:
     """Digests of the given packs that one of them stands on, each of which comes before it."""
     found: set[str] = set()

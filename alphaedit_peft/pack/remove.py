@@ -14,9 +14,9 @@ from dataclasses import dataclass, replace
 from typing import Generic
 
 from alphaedit_peft import algebra
+from alphaedit_peft.pack.contents import Pack, PackContents, require_projected, require_rows
+from alphaedit_peft.pack.edit_record import EditRecord, asked, few
 from alphaedit_peft.pack.parents import parent_entry
-from alphaedit_peft.pack.record import EditRecord, asked, few
-from alphaedit_peft.pack.value import Pack, PackValue, require_projected, require_rows
 
 REPOUR = "AlphaEditModel.remove_edits, which pours the others again,"
 
@@ -64,7 +64,7 @@ def remove(pack: Pack, ids: Iterable[str], *, max_share: float = 0.5) -> Removal
     return removal
 
 
-def _records_of(pack: PackValue, ids: Iterable[str]) -> list[EditRecord]:
+def _records_of(pack: PackContents, ids: Iterable[str]) -> list[EditRecord]:
     if isinstance(ids, str):
         raise TypeError(f"ids={ids!r} is one text; pass a list of ids")
     wanted = list(dict.fromkeys(ids))
@@ -77,7 +77,7 @@ def _records_of(pack: PackValue, ids: Iterable[str]) -> list[EditRecord]:
     return [own[name] for name in wanted]
 
 
-def _staying(pack: PackValue, gone: list[EditRecord]) -> list[EditRecord]:
+def _staying(pack: PackContents, gone: list[EditRecord]) -> list[EditRecord]:
     """The records that are left: those in force, and superseded ones while their successor stands.
 
     Raises:

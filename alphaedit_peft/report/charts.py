@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-from alphaedit_peft.evaluation.scores import Estimate
+from alphaedit_peft.evaluation.summary import Estimate
 from alphaedit_peft.report.page import Markup, escaped
 
 WIDTH, HEIGHT = 440, 240

@@ -14,7 +14,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from alphaedit_peft.evaluation.scores import CaseScores, Estimate, Scores, gather
+from alphaedit_peft.evaluation.summary import CaseScores, Estimate, Scores, gather
 from alphaedit_peft.studies.compare import Comparison
 from alphaedit_peft.studies.protocols import Checkpoint, Run
 

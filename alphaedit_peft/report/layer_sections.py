@@ -16,7 +16,7 @@ from torch import Tensor
 from alphaedit_peft.algebra import LowRankDelta
 from alphaedit_peft.editing.capacity import ALIKE, pack_capacity
 from alphaedit_peft.edits import Edit
-from alphaedit_peft.pack.value import PackValue
+from alphaedit_peft.pack.contents import PackContents
 from alphaedit_peft.report.charts import bar_chart, heat_map, spectrum_chart
 from alphaedit_peft.report.page import Markup, Section, facts, paragraph, side_by_side, table
 
@@ -86,7 +86,7 @@ def _unit(G: Tensor, size: Tensor) -> Tensor:
 
 
 def capacity_section(
-    pack: PackValue, rows: Mapping[str, RowFigures], null_space: NullSpace | None
+    pack: PackContents, rows: Mapping[str, RowFigures], null_space: NullSpace | None
 ) -> Section:
     """Norms of the update, and how much of the room that the null space leaves is taken."""
     filled = pack_capacity(pack, null_space)
@@ -120,7 +120,7 @@ def capacity_section(
     return Section("Layers and room", content)
 
 
-def key_section(pack: PackValue, rows: Mapping[str, RowFigures]) -> Section:
+def key_section(pack: PackContents, rows: Mapping[str, RowFigures]) -> Section:
     """How alike the edits' keys are: every cosine, or how many there are of each size."""
     heading = "How alike the keys are"
     first = next((found.rows for found in rows.values()), 0)
@@ -158,7 +158,7 @@ def key_section(pack: PackValue, rows: Mapping[str, RowFigures]) -> Section:
     return Section(heading, Markup(paragraph(text) + side_by_side(charts) + above + pairs))
 
 
-def null_space_section(pack: PackValue, null_space: NullSpace | None) -> Section:
+def null_space_section(pack: PackContents, null_space: NullSpace | None) -> Section:
     """The spectrum with what is kept of it, or what the pack says of its null space."""
     made = pack.null_space or {}
     names = {"tokens": "Tokens", "threshold": "Threshold", "mode": "Threshold mode"}
@@ -184,7 +184,7 @@ def null_space_section(pack: PackValue, null_space: NullSpace | None) -> Section
     return Section("Null space", Markup(paragraph(text) + facts(pairs) + side_by_side(charts)))
 
 
-def _edits_of_rows(pack: PackValue) -> dict[int, Edit]:
+def _edits_of_rows(pack: PackContents) -> dict[int, Edit]:
     """Each row's first edit, one in force if there is one."""
     edits: dict[int, Edit] = {}
     for record in sorted(pack.records, key=lambda record: record.role == "superseded"):

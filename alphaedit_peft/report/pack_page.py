@@ -11,9 +11,9 @@ from statistics import median
 from typing import TYPE_CHECKING
 
 from alphaedit_peft.pack.card import PLACE, base_name, loading, loading_code
+from alphaedit_peft.pack.contents import PackContents
+from alphaedit_peft.pack.edit_record import EditRecord
 from alphaedit_peft.pack.parents import parent_in_words, stands_on
-from alphaedit_peft.pack.record import EditRecord
-from alphaedit_peft.pack.value import PackValue
 from alphaedit_peft.report.charts import gauge, line_chart
 from alphaedit_peft.report.layer_sections import (
     RowFigures,
@@ -48,7 +48,7 @@ _USE = """\
 
 
 def pack_page(
-    pack: PackValue, null_space: NullSpace | None = None, *, title: str = "Edit pack"
+    pack: PackContents, null_space: NullSpace | None = None, *, title: str = "Edit pack"
 ) -> str:
     """One HTML page that shows a pack to people; it needs no network and no other file.
 
@@ -75,7 +75,7 @@ def pack_page(
     return page(title, sections, _lead(pack))
 
 
-def _belonging(pack: PackValue, null_space: NullSpace) -> NullSpace:
+def _belonging(pack: PackContents, null_space: NullSpace) -> NullSpace:
     """The null space at the pack's threshold; ValueError where the pack was not made with it."""
     made = pack.null_space
     if made is None or not pack.rows_are_keys:
@@ -95,7 +95,7 @@ def _belonging(pack: PackValue, null_space: NullSpace) -> NullSpace:
     return null_space
 
 
-def _lead(pack: PackValue) -> str:
+def _lead(pack: PackContents) -> str:
     count = len(pack.edits)
     changes = f"changes {count:,} fact{'' if count == 1 else 's'}" if count else "changes nothing"
     return (
@@ -105,7 +105,7 @@ def _lead(pack: PackValue) -> str:
     )
 
 
-def _edits(pack: PackValue, rows: Mapping[str, RowFigures]) -> Markup:
+def _edits(pack: PackContents, rows: Mapping[str, RowFigures]) -> Markup:
     size, dtype = pack.size_bytes, str(pack.dtype).removeprefix("torch.")
     shown = f"{size / 1e6:.1f} MB" if size >= 1e6 else f"{size / 1e3:.0f} kB"
     overview = facts(
@@ -162,7 +162,7 @@ def _within(tag: str, text: str) -> Markup:
     return Markup(f"<{tag}>{escaped(text)}</{tag}>")
 
 
-def _taking(pack: PackValue) -> Markup:
+def _taking(pack: PackContents) -> Markup:
     own = [record for record in pack.records if record.role == "own"]
     series, sentences = {}, []
     for name in ("before", "after"):
@@ -184,7 +184,7 @@ def _taking(pack: PackValue) -> Markup:
     return Markup(paragraph(text) + side_by_side([chart]))
 
 
-def _origin(pack: PackValue) -> Markup:
+def _origin(pack: PackContents) -> Markup:
     pairs: list[tuple[str, object]] = [("Base model", base_name(pack))]
     if pack.base is not None:
         shape = ", ".join(f"{name} {value}" for name, value in sorted(pack.base.shape.items()))
@@ -212,7 +212,7 @@ def _origin(pack: PackValue) -> Markup:
     return Markup(table(["what", "value"], pairs) + listed + "".join(folded))
 
 
-def _use(pack: PackValue) -> Markup:
+def _use(pack: PackContents) -> Markup:
     below = stands_on(pack.parents)
     more = "to look at the edits" if pack.mixed else "to go on editing, take edits back, merge"
     start = loading_code(pack.config.base_model_name_or_path)

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from alphaedit_peft.evaluation.metrics import METRICS, PERCENT
-from alphaedit_peft.evaluation.scores import Estimate, estimates_to_json
+from alphaedit_peft.evaluation.summary import Estimate, estimates_to_json
 from alphaedit_peft.report.charts import COLOURS, course_chart, interval_bars, with_half
 from alphaedit_peft.report.page import Markup, Section, page, paragraph, side_by_side, table
 from alphaedit_peft.tables import Table, plain

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from alphaedit_peft import hooks, tokens
+from alphaedit_peft.log_probs import Reader
 from alphaedit_peft.report.charts import scatter_chart
 from alphaedit_peft.report.page import Markup, Section, paragraph, side_by_side, table
-from alphaedit_peft.scoring import Reader
 from alphaedit_peft.tables import Table
 
 if TYPE_CHECKING:

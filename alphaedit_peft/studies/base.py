@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from alphaedit_peft import artefact
+from alphaedit_peft import safe_files
 from alphaedit_peft.config import AlphaEditConfig
 from alphaedit_peft.evaluation import Judging, Scores, Suite, evaluate
 from alphaedit_peft.fingerprint import fingerprint
@@ -137,7 +137,7 @@ def judged_before(study: Study, folder: Path) -> Scores:
 def versions() -> dict[str, str]:
     """Of this package, of the libraries that numbers depend on, and of Python."""
     more = {"peft": version("peft"), "numpy": version("numpy")}
-    return artefact.versions() | more | {"python": platform.python_version()}
+    return safe_files.versions() | more | {"python": platform.python_version()}
 
 
 def dtype_name(dtype: torch.dtype) -> str:

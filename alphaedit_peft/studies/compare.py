@@ -16,8 +16,8 @@ from typing import Any
 
 from alphaedit_peft.evaluation import Scores
 from alphaedit_peft.evaluation.metrics import METRICS, PERCENT
-from alphaedit_peft.evaluation.scores import Estimate
-from alphaedit_peft.metric import kind
+from alphaedit_peft.evaluation.summary import Estimate
+from alphaedit_peft.solve_metric import kind
 from alphaedit_peft.studies.base import Progress, Study, judged_before
 from alphaedit_peft.studies.methods import Method, opened
 from alphaedit_peft.studies.protocols import Run, Schedule, sequential

@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerBase
 from alphaedit_peft import hooks, tokens
 from alphaedit_peft.config import AlphaEditConfig
 from alphaedit_peft.edits import Edit
-from alphaedit_peft.evaluation.scores import Estimate, bootstrap
+from alphaedit_peft.evaluation.summary import Estimate, bootstrap
 from alphaedit_peft.studies.base import Progress
 from alphaedit_peft.studies.tracing import MLP, STATES, Row, Run, Tracer
 

@@ -20,7 +20,7 @@ from typing import Any
 
 from alphaedit_peft.evaluation import Case, CaseScores, Scores
 from alphaedit_peft.evaluation.results import JsonLines
-from alphaedit_peft.evaluation.scores import Estimate, gather
+from alphaedit_peft.evaluation.summary import Estimate, gather
 from alphaedit_peft.studies.base import Progress, Study, judged_before
 from alphaedit_peft.studies.methods import Editor, Method, opened
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from alphaedit_peft import hooks, tokens
 from alphaedit_peft.architecture import Architecture
 from alphaedit_peft.devices import computes_on
-from alphaedit_peft.scoring import log_probs_at
+from alphaedit_peft.log_probs import log_probs_at
 
 HIDDEN, MLP = "hidden", "mlp"
 STATES = (HIDDEN, MLP)

@@ -19,7 +19,7 @@ import numpy as np
 from alphaedit_peft.architecture import default_rewrite_layers
 from alphaedit_peft.config import AlphaEditConfig
 from alphaedit_peft.evaluation import Judging, Reader, Scores, Suite, evaluate, text_divergence
-from alphaedit_peft.evaluation.scores import SCORED, Estimate, Values, bootstrap, harmonic
+from alphaedit_peft.evaluation.summary import SCORED, Estimate, Values, bootstrap, harmonic
 from alphaedit_peft.model import AlphaEditModel, get_alphaedit_model
 from alphaedit_peft.settings import PRESETS
 from alphaedit_peft.studies.base import Base, Progress

@@ -27,7 +27,7 @@ def shown(embedded_model, tmp_path_factory):
     """(folder, findings) of the demonstration: null space, pack, and what was measured."""
     import warnings
 
-    from alphaedit_peft.cli.demonstrate import demonstrate
+    from alphaedit_peft.cli.demo_run import demonstrate
 
     folder = tmp_path_factory.mktemp("demo")
     with warnings.catch_warnings():

@@ -166,7 +166,7 @@ def test_inspect_shows_a_pack_without_a_model(pack, run, run_json):
 
 
 def test_inspect_lists_all_edits_when_asked(pack, run, monkeypatch):
-    monkeypatch.setattr("alphaedit_peft.cli.pack_commands.LISTED", 4)
+    monkeypatch.setattr("alphaedit_peft.cli.inspect_merge_commands.LISTED", 4)
     assert "... and 6 more; --all lists them." in run("inspect", pack).stdout
     assert "more; --all" not in run("inspect", pack, "--all").stdout
 

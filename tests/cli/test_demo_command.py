@@ -6,8 +6,8 @@ from dataclasses import replace
 import pytest
 
 from alphaedit_peft import EditPack, NullSpace, read_edits
-from alphaedit_peft.cli import demonstrate
-from alphaedit_peft.cli.demonstrate import KINDS, Answer
+from alphaedit_peft.cli import demo_run
+from alphaedit_peft.cli.demo_run import KINDS, Answer
 
 
 @pytest.fixture
@@ -20,7 +20,7 @@ def demo(run, monkeypatch, findings):
     """Run the command on findings that were made before, or on changed ones."""
 
     def runs(*words, found=findings, code=0):
-        monkeypatch.setattr(demonstrate, "demonstrate", lambda folder, tell: found)
+        monkeypatch.setattr(demo_run, "demonstrate", lambda folder, tell: found)
         return run("demo", *words, code=code)
 
     return runs
@@ -44,7 +44,7 @@ def test_the_base_knows_the_facts_and_the_edits_change_some(findings):
 
 
 def test_the_exam_asks_about_ten_people_and_all_relations():
-    edits, questions = demonstrate.exam()
+    edits, questions = demo_run.exam()
     assert len({edit.subject for edit in edits}) == 10
     counts = {kind: sum(q.kind == kind for q in questions) for kind in KINDS}
     assert counts == {"edit": 10, "paraphrase": 20, "same subject": 50, "bystander": 100}

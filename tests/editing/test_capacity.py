@@ -17,7 +17,7 @@ from alphaedit_peft.editing.capacity import (
     pack_capacity,
     prompt_drift,
 )
-from alphaedit_peft.scoring import Reader
+from alphaedit_peft.log_probs import Reader
 from tests.conftest import tiny_model
 from tests.editing.test_batch import EDITS, settings
 

@@ -16,8 +16,8 @@ from alphaedit_peft.editing.groups import Group
 from alphaedit_peft.editing.keys import take_keys
 from alphaedit_peft.editing.memory import estimate, within_budget
 from alphaedit_peft.editing.targets import optimise_targets, search
-from alphaedit_peft.metric import Projector
 from alphaedit_peft.settings import byte_count, bytes_in_words
+from alphaedit_peft.solve_metric import Projector
 from tests.conftest import tiny_model
 from tests.editing.test_batch import EDITS, runner_for, settings
 

@@ -7,7 +7,7 @@ import time
 import pytest
 
 from alphaedit_peft import NullSpace, get_alphaedit_model
-from alphaedit_peft.editing.report import in_words
+from alphaedit_peft.editing.edit_report import in_words
 from alphaedit_peft.editing.runner import PHASES, Phases
 from tests.conftest import tiny_model
 from tests.editing.test_batch import EDITS, settings

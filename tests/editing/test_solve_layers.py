@@ -8,12 +8,12 @@ import torch
 from alphaedit_peft import Edit, NullSpace, get_alphaedit_model
 from alphaedit_peft.editing.batch import score as score_of
 from alphaedit_peft.editing.batch import score_after, why_not
-from alphaedit_peft.editing.report import EditReport, EditResult
+from alphaedit_peft.editing.edit_report import EditReport, EditResult
 from alphaedit_peft.editing.solve_layers import SolvedLayers, _parts
 from alphaedit_peft.editing.targets import Targets
-from alphaedit_peft.metric import Moment, Projector
 from alphaedit_peft.nullspace import KeyMoments
 from alphaedit_peft.settings import PRESETS, Settings
+from alphaedit_peft.solve_metric import Moment, Projector
 from tests import oracle
 from tests.conftest import tiny_model
 from tests.editing.targets.test_search import easy_edits

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from alphaedit_peft.evaluation.generate import Sampling, greedy, sampled
-from alphaedit_peft.scoring import Reader
+from alphaedit_peft.log_probs import Reader
 from tests.conftest import tiny_model
 from tests.evaluation.models import Uniform
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from alphaedit_peft.evaluation import metrics
-from alphaedit_peft.evaluation.scores import harmonic
-from alphaedit_peft.scoring import Reading
+from alphaedit_peft.evaluation.summary import harmonic
+from alphaedit_peft.log_probs import Reading
 
 
 def reading(*probabilities: float, top: tuple[int, ...] | None = None) -> Reading:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from alphaedit_peft import AlphaEditConfig, AlphaEditModel, EditPack, NullSpace, get_alphaedit_model
-from alphaedit_peft.editing.decide import keys_around
+from alphaedit_peft.editing.auto_settings import keys_around
 from alphaedit_peft.nullspace import KeyMoments
 from alphaedit_peft.nullspace.threshold import least_disturbing
 from tests.conftest import tiny_model

@@ -5,9 +5,9 @@ import json
 import pytest
 import torch
 
-from alphaedit_peft import artefact
-from alphaedit_peft.artefact import read_artefact, write_artefact
+from alphaedit_peft import safe_files
 from alphaedit_peft.nullspace import NullSpace
+from alphaedit_peft.safe_files import read_artefact, write_artefact
 
 
 @pytest.fixture
@@ -42,7 +42,7 @@ def test_a_missing_or_damaged_file(saved, end):
     ],
 )
 def test_a_file_over_its_limit_is_refused(saved, monkeypatch, limit, message):
-    monkeypatch.setattr(artefact, limit, 7)
+    monkeypatch.setattr(safe_files, limit, 7)
     with pytest.raises(ValueError, match=message):
         read_artefact(saved, "thing", {"size": int})
 

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from alphaedit_peft.algebra import LowRankDelta, relative_error, singular_values, truncated
 from alphaedit_peft.pack import EditPack, PackError
-from alphaedit_peft.pack.value import Compression, require_rows
+from alphaedit_peft.pack.contents import Compression, require_rows
 
 
 @pytest.fixture

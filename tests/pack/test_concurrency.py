@@ -101,6 +101,6 @@ def test_writers_beside_each_other_take_turns(new_pack, tmp_path):
 
 def test_a_folder_that_never_rests(saved, monkeypatch):
     stamps = iter(range(1000))
-    monkeypatch.setattr("alphaedit_peft.artefact._stamp", lambda folder: next(stamps))
+    monkeypatch.setattr("alphaedit_peft.safe_files._stamp", lambda folder: next(stamps))
     with pytest.raises(PackError, match=r"changed 20 times while it was read"):
         EditPack.from_pretrained(saved)

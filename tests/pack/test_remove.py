@@ -13,7 +13,7 @@ from alphaedit_peft.algebra import LowRankDelta
 from alphaedit_peft.config import AlphaEditConfig
 from alphaedit_peft.edits import Edit
 from alphaedit_peft.pack import EditPack, EditRecord
-from alphaedit_peft.pack.record import few
+from alphaedit_peft.pack.edit_record import few
 from tests.conftest import tiny_model
 
 KEPT = [0, 1, 3]

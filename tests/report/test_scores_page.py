@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 
-from alphaedit_peft.evaluation.scores import Estimate
+from alphaedit_peft.evaluation.summary import Estimate
 from alphaedit_peft.report import (
     Finding,
     last_states,

@@ -9,7 +9,7 @@ import pytest
 
 from alphaedit_peft import AlphaEditConfig, NullSpace, embedded
 from alphaedit_peft.evaluation import embedded_suite
-from alphaedit_peft.evaluation.scores import Estimate
+from alphaedit_peft.evaluation.summary import Estimate
 from alphaedit_peft.studies import METHODS, Base, Schedule, Study, compare, find_methods
 from alphaedit_peft.studies.compare import over_seeds, shown
 

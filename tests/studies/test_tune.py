@@ -9,7 +9,7 @@ import torch
 
 from alphaedit_peft.architecture import default_rewrite_layers
 from alphaedit_peft.evaluation import CaseScores, Scores
-from alphaedit_peft.evaluation.scores import Estimate
+from alphaedit_peft.evaluation.summary import Estimate
 from alphaedit_peft.studies.tune import (
     Grid,
     Setting,

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from alphaedit_peft import hooks
-from alphaedit_peft.editing.prefixes import (
+from alphaedit_peft.editing.runner import Runner, at_least_float32
+from alphaedit_peft.editing.shared_prefixes import (
     Pair,
     PrefixCache,
     aligned,
@@ -28,7 +29,6 @@ from alphaedit_peft.editing.prefixes import (
     recording,
     take,
 )
-from alphaedit_peft.editing.runner import Runner, at_least_float32
 from alphaedit_peft.editing.targets.autocast import Autocast
 from alphaedit_peft.tokens import by_length, padded
 

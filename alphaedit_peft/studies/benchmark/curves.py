@@ -16,14 +16,14 @@ import torch
 from torch import Tensor
 
 from alphaedit_peft.algebra import LowRankDelta
+from alphaedit_peft.cholesky import KeptFactor
 from alphaedit_peft.editing.solve_layers import Solved, solve_layer
 from alphaedit_peft.editing.state import EditState
 from alphaedit_peft.edits import Edit
-from alphaedit_peft.factor import KeptFactor
-from alphaedit_peft.metric import Projector
 from alphaedit_peft.nullspace import NullSpace
 from alphaedit_peft.pack import EditRecord
 from alphaedit_peft.settings import EditOptions
+from alphaedit_peft.solve_metric import Projector
 from alphaedit_peft.studies.base import Progress
 from alphaedit_peft.studies.benchmark import subject
 from alphaedit_peft.studies.benchmark.machine import PeakMemory, describe_machine, timed

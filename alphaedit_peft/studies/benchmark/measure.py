@@ -24,13 +24,13 @@ from alphaedit_peft.algebra import LowRankDelta
 from alphaedit_peft.config import AlphaEditConfig
 from alphaedit_peft.devices import held
 from alphaedit_peft.editing.batch import edit_batch
-from alphaedit_peft.editing.report import EditReport
+from alphaedit_peft.editing.edit_report import EditReport
 from alphaedit_peft.editing.runner import PHASES, Phases
 from alphaedit_peft.edits import Edit
-from alphaedit_peft.metric import kind
 from alphaedit_peft.model import AlphaEditModel, get_alphaedit_model
 from alphaedit_peft.model.adapter import adapter_of
 from alphaedit_peft.model.prepare import running
+from alphaedit_peft.solve_metric import kind
 from alphaedit_peft.studies.base import Progress, dtype_name
 from alphaedit_peft.studies.benchmark import machine
 from alphaedit_peft.studies.benchmark.plain import PlainModel

@@ -10,7 +10,7 @@ import torch
 from alphaedit_peft import AlphaEditConfig, tokens
 from alphaedit_peft.editing.batch import score as run_score
 from alphaedit_peft.editing.runner import Runner
-from alphaedit_peft.scoring import Reader, score
+from alphaedit_peft.log_probs import Reader, score
 from tests.conftest import tiny_model
 from tests.evaluation.models import Constant, Says, Uniform
 

@@ -1,8 +1,8 @@
 """A pack as a value: what its fields mean, whether they fit each other, and what follows from them.
 
 In: factors by module (Delta = B A, one row of A for each key), records, target values z, and where
-they come from. Out: a frozen :class:`PackValue`, which nothing here reads or writes: its folder is
-``files``' work, and each thing that is done to packs has a module of its own.
+they come from. Out: a frozen :class:`PackContents`, which nothing here reads or writes: its folder
+is ``files``' work, and each thing that is done to packs has a module of its own.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor
 
-from alphaedit_peft import artefact, metric
+from alphaedit_peft import safe_files, solve_metric
 from alphaedit_peft.algebra import LowRankDelta
 from alphaedit_peft.edits import Edit
 from alphaedit_peft.fingerprint import BaseFingerprint
 from alphaedit_peft.pack import format
+from alphaedit_peft.pack.edit_record import EditRecord
 from alphaedit_peft.pack.format import ADAPTER_MODEL, EDITS, TARGETS, Factors, tensor_bytes
-from alphaedit_peft.pack.record import EditRecord
 from alphaedit_peft.settings import EditOptions
 
 DTYPE_NAMES = {str(dtype).removeprefix("torch."): dtype for dtype in format.DTYPES}
@@ -87,7 +87,7 @@ class Compression:
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class PackValue:
+class PackContents:
     """The fields of a pack, as :class:`~alphaedit_peft.pack.EditPack` describes them.
 
     ``dataclasses.replace`` and the functions of this package keep the class they are given.
@@ -102,7 +102,7 @@ class PackValue:
     fan_in_fan_out: bool = False
     base: BaseFingerprint | None = None
     null_space: dict[str, Any] | None = None
-    versions: dict[str, Any] = field(default_factory=partial(artefact.versions, "peft"))
+    versions: dict[str, Any] = field(default_factory=partial(safe_files.versions, "peft"))
     parents: tuple[dict[str, Any], ...] = ()
     compression: Compression | None = None
     decisions: tuple[dict[str, str], ...] = ()
@@ -157,7 +157,7 @@ class PackValue:
     @property
     def rows_are_keys(self) -> bool:
         """Whether the edits were made with rows of A that are their projected keys."""
-        return metric.kind(self.config.objective).rows_are_keys
+        return solve_metric.kind(self.config.objective).rows_are_keys
 
     @property
     def mixed(self) -> bool:
@@ -209,7 +209,7 @@ class PackValue:
         return found.hexdigest()
 
 
-Pack = TypeVar("Pack", bound=PackValue)
+Pack = TypeVar("Pack", bound=PackContents)
 
 
 def require_rows(compression: Compression | None, what: str) -> None:
@@ -222,7 +222,7 @@ def require_rows(compression: Compression | None, what: str) -> None:
         )
 
 
-def require_projected(pack: PackValue, what: str, remedy: str) -> None:
+def require_projected(pack: PackContents, what: str, remedy: str) -> None:
     """Raise a ValueError where rows do not tell what edits put out on their keys, as MEMIT's."""
     if not pack.rows_are_keys:
         raise ValueError(
@@ -231,7 +231,7 @@ def require_projected(pack: PackValue, what: str, remedy: str) -> None:
         )
 
 
-def content_files(pack: PackValue, dtype: torch.dtype) -> dict[str, bytes]:
+def content_files(pack: PackContents, dtype: torch.dtype) -> dict[str, bytes]:
     """The files of the factors, in ``dtype``, the records, and the target values in float32."""
     files = {
         ADAPTER_MODEL: tensor_bytes(pack.state_dict(), ADAPTER_MODEL, dtype),

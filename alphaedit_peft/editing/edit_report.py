@@ -13,12 +13,12 @@ from typing import Any
 from torch import Tensor
 
 from alphaedit_peft.algebra import LowRankDelta
+from alphaedit_peft.cholesky import equal_rows
+from alphaedit_peft.editing.auto_settings import Decision
 from alphaedit_peft.editing.capacity import Capacity
-from alphaedit_peft.editing.decide import Decision
 from alphaedit_peft.edits import Edit
-from alphaedit_peft.factor import equal_rows
-from alphaedit_peft.metric import products_with
 from alphaedit_peft.nullspace.spectrum import LayerSpace, moment_quadratic, moment_times
+from alphaedit_peft.solve_metric import products_with
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from alphaedit_peft.algebra import LowRankDelta
-from alphaedit_peft.editing.report import MomentProducts, layer_report
+from alphaedit_peft.editing.edit_report import MomentProducts, layer_report
 from alphaedit_peft.nullspace import KeyMoments, NullSpace
 from alphaedit_peft.nullspace.spectrum import moment_quadratic
 

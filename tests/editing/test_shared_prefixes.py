@@ -8,7 +8,7 @@ import torch
 from alphaedit_peft import hooks, tokens
 from alphaedit_peft.editing.groups import Group
 from alphaedit_peft.editing.keys import take_keys
-from alphaedit_peft.editing.prefixes import cut_rows, shared_prefixes
+from alphaedit_peft.editing.shared_prefixes import cut_rows, shared_prefixes
 from alphaedit_peft.editing.targets import optimise_targets
 from alphaedit_peft.editing.targets.autocast import Autocast
 from alphaedit_peft.editing.targets.continuation import FromSubject

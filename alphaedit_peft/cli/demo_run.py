@@ -28,7 +28,7 @@ from alphaedit_peft import (
     write_edits,
 )
 from alphaedit_peft.evaluation.generate import greedy
-from alphaedit_peft.scoring import Reader, score
+from alphaedit_peft.log_probs import Reader, score
 
 EDITS = 10
 TEXTS = 2500

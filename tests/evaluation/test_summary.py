@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from alphaedit_peft.evaluation.scores import bootstrap
+from alphaedit_peft.evaluation.summary import bootstrap
 
 
 def test_equal_values_leave_no_doubt():

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from alphaedit_peft import algebra
-from alphaedit_peft.factor import PART, KeptFactor
+from alphaedit_peft.cholesky import PART, KeptFactor
 
 D_IN, D_OUT = 40, 7
 SIZES = (4, 3, 5, 2, 6)

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from alphaedit_peft import AlphaEditConfig, Edit, NullSpace
-from alphaedit_peft.editing.decide import PROBED, decisions, keys_around, movable
-from alphaedit_peft.metric import make_metric
+from alphaedit_peft.editing.auto_settings import PROBED, decisions, keys_around, movable
 from alphaedit_peft.nullspace import KeyMoments
 from alphaedit_peft.nullspace.spectrum import LayerSpace
+from alphaedit_peft.solve_metric import make_metric
 from tests import oracle
 from tests.conftest import tiny_model
 from tests.editing.test_batch import CONTEXTS, EDITS, key_moment, runner_for

@@ -13,13 +13,13 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
-from alphaedit_peft import artefact
+from alphaedit_peft import safe_files
 from alphaedit_peft.nullspace import KeyMoments, NullSpace
 
 KILLED_BETWEEN = """
 import os, signal, sys
 from pathlib import Path
-from alphaedit_peft.artefact import replace_folder
+from alphaedit_peft.safe_files import replace_folder
 
 def killing(path):
     assert (path.parent / "a").exists()
@@ -65,9 +65,9 @@ def save_and_kill(folder):
 torch.set_num_threads(1)
 random.seed(0)
 pairs = [made(30), made(60)]
-known = {artefact.digest() for pair in pairs for artefact in pair}
+known = {safe_files.digest() for pair in pairs for artefact in pair}
 save_and_kill(Path(sys.argv[1]) / "exchange" / "ns")
-artefact._exchange = lambda one, other: False
+safe_files._exchange = lambda one, other: False
 save_and_kill(Path(sys.argv[1]) / "renames" / "ns")
 print("whole")
 """
@@ -85,12 +85,12 @@ def run(code: str, *words: object) -> subprocess.CompletedProcess[str]:
 @pytest.mark.skipif(os.name == "nt", reason="needs SIGKILL")
 def test_killed_between_two_files_leaves_the_old_folder(tmp_path):
     folder = tmp_path / "ns"
-    artefact.replace_folder(folder, {"a": b"old", "b": b"old"})
+    safe_files.replace_folder(folder, {"a": b"old", "b": b"old"})
     done = run(KILLED_BETWEEN, folder)
     assert done.returncode == -9, done.stderr
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == {"a": b"old", "b": b"old"}
     assert len(list(tmp_path.iterdir())) == 2
-    artefact.replace_folder(folder, {"a": b"new", "b": b"new"})
+    safe_files.replace_folder(folder, {"a": b"new", "b": b"new"})
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == {"a": b"new", "b": b"new"}
     assert [path.name for path in tmp_path.iterdir()] == ["ns"]
 
@@ -111,7 +111,7 @@ def test_a_failed_write_of_either_file_leaves_both_old_ones(tmp_path, monkeypatc
         raise SafetensorError("I/O error: No space left on device (os error 28)")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(artefact, "save_file", full)
+        patch.setattr(safe_files, "save_file", full)
         with pytest.raises(OSError, match=r"saving .*ns failed: I/O error: No space .*untouched"):
             moments_of(5).save_pretrained(folder)
     written = Path.write_bytes

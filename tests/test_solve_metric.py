@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from alphaedit_peft import algebra
-from alphaedit_peft.metric import COLUMNS_AT_ONCE, Metric, Moment, Projector
 from alphaedit_peft.nullspace import KeyMoments, NullSpace
+from alphaedit_peft.solve_metric import COLUMNS_AT_ONCE, Metric, Moment, Projector
 
 SIZES = (3, 17, 1, 64, 2)
 

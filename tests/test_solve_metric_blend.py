@@ -14,12 +14,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from alphaedit_peft import AlphaEditModel, Edit, get_alphaedit_model, metric
+from alphaedit_peft import AlphaEditModel, Edit, get_alphaedit_model, solve_metric
 from alphaedit_peft.editing.keys import take_keys
 from alphaedit_peft.editing.runner import Runner
-from alphaedit_peft.metric import Given, Metric, products
 from alphaedit_peft.nullspace import KeyMoments, NullSpace
 from alphaedit_peft.settings import EditOptions, Settings
+from alphaedit_peft.solve_metric import Given, Metric, products
 from tests import oracle
 from tests.conftest import tiny_model
 from tests.editing.test_batch import CONTEXTS, EDITS, key_moment, settings
@@ -79,7 +79,7 @@ class Blend(Metric):
 
 @pytest.fixture(autouse=True)
 def registered(monkeypatch):
-    monkeypatch.setitem(metric.KINDS, "blend", Blend)
+    monkeypatch.setitem(solve_metric.KINDS, "blend", Blend)
 
 
 def space() -> NullSpace:

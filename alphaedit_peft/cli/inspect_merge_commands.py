@@ -17,7 +17,7 @@ from alphaedit_peft.cli import arguments, nullspace_commands, printing
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from alphaedit_peft.pack.value import PackValue
+    from alphaedit_peft.pack.contents import PackContents
 
 
 LISTED = 20
@@ -165,7 +165,7 @@ def rollback(  # noqa: PLR0913
     )
 
 
-def _describe(pack: PackValue) -> dict[str, Any]:
+def _describe(pack: PackContents) -> dict[str, Any]:
     """A pack as plain JSON values."""
     return {
         "rank": pack.rank,
@@ -186,7 +186,7 @@ def _describe(pack: PackValue) -> dict[str, Any]:
     }
 
 
-def _edit_table(pack: PackValue, listed: int | None) -> Table:
+def _edit_table(pack: PackContents, listed: int | None) -> Table:
     rows = [
         (
             record.edit.id,

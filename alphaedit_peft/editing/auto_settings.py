@@ -19,10 +19,10 @@ from alphaedit_peft.architecture import paper_preset
 from alphaedit_peft.editing.keys import keys_by_layer
 from alphaedit_peft.editing.prompts import EditRows, TokenRow
 from alphaedit_peft.editing.runner import Runner
-from alphaedit_peft.metric import Metric, kind
 from alphaedit_peft.nullspace import NullSpace
 from alphaedit_peft.nullspace.threshold import KeysAround
 from alphaedit_peft.settings import PRESETS, EditOptions
+from alphaedit_peft.solve_metric import Metric, kind
 
 PROBED = 32  # edits whose prompts are looked at, of a batch
 

@@ -26,10 +26,10 @@ from safetensors import safe_open
 from torch import Tensor
 
 from alphaedit_peft.architecture import describe
-from alphaedit_peft.artefact import versions
 from alphaedit_peft.fingerprint import BaseFingerprint, bare_model, fingerprint
 from alphaedit_peft.nullspace.space import KeyMoments, NullSpace
 from alphaedit_peft.nullspace.spectrum import PROJECTOR, LayerSpace
+from alphaedit_peft.safe_files import versions
 from alphaedit_peft.settings import EditOptions
 
 MAX_WIDTH = 65_536  # of a matrix that is read; 17 GB in float32
