@@ -25,7 +25,7 @@ from alphaedit_peft import AlphaEditConfig, NullSpace, embedded, get_alphaedit_m
 from alphaedit_peft.embedded.world import World
 from alphaedit_peft.evaluation import embedded_suite
 from alphaedit_peft.evaluation.drift import text_divergence, text_perplexity
-from alphaedit_peft.scoring import Reader
+from alphaedit_peft.log_probs import Reader
 
 TEXTS, SAMPLE, FADED, BROKEN = 50, 200, 0.9, 0.5
 SHOWN = ("all", "oldest", "newest", "unedited", "used")
