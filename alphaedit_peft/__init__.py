@@ -36,7 +36,7 @@ _HOMES = {
     "AlphaEditModel": "model",
     "Edit": "edits",
     "EditPack": "pack",
-    "EditReport": "editing.report",
+    "EditReport": "editing.edit_report",
     "KeyMoments": "nullspace",
     "NullSpace": "nullspace",
     "PackError": "pack",

@@ -32,7 +32,7 @@ KILLED_ANYWHERE = """
 import os, random, signal, sys, time
 from pathlib import Path
 import torch
-from alphaedit_peft import artefact
+from alphaedit_peft import safe_files
 from alphaedit_peft.nullspace import KeyMoments, NullSpace
 
 def made(width):
@@ -65,7 +65,7 @@ def save_and_kill(folder):
 torch.set_num_threads(1)
 random.seed(0)
 pairs = [made(30), made(60)]
-known = {safe_files.digest() for pair in pairs for artefact in pair}
+known = {value.digest() for pair in pairs for value in pair}
 save_and_kill(Path(sys.argv[1]) / "exchange" / "ns")
 safe_files._exchange = lambda one, other: False
 save_and_kill(Path(sys.argv[1]) / "renames" / "ns")

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 __all__ = ["EditPack", "EditRecord", "PackError", "read_plain_lora"]
 _HOMES = {
     "EditPack": "pack",
-    "EditRecord": "record",
+    "EditRecord": "edit_record",
     "PackError": "format",
     "read_plain_lora": "format",
 }

@@ -18,7 +18,7 @@ from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 import torch
 from conftest import make_pack
-from alphaedit_peft import artefact
+from alphaedit_peft import safe_files
 from alphaedit_peft.pack import EditPack
 
 def save_and_kill(folder):
@@ -44,7 +44,7 @@ random.seed(0)
 packs = [make_pack(rows=3), make_pack(rows=40, seed=1, targets=None)]
 known = {pack.digest() for pack in packs}
 save_and_kill(Path(sys.argv[2]) / "exchange" / "pack")
-artefact._exchange = lambda one, other: False
+safe_files._exchange = lambda one, other: False
 save_and_kill(Path(sys.argv[2]) / "renames" / "pack")
 print("whole")
 """
