@@ -156,7 +156,7 @@ class EditOptions:
                 require_one_of(name, getattr(self, name), choices)
         if self.rewrite_layers is not None:
             self.rewrite_layers = layer_list(self.rewrite_layers)
-        for name, kind in KINDS.items():
+        for name, kind in TYPES.items():
             if allowed[name] is None and not isinstance(getattr(self, name), kind):
                 raise ValueError(f"{name}={getattr(self, name)!r} must be of type {kind}")
         for name in ("contexts", "anchors"):
@@ -169,7 +169,7 @@ class EditOptions:
             )
         for name, numbers in allowed.items():
             if isinstance(numbers, Range):
-                numbers.check(name, getattr(self, name), whole=not isinstance(0.5, KINDS[name]))
+                numbers.check(name, getattr(self, name), whole=not isinstance(0.5, TYPES[name]))
         byte_count("memory_budget", self.memory_budget)
         for name in ("ridge", "threshold", "learning_rate"):
             mode = getattr(self, f"{name}_mode")
@@ -231,7 +231,7 @@ class Settings(EditOptions):
 
 
 # of each field: bool, str | None, list | None ..., as isinstance takes it
-KINDS: dict[str, Any] = {
+TYPES: dict[str, Any] = {
     name: reduce(or_, [get_origin(part) or part for part in get_args(hint) or [hint]])
     for name, hint in get_type_hints(EditOptions).items()
 }

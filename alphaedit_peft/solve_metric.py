@@ -255,8 +255,8 @@ class Moment(Metric):
         assert given.key_moments is not None, "it was needed"
         if projects(settings) and settings.history:
             raise ValueError(
-                "objective='memit' with projection=True keeps no history: projected rows do not "
-                "tell the keys they came from; set history=False"
+                f"objective={settings.objective!r} with projection=True keeps no history: "
+                "projected rows do not tell the keys they came from; set history=False"
             )
         space = given.null_space if projects(settings) else None
         return cls(given.key_moments, settings.moment_weight, space)

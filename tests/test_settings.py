@@ -10,7 +10,7 @@ from dataclasses import fields, replace
 import pytest
 
 from alphaedit_peft import AlphaEditConfig
-from alphaedit_peft.settings import KINDS, PRESETS, EditOptions, Range, Settings, about
+from alphaedit_peft.settings import TYPES, PRESETS, EditOptions, Range, Settings, about
 from tests.conftest import ROOT, tiny_model
 
 FIELDS = {field.name: field for field in fields(EditOptions)}
@@ -29,7 +29,7 @@ def test_every_field_says_what_it_is_for_and_what_it_may_hold(name):
         for value in values:
             allowed.check(name, value, whole="int" in field.type)
     elif allowed is None:
-        assert all(isinstance(value, KINDS[name]) for value in values)
+        assert all(isinstance(value, TYPES[name]) for value in values)
     else:
         assert name == "memory_budget"
 

@@ -11,7 +11,7 @@ from alphaedit_peft.nullspace import KeyMoments
 from alphaedit_peft.nullspace.threshold import least_disturbing
 from tests.conftest import tiny_model
 from tests.editing.test_batch import EDITS, key_moment, runner_for
-from tests.editing.test_decide import projector, space
+from tests.editing.test_auto_settings import projector, space
 
 AT = {"threshold": 0.02, "threshold_mode": "energy"}
 SEARCH = ["clamp_factor", "learning_rate", "stop_loss"]
