@@ -10,7 +10,7 @@ from dataclasses import fields, replace
 import pytest
 
 from alphaedit_peft import AlphaEditConfig
-from alphaedit_peft.settings import TYPES, PRESETS, EditOptions, Range, Settings, about
+from alphaedit_peft.settings import PRESETS, TYPES, EditOptions, Range, Settings, about
 from tests.conftest import ROOT, tiny_model
 
 FIELDS = {field.name: field for field in fields(EditOptions)}

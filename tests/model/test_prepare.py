@@ -10,8 +10,8 @@ from alphaedit_peft.editing.auto_settings import keys_around
 from alphaedit_peft.nullspace import KeyMoments
 from alphaedit_peft.nullspace.threshold import least_disturbing
 from tests.conftest import tiny_model
-from tests.editing.test_batch import EDITS, key_moment, runner_for
 from tests.editing.test_auto_settings import projector, space
+from tests.editing.test_batch import EDITS, key_moment, runner_for
 
 AT = {"threshold": 0.02, "threshold_mode": "energy"}
 SEARCH = ["clamp_factor", "learning_rate", "stop_loss"]
