@@ -224,6 +224,11 @@ class Settings(EditOptions):
         if left:
             raise ValueError(f"{left} are open; take what AlphaEditConfig.resolve(model) gives")
 
+    def __setattr__(self, name: str, value: object) -> None:
+        if name in vars(self):
+            raise AttributeError(f"{name} is settled; change it in the options and settle them")
+        super().__setattr__(name, value)
+
     @classmethod
     def of(cls, options: EditOptions) -> Settings:
         """A copy of options, which were checked when they were made, once nothing is open."""

@@ -50,6 +50,9 @@ class Metric(ABC):
     decides: ClassVar[tuple[str, ...]] = ()
     """Settings that ``auto`` decides by these statistics, in the order they are told."""
 
+    reads: ClassVar[tuple[str, ...] | None] = None
+    """Settings that it is made anew for, with the statistics'; None: any."""
+
     null_space: NullSpace | None
     """What rows are projected with, where they are."""
 
@@ -122,6 +125,8 @@ class Metric(ABC):
         the null space's, None where there is none.
         """
         names, space = [digest(part) for part in self.statistics], self.null_space
+        if type(self) not in (Projector, Moment):  # on the same statistics, rows are others
+            names.append(type(self).__name__)
         several = hashlib.sha256("".join(names).encode()).hexdigest()[:16]
         return {
             "digest": names[0] if len(names) == 1 else several,
@@ -159,6 +164,7 @@ class Projector(Metric):
 
     rows_are_keys = projected = True
     decides = ("threshold", "ridge")
+    reads = ("history", "ridge", "ridge_mode", "threshold", "threshold_mode")
 
     @classmethod
     def of(cls, settings: Settings, given: Given) -> Metric:
@@ -243,6 +249,8 @@ class Moment(Metric):
     weight: float
     null_space: NullSpace | None = None
     _factors: dict[int, Tensor] = field(default_factory=dict)  # Cholesky, once a layer
+
+    reads = ("history", "moment_weight", "threshold", "threshold_mode")
 
     @classmethod
     def needs(cls, settings: EditOptions) -> tuple[str, ...]:

@@ -4,6 +4,7 @@ Circles of files, a folder's ``__init__`` among them, names that occur twice, an
 at once rather than when it is used.
 """
 
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -37,3 +38,29 @@ def test_values_and_packs_are_imported_without_peft_and_transformers():
     program += "print(sorted({'peft', 'transformers'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", program, *modules], capture_output=True, text=True)
     assert done.stdout == "[]\n", done.stderr
+
+
+def test_each_way_into_a_model_or_a_process_has_one_room():
+    rooms = {
+        r"\.register_\w*hook\(": {"hooks.py"},
+        r"@(lru_)?cache\b|^\s*global \w": set(),
+        r"^(import|from) datasets|\bload_dataset\(": {
+            "nullspace/corpus.py",
+            "evaluation/data/records.py",
+        },
+    }
+    for pattern, allowed in rooms.items():
+        found = {
+            path.relative_to(ROOT / PACKAGE).as_posix()
+            for path in (ROOT / PACKAGE).rglob("*.py")
+            if re.search(pattern, path.read_text(encoding="utf-8"), re.MULTILINE)
+        }
+        assert found <= allowed, pattern
+
+
+def test_importing_the_package_imports_nothing_else_and_says_nothing():
+    program = (
+        f"import sys, {PACKAGE}; print({{'torch', 'transformers', 'peft'}} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("set()\n", "")

@@ -89,3 +89,10 @@ def test_the_docs_table_is_of_these_fields():
     page = runpy.run_path(str(ROOT / "docs" / "figures" / "settings_table.py"))["page"]
     written = (ROOT / "docs" / "settings.md").read_text(encoding="utf-8")
     assert written == page(), "run docs/figures/settings_table.py docs/settings.md"
+
+
+def test_what_is_settled_stays():
+    full, _ = AlphaEditConfig(rewrite_layers=[0]).resolve(tiny_model("llama"))
+    settled = Settings.of(full)
+    with pytest.raises(AttributeError, match="ridge is settled; change it in the options"):
+        settled.ridge = 1.0

@@ -144,7 +144,7 @@ def test_what_is_asked_of_a_metric_is_answered(tokenizer, tmp_path):
     report = model.edit(EDITS, progress=False)
     assert report.capacity.layers[0].room is None  # its rows are no projected keys
     assert report.layers[0].preserved_change is None
-    assert model.resources.provenance()["digest"] == made_with.digest()
+    assert model.resources.provenance()["digest"] != made_with.digest()  # no other metric's rows
     model.save_pretrained(tmp_path)
     pack = model.to_pack()
     with pytest.raises(ValueError, match="objective='blend', whose rows are not projected keys"):
@@ -159,3 +159,21 @@ def test_what_is_asked_of_a_metric_is_answered(tokenizer, tmp_path):
 def test_without_its_statistics_it_says_what_is_missing(tokenizer):
     with pytest.raises(ValueError, match="no null space was given"):
         edited(tokenizer, None).edit(EDITS, progress=False)
+
+
+def test_a_metric_is_made_anew_when_any_setting_changes(tokenizer):
+    model = edited(tokenizer, space())
+    config, base = model.alphaedit_config, model.base_fingerprint
+    first = model.resources.find_metric(config, base)
+    assert model.resources.find_metric(config, base) is first
+    config.kl_factor = 0.5
+    assert model.resources.find_metric(config, base) is not first
+
+
+def test_rows_of_two_metrics_on_one_null_space_do_not_go_together(tokenizer):
+    model = edited(tokenizer, space())
+    model.edit(EDITS[:1], progress=False)
+    model.alphaedit_config.objective = "alphaedit"
+    with pytest.raises(ValueError, match="rows of two projectors do not go together"):
+        model.edit(EDITS[1:], progress=False)
+    assert model.edits == EDITS[:1]

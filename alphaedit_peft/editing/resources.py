@@ -18,10 +18,7 @@ from alphaedit_peft.nullspace import KeyMoments, NullSpace
 from alphaedit_peft.settings import EditOptions, Settings
 from alphaedit_peft.solve_metric import Metric, Statistics, kind, make_metric
 
-RELEVANT = (  # the settings that a metric depends on
-    *("objective", "projection", "history", "moment_weight", "null_space"),
-    *("ridge", "ridge_mode", "threshold", "threshold_mode"),
-)
+READ_BY_ALL = ("objective", "rewrite_layers", "projection", "null_space")
 
 
 @dataclass
@@ -98,9 +95,10 @@ class Resources:
 
     def _ingredients(self, settings: EditOptions, base: BaseFingerprint) -> tuple[object, ...]:
         """What the metric is made of; statistics compare by identity."""
-        chosen = (getattr(settings, name) for name in RELEVANT)
-        layers = tuple(settings.rewrite_layers or ())
-        return (self.null_space, self.key_moments, base, layers, *chosen)
+        said = settings.to_json()
+        read = kind(settings.objective).reads
+        chosen = said if read is None else {name: said[name] for name in (*READ_BY_ALL, *read)}
+        return (self.null_space, self.key_moments, base, repr(chosen))
 
 
 def _check_moments(moments: KeyMoments, base: BaseFingerprint, layers: list[int]) -> None:

@@ -93,9 +93,8 @@ class Runner:
 
     def within(self, tokens_per_batch: int, target_tokens: int) -> Runner:
         """The same with other bounds, on a forward pass and on what is optimised at once."""
-        settings = Settings.of(self.settings)
-        settings.tokens_per_batch, settings.target_tokens = tokens_per_batch, target_tokens
-        return replace(self, settings=settings)
+        bounds = {"tokens_per_batch": tokens_per_batch, "target_tokens": target_tokens}
+        return replace(self, settings=Settings(**{**vars(self.settings), **bounds}))
 
     @property
     def renderer(self) -> Renderer:

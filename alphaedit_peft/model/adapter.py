@@ -56,7 +56,7 @@ class Adapter:
     snapshots: list[Snapshot] = field(default_factory=list)
     kept: Mapping[int, KeptFactor] = field(default_factory=dict)
     moment_products: Mapping[int, MomentProducts] = field(default_factory=dict)
-    stamp: tuple[int, ...] = ()
+    stamp: tuple[int, ...] = field(init=False)
 
     def __post_init__(self) -> None:
         self.source = self.source or self.name
@@ -216,15 +216,15 @@ def require_editable(model: EditedModel, adapter: Adapter) -> None:
     """Refuse to edit where it cannot be done now.
 
     Raises:
-        RuntimeError: factors that something else has changed, inference mode, a merged or a
-            disabled adapter.
+        RuntimeError: factors that something else has changed, an unloaded model, inference mode,
+            a merged or a disabled adapter.
         ValueError: a pack that was compressed to a lower rank.
     """
     adapter.known_journal()
     require_rows(adapter.compression, "edit it or take edits out of it")
     if torch.is_inference_mode_enabled():
         raise RuntimeError("torch.inference_mode() is on; edit outside of it, or in no_grad()")
-    layers = lora_layer.lora_layers(model.get_base_model()).values()
+    layers = lora_layer.require_layers(model.get_base_model()).values()
     if any(layer.merged for layer in layers):
         raise RuntimeError("the edits are merged into the base weights; call unmerge() first")
     if any(layer.disable_adapters for layer in layers):

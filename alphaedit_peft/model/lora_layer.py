@@ -165,6 +165,21 @@ def lora_layers(model: nn.Module) -> dict[str, Any]:
     return {n: m for n, m in model.named_modules() if isinstance(m, lora.LoraLayer)}
 
 
+def require_layers(model: nn.Module) -> dict[str, Any]:
+    """As ``lora_layers``, of a model that has some.
+
+    Raises:
+        RuntimeError: it has been unloaded.
+    """
+    found = lora_layers(model)
+    if not found:
+        raise RuntimeError(
+            "this model was unloaded, so it has no adapter any more; wrap its base again with "
+            "get_alphaedit_model, or with AlphaEditModel.from_pretrained and a pack"
+        )
+    return found
+
+
 def read_factors(layer: Any, adapter: str, rank: int) -> LowRankDelta:
     """The first ``rank`` rows of the factors; none where one zero row stands for no edit."""
     A, B = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight

@@ -19,6 +19,7 @@ from alphaedit_peft.model.lora_layer import (
     lora_layers,
     make_exact,
     refuse_merge,
+    require_layers,
     require_plain,
 )
 
@@ -88,7 +89,7 @@ def disabled(model: Any) -> Iterator[None]:
 
 def _require_mergeable(model: Any, adapters: Sequence[str]) -> None:
     make_exact(model)
-    for layer in lora_layers(model).values():
+    for layer in require_layers(model).values():
         if isinstance(layer, ExactLinear):
             require_plain(layer, adapters)
         else:

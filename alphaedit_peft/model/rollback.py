@@ -32,7 +32,7 @@ def loaded_or_not(model: EditedModel, adapter_name: str) -> Iterator[None]:
     base = model.get_base_model()
     before = lora_layer.remembered(base, adapter_name)
     config: Any = model.peft_config.get(adapter_name)
-    rank = None if config is None else config.r
+    rank, known = None if config is None else config.r, model.edit_adapters.get(adapter_name)
     try:
         yield
     except BaseException:
@@ -41,6 +41,8 @@ def loaded_or_not(model: EditedModel, adapter_name: str) -> Iterator[None]:
         if config is not None:
             model.peft_config[adapter_name] = config
             config.r = rank
+        if known is not None:
+            model.edit_adapters[adapter_name] = known
         raise
 
 

@@ -44,13 +44,13 @@ def test_sizes_that_cannot_be(value):
         AlphaEditConfig(memory_budget=value)
 
 
-def bench_and_edits(tokenizer, **changes):
+def runner_and_edits(tokenizer, **changes):
     runner = runner_for(tiny_model("gpt2"), tokenizer, settings(**changes))
     return runner, [runner.renderer.edit_rows(edit, runner.contexts) for edit in EDITS]
 
 
 def test_without_a_budget_the_config_decides(tokenizer):
-    runner, edits = bench_and_edits(tokenizer, tokens_per_batch=77, target_tokens=33)
+    runner, edits = runner_and_edits(tokenizer, tokens_per_batch=77, target_tokens=33)
     found = within_budget(runner, OBJECTIVE, edits, 100, 0)
     assert (found.settings.tokens_per_batch, found.settings.target_tokens) == (77, 33)
 
@@ -58,7 +58,7 @@ def test_without_a_budget_the_config_decides(tokenizer):
 def test_chunks_grow_with_the_budget_and_keep_to_it(tokenizer):
     sizes = []
     for budget in ("3MiB", "6MiB", "1GiB"):
-        runner, edits = bench_and_edits(tokenizer, memory_budget=budget)
+        runner, edits = runner_and_edits(tokenizer, memory_budget=budget)
         found = within_budget(runner, OBJECTIVE, edits, 100, 0)
         need = estimate(runner, OBJECTIVE, edits, len(edits), len(edits))
         limits = (found.settings.tokens_per_batch, found.settings.target_tokens)
@@ -69,7 +69,7 @@ def test_chunks_grow_with_the_budget_and_keep_to_it(tokenizer):
 
 
 def test_a_long_edit_makes_no_room_for_more_rows_of_short_ones(tokenizer):
-    runner, edits = bench_and_edits(tokenizer)
+    runner, edits = runner_and_edits(tokenizer)
     text = "{} was born in a town by the river and works as a"
     long = runner.renderer.edit_rows(Edit("Anna", text, "Rome"), runner.contexts)
     short = estimate(runner, OBJECTIVE, edits[:1], 1, 1)
@@ -80,11 +80,11 @@ def test_a_long_edit_makes_no_room_for_more_rows_of_short_ones(tokenizer):
 
 
 def test_too_small_a_budget_names_what_one_edit_takes(tokenizer):
-    runner, edits = bench_and_edits(tokenizer, memory_budget="10kiB")
+    runner, edits = runner_and_edits(tokenizer, memory_budget="10kiB")
     need = bytes_in_words(estimate(runner, OBJECTIVE, edits, len(edits), len(edits)).peak(0, 0))
     with pytest.raises(ValueError, match=f"memory_budget=10kiB is too small .* takes {need}; "):
         within_budget(runner, OBJECTIVE, edits, 100, 0)
-    runner.settings.memory_budget = need
+    runner, edits = runner_and_edits(tokenizer, memory_budget=need)
     assert within_budget(runner, OBJECTIVE, edits, 100, 0).settings.target_tokens > 0
 
 
@@ -118,7 +118,7 @@ class Full:
 
 
 def test_where_memory_runs_out_the_chunk_is_halved(tokenizer, monkeypatch):
-    runner, edits = bench_and_edits(tokenizer)
+    runner, edits = runner_and_edits(tokenizer)
     runner = replace(runner, model=runner.model.double())
     groups = [Group((rows,)) for rows in edits]
     expected = optimise_targets(runner, groups)
@@ -132,7 +132,7 @@ def test_where_memory_runs_out_the_chunk_is_halved(tokenizer, monkeypatch):
 
 
 def test_where_not_even_one_fits_the_error_is_the_devices(tokenizer, monkeypatch):
-    runner, edits = bench_and_edits(tokenizer)
+    runner, edits = runner_and_edits(tokenizer)
     Full(monkeypatch, room=0)
     with pytest.raises(torch.OutOfMemoryError, match="CUDA out of memory"):
         optimise_targets(runner, [Group((edits[0],))])
@@ -152,7 +152,7 @@ def with_room_for(model, tokens: int) -> None:
 
 def test_keys_and_scores_go_on_with_less_where_memory_runs_out(tokenizer, monkeypatch):
     monkeypatch.setitem(tokens.PASS_COST, "cpu", 10**6)  # rows of any length run together
-    runner, edits = bench_and_edits(tokenizer)
+    runner, edits = runner_and_edits(tokenizer)
     runner = replace(runner, model=runner.model.double())
     rows = [row for edit in edits for row in edit.rows]
     expected, scores = take_keys(runner, edits), score(runner, rows)
@@ -170,7 +170,7 @@ def test_keys_and_scores_go_on_with_less_where_memory_runs_out(tokenizer, monkey
 
 @pytest.mark.filterwarnings("ignore:.*do not fit in memory at once")
 def test_where_not_even_one_prompt_fits_keys_and_scores_say_so(tokenizer):
-    runner, edits = bench_and_edits(tokenizer)
+    runner, edits = runner_and_edits(tokenizer)
     with_room_for(runner.model, 1)
     for run in (lambda: take_keys(runner, edits[:1]), lambda: score(runner, edits[0].rows[:1])):
         with pytest.raises(torch.OutOfMemoryError):

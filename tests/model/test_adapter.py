@@ -202,6 +202,22 @@ def test_loading_over_an_adapter_replaces_its_edits(tokenizer, second):
     )
 
 
+def test_loading_over_an_adapter_that_fails_leaves_its_edits(tokenizer, second, monkeypatch):
+    model = edited(tokenizer, EDITS[:2])
+    before, adapter = weights(model), model.edit_adapters["default"]
+
+    def fails(*args):
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr("alphaedit_peft.model.load._hold_pack", fails)
+        with pytest.raises(MemoryError):
+            model.load_adapter(second, "default")
+    assert same_bits(weights(model), before)
+    assert model.edit_adapters["default"] is adapter
+    assert model.edits == EDITS[:2]
+
+
 def test_adapters_that_cannot_be_edited_have_no_edits(tokenizer, second, plain, tmp_path):
     edited(tokenizer, EDITS[:1], rewrite_layers=[0]).save_pretrained(tmp_path / "layer 0")
     model = edited(tokenizer, EDITS[:2])

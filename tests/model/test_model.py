@@ -349,3 +349,12 @@ def test_two_models_do_not_know_of_each_other(tokenizer):
     for layer, delta in alone.items():
         assert torch.equal(delta.A, again.factors[layer].A)
         assert torch.equal(delta.B, again.factors[layer].B)
+
+
+@pytest.mark.parametrize("leave", ["unload", "merge_and_unload"])
+def test_an_unloaded_model_cannot_be_edited_or_merged(model, leave):
+    model.edit(EDITS[:1], progress=False)
+    getattr(model, leave)()
+    for act in (lambda: model.edit(EDITS[1:], progress=False), model.rollback, model.merge):
+        with pytest.raises(RuntimeError, match=r"this model was unloaded.*get_alphaedit_model"):
+            act()
