@@ -16,7 +16,7 @@ from alphaedit_peft.editing.targets.loss import rows_of
 from tests import oracle
 from tests.conftest import tiny_model
 from tests.editing.test_batch import EDITS, settings
-from tests.editing.test_batch import runner_for as bench_of
+from tests.editing.test_batch import runner_for as runner_of
 from tests.editing.test_keys import runner_for, tokenised
 from tests.test_architecture import GATED, OVERRIDDEN, VARIANTS
 
@@ -88,7 +88,7 @@ def test_whole_rows_run_no_more_tokens_at_once_than_asked_for(tokenizer):
 
 
 def optimised(model, tokenizer, **changes):
-    runner = bench_of(model, tokenizer, settings(**changes))
+    runner = runner_of(model, tokenizer, settings(**changes))
     return optimise_targets(runner, [Group((rows,)) for rows in tokenised(runner)])
 
 
@@ -117,7 +117,7 @@ def test_a_model_that_fills_no_cache_runs_whole_rows(tokenizer):
     with pytest.warns(UserWarning, match="its cache does not continue to the same numbers"):
         found = optimised(model, tokenizer)
     assert (found.values - expected.values).norm() <= 1e-4 * expected.values.norm()
-    runner = bench_of(model, tokenizer, settings())
+    runner = runner_of(model, tokenizer, settings())
     with pytest.raises(CacheDiffers):
         FromSubject(runner, all_rows(runner), Autocast(runner))
 
@@ -130,7 +130,7 @@ def test_a_family_that_needs_another_kind_of_cache_runs_whole_rows(tokenizer):
         model = AutoModelForCausalLM.from_config(config).double().eval()
     names = {"block_module": "model.layers.{}"}
     names["rewrite_module"] = "model.layers.{}.feed_forward.w2"
-    runner = bench_of(model, tokenizer, settings(**names))
+    runner = runner_of(model, tokenizer, settings(**names))
     edits = tokenised(runner)
     with pytest.warns(UserWarning, match="its cache does not continue to the same numbers"):
         found = optimise_targets(runner, [Group((rows,)) for rows in edits])

@@ -12,12 +12,12 @@ from alphaedit_peft.editing.targets import optimise_targets
 from alphaedit_peft.editing.targets.autocast import Autocast
 from tests.conftest import tiny_model
 from tests.editing.test_batch import EDITS, runner_for, settings
-from tests.editing.test_memory import OBJECTIVE, bench_and_edits
+from tests.editing.test_memory import OBJECTIVE, runner_and_edits
 
 CPU = torch.device("cpu")
 
 
-def bench_of(family: str, tokenizer, dtype: torch.dtype = torch.float32, **changes):
+def runner_of(family: str, tokenizer, dtype: torch.dtype = torch.float32, **changes):
     changes = {"autocast": "bfloat16", **changes}
     return runner_for(tiny_model(family, dtype), tokenizer, settings(**changes))
 
@@ -28,7 +28,7 @@ def dtypes(model: nn.Module) -> dict[str, torch.dtype]:
 
 @pytest.mark.parametrize("family", ["gpt2", "gptj", "llama"])
 def test_only_products_above_the_last_rewrite_layer_are_copied(family, tokenizer):
-    runner = bench_of(family, tokenizer)
+    runner = runner_of(family, tokenizer)
     architecture, last = runner.architecture, runner.layers[-1]
     names = [architecture.block_name(i) for i in range(architecture.num_blocks)]
     with Autocast(runner).running(CPU):
@@ -49,7 +49,7 @@ def _mlp(architecture, layer: int) -> str:
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 @pytest.mark.parametrize("fails", [False, True])
 def test_the_models_own_weights_are_back_afterwards(family, fails, tokenizer):
-    runner = bench_of(family, tokenizer)
+    runner = runner_of(family, tokenizer)
     before = dict(runner.model.named_parameters(remove_duplicate=False))
     bits = {name: weight.detach().clone() for name, weight in before.items()}
     try:
@@ -67,7 +67,7 @@ def test_the_models_own_weights_are_back_afterwards(family, fails, tokenizer):
 
 
 def test_a_tied_embedding_keeps_its_own_weight(tokenizer):
-    runner = bench_of("gpt2", tokenizer)
+    runner = runner_of("gpt2", tokenizer)
     embedding = runner.model.get_input_embeddings()
     assert runner.model.get_output_embeddings().weight is embedding.weight
     with Autocast(runner).running(CPU):
@@ -77,8 +77,8 @@ def test_a_tied_embedding_keeps_its_own_weight(tokenizer):
 
 def test_nothing_is_copied_without_autocast_or_of_a_bfloat16_model(tokenizer):
     for runner in (
-        bench_of("llama", tokenizer, autocast=None),
-        bench_of("llama", tokenizer, torch.bfloat16),
+        runner_of("llama", tokenizer, autocast=None),
+        runner_of("llama", tokenizer, torch.bfloat16),
     ):
         before = dtypes(runner.model)
         assert list(runner.upper_weights()) == []
@@ -91,7 +91,7 @@ def test_nothing_is_copied_without_autocast_or_of_a_bfloat16_model(tokenizer):
 def test_a_model_of_another_dtype_than_float32_runs_in_its_own(family, dtype, tokenizer):
     found = []
     for autocast in (None, "bfloat16"):
-        runner = bench_of(family, tokenizer, dtype, autocast=autocast, steps=2)
+        runner = runner_of(family, tokenizer, dtype, autocast=autocast, steps=2)
         assert Autocast(runner).dtype is None
         rows = [runner.renderer.edit_rows(edit, runner.contexts) for edit in EDITS]
         found.append(optimise_targets(runner, [Group((r,)) for r in rows]).values)
@@ -99,8 +99,8 @@ def test_a_model_of_another_dtype_than_float32_runs_in_its_own(family, dtype, to
 
 
 def test_the_memory_formula_counts_the_copies(tokenizer):
-    runner, edits = bench_and_edits(tokenizer)
-    copying, _ = bench_and_edits(tokenizer, autocast="bfloat16")
+    runner, edits = runner_and_edits(tokenizer)
+    copying, _ = runner_and_edits(tokenizer, autocast="bfloat16")
     with Autocast(copying).running(CPU):
         copies = [weight for weight in copying.model.parameters() if weight.dtype == torch.bfloat16]
     taken = sum(weight.numel() * weight.element_size() for weight in copies)
@@ -114,7 +114,7 @@ def test_the_memory_formula_counts_the_copies(tokenizer):
     [(torch.float32, "bfloat16"), (torch.bfloat16, None), (torch.bfloat16, "bfloat16")],
 )
 def test_attention_is_in_float32_within_where_a_cpu_runs_in_bfloat16(dtype, autocast, tokenizer):
-    runner = bench_of("llama", tokenizer, dtype, autocast=autocast)
+    runner = runner_of("llama", tokenizer, dtype, autocast=autocast)
     random = torch.Generator().manual_seed(0)
     query, key, value = torch.randn(3, 2, 4, 6, 8, generator=random).bfloat16()
     mask = torch.zeros(2, 1, 6, 6, dtype=torch.bfloat16)
@@ -130,7 +130,7 @@ def test_attention_is_in_float32_within_where_a_cpu_runs_in_bfloat16(dtype, auto
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("family", ["gpt2", "gptj", "llama"])
 def test_the_cache_goes_on_in_every_dtype(family, dtype, autocast, tokenizer, recwarn):
-    runner = bench_of(family, tokenizer, dtype, autocast=autocast)
+    runner = runner_of(family, tokenizer, dtype, autocast=autocast)
     groups = [Group((runner.renderer.edit_rows(edit, runner.contexts),)) for edit in EDITS]
     found = optimise_targets(runner, groups)
     assert not recwarn.list
@@ -149,7 +149,7 @@ def casts(*outputs) -> int:
 
 
 def test_layers_that_read_the_same_tensor_share_its_cast(tokenizer):
-    runner = bench_of("llama", tokenizer)
+    runner = runner_of("llama", tokenizer)
     random = torch.Generator().manual_seed(0)
     given = torch.randn(5, 32, generator=random, requires_grad=True)
     hidden = given.sin()  # autocast itself keeps casts of leaves
@@ -176,7 +176,7 @@ def test_layers_that_read_the_same_tensor_share_its_cast(tokenizer):
 
 
 def test_a_tensor_that_was_written_to_is_cast_anew(tokenizer):
-    runner = bench_of("llama", tokenizer)
+    runner = runner_of("llama", tokenizer)
     weight, values = torch.eye(4).bfloat16(), torch.ones(2, 4)
     with Autocast(runner).running(CPU):
         before = torch.nn.functional.linear(values, weight)
@@ -186,7 +186,7 @@ def test_a_tensor_that_was_written_to_is_cast_anew(tokenizer):
 
 
 def test_what_a_model_keeps_out_of_autocast_stays_in_its_dtype(tokenizer):
-    runner = bench_of("llama", tokenizer)
+    runner = runner_of("llama", tokenizer)
     weight, values = torch.eye(4), torch.full((2, 4), 1 / 3)
     linear = torch.nn.functional.linear
     with Autocast(runner).running(CPU), torch.autocast("cpu", enabled=False):
