@@ -135,7 +135,7 @@ def fetch_folder(
     inside = subfolder.strip("/") if subfolder else ""
     start = glob.escape(f"{inside}/") if inside else ""
     wanted = list(names)
-    with _reading(repo_id, revision):
+    with _in_plain_words(repo_id, revision):
         patterns = [start + name for name in wanted]
         place = snapshot_download(repo_id, revision=revision, token=token, allow_patterns=patterns)
     folder = Path(place) / inside
@@ -212,7 +212,7 @@ def _pushing(to: Destination) -> Iterator[None]:
 
 
 @contextmanager
-def _reading(repo_id: str, revision: str | None) -> Iterator[None]:
+def _in_plain_words(repo_id: str, revision: str | None) -> Iterator[None]:
     """What goes wrong in a download, in plain words."""
     from huggingface_hub import errors
 

@@ -1,4 +1,4 @@
-"""The live adapter: PEFT's own LoRA layers, grown in place, read back, and merged exactly.
+"""An adapter in a model: PEFT's own LoRA layers, grown in place, read back, and merged exactly.
 
 In: a LoRA layer and factors A (n, d_in), B (d_out, n). Out: the same layer with rank n at scaling
 1. PEFT's unmerge subtracts what it added, which leaves rounding behind; :class:`ExactLinear` keeps
