@@ -94,7 +94,7 @@ class Runner:
     def within(self, tokens_per_batch: int, target_tokens: int) -> Runner:
         """The same with other bounds, on a forward pass and on what is optimised at once."""
         bounds = {"tokens_per_batch": tokens_per_batch, "target_tokens": target_tokens}
-        return replace(self, settings=Settings(**{**vars(self.settings), **bounds}))
+        return replace(self, settings=Settings(**{**self.settings.to_json(), **bounds}))
 
     @property
     def renderer(self) -> Renderer:
