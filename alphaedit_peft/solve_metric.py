@@ -1,4 +1,4 @@
-"""What an update protects: the metric M of the one solver, Delta = R E^T (K^T M K + D)^-1 K^T M.
+"""What an update protects: the metric M of Delta = R E^T (K^T M K + D)^-1 K^T M.
 
 In: settings, a null space, key moments. Out: a :class:`Metric`, which turns keys into the rows of
 ``lora_A`` and those rows into a Gram matrix, and answers whatever else depends on M: its statistics
