@@ -143,7 +143,9 @@ class Metric(ABC):
             keys: of the edits, by layer (n, d_in).
             tried: threshold -> disturbance; empty where the threshold was not chosen here.
         """
-        raise NotImplementedError(name)
+        raise TypeError(
+            f"{type(self).__name__} decides {name!r} and does not say why; give it reason()"
+        )
 
     @abstractmethod
     def advice(self, settings: Settings) -> str:

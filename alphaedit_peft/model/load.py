@@ -198,8 +198,8 @@ def _wrap_with_plain_lora(
     for name, delta in factors.items():
         try:
             check_shape(name, delta, base)
-        except ValueError as error:
-            raise PackError(f"{folder}: {error}") from None
+        except ValueError as wrong:
+            raise PackError(f"{folder}: {wrong}") from None
     lora_config = LoraConfig.from_pretrained(str(folder))
     lora_config.inference_mode = True
     lora_config.target_modules = set(factors)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -87,7 +88,7 @@ class Compression:
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class PackContents:
+class PackContents(ABC):
     """The fields of a pack, as :class:`~alphaedit_peft.pack.EditPack` describes them.
 
     ``dataclasses.replace`` and the functions of this package keep the class they are given.
@@ -120,9 +121,9 @@ class PackContents:
             if not all(isinstance(value, Mapping) for value in getattr(self, name)):
                 raise ValueError(f"{name}={getattr(self, name)!r} must be dicts")
 
+    @abstractmethod
     def adapter_config(self, factors: Factors) -> dict[str, Any]:
         """PEFT's config of a plain LoRA with these factors: scaling 1, full module names."""
-        raise NotImplementedError(f"{type(self).__name__} does not know PEFT's fields")
 
     @property
     def rank(self) -> int:
