@@ -31,7 +31,7 @@ def test_no_file_name_occurs_twice():
 
 def test_values_and_packs_are_imported_without_peft_and_transformers():
     names = "algebra cholesky devices edits embedded fingerprint hooks hub nullspace parallel"
-    rooms = [*names.split(), "safe_files", "settings", "solve_metric"]
+    rooms = [*names.split(), "safe_files", "saving", "settings", "solve_metric"]
     packs = [path.stem for path in (ROOT / PACKAGE / "pack").glob("*.py") if path.stem != "pack"]
     modules = [f"{PACKAGE}.{name}" for name in (*rooms, *(f"pack.{name}" for name in packs))]
     program = "import importlib, sys; [importlib.import_module(name) for name in sys.argv[1:]]\n"

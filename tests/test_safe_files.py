@@ -13,13 +13,13 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
-from alphaedit_peft import safe_files
+from alphaedit_peft import safe_files, saving
 from alphaedit_peft.nullspace import KeyMoments, NullSpace
 
 KILLED_BETWEEN = """
 import os, signal, sys
 from pathlib import Path
-from alphaedit_peft.safe_files import replace_folder
+from alphaedit_peft.saving import replace_folder
 
 def killing(path):
     assert (path.parent / "a").exists()
@@ -32,7 +32,7 @@ KILLED_ANYWHERE = """
 import os, random, signal, sys, time
 from pathlib import Path
 import torch
-from alphaedit_peft import safe_files
+from alphaedit_peft import saving
 from alphaedit_peft.nullspace import KeyMoments, NullSpace
 
 def made(width):
@@ -67,7 +67,7 @@ random.seed(0)
 pairs = [made(30), made(60)]
 known = {value.digest() for pair in pairs for value in pair}
 save_and_kill(Path(sys.argv[1]) / "exchange" / "ns")
-safe_files._exchange = lambda one, other: False
+saving._exchange = lambda one, other: False
 save_and_kill(Path(sys.argv[1]) / "renames" / "ns")
 print("whole")
 """
@@ -85,12 +85,12 @@ def run(code: str, *words: object) -> subprocess.CompletedProcess[str]:
 @pytest.mark.skipif(os.name == "nt", reason="needs SIGKILL")
 def test_killed_between_two_files_leaves_the_old_folder(tmp_path):
     folder = tmp_path / "ns"
-    safe_files.replace_folder(folder, {"a": b"old", "b": b"old"})
+    saving.replace_folder(folder, {"a": b"old", "b": b"old"})
     done = run(KILLED_BETWEEN, folder)
     assert done.returncode == -9, done.stderr
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == {"a": b"old", "b": b"old"}
     assert len(list(tmp_path.iterdir())) == 2
-    safe_files.replace_folder(folder, {"a": b"new", "b": b"new"})
+    saving.replace_folder(folder, {"a": b"new", "b": b"new"})
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == {"a": b"new", "b": b"new"}
     assert [path.name for path in tmp_path.iterdir()] == ["ns"]
 

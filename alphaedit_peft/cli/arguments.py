@@ -107,9 +107,9 @@ def check_folder(path: Path) -> None:
     for place in (path, *path.parents):
         if place.exists() and not place.is_dir():
             raise FileExistsError(f"{place} is a file; --out {path} needs a folder")
-    from alphaedit_peft import safe_files
+    from alphaedit_peft import saving
 
-    safe_files.check_folder(path)
+    saving.check_folder(path)
 
 
 def check_file(option: str, path: Path | None, suffixes: Sequence[str] = ()) -> None:

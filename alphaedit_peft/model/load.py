@@ -31,7 +31,7 @@ from alphaedit_peft.pack import EditPack
 from alphaedit_peft.pack.compatible import check_fit, check_shape
 from alphaedit_peft.pack.files import locate
 from alphaedit_peft.pack.format import ADAPTER_CONFIG, PackError, read_lora
-from alphaedit_peft.safe_files import read_steadily
+from alphaedit_peft.saving import read_steadily
 
 Wrapped = TypeVar("Wrapped", bound=EditedModel)
 

@@ -18,7 +18,7 @@ from alphaedit_peft import embedded
 from alphaedit_peft.fingerprint import BaseFingerprint
 from alphaedit_peft.hub import Destination, fetch_folder, push_folder, repository_name
 from alphaedit_peft.nullspace.spectrum import STEM, LayerSummary
-from alphaedit_peft.safe_files import left_aside
+from alphaedit_peft.saving import left_aside
 
 HEADER = f"{STEM}.json"
 FILES = (HEADER, f"{STEM}.safetensors", "README.md")

@@ -28,7 +28,7 @@ from alphaedit_peft.pack.format import (
     tensor_bytes,
 )
 from alphaedit_peft.pack.parents import require_alone
-from alphaedit_peft.safe_files import replace_folder
+from alphaedit_peft.saving import replace_folder
 from alphaedit_peft.settings import require_one_of
 
 FORMATS = ("peft", "llama.cpp")

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load
 from torch import Tensor
 
-from alphaedit_peft import safe_files, solve_metric
+from alphaedit_peft import saving, solve_metric
 from alphaedit_peft.algebra import LowRankDelta
 from alphaedit_peft.fingerprint import BaseFingerprint
 from alphaedit_peft.hub import Destination, fetch_folder, push_folder
@@ -75,12 +75,12 @@ def save_pack(
     if pack.decisions:
         facts["decisions"] = pack.decisions
     values = {format.ADAPTER_CONFIG: pack.adapter_config(pack.factors), SIDECAR_CONFIG: facts}
-    files: dict[str, safe_files.Content] = {
+    files: dict[str, saving.Content] = {
         **{name: format.json_bytes(value, name) for name, value in values.items()},
         **content_files(pack, pack.saved_dtype if dtype is None else dtype),
         format.CARD: (card(pack) if text is None else text).encode("utf-8"),
     }
-    safe_files.replace_folder(folder, files, owned=FILES)
+    saving.replace_folder(folder, files, owned=FILES)
 
 
 def push_pack(
@@ -101,8 +101,8 @@ def copy_pack(source: Path, folder: str | Path) -> StoredPack:
         names = [name for name in FILES if (place / name).is_file()]
         return _read(place, StoredPack), {name: format.read_bytes(place, name) for name in names}
 
-    pack, files = safe_files.read_steadily(source, read, PackError)
-    safe_files.replace_folder(folder, files, owned=FILES)
+    pack, files = saving.read_steadily(source, read, PackError)
+    saving.replace_folder(folder, files, owned=FILES)
     return pack
 
 
@@ -125,7 +125,7 @@ def locate(
     folder = Path(path_or_repo) / (subfolder or "")
     if folder.is_dir():
         return folder
-    aside = safe_files.left_aside(folder)
+    aside = saving.left_aside(folder)
     if aside is not None:
         return aside
     if isinstance(path_or_repo, Path) or Path(path_or_repo).exists():
@@ -142,7 +142,7 @@ def read_pack(folder: Path, kind: type[Pack]) -> Pack:
         FileNotFoundError: a folder without sidecar: a plain LoRA.
         PackError: a file that is damaged or does not fit the others.
     """
-    return safe_files.read_steadily(folder, lambda place: _read(place, kind), PackError)
+    return saving.read_steadily(folder, lambda place: _read(place, kind), PackError)
 
 
 def _read(folder: Path, kind: type[Pack]) -> Pack:

@@ -27,7 +27,7 @@ from alphaedit_peft.editing.prompts import TokenRow
 from alphaedit_peft.editing.runner import Runner
 from alphaedit_peft.edits import Edit
 from alphaedit_peft.model import AlphaEditModel, get_alphaedit_model
-from alphaedit_peft.safe_files import replace_folder
+from alphaedit_peft.saving import replace_folder
 from alphaedit_peft.settings import EditOptions, Settings
 from alphaedit_peft.studies.base import Base
 from alphaedit_peft.tokens import batches

@@ -18,7 +18,7 @@ from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 import torch
 from conftest import make_pack
-from alphaedit_peft import safe_files
+from alphaedit_peft import saving
 from alphaedit_peft.pack import EditPack
 
 def save_and_kill(folder):
@@ -44,7 +44,7 @@ random.seed(0)
 packs = [make_pack(rows=3), make_pack(rows=40, seed=1, targets=None)]
 known = {pack.digest() for pack in packs}
 save_and_kill(Path(sys.argv[2]) / "exchange" / "pack")
-safe_files._exchange = lambda one, other: False
+saving._exchange = lambda one, other: False
 save_and_kill(Path(sys.argv[2]) / "renames" / "pack")
 print("whole")
 """
@@ -101,6 +101,6 @@ def test_writers_beside_each_other_take_turns(new_pack, tmp_path):
 
 def test_a_folder_that_never_rests(saved, monkeypatch):
     stamps = iter(range(1000))
-    monkeypatch.setattr("alphaedit_peft.safe_files._stamp", lambda folder: next(stamps))
+    monkeypatch.setattr("alphaedit_peft.saving._stamp", lambda folder: next(stamps))
     with pytest.raises(PackError, match=r"changed 20 times while it was read"):
         EditPack.from_pretrained(saved)

@@ -10,15 +10,15 @@ from pathlib import Path
 
 import pytest
 
-from alphaedit_peft import safe_files
+from alphaedit_peft import saving
 from alphaedit_peft.pack import EditPack
-from alphaedit_peft.safe_files import replace_folder
+from alphaedit_peft.saving import replace_folder
 
 
 @pytest.fixture(params=["exchange", "two renames"])
 def way(request, monkeypatch):
     if request.param == "two renames":
-        monkeypatch.setattr(safe_files, "_exchange", lambda one, other: False)
+        monkeypatch.setattr(saving, "_exchange", lambda one, other: False)
     return request.param
 
 
@@ -95,7 +95,7 @@ def test_a_full_disk_leaves_the_old_pack(saved, new_pack, files_of, holder, call
 
 @pytest.mark.parametrize("after", [0, 1])
 def test_a_failed_rename_leaves_the_old_pack(saved, new_pack, files_of, monkeypatch, after):
-    monkeypatch.setattr(safe_files, "_exchange", lambda one, other: False)
+    monkeypatch.setattr(saving, "_exchange", lambda one, other: False)
     before, other = files_of(saved), new_pack(seed=9)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "rename", _fails_at(after, os.rename))
@@ -106,7 +106,7 @@ def test_a_failed_rename_leaves_the_old_pack(saved, new_pack, files_of, monkeypa
 
 
 def test_a_rename_that_fails_after_the_swap_is_swept_later(saved, new_pack, monkeypatch):
-    monkeypatch.setattr(safe_files, "_exchange", lambda one, other: False)
+    monkeypatch.setattr(saving, "_exchange", lambda one, other: False)
     other = new_pack(seed=9)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "rename", _fails_at(2, os.rename))
@@ -157,7 +157,7 @@ def test_sweeps_its_own_leftovers_only(saved, pack):
 def test_without_locks_nothing_is_swept(tmp_path, monkeypatch):
     left = tmp_path / ".pack.saving-0123abcd"
     left.mkdir()
-    monkeypatch.setattr(safe_files, "fcntl", None)
+    monkeypatch.setattr(saving, "fcntl", None)
     replace_folder(tmp_path / "pack", {"a": b"1"})
     assert left.exists()
     assert (tmp_path / "pack" / "a").read_bytes() == b"1"
