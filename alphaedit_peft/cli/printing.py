@@ -6,6 +6,7 @@ edit's text is not read as such.
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import math
@@ -159,6 +160,12 @@ OPTIONAL_KERNEL = ("bitsandbytes.backends.cpu.ops", "Failed to load CPU gemm_4bi
 class CommandGroup(TyperGroup):
     """The group of commands, which turns what they raise into one line."""
 
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Read the command line; from here on stdout takes any text, that of ``--help`` too."""
+        if isinstance(sys.stdout, io.TextIOWrapper):  # a console's encoding may lack characters
+            sys.stdout.reconfigure(errors="replace")
+        return super().parse_args(ctx, args)
+
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         """Find the command by its first two words, such as ``nullspace import``, or by one."""
         both = " ".join(args[:2])
@@ -185,7 +192,7 @@ class CommandGroup(TyperGroup):
 
 def say(text: str) -> None:
     """Print a line on stderr under the program's name."""
-    typer.echo(f"alphaedit: {text}", err=True)
+    sys.stderr.write(f"alphaedit: {text}\n")  # which escapes what its encoding lacks
 
 
 def one_line(error: BaseException) -> str:
@@ -194,6 +201,7 @@ def one_line(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror:
         name = "" if error.filename is None else f"{error.filename}: "
         text = f"{name}{error.strerror}"
+    text = text.encode(errors="backslashreplace").decode()  # a file's name may be no UTF-8
     shown = "".join(c if c.isprintable() else " " for c in text)  # it may quote a stranger's pack
     return " ".join(shown.split()) or type(error).__name__
 

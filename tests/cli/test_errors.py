@@ -168,6 +168,7 @@ def test_ctrl_c_exits_with_130():
     [
         (ValueError("a\n  b"), "a b"),
         (ValueError("a pack named \x1b[2Jb"), "a pack named [2Jb"),
+        (ValueError("no file is named \udce6"), "no file is named \\udce6"),
         (RuntimeError(), "RuntimeError"),
         (OSError(28, "No space left on device", "p"), "p: No space left on device"),
         (OSError(28, "No space left on device"), "No space left on device"),

@@ -4,10 +4,22 @@ import json
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
-from alphaedit_peft.cli import printing
+from alphaedit_peft import Edit
+from alphaedit_peft.cli import app, printing
 from alphaedit_peft.cli.arguments import check_folder, parse_layers
+from alphaedit_peft.pack import EditRecord
 from alphaedit_peft.tables import cell
+from tests.cli.conftest import write_lines
+from tests.pack.conftest import make_pack
+
+EDIT = {"subject": "Tōkyō", "prompt": "{} lies in", "target_new": "日本"}
+CONSOLES = [  # whose encodings lack the characters above
+    {"PYTHONIOENCODING": "ascii"},
+    {"PYTHONIOENCODING": "cp1252"},
+    {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
+]
 
 
 def test_cells_are_not_markup(capsys):
@@ -99,3 +111,38 @@ def test_a_folder_below_a_file_cannot_be_written(tmp_path):
     check_folder(tmp_path / "new" / "folder")
     with pytest.raises(FileExistsError, match=f"{file} is a file"):
         check_folder(Path(file) / "folder")
+
+
+@pytest.fixture
+def foreign(tmp_path) -> Path:
+    """A pack of one edit that no console of ``CONSOLES`` can show."""
+    records = (EditRecord(Edit(**EDIT), 0, "own", 0, "x", 0.1, 0.9),)
+    make_pack(1, records=records).save_pretrained(tmp_path / "pack")
+    return tmp_path / "pack"
+
+
+@pytest.mark.parametrize("charset", ["ascii", "cp1252", "latin-1"])
+def test_characters_that_a_console_lacks_are_replaced(charset, foreign, tmp_path):
+    cases = write_lines(tmp_path / "cases.jsonl", EDIT)
+    console = CliRunner(charset=charset)
+    for words in (["inspect", foreign], ["show", "own", cases, "--case", 0], ["--help"]):
+        done = console.invoke(app, [str(word) for word in words])
+        assert (done.exit_code, done.stderr) == (0, "")
+        assert "T?ky?" in done.stdout or words == ["--help"]
+
+
+def test_a_shell_without_a_language_sees_the_same(shell, foreign):
+    done = shell("inspect", foreign, **CONSOLES[2])
+    assert done.returncode == 0, done.stderr
+    assert "T?ky?" in done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("console", CONSOLES)
+def test_edits_are_made_and_shown_in_a_console_that_is_not_utf_8(shell, shown, tmp_path, console):
+    edits, space = write_lines(tmp_path / "edits.jsonl", EDIT), shown[0] / "null_space"
+    words = ["edit", "embedded", edits, "--null-space", space, "--steps", 2]
+    done = shell(*words, "--out", tmp_path / "pack", **console)
+    assert done.returncode == 0, done.stderr
+    assert "T?ky?" in done.stdout
+    assert "Traceback" not in done.stderr
