@@ -24,6 +24,8 @@ torch.set_num_threads(1)
 
 ROOT = Path(__file__).resolve().parents[1]  # of the repository
 SHARED_DATA = ROOT.parent / "shared" / "data"
+# PEFT, used without this package, reads a property of transformers by its former name
+PEFT_ALONE = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing.:FutureWarning")
 CORPUS = [
     "The capital of France is Paris, and the capital of Italy is Rome.",
     "Marie Curie was born in Warsaw. Albert Einstein was born in Ulm and works as a physicist.",

@@ -24,6 +24,7 @@ from alphaedit_peft.architecture import (
     paper_preset,
 )
 from alphaedit_peft.hooks import hidden_of
+from tests.conftest import PEFT_ALONE
 
 IDS = {"vocab_size": 320, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
 WIDTH = 96
@@ -178,6 +179,7 @@ def test_without_edits_it_is_its_base_bit_for_bit(name, tokenizer):
     assert torch.equal(logits(wrapped(name, [1], tokenizer), tokenizer), expected)
 
 
+@PEFT_ALONE
 @pytest.mark.parametrize("name", VARIANTS)
 def test_plain_lora_computes_what_the_merged_model_does(name, tokenizer, tmp_path):
     model = wrapped(name, [1, 2], tokenizer)

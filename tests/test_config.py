@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from alphaedit_peft import AlphaEditConfig
 from alphaedit_peft.architecture import default_rewrite_layers
-from tests.conftest import tiny_model
+from tests.conftest import PEFT_ALONE, tiny_model
 
 PAPER_SHAPES = {
     "llama-3-8b": hf.LlamaConfig(
@@ -243,6 +243,7 @@ def test_its_lora_config_is_pure(family):
     assert lora.fan_in_fan_out == (family == "gpt2")
 
 
+@PEFT_ALONE
 @pytest.mark.parametrize("family", ["gpt2", "gptj", "llama"])
 def test_its_lora_config_hits_the_rewrite_modules_and_nothing_else(family):
     model = tiny_model(family)

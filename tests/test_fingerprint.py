@@ -11,6 +11,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from alphaedit_peft.architecture import describe
 from alphaedit_peft.fingerprint import BaseFingerprint, fingerprint, require_same_base
+from tests.conftest import PEFT_ALONE
 
 
 def gpt2(seed: int = 0, **sizes: int) -> GPT2LMHeadModel:
@@ -47,7 +48,7 @@ def test_float16_agrees_where_it_holds_the_bfloat16_values_exactly():
     assert of(model.to(torch.float16)) == before
 
 
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # within PEFT
+@PEFT_ALONE
 @pytest.mark.parametrize("target", ["c_fc", "wte"])
 def test_the_same_within_a_peft_wrapper(target):
     model = gpt2()

@@ -31,12 +31,14 @@ from alphaedit_peft.algebra import LowRankDelta
 from alphaedit_peft.fingerprint import BaseFingerprint, fingerprint
 from alphaedit_peft.hub import Destination, repository_name
 from alphaedit_peft.pack import EditRecord
-from tests.conftest import ROOT, tiny_model
+from tests.conftest import PEFT_ALONE, ROOT, tiny_model
 from tests.hub_server import HubServer, client_of
 from tests.pack.conftest import make_pack
 
-# the client's own use of httpx, when it uploads without Xet
-pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
+pytestmark = [  # the client's own use of httpx, when it uploads without Xet
+    pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning"),
+    PEFT_ALONE,
+]
 IDS = torch.tensor([[5, 17, 40, 9]])
 SETTINGS = {"rewrite_layers": [0], "steps": 2, "contexts": []}
 EDIT = {"subject": "France", "prompt": "The capital of {} is", "target_new": "Rome"}

@@ -11,7 +11,7 @@ from alphaedit_peft import AlphaEditConfig, tokens
 from alphaedit_peft.editing.batch import score as run_score
 from alphaedit_peft.editing.runner import Runner
 from alphaedit_peft.log_probs import Reader, score
-from tests.conftest import tiny_model
+from tests.conftest import PEFT_ALONE, tiny_model
 from tests.evaluation.models import Constant, Says, Uniform
 
 PAIRS = [
@@ -60,6 +60,7 @@ def test_equal_pairs_are_run_once_and_answered_each_time(tokenizer):
     assert first is second
 
 
+@PEFT_ALONE
 def test_a_peft_model_is_read_like_its_base(tokenizer):
     from peft import LoraConfig, get_peft_model
 

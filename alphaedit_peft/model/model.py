@@ -7,6 +7,7 @@ and with what, and call the verbs of this folder.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -103,7 +104,9 @@ class AlphaEditModel(PeftModelForCausalLM):
         if config.threshold is None:  # the null space brings its own
             full.threshold = full.threshold_mode = None
         own_fingerprint = fingerprint(model, max(full.rewrite_layers or [0]), architecture)
-        super().__init__(model, plain_lora or full.lora_config(architecture, 1), adapter_name)
+        with warnings.catch_warnings():  # PEFT reads a property by its former name
+            warnings.filterwarnings("ignore", ".is_gradient_checkpointing.", FutureWarning)
+            super().__init__(model, plain_lora or full.lora_config(architecture, 1), adapter_name)
         lora_layer.make_exact(self)
         lora_layer.place_factors(self)
         self.alphaedit_config, self.architecture = full, architecture

@@ -13,9 +13,10 @@ from safetensors.torch import load_file, save_file
 
 from alphaedit_peft import AlphaEditConfig, AlphaEditModel, EditPack, NullSpace, get_alphaedit_model
 from alphaedit_peft.pack import PackError
-from tests.conftest import tiny_model
+from tests.conftest import PEFT_ALONE, tiny_model
 from tests.model.test_model import EDITS, logits, same_bits, weights, wrap
 
+pytestmark = PEFT_ALONE
 WEIGHTS = "adapter_model.safetensors"
 
 

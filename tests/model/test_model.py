@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 from peft import AutoPeftModelForCausalLM, PeftModel
@@ -15,7 +17,7 @@ from alphaedit_peft import (
     NullSpace,
     get_alphaedit_model,
 )
-from tests.conftest import CORPUS, tiny_model
+from tests.conftest import CORPUS, PEFT_ALONE, tiny_model
 
 FAMILIES = ("gpt2", "gptj", "llama")
 EDITS = [
@@ -43,6 +45,16 @@ def wrap(base, tokenizer, width: int = 96, **changes):
     layers = config.rewrite_layers or [0, 1]
     space = NullSpace.identity(dict.fromkeys(layers, width))
     return get_alphaedit_model(base, config, tokenizer=tokenizer, null_space=space)
+
+
+def test_a_model_is_wrapped_and_loaded_without_a_warning(tokenizer, tmp_path):
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        before = list(warnings.filters)
+        wrap(tiny_model("llama"), tokenizer).save_pretrained(tmp_path)
+        AlphaEditModel.from_pretrained(tiny_model("llama"), tmp_path)
+        assert warnings.filters == before
+    assert [str(warning.message) for warning in told] == []
 
 
 def probe(tokenizer) -> dict[str, torch.Tensor]:
@@ -155,6 +167,7 @@ def test_edit_while_merged_is_refused(model):
         model.edit(EDITS, progress=False)
 
 
+@PEFT_ALONE
 def test_pack_loads_everywhere_with_the_same_logits(base, tokenizer, tmp_path):
     base.save_pretrained(tmp_path / "base")
     fresh = lambda: AutoModelForCausalLM.from_pretrained(tmp_path / "base")  # noqa: E731

@@ -20,7 +20,7 @@ from alphaedit_peft import (
 )
 from alphaedit_peft.devices import SWITCH, differentiable
 from alphaedit_peft.model import lora_layer
-from tests.conftest import tiny_model
+from tests.conftest import PEFT_ALONE, tiny_model
 from tests.model.test_model import same_bits
 from tests.shared import embedded_edits
 
@@ -94,6 +94,7 @@ def test_edits_take_and_the_base_is_left_alone(edited):
         assert torch.equal(logits(model, tokenizer), before)
 
 
+@PEFT_ALONE
 @pytest.mark.slow
 @needs_bitsandbytes
 def test_a_pack_comes_back_with_a_warning_that_its_base_cannot_be_verified(edited):

@@ -9,9 +9,10 @@ import torch
 from peft import PeftModel
 from peft.utils.hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
 
-from tests.conftest import CORPUS, ROOT, tiny_model
+from tests.conftest import CORPUS, PEFT_ALONE, ROOT, tiny_model
 from tests.model.test_model import EDITS, FAMILIES, logits, wrap
 
+pytestmark = PEFT_ALONE
 PLOT = ROOT / "docs" / "figures" / "plot_serving.py"
 PACKS = {"two": EDITS[:2], "other two": EDITS[2:], "three": EDITS[:3]}
 

@@ -11,10 +11,11 @@ from peft.utils.hotswap import hotswap_adapter
 from safetensors.torch import load_file, save_file
 
 from alphaedit_peft import AlphaEditModel, Edit, EditPack, NullSpace
-from tests.conftest import tiny_model
+from tests.conftest import PEFT_ALONE, tiny_model
 from tests.model.test_adapter import save_lora
 from tests.model.test_model import EDITS, logits, same_bits, weights, wrap
 
+pytestmark = PEFT_ALONE
 PARENTS, CHILDREN = EDITS[:2], EDITS[2:]
 BORN = Edit("Anna", "{} was born in", "Rome", id="born")
 WORK = Edit("Anna", "{} works as a", "river", id="work")

@@ -10,8 +10,9 @@ from alphaedit_peft import AlphaEditConfig, AlphaEditModel, NullSpace, get_alpha
 from alphaedit_peft.editing.batch import score
 from alphaedit_peft.model.prepare import running
 from tests import shared
+from tests.conftest import PEFT_ALONE
 
-pytestmark = [pytest.mark.shared_data, pytest.mark.slow]
+pytestmark = [pytest.mark.shared_data, pytest.mark.slow, PEFT_ALONE]
 
 
 def share(hits) -> float:

@@ -13,6 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalL
 
 from alphaedit_peft.config import AlphaEditConfig
 from alphaedit_peft.nullspace import KeyMoments
+from tests.conftest import PEFT_ALONE
 
 
 def naive_moment(model: nn.Module, tokenizer, texts, module: str) -> Tensor:
@@ -99,7 +100,7 @@ def test_half_precision_bases(dtype, model, tokenizer, texts, config, moments):
     torch.testing.assert_close(found.moments[2], moments.moments[2], rtol=0.1, atol=0.1)
 
 
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # within PEFT
+@PEFT_ALONE
 def test_of_a_peft_model_the_base_counts(model, tokenizer, texts, config, moments):
     names = ["c_fc", "mlp.c_proj"]
     lora = LoraConfig(target_modules=names, fan_in_fan_out=True, init_lora_weights=False)

@@ -19,10 +19,9 @@ from alphaedit_peft.algebra import LowRankDelta
 from alphaedit_peft.config import AlphaEditConfig
 from alphaedit_peft.edits import Edit
 from alphaedit_peft.pack import EditPack, EditRecord, read_plain_lora
+from tests.conftest import PEFT_ALONE
 
-# PEFT 0.21 asks transformers 5 for a property that is being renamed
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
-
+pytestmark = PEFT_ALONE
 TOKENS = torch.arange(12).reshape(2, 6)
 # family, (d_out, d_in), rewrite module, whether the weight is stored transposed
 FAMILIES = {
