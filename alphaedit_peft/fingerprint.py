@@ -20,9 +20,16 @@ from torch import Tensor, nn
 
 from alphaedit_peft.architecture import Architecture, mlp_width
 from alphaedit_peft.devices import held_parameters
+from alphaedit_peft.messages import shown
+from alphaedit_peft.safe_files import Field, check_fields
 
 SAMPLES = 64
 _STAGE = 8  # hex digits of the digest for the embeddings, and for each block
+_FIELDS = {
+    "shape": Field(dict, high=20, each=Field((str, int, type(None)), high=2**48)),
+    "digest": Field((str, type(None))),
+    "last_layer": Field(int, 0, 2**16),
+}
 
 
 @dataclass(frozen=True)
@@ -75,16 +82,11 @@ class BaseFingerprint:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> BaseFingerprint:
-        """Read ``to_json``'s values; a ValueError for other fields or a digest of other length."""
-        if set(values) != {"shape", "digest", "last_layer"}:
-            raise ValueError(
-                f"fingerprint fields {sorted(values)} are not digest, last_layer and shape; "
-                "was the file written by another version?"
-            )
-        found = cls(dict(values["shape"]), values["digest"], int(values["last_layer"]))
+        """Read ``to_json``'s values; a ValueError for other fields, types or a digest too short."""
+        found = cls(**check_fields(values, _FIELDS, "fingerprint"))
         if found.digest is not None and len(found.digest) != _STAGE * (found.last_layer + 2):
             raise ValueError(
-                f"digest {found.digest!r} does not cover the embeddings and blocks "
+                f"digest {shown(found.digest)} does not cover the embeddings and blocks "
                 f"0..{found.last_layer}; the file is damaged"
             )
         return found

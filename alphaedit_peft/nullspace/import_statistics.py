@@ -13,33 +13,48 @@ from __future__ import annotations
 
 import math
 import re
+import warnings
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from zipfile import ZIP_STORED
 
-import numpy as np
 import torch
 from numpy.lib import format as npy
-from safetensors import safe_open
 from torch import Tensor
 
 from alphaedit_peft.architecture import describe
 from alphaedit_peft.fingerprint import BaseFingerprint, bare_model, fingerprint
+from alphaedit_peft.messages import sentence, shown
 from alphaedit_peft.nullspace.space import KeyMoments, NullSpace
-from alphaedit_peft.nullspace.spectrum import PROJECTOR, LayerSpace
-from alphaedit_peft.safe_files import versions
+from alphaedit_peft.nullspace.spectrum import MAX_WIDTH, PROJECTOR, LayerSpace
+from alphaedit_peft.safe_files import (
+    REMEDY,
+    DamagedFileError,
+    finite,
+    opened_archive,
+    opened_tensors,
+    shown_name,
+    versions,
+)
 from alphaedit_peft.settings import EditOptions
 
-MAX_WIDTH = 65_536  # of a matrix that is read; 17 GB in float32
 MAX_RATIO = 16  # a file may unpack to this times its size; moments hardly compress
+MAX_BYTES = 64 * 2**30  # of a file of matrices
+MAX_PICKLE_BYTES = 2**20  # of what torch.save writes of one tensor besides its numbers
+ROWS_AT_ONCE = 1024
 TOLERANCE = 1e-3  # of a moment's symmetry and of |C_ij| <= sqrt(C_ii C_jj), relative to its largest
 _NPZ_NAME = re.compile(r"(?P<module>.+)_float(16|32|64)_[a-z0-9_-]*mom2[a-z0-9_{}-]*\.npz")
 
 
-class ForeignFileError(ValueError):
+class ForeignFileError(DamagedFileError):
     """A file of another program that cannot be read: it is damaged, hostile or something else."""
+
+
+def _foreign(where: str | Path, wrong: str, remedy: str = REMEDY) -> ForeignFileError:
+    return ForeignFileError(sentence(where, wrong, remedy))
 
 
 def read_second_moments(
@@ -107,7 +122,7 @@ def read_covariances(
         )
     divisor = tokens if summed else 1
     moments = {
-        int(layer): _checked(_matrix(path, name) / divisor, f"{path}: {name}")
+        int(layer): _checked(_matrix(path, name).div_(divisor), path, shown_name(name))
         for layer, name in sorted(names.items())
     }
     modules, made_for, origin = _origin("covariances (.safetensors)", model, config, moments)
@@ -152,9 +167,10 @@ def read_projector(
         try:
             parts[layer] = LayerSpace.from_projector(of_layer[layer])
         except ValueError as error:
-            raise ForeignFileError(
-                f"{path}: the matrix given for layer {layer} cannot be used: {error}; a key moment "
-                "is read with read_second_moments or read_covariances"
+            raise _foreign(
+                path,
+                f"the matrix given for layer {layer} cannot be used: {error}",
+                "a key moment is read with read_second_moments or read_covariances",
             ) from error
     provenance = {
         "corpus": f"an unknown corpus ({path.name})",
@@ -198,34 +214,28 @@ def _parsing(path: Path, kind: str, of: str) -> Iterator[None]:
         yield
     except ForeignFileError:
         raise
-    except Exception as error:
-        raise ForeignFileError(f"{path} is no readable {kind}: {error}") from error
+    except Exception as error:  # each parser has errors of its own
+        why = " ".join(str(error).split()) or type(error).__name__
+        raise _foreign(path, f"it is no readable {kind} ({why})") from error
 
 
 def _npz_moment(path: Path) -> tuple[Tensor, int, int | None]:
     """What a file holds: C0 (d_in, d_in) in float32, tokens, and texts where it says."""
-    with _parsing(path, ".npz file", "second moments"), zipfile.ZipFile(path) as archive:
+    with _parsing(path, ".npz file", "second moments"), opened_archive(path, MAX_RATIO) as archive:
         total, count, texts = _arrays(path, archive)
-    return _checked((total / count).float(), str(path)), count, texts
+    return _checked(total.div_(count).float(), path), count, texts
 
 
 def _arrays(path: Path, archive: zipfile.ZipFile) -> tuple[Tensor, int, int | None]:
     """The sum of k k^T, in float32 or float64, and how many tokens and texts it is over."""
-    unpacked = sum(member.file_size for member in archive.infolist())
-    if unpacked > MAX_RATIO * path.stat().st_size:
-        raise ForeignFileError(
-            f"{path} unpacks to {unpacked} bytes, over {MAX_RATIO} times its size, as no second "
-            "moments do"
-        )
     held = {name.removesuffix(".npy") for name in archive.namelist()}
     prefix = "mom2." if "mom2.mom2" in held else ""
     if not {f"{prefix}mom2", f"{prefix}count"} <= held:
-        raise ForeignFileError(
-            f"{path} holds {sorted(held)[:20]}, but second moments are 'mom2.mom2' and 'mom2.count'"
-        )
+        wrong = f"it holds {shown(sorted(held))}, not 'mom2.mom2' and 'mom2.count'"
+        raise _foreign(path, wrong)
     count = _whole(_array(path, archive, f"{prefix}count", dimensions=0))
-    if count is None or count < 1:
-        raise ForeignFileError(f"{path}: {prefix}count is no number of tokens; it is damaged")
+    if count is None or not 0 < count < 2**62:
+        raise _foreign(path, f"{prefix}count is no number of tokens")
     said = "sample_size" in held
     texts = _whole(_array(path, archive, "sample_size", dimensions=0)) if said else None
     total = torch.from_numpy(_array(path, archive, f"{prefix}mom2", dimensions=2))
@@ -237,25 +247,21 @@ def _array(path: Path, archive: zipfile.ZipFile, name: str, dimensions: int) -> 
     with archive.open(f"{name}.npy") as file:
         version = npy.read_magic(file)
         if version not in ((1, 0), (2, 0)):
-            raise ForeignFileError(f"{path}: {name} is of .npy version {version}, not 1 or 2")
+            raise _foreign(path, f"{name} is of .npy version {version}, not 1 or 2")
         read = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
         shape, _, dtype = read(file)
     if dtype.kind not in ("iuf" if dimensions == 0 else "f") or dtype.itemsize > 8:
-        raise ForeignFileError(
-            f"{path}: {name} is of type {dtype}, not numbers of at most 64 bits; objects are never "
-            "unpickled"
-        )
+        wrong = f"{name} is of type {dtype}, not numbers of at most 64 bits"
+        raise _foreign(path, wrong, "objects are never unpickled")
     square = len(set(shape)) <= 1 and all(0 < size <= MAX_WIDTH for size in shape)
     if len(shape) != dimensions or not square:
-        raise ForeignFileError(
-            f"{path}: {name} is of shape {shape}; it is "
-            f"{f'square, at most {MAX_WIDTH} a side' if dimensions else 'one number'}"
-        )
+        wanted = f"square, at most {MAX_WIDTH} a side" if dimensions else "one number"
+        raise _foreign(path, f"{name} is of shape {shown(shape)}; it is {wanted}")
     if dtype.itemsize * math.prod(shape) > archive.getinfo(f"{name}.npy").file_size:
-        raise ForeignFileError(f"{path}: {name} is cut off; fetch the file again")
+        raise _foreign(path, f"{name} is cut off", "fetch the file again")
     with archive.open(f"{name}.npy") as file:
         found = npy.read_array(file, allow_pickle=False)
-    return np.array(found, dtype=found.dtype.newbyteorder("="))
+    return found.astype(found.dtype.newbyteorder("="), copy=False)
 
 
 def _whole(number: Any) -> int | None:
@@ -266,12 +272,18 @@ def _whole(number: Any) -> int | None:
 
 def _matrix(path: Path, name: str) -> Tensor:
     """A matrix of a safetensors file, in float32."""
-    with _parsing(path, "safetensors file", "matrices"), safe_open(path, "pt") as file:
-        held = sorted(file.keys())
-        found = file.get_tensor(name) if name in held else None
-    if found is None:
-        raise ValueError(f"{path} holds no matrix {name!r}; it holds {held[:20]}")
-    return found.float()
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist; give a safetensors file of matrices")
+    with opened_tensors(path, MAX_BYTES, _foreign) as file:
+        if name not in file.tensors:
+            wrong = f"no matrix {shown(name)}; it holds {shown(sorted(file.tensors))}"
+            raise ValueError(sentence(path, wrong, "name one of these"))
+        shape = file.tensors[name].shape
+        if len(shape) != 2 or shape[0] != shape[1] or not 0 < shape[0] <= MAX_WIDTH:
+            raise _foreign(
+                path, f"{shown_name(name)} is {shape}, but a second moment is (d_in, d_in)"
+            )
+        return file.read(name).float()
 
 
 def _projectors(path: Path) -> Tensor:
@@ -279,45 +291,48 @@ def _projectors(path: Path) -> Tensor:
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; give a file such as null_space_project.pt")
     try:
-        found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        with opened_archive(path, 1, (ZIP_STORED,)) as archive:
+            sizes = {m.filename.rpartition("/")[2]: m.file_size for m in archive.infolist()}
+        if sizes.get("data.pkl", 0) > MAX_PICKLE_BYTES:
+            raise ValueError(f"its data.pkl takes more than {MAX_PICKLE_BYTES} bytes")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # advice to who wrote the file
+            found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:
-        raise ForeignFileError(
-            f"{path} is damaged, or holds more than tensors ({type(error).__name__}); nothing of "
-            "it was run: ask for a file that torch.save made of one tensor"
-        ) from error
+        wrong = f"it is damaged, or holds more than tensors ({type(error).__name__})"
+        remedy = "nothing of it was run: ask for a file that torch.save made of one tensor"
+        raise _foreign(path, wrong, remedy) from error
     if not isinstance(found, Tensor) or found.ndim != 3 or found.shape[1] != found.shape[2]:
         what = f"a tensor {tuple(found.shape)}" if isinstance(found, Tensor) else type(found)
-        raise ForeignFileError(
-            f"{path} holds {what}, but projectors are one tensor (layers, d_in, d_in)"
-        )
+        raise _foreign(path, f"it holds {what}, but projectors are one tensor (layers, d_in, d_in)")
     plain = found.layout is torch.strided and found.is_floating_point() and found.is_contiguous()
     if not plain or found.is_meta or not 0 < found.shape[1] <= MAX_WIDTH:
-        raise ForeignFileError(
-            f"{path} holds no plain matrices of 1 to {MAX_WIDTH} floats a side: "
-            f"{tuple(found.shape)}, {found.dtype}, {found.layout}"
-        )
-    if not bool(torch.isfinite(found).all()):
-        raise ForeignFileError(f"{path} holds NaN or infinity; compute the projectors again")
+        what = f"{tuple(found.shape)}, {found.dtype}, {found.layout}"
+        raise _foreign(path, f"it has no plain matrices of 1 to {MAX_WIDTH} floats a side: {what}")
+    if not finite(found):
+        raise _foreign(path, "it holds NaN or infinity", "compute the projectors again")
     return found.detach()
 
 
-def _checked(moment: Tensor, where: str) -> Tensor:
+def _checked(moment: Tensor, path: Path, name: str = "it") -> Tensor:
     """A moment, unless it can be no mean of k k^T, which has |C_ij| <= sqrt(C_ii C_jj)."""
-    shape = tuple(moment.shape)
-    if moment.ndim != 2 or shape[0] != shape[1] or not 0 < shape[0] <= MAX_WIDTH:
-        raise ForeignFileError(f"{where} is {shape}, but a second moment is (d_in, d_in)")
-    if not bool(torch.isfinite(moment).all()):
-        raise ForeignFileError(f"{where} holds NaN or infinity; collect it again, in float32")
-    allowed = TOLERANCE * float(moment.abs().max())
-    error = float((moment - moment.T).abs().max())
-    if error > allowed:
-        raise ForeignFileError(f"{where} is off symmetric by {error:.2g}; it is no second moment")
+    if not finite(moment):
+        raise _foreign(path, f"{name} holds NaN or infinity", "collect it again, in float32")
+    allowed = TOLERANCE * max(abs(float(bound)) for bound in moment.aminmax())
     root = moment.diagonal().clamp_min(0).sqrt()  # (d_in,)
-    excess = float((moment.abs() - torch.outer(root, root)).max())
+    error = excess = 0.0
+    for start in range(0, len(moment), ROWS_AT_ONCE):  # a copy of the whole may not fit
+        some = slice(start, start + ROWS_AT_ONCE)
+        error = max(error, float((moment[some] - moment[:, some].T).abs().max()))
+        bound = torch.outer(root[some], root)
+        excess = max(excess, float((moment[some].abs() - bound).max()))
+    if error > allowed:
+        raise _foreign(path, f"{name} is off symmetric by {error:.2g}, so it is no second moment")
     if excess > allowed:
-        raise ForeignFileError(
-            f"{where} has an entry {excess:.2g} above sqrt(C_ii C_jj), which no mean of k k^T has; "
-            "is it a correlation, or the moment of something else?"
+        raise _foreign(
+            path,
+            f"{name} has an entry {excess:.2g} above sqrt(C_ii C_jj), which no mean of k k^T has",
+            "is it a correlation, or the moment of something else?",
         )
     return moment
 

@@ -18,11 +18,12 @@ from alphaedit_peft import embedded
 from alphaedit_peft.fingerprint import BaseFingerprint
 from alphaedit_peft.hub import Destination, fetch_folder, push_folder, repository_name
 from alphaedit_peft.nullspace.spectrum import STEM, LayerSummary
+from alphaedit_peft.safe_files import read_json
 from alphaedit_peft.saving import left_aside
 
 HEADER = f"{STEM}.json"
 FILES = (HEADER, f"{STEM}.safetensors", "README.md")
-MAX_HEADER_BYTES = 64 * 2**20  # of a null space among others; a larger one is passed over
+MAX_HEADER_BYTES = 2**20  # of a null space among others; a larger one is passed over
 MAX_NAME = 128  # hex digits of a folder's name: the embeddings and fifteen blocks
 
 _CARD = """\
@@ -194,12 +195,10 @@ def _made_for(header: Path) -> BaseFingerprint | None:
 
     Headers in a shared repository come from strangers: none is read past ``MAX_HEADER_BYTES``.
     """
-    if header.stat().st_size > MAX_HEADER_BYTES:
-        return None
     try:
-        values = json.loads(header.read_text(encoding="utf-8"))
+        values = read_json(header, limit=MAX_HEADER_BYTES)
         return BaseFingerprint.from_json(values["fingerprint"])
-    except (ValueError, TypeError, KeyError, RecursionError):
+    except (OSError, ValueError, KeyError):
         return None
 
 

@@ -25,18 +25,35 @@ from alphaedit_peft.architecture import resolve
 from alphaedit_peft.devices import require_whole
 from alphaedit_peft.fingerprint import BaseFingerprint, bare_model, fingerprint, require_same_base
 from alphaedit_peft.hub import Destination
+from alphaedit_peft.messages import shown
 from alphaedit_peft.nullspace.corpus import corpus_label, read_texts, token_batches
 from alphaedit_peft.nullspace.moments import Checkpoint, collect_sums
 from alphaedit_peft.nullspace.sharing import About, find_folder, push_null_space
-from alphaedit_peft.nullspace.spectrum import STEM, LayerSpace, LayerSummary, moment_quadratic
+from alphaedit_peft.nullspace.spectrum import (
+    STEM,
+    LayerSpace,
+    LayerSummary,
+    check_shapes,
+    moment_quadratic,
+)
 from alphaedit_peft.nullspace.threshold import REACH, check_reach, decompose, null_dimension
-from alphaedit_peft.safe_files import ORIGIN, Types, read_artefact, versions, write_artefact
+from alphaedit_peft.safe_files import Field, read_artefact, refusing, versions, write_artefact
 from alphaedit_peft.settings import EditOptions
 
 MOMENTS_STEM = "key_moments"
-MOMENTS_FIELDS: dict[str, Types] = {"modules": dict, **ORIGIN}
-MODE: dict[str, Types] = {"threshold": (int, float), "threshold_mode": str}
-FIELDS: dict[str, Types] = {"complement": dict, **MODE, **ORIGIN}
+LAYER = r"0|[1-9]\d{0,4}"  # a block's number as a name
+ORIGIN = {
+    "tokens": Field(int, 0, 2**62),
+    "fingerprint": Field((dict, type(None))),
+    "provenance": Field(dict),
+}
+MOMENTS_FIELDS = {"modules": Field(dict, each=Field(str), key=LAYER), **ORIGIN}
+FIELDS = {
+    "complement": Field(dict, each=Field(bool), key=LAYER),
+    "threshold": Field((int, float), 0, 1e300),
+    "threshold_mode": Field(str, high=40),
+    **ORIGIN,
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -174,9 +191,6 @@ class KeyMoments:
     def from_pretrained(cls, save_directory: str | Path) -> KeyMoments:
         """Read what ``save_pretrained`` wrote; a damaged file is a ValueError."""
         tensors, values = _read(save_directory, MOMENTS_STEM, MOMENTS_FIELDS, "modules", "moment")
-        for name, tensor in tensors.items():
-            if tensor.ndim != 2 or tensor.shape[0] != tensor.shape[1]:
-                raise ValueError(f"{name} {tuple(tensor.shape)} is not square; the file is damaged")
         return cls({n: tensors[f"layers.{n}.moment"] for n in values["modules"]}, **values)
 
 
@@ -368,9 +382,10 @@ class NullSpace:
             n: LayerSpace(tensors[f"layers.{n}.basis"], tensors[f"layers.{n}.values"], bool(side))
             for n, side in values.pop("complement").items()
         }
-        for layer, part in parts.items():
-            part.check(layer)
-        return cls(parts, **values)
+        with refusing(folder):
+            for layer, part in parts.items():
+                part.check(layer)
+            return cls(parts, **values)
 
     def push_to_hub(
         self,
@@ -415,17 +430,23 @@ def _origin(what: KeyMoments | NullSpace) -> dict[str, Any]:
 
 
 def _read(
-    folder: str | Path, stem: str, fields: Mapping[str, Types], by_layer: str, *names: str
+    folder: str | Path, stem: str, fields: Mapping[str, Field], by_layer: str, *names: str
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors ``names`` of each layer of the value ``by_layer``, and all values, checked."""
-    tensors, values = read_artefact(folder, stem, fields)
+
+    def fit(shapes: Mapping[str, tuple[int, ...]], values: Mapping[str, Any]) -> None:
+        wanted = {f"layers.{layer}.{name}" for layer in values[by_layer] for name in names}
+        if set(shapes) != wanted:
+            raise ValueError(
+                f"{shown(sorted(set(shapes) ^ wanted))} are in this file or in the JSON beside it, "
+                "but not in both, so they do not belong together"
+            )
+        for layer in values[by_layer]:
+            check_shapes(int(layer), *(shapes[f"layers.{layer}.{name}"] for name in names))
+
+    tensors, values = read_artefact(folder, stem, fields, fit)
     values[by_layer] = {int(layer): value for layer, value in values[by_layer].items()}
-    wanted = {f"layers.{layer}.{name}" for layer in values[by_layer] for name in names}
-    if set(tensors) != wanted:
-        raise ValueError(
-            f"{folder} holds {sorted(tensors)}, but its JSON names {sorted(wanted)}; the files do "
-            "not belong together"
-        )
     found = values["fingerprint"]
-    values["fingerprint"] = BaseFingerprint.from_json(found) if found else None
+    with refusing(Path(folder) / f"{stem}.json"):
+        values["fingerprint"] = None if found is None else BaseFingerprint.from_json(found)
     return tensors, values

@@ -19,6 +19,7 @@ from alphaedit_peft import algebra
 STEM = "null_space"
 WORKSPACE = 6  # float64 matrices of a moment's size that an eigen-decomposition takes on a GPU
 COLUMNS_AT_ONCE = 1024  # of a basis, made float64
+MAX_WIDTH = 65_536  # of a matrix that is read; 17 GB in float32
 PROJECTOR_ERROR = 1e-2  # largest deviation of a projector's entries and eigenvalues
 PROJECTOR = (0.5, "absolute")  # threshold and mode where only P is known: values are 0 or 1
 
@@ -114,21 +115,29 @@ class LayerSpace:
 
     def check(self, layer: int) -> None:
         """Refuse shapes that do not fit, values that do not ascend from zero, and a skew basis."""
-        shape, sizes = tuple(self.basis.shape), tuple(self.values.shape)
-        if len(shape) != 2 or sizes != shape[:1] or shape[1] > shape[0]:
-            raise ValueError(
-                f"layer {layer}: basis {shape} and values {sizes} do not fit; they are (d_in, m) "
-                "and (d_in,), m <= d_in"
-            )
+        check_shapes(layer, tuple(self.basis.shape), tuple(self.values.shape))
         if bool((self.values < 0).any()) or bool((self.values.diff() < 0).any()):
             raise ValueError(f"layer {layer}: eigenvalues do not ascend from zero; damaged file")
         gram = self.basis.T @ self.basis
         gram.diagonal().sub_(1)
-        error = float(gram.abs().max()) if len(gram) else 0.0
+        error = max(abs(float(bound)) for bound in gram.aminmax()) if len(gram) else 0.0
         if error > 1e-3:
             raise ValueError(
                 f"layer {layer}: basis is off orthonormal by {error:.2g}; damaged file"
             )
+
+
+def check_shapes(
+    layer: int, matrix: tuple[int, ...], values: tuple[int, ...] | None = None
+) -> None:
+    """Refuse shapes that are no moment's (d_in, d_in), or no basis (d_in, m) with its values."""
+    shapes = f"moment {matrix}" if values is None else f"basis {matrix} and values {values}"
+    square = len(matrix) == 2 and (matrix[1] <= matrix[0] if values else matrix[1] == matrix[0])
+    if not square or values not in (None, matrix[:1]) or not 0 < matrix[0] <= MAX_WIDTH:
+        raise ValueError(
+            f"layer {layer}: {shapes} do not fit; a moment is square, and a basis (d_in, m), "
+            f"m <= d_in, with values (d_in,), and d_in is at most {MAX_WIDTH}"
+        )
 
 
 class LayerSummary(NamedTuple):

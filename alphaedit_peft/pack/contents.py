@@ -26,6 +26,7 @@ from alphaedit_peft.fingerprint import BaseFingerprint
 from alphaedit_peft.pack import format
 from alphaedit_peft.pack.edit_record import EditRecord
 from alphaedit_peft.pack.format import ADAPTER_MODEL, EDITS, TARGETS, Factors, tensor_bytes
+from alphaedit_peft.safe_files import finite, shown_name
 from alphaedit_peft.settings import EditOptions
 
 DTYPE_NAMES = {str(dtype).removeprefix("torch."): dtype for dtype in format.DTYPES}
@@ -243,6 +244,14 @@ def content_files(pack: PackContents, dtype: torch.dtype) -> dict[str, bytes]:
     return files
 
 
+def check_targets(factors: Factors, shape: tuple[int, ...]) -> None:
+    """Refuse target values z of another shape than (n, d_model), n rows of every module."""
+    for name, delta in factors.items():
+        wanted = (delta.rank, delta.B.shape[0])
+        if shape != wanted:
+            raise ValueError(f"targets {shape} do not fit {shown_name(name)}: {wanted} needed")
+
+
 def _check_tensors(factors: Factors, targets: Tensor | None) -> None:
     if not factors:
         raise ValueError("factors={} names no module; give each edited module its factors")
@@ -251,14 +260,12 @@ def _check_tensors(factors: Factors, targets: Tensor | None) -> None:
         raise ValueError(f"ranks {ranks} differ; every module has one row for each key")
     for name, delta in factors.items():
         for side, tensor in (("A", delta.A), ("B", delta.B)):
-            if not tensor.is_floating_point() or not bool(torch.isfinite(tensor).all()):
+            if not tensor.is_floating_point() or not finite(tensor):
                 raise ValueError(f"{side} of {name} ({tensor.dtype}) must be finite floats")
-        wanted = (delta.rank, delta.B.shape[0])
-        if targets is not None and tuple(targets.shape) != wanted:
-            raise ValueError(f"targets {tuple(targets.shape)} do not fit {name}: {wanted} needed")
-    if targets is not None and (
-        targets.dtype != torch.float32 or not bool(torch.isfinite(targets).all())
-    ):
+    if targets is None:
+        return
+    check_targets(factors, tuple(targets.shape))
+    if targets.dtype != torch.float32 or not finite(targets):
         raise ValueError(f"targets ({targets.dtype}) must be finite float32")
 
 

@@ -13,18 +13,25 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from safetensors.torch import load
 from torch import Tensor
 
 from alphaedit_peft import saving, solve_metric
 from alphaedit_peft.algebra import LowRankDelta
 from alphaedit_peft.fingerprint import BaseFingerprint
 from alphaedit_peft.hub import Destination, fetch_folder, push_folder
+from alphaedit_peft.messages import shown
 from alphaedit_peft.pack import format
 from alphaedit_peft.pack.card import card
-from alphaedit_peft.pack.contents import Compression, Pack, PackContents, content_files
+from alphaedit_peft.pack.contents import (
+    Compression,
+    Pack,
+    PackContents,
+    check_targets,
+    content_files,
+)
 from alphaedit_peft.pack.edit_record import EditRecord
 from alphaedit_peft.pack.format import FILES, SIDECAR_CONFIG, Factors, PackError, refuse
+from alphaedit_peft.safe_files import Field, check_fields, refusing
 from alphaedit_peft.settings import EditOptions
 from alphaedit_peft.tables import count
 
@@ -108,7 +115,8 @@ def copy_pack(source: Path, folder: str | Path) -> StoredPack:
 
 def stored_dtype(folder: Path) -> torch.dtype:
     """dtype of the factors in a pack's folder."""
-    return next(iter(load(format.read_bytes(folder, format.ADAPTER_MODEL)).values())).dtype
+    with format.opened_tensors(folder, format.ADAPTER_MODEL) as file:
+        return next(iter(file.tensors.values())).dtype
 
 
 def locate(
@@ -160,13 +168,15 @@ def _read(folder: Path, kind: type[Pack]) -> Pack:
         factors = {name: _without_zero_row(delta, folder) for name, delta in factors.items()}
     elif rows != lora.rank:
         refuse(where, f"r={lora.rank} differs from rows={rows} in {SIDECAR_CONFIG}")
-    fields |= {"factors": factors, "records": _records(folder), "targets": _targets(folder)}
+    fields |= {
+        "factors": factors,
+        "records": _records(folder),
+        "targets": _targets(folder, factors),
+    }
     if issubclass(kind, StoredPack):
         fields["lora"] = format.read_json(folder, format.ADAPTER_CONFIG)
-    try:
+    with refusing(folder, format.damaged):
         return kind(**fields)
-    except ValueError as error:
-        refuse(folder, str(error))
 
 
 def _without_zero_row(delta: LowRankDelta, folder: Path) -> LowRankDelta:
@@ -176,20 +186,19 @@ def _without_zero_row(delta: LowRankDelta, folder: Path) -> LowRankDelta:
     return LowRankDelta(delta.A[:0], delta.B[:, :0])
 
 
-_TYPES: dict[str, tuple[type, ...]] = {
-    "format_version": (int,),
-    "rows": (int,),
-    "config": (dict,),
-    "contexts": (list,),
-    "fan_in_fan_out": (bool,),
-    "base": (dict, type(None)),
-    "null_space": (dict, type(None)),
-    "versions": (dict,),
-    "parents": (list,),
-    "compression": (dict,),
-    "decisions": (list,),
+_FIELDS = {
+    "format_version": Field(int),
+    "rows": Field(int),
+    "config": Field(dict),
+    "contexts": Field(list, each=Field(str)),
+    "fan_in_fan_out": Field(bool),
+    "base": Field((dict, type(None))),
+    "null_space": Field((dict, type(None))),
+    "versions": Field(dict),
+    "parents": Field(list, each=Field(dict)),
+    "compression": Field(dict, optional=True),
+    "decisions": Field(list, each=Field(dict), optional=True),
 }
-_OPTIONAL = {"compression", "decisions"}
 
 
 def _facts(folder: Path, options: type[EditOptions]) -> dict[str, Any]:
@@ -203,42 +212,34 @@ def _facts(folder: Path, options: type[EditOptions]) -> dict[str, Any]:
     raw = format.read_json(folder, SIDECAR_CONFIG)
     version, known = raw.get("format_version"), format.FORMAT_VERSION
     if version != known:
-        wrong = f"format_version={version!r} is not {known}, the one that is read here"
+        wrong = f"format_version={shown(version)} is not {known}, the one that is read here"
         refuse(where, wrong, "update alphaedit_peft")
-    missing = sorted(set(_TYPES) - _OPTIONAL - set(raw))
-    unknown = sorted(set(raw) - set(_TYPES))
-    if missing or unknown:
-        refuse(where, f"fields {missing} are missing, fields {unknown} are unknown")
-    for name, value in raw.items():
-        if type(value) not in _TYPES[name]:
-            refuse(where, f"{name}={value!r} is a {type(value).__name__}")
-    del raw["format_version"]
-    try:
+    with refusing(where, format.damaged):
+        check_fields(raw, _FIELDS)
+        del raw["format_version"]
         raw["config"] = options.from_json(raw["config"])
         solve_metric.kind(raw["config"].objective)
         raw["base"] = None if raw["base"] is None else BaseFingerprint.from_json(raw["base"])
         if "compression" in raw:
             raw["compression"] = Compression.from_json(raw["compression"])
-    except (ValueError, TypeError, OverflowError) as error:
-        refuse(where, str(error), "update alphaedit_peft, or download the pack again")
     return raw
 
 
 def _records(folder: Path) -> tuple[EditRecord, ...]:
     records = []
-    for number, values in format.read_json_lines(folder, format.EDITS):
-        try:
+    for where, values in format.read_json_lines(folder, format.EDITS):
+        with refusing(where, format.damaged):
             records.append(EditRecord.from_json(values))
-        except (ValueError, TypeError) as error:
-            refuse(f"{folder / format.EDITS}, line {number}", str(error))
     return tuple(records)
 
 
-def _targets(folder: Path) -> Tensor | None:
+def _targets(folder: Path, factors: Factors) -> Tensor | None:
     """z (n, d_model), or None where the pack has no target values."""
-    if not (folder / format.TARGETS).exists():
+    where = folder / format.TARGETS
+    if not where.exists() and not where.is_symlink():
         return None
-    tensors = format.read_tensors(folder, format.TARGETS)
-    if set(tensors) != {"z"}:
-        refuse(folder / format.TARGETS, f"holds {sorted(tensors)}, not 'z' alone")
-    return tensors["z"]
+    with format.opened_tensors(folder, format.TARGETS) as file, refusing(where, format.damaged):
+        if set(file.tensors) != {"z"}:
+            raise ValueError(f"holds {shown(sorted(file.tensors))}, not 'z' alone")
+        check_targets(factors, file.tensors["z"].shape)
+        return file.read("z").float()

@@ -14,7 +14,8 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -25,6 +26,8 @@ from torch import Tensor
 
 from alphaedit_peft import algebra, safe_files
 from alphaedit_peft.algebra import LowRankDelta
+from alphaedit_peft.messages import sentence, shown
+from alphaedit_peft.safe_files import DamagedFileError, TensorFile, shown_name
 
 FORMAT_VERSION = 1
 ADAPTER_CONFIG = "adapter_config.json"
@@ -35,8 +38,10 @@ EDITS = "alphaedit/edits.jsonl"
 TARGETS = "alphaedit/targets.safetensors"
 FILES = (ADAPTER_CONFIG, ADAPTER_MODEL, CARD, SIDECAR_CONFIG, EDITS, TARGETS)
 
-MAX_JSON_BYTES = 64 * 2**20
+MAX_JSON_BYTES = 16 * 2**20
+MAX_EDITS_BYTES = 64 * 2**20
 MAX_LINE_BYTES = 2**20
+MAX_SIDE = 2**20  # of a factor
 MAX_TENSOR_BYTES = 16 * 2**30  # 20,000 edits of a model with 70 billion parameters
 REMEDY = "the pack is damaged, save or download it again"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -64,13 +69,13 @@ _NO_EFFECT = {
 }
 
 
-class PackError(ValueError):
+class PackError(DamagedFileError):
     """A pack whose files cannot be used: which file, what is wrong, what to do."""
 
 
 def damaged(where: str | Path, wrong: str, remedy: str = REMEDY) -> PackError:
     """The error for a file that cannot be used."""
-    return PackError(f"{where}: {wrong}; {remedy}")
+    return PackError(sentence(where, wrong, remedy))
 
 
 def refuse(where: str | Path, wrong: str, remedy: str = REMEDY) -> NoReturn:
@@ -89,13 +94,20 @@ class LoraFacts:
 
 
 def read_lora(folder: Path) -> tuple[Factors, LoraFacts]:
-    """Read a plain LoRA's folder, whose tensors agree with its config, unscaled."""
+    """Read a plain LoRA's folder, whose tensors agree with its config, unscaled, in float32."""
     facts = _lora_facts(folder)
     where = folder / ADAPTER_MODEL
-    factors = _pair(read_tensors(folder, ADAPTER_MODEL), where)
-    for module, delta in factors.items():
-        if delta.rank != facts.rank:
-            refuse(where, f"{module} has rank {delta.rank}, {ADAPTER_CONFIG} says r={facts.rank}")
+    with opened_tensors(folder, ADAPTER_MODEL) as file:
+        keys = _pairs({name: stored.shape for name, stored in file.tensors.items()}, where)
+        for module, (key, _) in keys.items():
+            rank = file.tensors[key].shape[0]
+            if rank != facts.rank:
+                name = shown_name(module)
+                refuse(where, f"{name} has rank {rank}, {ADAPTER_CONFIG} says r={facts.rank}")
+        factors = {
+            module: LowRankDelta(*(file.read(key).float() for key in pair))
+            for module, pair in keys.items()
+        }
     return factors, facts
 
 
@@ -127,32 +139,29 @@ def by_block(module: str) -> list[tuple[int, str]]:
 
 
 def read_json(folder: Path, name: str) -> dict[str, Any]:
-    """Read a JSON object of at most ``MAX_JSON_BYTES`` with finite numbers."""
-    data = read_bytes(folder, name, MAX_JSON_BYTES)
-    return safe_files.parse_json(data, folder / name, damaged)
+    """Read a JSON object with finite numbers."""
+    return safe_files.read_json(folder / name, damaged, MAX_JSON_BYTES, within=folder)
 
 
-def read_json_lines(folder: Path, name: str) -> list[tuple[int, dict[str, Any]]]:
-    """Read JSON objects with their line numbers; a line has at most ``MAX_LINE_BYTES``."""
-    found = []
-    for number, line in enumerate(read_bytes(folder, name, MAX_JSON_BYTES).split(b"\n"), start=1):
-        where = f"{folder / name}, line {number}"
-        if len(line) > MAX_LINE_BYTES:
-            refuse(where, f"{len(line)} bytes are more than the limit of {MAX_LINE_BYTES}")
-        if line.strip():
-            found.append((number, safe_files.parse_json(line, where, damaged)))
-    return found
+def read_json_lines(folder: Path, name: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Read JSON objects, each with its place; a line has at most ``MAX_LINE_BYTES``."""
+    return safe_files.json_lines(
+        folder / name, damaged, (MAX_EDITS_BYTES, MAX_LINE_BYTES), within=folder
+    )
 
 
-def read_tensors(folder: Path, name: str) -> dict[str, Tensor]:
-    """Read the tensors of a safetensors file, finite and of ``DTYPES``, on the CPU in float32."""
-    tensors = safe_files.parse_tensors(read_bytes(folder, name), folder / name, DTYPES, damaged)
-    return {key: tensor.float() for key, tensor in tensors.items()}
+@contextmanager
+def opened_tensors(folder: Path, name: str) -> Iterator[TensorFile]:
+    """The header of a safetensors file within the folder, of tensors of ``DTYPES``."""
+    limit = MAX_TENSOR_BYTES
+    with safe_files.opened_tensors(folder / name, limit, damaged, within=folder) as file:
+        file.require(DTYPES)
+        yield file
 
 
 def read_bytes(folder: Path, name: str, limit: int = MAX_TENSOR_BYTES) -> bytes:
     """Read a regular file that lies within the folder and is no larger than its limit."""
-    return safe_files.read_bytes(folder, name, limit, damaged)
+    return safe_files.read_bytes(folder / name, limit, damaged, within=folder)
 
 
 def json_bytes(value: Mapping[str, Any], name: str) -> bytes:
@@ -163,7 +172,7 @@ def json_bytes(value: Mapping[str, Any], name: str) -> bytes:
 def json_lines_bytes(values: Iterable[dict[str, Any]], name: str) -> bytes:
     """JSON objects as the bytes of a file, one a line, each line within its limit too."""
     lines = [_within(_dump(value, name), MAX_LINE_BYTES, f"{name}, a line") for value in values]
-    return _within(b"".join(line + b"\n" for line in lines), MAX_JSON_BYTES, name)
+    return _within(b"".join(line + b"\n" for line in lines), MAX_EDITS_BYTES, name)
 
 
 def tensor_bytes(tensors: Mapping[str, Tensor], name: str, dtype: torch.dtype) -> bytes:
@@ -172,7 +181,7 @@ def tensor_bytes(tensors: Mapping[str, Tensor], name: str, dtype: torch.dtype) -
         raise PackError(f"dtype={dtype} cannot be saved; use one of {DTYPES}")
     rounded = {k: t.detach().to("cpu", dtype).contiguous().clone() for k, t in tensors.items()}
     for key, tensor in rounded.items():
-        if not bool(torch.isfinite(tensor).all()):
+        if not safe_files.finite(tensor):
             raise PackError(f"{name}: {key} does not fit {dtype}; save it in torch.float32")
     return save(rounded, metadata={"format": "pt"})
 
@@ -181,24 +190,25 @@ def _lora_facts(folder: Path) -> LoraFacts:
     raw = read_json(folder, ADAPTER_CONFIG)
     where = folder / ADAPTER_CONFIG
     if raw.get("peft_type") != "LORA":
-        refuse(where, f"peft_type={raw.get('peft_type')!r} is not 'LORA'", _USE_PEFT)
+        refuse(where, f"peft_type={shown(raw.get('peft_type'))} is not 'LORA'", _USE_PEFT)
     for name in sorted(set(raw) - _CHECKED - _NO_EFFECT):
         if raw[name] not in _ALLOWED.get(name, (None, False, {}, [])):
-            refuse(where, f"{name}={raw[name]!r} is more than plain LoRA", _USE_PEFT)
+            wrong = f"{shown_name(name)}={shown(raw[name])} is more than plain LoRA"
+            refuse(where, wrong, _USE_PEFT)
     rank: Any = raw.get("r")
     alpha: Any = raw.get("lora_alpha")
     if type(rank) is not int or not 1 <= rank <= _MOST:
-        refuse(where, f"r={rank!r} is not a whole number in 1..{_MOST}")
+        refuse(where, f"r={shown(rank)} is not a whole number in 1..{_MOST}")
     if type(alpha) not in (int, float) or not 0 <= alpha <= _MOST:
-        refuse(where, f"lora_alpha={alpha!r} is not a number in 0..{_MOST}")
+        refuse(where, f"lora_alpha={shown(alpha)} is not a number in 0..{_MOST}")
     for name in ("fan_in_fan_out", "use_rslora"):
         if not isinstance(raw.get(name, False), bool):
-            refuse(where, f"{name}={raw[name]!r} is neither true nor false")
+            refuse(where, f"{name}={shown(raw[name])} is neither true nor false")
     modules = raw.get("target_modules")
     if not isinstance(modules, (str, list, type(None))) or not all(
         isinstance(name, str) for name in modules or ()
     ):
-        refuse(where, f"target_modules={modules!r} is not a list of module names")
+        refuse(where, f"target_modules={shown(modules)} is not a list of module names")
     return LoraFacts(
         rank=rank,
         scaling=alpha / (math.sqrt(rank) if raw.get("use_rslora") else rank),
@@ -207,24 +217,27 @@ def _lora_facts(folder: Path) -> LoraFacts:
     )
 
 
-def _pair(tensors: Mapping[str, Tensor], where: Path) -> Factors:
-    sides: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in tensors.items():
+def _pairs(shapes: Mapping[str, tuple[int, ...]], where: Path) -> dict[str, tuple[str, str]]:
+    """Module -> keys of its A (r, d_in) and B (d_out, r), lowest block first, from their shapes."""
+    sides: dict[str, dict[str, str]] = {}
+    for key, shape in shapes.items():
         match = _KEY.fullmatch(key)
         if match is None:
-            refuse(where, f"key {key!r} is not 'base_model.model.<module>.lora_A.weight' or lora_B")
-        if tensor.ndim != 2:
-            refuse(where, f"{key} {tuple(tensor.shape)} is not a matrix")
-        sides.setdefault(match["module"], {})[match["side"]] = tensor
+            wrong = f"key {shown(key)} is not 'base_model.model.<module>.lora_A.weight' or lora_B"
+            refuse(where, wrong)
+        if len(shape) != 2 or max(shape) > MAX_SIDE:
+            refuse(where, f"{shown_name(key)} {shape} is not a matrix of at most {MAX_SIDE} a side")
+        sides.setdefault(match["module"], {})[match["side"]] = key
     if not sides:
         refuse(where, "there is no tensor in it")
     for module, found in sides.items():
+        name = shown_name(module)
         if len(found) != 2:
-            refuse(where, f"{module} has lora_{next(iter(found))} only")
-        A, B = found["A"], found["B"]
-        if A.shape[0] != B.shape[1]:
-            refuse(where, f"{module}: A {tuple(A.shape)} and B {tuple(B.shape)} do not multiply")
-    return {m: LowRankDelta(sides[m]["A"], sides[m]["B"]) for m in sorted(sides, key=by_block)}
+            refuse(where, f"{name} has lora_{next(iter(found))} only")
+        A, B = shapes[found["A"]], shapes[found["B"]]
+        if A[0] != B[1]:
+            refuse(where, f"{name}: A {A} and B {B} do not multiply")
+    return {m: (sides[m]["A"], sides[m]["B"]) for m in sorted(sides, key=by_block)}
 
 
 def _dump(value: Mapping[str, Any], name: str, indent: int | None = None) -> bytes:

@@ -75,6 +75,6 @@ def test_what_cannot_be_read_is_one_line(run, files, tmp_path):
     files[1].write_bytes(b"junk")
     result = run("nullspace", "import", files[1], "--layers", "0", "--out", tmp_path / "x", code=1)
     assert result.stderr.startswith("alphaedit: ")
-    assert "p.pt is damaged, or holds more than tensors" in result.stderr
+    assert "p.pt: it is damaged, or holds more than tensors" in result.stderr
     result = run("nullspace", "import", files[1], "--layers", "0", "--out", ".", code=1)
     assert "is or holds the working directory" in result.stderr
