@@ -16,7 +16,9 @@ import os
 import re
 import secrets
 import shutil
+import socket
 import sys
+import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import TypeVar
@@ -29,8 +31,45 @@ except ImportError:  # Windows
 Found = TypeVar("Found")
 Content = bytes | Callable[[Path], object]  # a file's bytes, or what writes it to a path
 _SAVING, _REPLACED = "saving", "replaced"
+_TEMPORARY = ".alphaedit_peft.temporary-"
 _ATTEMPTS = 20
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
+
+
+def replace_file(path: str | Path, content: Content | str) -> None:
+    """Make a file hold ``content``, which is text, bytes, or what writes it to a path.
+
+    Its folder is made, links to it are followed, and what is no file, as a pipe, is written to.
+
+    Raises:
+        OSError: the disk is full, or a right is missing; what was there before is untouched.
+    """
+    data = content.encode("utf-8") if isinstance(content, str) else content
+    target = Path(path).resolve()
+    with _told(path):
+        if Path(path).exists() and not Path(path).is_file() and isinstance(data, bytes):
+            Path(path).write_bytes(data)
+            return
+        with _beside(target) as fresh:
+            _write(fresh / target.name, data)
+            if target.exists():
+                shutil.copymode(target, fresh / target.name)
+            _flush(fresh / target.name)
+            os.replace(fresh / target.name, target)
+
+
+def append(path: str | Path, text: str) -> None:
+    """Add text to a file, all of it or, with an OSError as that of ``replace_file``, none."""
+    rest = memoryview(text.encode("utf-8"))
+    with _told(path), open(path, "ab", buffering=0) as file:
+        size = file.tell()
+        try:
+            while rest:
+                rest = rest[file.write(rest) :]
+            os.fsync(file.fileno())
+        except BaseException:
+            file.truncate(size)
+            raise
 
 
 def replace_folder(
@@ -49,20 +88,38 @@ def replace_folder(
         ValueError: ``folder`` is, or holds, the working directory, which cannot be exchanged.
         OSError: the disk is full, or a right is missing; what was there before is untouched.
     """
+
+    def fill(fresh: Path) -> None:
+        for name, data in files.items():
+            _write(fresh / name, data)
+
+    _replace_folder(folder, fill, {*files, *owned})
+
+
+def make_folder(folder: str | Path, fill: Callable[[Path], object]) -> None:
+    """Make ``folder`` hold what ``fill`` writes into the folder it is given, and nothing else.
+
+    Errors are those of ``replace_folder``.
+    """
+    _replace_folder(folder, fill, None)
+
+
+def _replace_folder(
+    folder: str | Path, fill: Callable[[Path], object], new: Collection[str] | None
+) -> None:
+    """As ``fill`` says, and what the old folder held under other names than ``new``; None: none."""
     check_folder(folder)
     target = Path(folder).resolve()
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(target.parent) as alone:
-            if alone:
-                _sweep(target)
-            _write_and_swap(target, files, owned)
-    except OSError as error:
-        raise OSError(
-            error.errno,
-            f"saving {folder} failed: {error.strerror or error}; what was there before is "
-            "untouched; free space, check rights or choose another folder",
-        ) from error
+    with _told(folder), _beside(target) as fresh:
+        fill(fresh)
+        made = [fresh, *fresh.rglob("*")]
+        if target.exists():
+            shutil.copymode(target, fresh)
+            if new is not None:
+                _carry_over(target, fresh, new)
+        for path in made:
+            _flush(path)
+        _swap(fresh, target)
 
 
 def check_folder(folder: str | Path) -> None:
@@ -106,19 +163,116 @@ def read_steadily(
 
 
 @contextlib.contextmanager
-def _locked(parent: Path) -> Iterator[bool]:
-    """Hold off other saves beside this one; False where the file system knows no locks."""
+def alone(target: str | Path) -> Iterator[None]:
+    """Let no other process write a file or folder while the block runs.
+
+    A name beside it, ``.NAME.lock``, is locked and goes at the end; a process that was killed holds
+    no lock, and the next one takes over the name. Where the system has no locks nobody is kept off.
+
+    Raises:
+        BlockingIOError: another process is in such a block.
+        OSError: nothing can be written there.
+    """
+    place = Path(target).resolve()
+    name = place.with_name(f".{place.name}.lock")
+    with _told(target):
+        name.parent.mkdir(parents=True, exist_ok=True)
+        handle = None if fcntl is None else _lock(name, target)
+    try:
+        yield
+    finally:
+        if handle is not None:
+            name.unlink(missing_ok=True)  # first, so that nobody else's is unlinked
+            os.close(handle)
+
+
+@contextlib.contextmanager
+def temporary_folder() -> Iterator[Path]:
+    """A folder where the system has its temporary ones, gone at the end.
+
+    It is locked while the block runs: what processes left that were killed is known by that, and
+    goes first.
+    """
+    root = Path(tempfile.gettempdir())
+    for left in root.glob(f"{_TEMPORARY}*"):
+        with contextlib.suppress(OSError), _flocked(left, wait=False) as free:
+            if free:
+                shutil.rmtree(left, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix=_TEMPORARY) as place, _flocked(Path(place), wait=True):
+        yield Path(place)
+
+
+def _lock(name: Path, target: str | Path) -> int:
+    """The handle of a lock file that is now this process's."""
+    while True:
+        handle = os.open(name, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            other = os.read(handle, 200).decode("utf-8", "replace") or "another process"
+            os.close(handle)
+            raise BlockingIOError(
+                errno.EAGAIN,
+                f"{target} is being written by {other}; wait for its end, or name another",
+            ) from None
+        except OSError:  # a file system without locks
+            return handle
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(handle), os.stat(name)):
+                os.ftruncate(handle, 0)
+                os.write(handle, f"process {os.getpid()} on {socket.gethostname()}".encode())
+                return handle
+        os.close(handle)  # its owner went and took the name along
+
+
+@contextlib.contextmanager
+def _told(target: str | Path) -> Iterator[None]:
+    """Say in one sentence what could not be written, whatever library was to write it."""
+    try:
+        yield
+    except Exception as error:
+        rust = re.search(r"\(os error (\d+)\)", str(error))  # safetensors, tokenizers: no errno
+        if isinstance(error, BlockingIOError) or not (rust or isinstance(error, OSError)):
+            raise
+        number = int(rust[1]) if rust else error.errno  # type: ignore[attr-defined]
+        raise OSError(
+            number,
+            f"saving {target} failed: {getattr(error, 'strerror', None) or error}; what was there "
+            "before is untouched; free space, check rights or choose another folder",
+        ) from error
+
+
+@contextlib.contextmanager
+def _beside(target: Path) -> Iterator[Path]:
+    """A folder beside the target to write into; what killed saves of it left goes first."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with _flocked(target.parent, wait=True) as locked:
+        if locked:
+            _sweep(target)
+        fresh = _sibling(target, _SAVING)
+        try:
+            fresh.mkdir()
+            yield fresh
+        finally:
+            shutil.rmtree(fresh, ignore_errors=True)  # after a swap, this name holds the old folder
+        with contextlib.suppress(OSError):
+            _flush(target.parent)
+
+
+@contextlib.contextmanager
+def _flocked(folder: Path, *, wait: bool) -> Iterator[bool]:
+    """Hold a folder's lock; False where it is held, or where the file system knows no locks."""
     if fcntl is None:
         yield False
         return
-    handle = os.open(parent, os.O_RDONLY)
+    handle = os.open(folder, os.O_RDONLY)
     try:
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX)
-            alone = True
+            fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            locked = True
         except OSError:
-            alone = False
-        yield alone
+            locked = False
+        yield locked
     finally:
         os.close(handle)
 
@@ -143,24 +297,6 @@ def _sibling(target: Path, kind: str) -> Path:
     return target.with_name(f".{target.name}.{kind}-{secrets.token_hex(4)}")
 
 
-def _write_and_swap(target: Path, files: Mapping[str, Content], owned: Collection[str]) -> None:
-    fresh = _sibling(target, _SAVING)
-    try:
-        fresh.mkdir()
-        for name, data in files.items():
-            _write(fresh / name, data)
-        if target.exists():
-            shutil.copymode(target, fresh)
-            _carry_over(target, fresh, {*files, *owned})
-        for folder in {fresh, *(fresh / name for name in files)}:
-            _flush(folder if folder.is_dir() else folder.parent)
-        _swap(fresh, target)
-    finally:
-        shutil.rmtree(fresh, ignore_errors=True)  # after the swap, this name holds the old folder
-    with contextlib.suppress(OSError):
-        _flush(target.parent)
-
-
 def _write(path: Path, data: Content) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     if isinstance(data, bytes):
@@ -170,15 +306,13 @@ def _write(path: Path, data: Content) -> None:
         mode = path.stat().st_mode
         data(path)
         path.chmod(mode)  # some writers make private files
-    with path.open("r+b") as file:
-        os.fsync(file.fileno())
 
 
-def _flush(folder: Path) -> None:
-    """Have the folder's list of names on the disk, where the system can do that."""
-    if os.name == "nt":
+def _flush(path: Path) -> None:
+    """Have a file, or a folder's list of names, on the disk, where the system can do that."""
+    if os.name == "nt" and path.is_dir():
         return
-    handle = os.open(folder, os.O_RDONLY)
+    handle = os.open(path, os.O_RDONLY if os.name != "nt" else os.O_RDWR)
     try:
         os.fsync(handle)
     except OSError as error:
