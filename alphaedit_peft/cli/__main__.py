@@ -1,5 +1,5 @@
 """``python -m alphaedit_peft.cli`` is ``alphaedit``."""
 
-from alphaedit_peft.cli import app
+from alphaedit_peft.cli import main
 
-app(prog_name="alphaedit")
+main()

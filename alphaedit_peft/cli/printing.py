@@ -25,6 +25,7 @@ from rich.table import Table
 from rich.text import Text
 from typer.core import TyperGroup
 
+from alphaedit_peft.cli.stopping import stoppable
 from alphaedit_peft.tables import cell
 from alphaedit_peft.tables import count as count
 
@@ -39,6 +40,16 @@ def show(as_json: bool, values: Any, *parts: Table | str) -> None:
     """
     if os.environ.get("RANK", "0") != "0":
         return
+    try:
+        _show(as_json, values, parts)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise OSError(error.errno, f"standard output: {error.strerror}") from error
+
+
+def _show(as_json: bool, values: Any, parts: Sequence[Table | str]) -> None:
     if as_json:
         sys.stdout.write(json_text(values, 2))
         return
@@ -151,7 +162,6 @@ def progress(text: str) -> None:
 
 
 EXPECTED = (ValueError, RuntimeError, OSError, ImportError)  # PackError is a ValueError
-INTERRUPTED = 130
 # bitsandbytes tells here, when it is imported, that an optional faster kernel is not installed;
 # PEFT imports it wherever it is installed, also for bases that are not quantised
 OPTIONAL_KERNEL = ("bitsandbytes.backends.cpu.ops", "Failed to load CPU gemm_4bit_forward")
@@ -159,6 +169,11 @@ OPTIONAL_KERNEL = ("bitsandbytes.backends.cpu.ops", "Failed to load CPU gemm_4bi
 
 class CommandGroup(TyperGroup):
     """The group of commands, which turns what they raise into one line."""
+
+    def make_context(self, *words: Any, **options: Any) -> Any:
+        """Read the command line, which a signal ends as it does the command itself."""
+        with stoppable():
+            return super().make_context(*words, **options)
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Read the command line; from here on stdout takes any text, that of ``--help`` too."""
@@ -176,13 +191,10 @@ class CommandGroup(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         """Run the command asked for."""
         try:
-            with warnings_in_one_line(), optional_kernel_unmentioned():
+            with stoppable(), warnings_in_one_line(), optional_kernel_unmentioned():
                 return super().invoke(ctx)
         except (typer.Exit, typer.Abort, BrokenPipeError):
             raise
-        except KeyboardInterrupt:
-            say("interrupted")
-            raise typer.Exit(INTERRUPTED) from None
         except EXPECTED as error:
             if ctx.params.get("traceback"):
                 raise
