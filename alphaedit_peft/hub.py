@@ -10,20 +10,21 @@ from __future__ import annotations
 import glob
 import re
 from collections.abc import Collection, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError
 
 LOGIN = "log in with 'hf auth login' or pass token="
 _MAIN = "main"
 # as huggingface_hub's validate_repo_id, which takes longer to import than a pack to read
 _NAME = re.compile(r"(\b[\w.-]{1,96}\b/)?\b[\w.-]{1,96}\b", re.ASCII)
 _CONFLICTS = (409, 412)  # another push at the same time; the parent commit is no longer the last
+_UNKNOWN, _FORBIDDEN, _TOO_MANY, _FAILS = 401, 403, 429, 500  # and above
+_SHOWN = 160  # characters of an answer that is quoted
 _NETWORK = {"httpx", "httpx2", "httpcore", "httpcore2", "requests", "urllib3"}
 
 
@@ -67,7 +68,7 @@ def push_folder(folder: Path, to: Destination, owned: Collection[str], message: 
     that the folder does not have. An unchanged push makes no commit.
 
     Raises:
-        PermissionError: the token may not write there.
+        PermissionError: the token is not valid, or may not write there.
         FileNotFoundError: no such pull request, or no such branch for ``create_pr``.
         ValueError: a tag as revision, a public repository where a private one was asked for, or
             what is no repository's name.
@@ -126,8 +127,8 @@ def fetch_folder(
     Raises:
         FileNotFoundError: no such repository for this token, revision, or folder; nothing in the
             cache while offline; or what is no repository's name.
-        PermissionError: a gated repository.
-        ConnectionError: the Hub fails.
+        PermissionError: a gated repository, or a token that is not valid or lacks the right.
+        ConnectionError: the Hub fails, or was asked too often.
     """
     from huggingface_hub import snapshot_download
 
@@ -135,7 +136,7 @@ def fetch_folder(
     inside = subfolder.strip("/") if subfolder else ""
     start = glob.escape(f"{inside}/") if inside else ""
     wanted = list(names)
-    with _in_plain_words(repo_id, revision):
+    with _in_plain_words(repo_id, revision, token):
         patterns = [start + name for name in wanted]
         place = snapshot_download(repo_id, revision=revision, token=token, allow_patterns=patterns)
     folder = Path(place) / inside
@@ -195,12 +196,13 @@ def _pushing(to: Destination) -> Iterator[None]:
                 f"{to.repo_id} changed while this was pushed, and was left as it is then; look at "
                 "what is there, and push again"
             ) from error
-        if status in (401, 403) or isinstance(error, errors.RepositoryNotFoundError):
+        told = refusal(f"{to.repo_id} was not pushed", error)
+        if told is None or status == _FORBIDDEN:
             raise PermissionError(
                 f"{to.repo_id}: the Hub lets this token not write there (status {status}); {LOGIN} "
                 "of someone who may, or propose the change with create_pr=True"
             ) from error
-        raise ConnectionError(f"{to.repo_id} was not pushed: {_answered(error)}") from error
+        raise told from error
     except Exception as error:
         broken = _broken(error)
         if isinstance(error, ValueError) or broken is None:
@@ -212,7 +214,7 @@ def _pushing(to: Destination) -> Iterator[None]:
 
 
 @contextmanager
-def _in_plain_words(repo_id: str, revision: str | None) -> Iterator[None]:
+def _in_plain_words(repo_id: str, revision: str | None, token: str | bool | None) -> Iterator[None]:
     """What goes wrong in a download, in plain words."""
     from huggingface_hub import errors
 
@@ -222,28 +224,21 @@ def _in_plain_words(repo_id: str, revision: str | None) -> Iterator[None]:
         raise FileNotFoundError(
             f"{repo_id} is no folder here, and no Hub repository name either; check the path"
         ) from error
-    except errors.GatedRepoError as error:
-        raise PermissionError(
-            f"{repo_id} is gated: ask for access on its page, then {LOGIN}"
-        ) from error
-    except errors.RepositoryNotFoundError as error:
-        raise FileNotFoundError(
-            f"{repo_id}: no such folder here, and no Hub repository of that name that may be read; "
-            f"check the name, or {LOGIN} if it is private"
-        ) from error
     except errors.RevisionNotFoundError as error:
         raise FileNotFoundError(
             f"{repo_id} on the Hub has no revision {revision!r}; give one of its branches, tags "
             "or commits"
         ) from error
-    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as error:
-        raise FileNotFoundError(
-            f"{repo_id}: no such folder here, nothing of it in the Hub's cache, and no Hub "
-            "repository that could be asked for; check the path or the connection"
-        ) from error
-    except errors.HfHubHTTPError as error:
-        raise ConnectionError(f"{repo_id} was not downloaded: {_answered(error)}") from error
     except Exception as error:
+        if (told := refusal(f"{repo_id} was not downloaded", error)) is not None:
+            raise told from error
+        if isinstance(error, errors.RepositoryNotFoundError):
+            raise FileNotFoundError(_missing(repo_id, token)) from error
+        if isinstance(error, (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled)):
+            raise FileNotFoundError(
+                f"{repo_id}: no such folder here, nothing of it in the Hub's cache, and no Hub "
+                "repository that could be asked for; check the path or the connection"
+            ) from error
         broken = _broken(error)
         if broken is None:
             raise
@@ -252,19 +247,81 @@ def _in_plain_words(repo_id: str, revision: str | None) -> Iterator[None]:
         ) from error
 
 
-def _answered(error: HfHubHTTPError) -> str:
-    first = next(iter(str(error).strip().splitlines()), "no reason given")
-    return f"the Hub answers with status {error.response.status_code} ({first}); try again later"
+def refusal(what: str, error: BaseException) -> OSError | None:
+    """What the Hub's answer among an error's causes means, and what to do.
+
+    None where it answered nothing, or that there is no such repository. ``what`` says what was not
+    done, such as ``me/pack was not pushed``.
+    """
+    from huggingface_hub import errors
+
+    answer = next((e for e in _causes(error) if isinstance(e, errors.HfHubHTTPError)), None)
+    if answer is None:
+        return None
+    status = answer.response.status_code
+    if status == _UNKNOWN and "authorization" in answer.response.request.headers:
+        return PermissionError(
+            f"{what}: the Hub does not know this token (status {status}), which is mistyped, "
+            "expired or withdrawn; log in anew with 'hf auth login', or pass another token="
+        )
+    if isinstance(answer, errors.GatedRepoError):
+        return PermissionError(f"{what}: it is gated; ask for access on its page, then {LOGIN}")
+    if isinstance(answer, errors.RepositoryNotFoundError):
+        return None
+    if status == _UNKNOWN:
+        return PermissionError(f"{what}: nobody is logged in (status {status}); {LOGIN}")
+    if status == _FORBIDDEN and not isinstance(answer, errors.DisabledRepoError):
+        return PermissionError(
+            f"{what}: this token has no right to it (status {status}); give it the right in the "
+            f"Hub's settings, or {LOGIN} of someone who has it"
+        )
+    if status == _TOO_MANY:
+        wait = answer.response.headers.get("Retry-After", "")
+        when = f"in {wait} seconds" if wait.isdecimal() else "in some minutes"
+        return ConnectionError(
+            f"{what}: the Hub was asked too often from here (status {status}); try again {when}, "
+            "or log in, which allows more"
+        )
+    if status >= _FAILS:
+        return ConnectionError(f"{what}: the Hub itself fails (status {status}); try again later")
+    said = " ".join(str(answer).split())[:_SHOWN]
+    return ConnectionError(
+        f"{what}: the Hub refuses it with status {status} ({said}); look at the repository's page "
+        "there"
+    )
+
+
+def _missing(repo_id: str, token: str | bool | None) -> str:
+    """That there is no such repository of a model; that there is a dataset or space, if so."""
+    from huggingface_hub import HfApi
+
+    for kind in ("dataset", "space"):
+        with suppress(Exception):
+            if HfApi(token=token).repo_exists(repo_id, repo_type=kind):
+                return (
+                    f"{repo_id} on the Hub is a {kind}, and packs and null spaces are read from "
+                    "repositories of models; give the name of one"
+                )
+    return (
+        f"{repo_id}: no such folder here, and no Hub repository of that name that may be read; "
+        f"check the name, or {LOGIN} if it is private"
+    )
 
 
 def _broken(error: BaseException) -> str | None:
     """The words of an error's root, where the network is among its causes; else None."""
-    chain = [error]
-    while len(chain) < 20 and (cause := chain[-1].__cause__ or chain[-1].__context__):
-        chain.append(cause)  # not for ever: chains may be circular
+    chain = _causes(error)
     network = any(
         isinstance(cause, (ConnectionError, TimeoutError))
         or type(cause).__module__.partition(".")[0] in _NETWORK
         for cause in chain
     )
     return (str(chain[-1]) or type(chain[-1]).__name__) if network else None
+
+
+def _causes(error: BaseException) -> list[BaseException]:
+    """An error and what it came from, its root last."""
+    chain = [error]
+    while len(chain) < 20 and (cause := chain[-1].__cause__ or chain[-1].__context__):
+        chain.append(cause)  # not for ever: chains may be circular
+    return chain

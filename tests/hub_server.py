@@ -94,6 +94,7 @@ class Failure:
     status: int | None = None  # None: drop the connection
     after: bool = False  # drop it when the work is done, before the answer
     times: int = 1
+    headers: dict = field(default_factory=dict)
 
 
 class Refusal(Exception):
@@ -110,6 +111,7 @@ class HubServer:
     def __init__(self, tokens: dict[str, str]) -> None:
         self.tokens = tokens
         self.repos: dict[str, Repo] = {}
+        self.others: set[str] = set()  # "datasets/user/name", "spaces/user/name"
         self.large: dict[str, bytes] = {}
         self.failures: list[Failure] = []
         self.requests: list[str] = []
@@ -197,7 +199,8 @@ class _Handler(BaseHTTPRequestHandler):
             self.body = self._chunks()
         failure = self.hub.failure(line)
         if failure and not failure.after:
-            return self._drop() if failure.status is None else self._refuse(Refusal(failure.status))
+            status, headers = failure.status, failure.headers
+            return self._drop() if status is None else self._refuse(Refusal(status), headers)
         try:
             with self.hub.lock:
                 answer = self._answer()
@@ -219,8 +222,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.close_connection = True
         self.connection.shutdown(socket.SHUT_RDWR)
 
-    def _refuse(self, refusal: Refusal) -> None:
-        headers = {"X-Error-Code": refusal.code, "X-Error-Message": refusal.message}
+    def _refuse(self, refusal: Refusal, more: dict | None = None) -> None:
+        headers = {"X-Error-Code": refusal.code, "X-Error-Message": refusal.message, **(more or {})}
         body = {"error": refusal.message or f"status {refusal.status}", **refusal.more}
         self._send(refusal.status, body, {k: v for k, v in headers.items() if v})
 
@@ -313,6 +316,11 @@ class _Handler(BaseHTTPRequestHandler):
         files = [{"rfilename": path} for path in sorted(repo.commits[sha])]
         facts = {"id": name, "modelId": name, "sha": sha, "siblings": files, "tags": []}
         return 200, {**facts, "private": repo.private, "gated": "manual" if repo.gated else False}
+
+    def other(self, name: str) -> tuple:
+        if name not in self.hub.others:
+            raise Refusal(404, "RepoNotFound", "Repository not found")
+        return 200, {"id": name.partition("/")[2], "sha": "0" * 40, "siblings": [], "tags": []}
 
     def tree(self, name: str, rev: str, folder: str | None = None) -> tuple:
         repo = self._repo(name, content=True)
@@ -482,6 +490,7 @@ _ROUTES = (
     ("POST", r"/api/repos/create", "create"),
     ("POST", r"/api/validate-yaml", "validate"),
     ("GET", rf"/api/models/{_NAME}", "info"),
+    ("GET", r"/api/(?P<name>(datasets|spaces)/[^/]+/[^/]+)", "other"),
     ("GET", rf"/api/models/{_NAME}/revision/{_REV}", "info"),
     ("GET", rf"/api/models/{_NAME}/tree/{_REV}(/(?P<folder>.+))?", "tree"),
     ("POST", rf"/api/models/{_NAME}/paths-info/{_REV}", "paths_info"),

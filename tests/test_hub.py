@@ -28,6 +28,7 @@ from alphaedit_peft import (
     get_alphaedit_model,
 )
 from alphaedit_peft.algebra import LowRankDelta
+from alphaedit_peft.cli.arguments import load_model
 from alphaedit_peft.fingerprint import BaseFingerprint, fingerprint
 from alphaedit_peft.hub import Destination, repository_name
 from alphaedit_peft.pack import EditRecord
@@ -294,19 +295,75 @@ def test_a_private_pack_needs_a_token(hub, pack):
 def test_a_gated_pack_says_so(hub, pack):
     pack.push_to_hub("me/pack")
     hub.repos["me/pack"].gated = True
-    with pytest.raises(PermissionError, match="me/pack is gated: ask for access"):
+    with pytest.raises(PermissionError, match="it is gated; ask for access on its page"):
         EditPack.from_pretrained("me/pack", token="theirs")
 
 
-@pytest.mark.parametrize("token", [False, "theirs", "wrong"])
-def test_pushing_without_the_right_is_refused(hub, pack, token):
+@pytest.mark.parametrize(
+    ("token", "message"),
+    [
+        (False, r"was not pushed: nobody is logged in \(status 401\); log in with 'hf auth login'"),
+        ("theirs", r": the Hub lets this token not write there \(status 403\)"),
+        ("wrong", r"was not pushed: the Hub does not know this token \(status 401\)"),
+    ],
+)
+def test_pushing_without_the_right_is_refused(hub, pack, token, message):
     hub.patch.delenv("HF_TOKEN")
     pack.push_to_hub("me/pack", token="mine")
     for repo in ("me/pack", "me/new"):
-        with pytest.raises(PermissionError, match=f"{repo}: the Hub lets this token not write"):
+        with pytest.raises(PermissionError, match=f"{repo}:? ?{message}"):
             make_pack().push_to_hub(repo, token=token)
     assert "me/new" not in hub.repos
     assert EditPack.from_pretrained("me/pack", token="mine").digest() == pack.digest()
+
+
+@pytest.mark.parametrize("kept", ["public", "private", "gated"])
+def test_a_token_that_is_not_valid_is_said_to_be(hub, pack, folder, kept):
+    pack.push_to_hub("me/pack", private=kept == "private")
+    hub.put("me/base", folder)
+    for repo in hub.repos.values():
+        repo.private, repo.gated = kept == "private", kept == "gated"
+    invalid = r"the Hub does not know this token \(status 401\), which is mistyped, expired or"
+    with pytest.raises(PermissionError, match=f"me/pack was not downloaded: {invalid}"):
+        EditPack.from_pretrained("me/pack", token="wrong")
+    hub.patch.setenv("HF_TOKEN", "wrong")
+    with pytest.raises(PermissionError, match=f"model 'me/base' was not downloaded: {invalid}"):
+        load_model("me/base", "auto", "cpu")
+
+
+ANSWERS = [
+    (403, PermissionError, "this token has no right to it .* give it the right in the Hub's"),
+    (429, ConnectionError, "asked too often from here .* try again in 17 seconds, or log in"),
+    (500, ConnectionError, r"the Hub itself fails \(status 500\); try again later"),
+    (503, ConnectionError, r"the Hub itself fails \(status 503\); try again later"),
+    (418, ConnectionError, r"the Hub refuses it with status 418 \(Client error .* look at the rep"),
+]
+
+
+@pytest.mark.parametrize(("status", "error", "message"), ANSWERS)
+def test_each_answer_of_the_hub_has_its_sentence(hub, pack, status, error, message):
+    pack.push_to_hub("me/pack")
+    hub.fail("", status, times=99, headers={"Retry-After": "17"})
+    with pytest.raises(error, match=f"me/pack was not downloaded: .*{message}"):
+        EditPack.from_pretrained("me/pack")
+    if status != 403:  # which has a remedy of its own where one writes
+        with pytest.raises(error, match=f"me/pack was not pushed: .*{message}"):
+            pack.push_to_hub("me/pack")
+
+
+def test_a_repository_that_the_hub_has_disabled(hub):
+    disabled = {"X-Error-Message": "Access to this resource is disabled."}
+    hub.fail("", 403, times=99, headers=disabled)
+    with pytest.raises(
+        ConnectionError, match="refuses it with status 403 .*look at the repository"
+    ):
+        EditPack.from_pretrained("me/pack")
+
+
+def test_too_many_requests_without_a_time_to_wait(hub):
+    hub.fail("", 429, times=99)
+    with pytest.raises(ConnectionError, match="try again in some minutes, or log in"):
+        EditPack.from_pretrained("me/pack")
 
 
 # -- what is not there
@@ -320,6 +377,10 @@ def test_missing_repositories_and_revisions(hub, pack):
         EditPack.from_pretrained("me/pack", revision="v9")
     with pytest.raises(FileNotFoundError, match="no/such/repo is no folder here, and no Hub"):
         EditPack.from_pretrained("no/such/repo")
+    hub.others = {"datasets/me/texts", "spaces/me/app"}
+    for name, kind in (("me/texts", "dataset"), ("me/app", "space")):
+        with pytest.raises(FileNotFoundError, match=f"{name} on the Hub is a {kind}, and packs"):
+            EditPack.from_pretrained(name)
     with pytest.raises(ValueError, match="repo_id='no/such/repo' is no repository's name"):
         pack.push_to_hub("no/such/repo")
 

@@ -180,11 +180,13 @@ def load_model(model: str, dtype: Dtype, device: str | None) -> tuple[Any, Any]:
 
     Raises:
         ValueError: a model or dtype or device that cannot be loaded.
+        OSError: the Hub does not give it, with the reason.
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from alphaedit_peft import parallel
+    from alphaedit_peft.hub import refusal
 
     hush()
     parallel.count()  # of several processes, each gets a GPU of its own
@@ -199,6 +201,8 @@ def load_model(model: str, dtype: Dtype, device: str | None) -> tuple[Any, Any]:
         tokenizer = AutoTokenizer.from_pretrained(model)
         base = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, device_map=device)
     except Exception as error:  # each file format and the Hub have errors of their own
+        if (told := refusal(f"model {model!r} was not downloaded", error)) is not None:
+            raise told from error
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise ValueError(f"model {model!r} cannot be loaded: {reason}") from error
     return base.eval(), tokenizer
