@@ -148,8 +148,8 @@ def resolve(options: Options, model: Any) -> tuple[Options, Architecture]:
     known = paper_preset(model.config)
     if known is not None:
         values["rewrite_layers"] = known.rewrite_layers
-        values["moment_weight"] = known.moment_weight
     if known is not None and options.preset == "paper":
+        values["moment_weight"] = known.moment_weight
         values["steps"], values["learning_rate"] = known.steps, known.learning_rate
     full = replace(options, **{k: v for k, v in values.items() if getattr(options, k) is None})
     full.rewrite_layers = list(architecture.check_layers(full.rewrite_layers or ()))

@@ -74,7 +74,11 @@ class EditOptions:
     history: bool = _set(True, "protect earlier batches' keys; MEMIT's released code: False")
     projection: bool | None = _set(None, "project updates; None: yes for alphaedit only")
     moment_weight: float | None = _set(
-        None, "MEMIT's w on C0", Range(1e-9), (15_000.0, 15_000.0), "GPT2-XL 20,000"
+        None,
+        "MEMIT's w on C0; in auto, by the first edits' keys",
+        Range(1e-9),
+        (None, 15_000.0),
+        "GPT2-XL 20,000",
     )
 
     ridge: float | None = _set(
@@ -186,7 +190,7 @@ class EditOptions:
     @property
     def open_settings(self) -> frozenset[str]:
         """Names of the settings left at None, which the preset fills or ``auto`` decides."""
-        filled = {"rewrite_layers", *PRESETS[self.preset]} - {"moment_weight"}  # one w for both
+        filled = {"rewrite_layers", *PRESETS[self.preset]}
         return frozenset(name for name in filled if getattr(self, name) is None)
 
     def to_json(self) -> dict[str, Any]:
@@ -205,11 +209,11 @@ class EditOptions:
 class Settings(EditOptions):
     """What holds for one model: options settled by ``AlphaEditConfig.resolve``, none of them open.
 
-    ``threshold`` and ``threshold_mode`` alone may stay None: a null space brings its own.
+    ``threshold`` and ``threshold_mode`` may stay None, as a null space brings its own, and
+    ``moment_weight`` until the first edits, whose keys decide it.
     """
 
     rewrite_layers: list[int]
-    moment_weight: float
     ridge: float
     ridge_mode: str
     norm_guard: float

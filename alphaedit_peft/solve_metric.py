@@ -15,6 +15,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
+from statistics import fmean
 from typing import TYPE_CHECKING, ClassVar, NamedTuple, TypeAlias
 
 import torch
@@ -29,6 +30,7 @@ if TYPE_CHECKING:  # commands on packs ask for a kind alone
 Statistics: TypeAlias = "NullSpace | KeyMoments"
 COLUMNS_AT_ONCE = 1024  # of rows, made float64 for a product; fixed, as sums round by it
 KEPT = 0.02  # |P k|^2 / |k|^2 below which projection is to blame for what an edit lacks
+SHARE = 0.95  # of its residual that one edit reaches alone, by the w that auto decides
 
 
 class Given(NamedTuple):
@@ -49,6 +51,9 @@ class Metric(ABC):
 
     decides: ClassVar[tuple[str, ...]] = ()
     """Settings that ``auto`` decides by these statistics, in the order they are told."""
+
+    rows_depend_on: ClassVar[tuple[str, ...]] = ()
+    """Settings that rows are made with: those of two values do not go together."""
 
     reads: ClassVar[tuple[str, ...] | None] = None
     """Settings that it is made anew for, with the statistics'; None: any."""
@@ -74,6 +79,11 @@ class Metric(ABC):
     @abstractmethod
     def statistics(self) -> tuple[Statistics, ...]:
         """What its numbers come from, the main one first."""
+
+    @classmethod
+    def settings_of_rows(cls, settings: EditOptions) -> dict[str, object]:
+        """The values of ``rows_depend_on``."""
+        return {name: getattr(settings, name) for name in cls.rows_depend_on}
 
     @abstractmethod
     def rows(self, layer: int, keys: Tensor) -> Tensor:
@@ -117,6 +127,13 @@ class Metric(ABC):
     def workspace(self, width: int) -> int:
         """Bytes that the solve of a layer of ``width`` takes beside rows and their products."""
         return 8 * width**2
+
+    def decide(self, keys: Mapping[int, Tensor]) -> dict[str, float]:
+        """Values, by these keys, of settings among ``decides`` that are open until first edits.
+
+        ``keys`` are the edits', by layer (n, d_in).
+        """
+        return {}
 
     def provenance(self, digest: Callable[[Statistics], str]) -> dict[str, object]:
         """What a pack stores of the statistics that its rows depend on, for later batches.
@@ -248,10 +265,11 @@ class Moment(Metric):
     """M = (w C0)^-1: rows are K (w C0)^-1 and G = A (w C0) A^T (MEMIT Eq. 14)."""
 
     moments: KeyMoments
-    weight: float
+    weight: float | None  # None: not decided yet, so there are no rows either
     null_space: NullSpace | None = None
     _factors: dict[int, Tensor] = field(default_factory=dict)  # Cholesky, once a layer
 
+    decides = rows_depend_on = ("moment_weight",)
     reads = ("history", "moment_weight", "threshold", "threshold_mode")
 
     @classmethod
@@ -306,11 +324,35 @@ class Moment(Metric):
         moments = sum(moment.nbytes for moment in self.moments.moments.values())
         return 3 * moments + sum(part.basis.nbytes for part in parts.values())
 
+    def decide(self, keys: Mapping[int, Tensor]) -> dict[str, float]:
+        """w by which one edit alone reaches ``SHARE`` of its residual, to two digits.
+
+        Alone it reaches g / (g + 1), g = k (w C0)^-1 k^T: w is (1 / SHARE - 1) k C0^-1 k^T, of the
+        median key of each layer and the mean over layers.
+        """
+        sizes = Moment(self.moments, 1.0).gains(keys).values()
+        return {"moment_weight": float(f"{(1 / SHARE - 1) * fmean(sizes):.2g}")}
+
+    def gains(self, keys: Mapping[int, Tensor]) -> dict[int, float]:
+        """By layer the median of g = k (w C0)^-1 k^T over keys (n, d_in)."""
+        rows = {layer: self.rows(layer, own) for layer, own in keys.items()}
+        return {n: float((rows[n] * own).sum(1).median()) for n, own in keys.items()}
+
+    def reason(self, name: str, keys: Mapping[int, Tensor], tried: Mapping[float, float]) -> str:
+        """See :class:`Metric`."""
+        shares = (f"{g / (g + 1):.0%} in layer {layer}" for layer, g in self.gains(keys).items())
+        return f"one edit alone reaches, of its residual, {', '.join(shares)}"
+
     def advice(self, settings: Settings) -> str:
         """A lower w."""
-        return f"lower moment_weight (now {settings.moment_weight:g})"
+        return f"lower moment_weight (now {self.weight:g})"
 
     def _factor(self, layer: int, device: torch.device) -> Tensor:
+        if self.weight is None:
+            raise ValueError(
+                "moment_weight=None, and there are edits already: auto decides it at an adapter's "
+                "first ones; set the number that they were made with"
+            )
         if layer not in self._factors:
             moment = self.moments.moments[layer].to(device)
             self._factors[layer] = algebra.moment_factor(moment, self.weight)

@@ -72,14 +72,15 @@ def test_auto_preset_is_relative_and_keeps_the_papers_layers(paper_model):
     assert (full.ridge, full.ridge_mode) == (0.05, "relative")
     assert (full.threshold, full.threshold_mode) == (0.02, "energy")
     assert full.learning_rate_mode == "relative"
-    assert full.moment_weight == PAPER[name][4]
+    assert full.moment_weight is None  # decided at the first edits, by their keys
 
 
 @pytest.mark.parametrize("preset", ["auto", "paper"])
 def test_other_models_get_layers_by_the_depth_rule(preset):
     full, architecture = AlphaEditConfig(preset=preset).resolve(tiny_model("llama"))
     assert full.rewrite_layers == list(default_rewrite_layers(architecture.num_blocks)) == [0, 1]
-    assert None not in values(full, [*COMMON, "steps", "learning_rate", "moment_weight"]).values()
+    assert None not in values(full, [*COMMON, "steps", "learning_rate"]).values()
+    assert full.moment_weight == {"auto": None, "paper": 15_000}[preset]
 
 
 def test_what_the_user_sets_wins(paper_model):

@@ -1,9 +1,10 @@
 """What ``auto`` decides for the model and the edits at hand, from what it measures, with reasons.
 
-In: a runner, the tokenised edits of a first batch, the metric. Out: :class:`Decision` values, to
-print and to store in the pack; keys from which ``nullspace.threshold`` finds the threshold. The
-paper's clamp, ridge and threshold are numbers for three models of 1.5 to 8 billion parameters; key
-norms and spectra of others differ by orders of magnitude.
+In: a runner, the tokenised edits of a first batch or their keys, the metric. Out:
+:class:`Decision` values, to print and to store in the pack; keys from which
+``nullspace.threshold`` finds the threshold. The paper's clamp, ridge, threshold and w are numbers
+for three models of 1.5 to 8 billion parameters; key norms and spectra of others differ by orders of
+magnitude.
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ from typing import Any
 from torch import Tensor
 
 from alphaedit_peft.architecture import paper_preset
-from alphaedit_peft.editing.keys import keys_by_layer
 from alphaedit_peft.editing.prompts import EditRows, TokenRow
 from alphaedit_peft.editing.runner import Runner
 from alphaedit_peft.nullspace import NullSpace
@@ -93,7 +93,7 @@ def _others(row: TokenRow) -> list[int]:
 def decisions(
     runner: Runner,
     metric: Metric,
-    edits: Sequence[EditRows],
+    taken: tuple[Mapping[int, Tensor], Tensor],
     undecided: Collection[str],
     disturbances: Mapping[float, float],
 ) -> tuple[Decision, ...]:
@@ -101,11 +101,12 @@ def decisions(
 
     Args:
         runner: with the settings as decided, as ``metric`` is.
+        taken: of the edits, keys by layer (n, d_in) and h (n, d), from ``keys_by_layer``.
         undecided: names of the settings that the user left open.
         disturbances: from ``least_disturbing``; empty where the threshold was not chosen here.
     """
     settings = runner.settings
-    keys, hidden = keys_by_layer(runner, edits)
+    keys, hidden = taken
     known = paper_preset(runner.model.config) is not None
     depth = f"by depth: the last one lies at 30 % of {runner.architecture.num_blocks} blocks"
     reasons = {"rewrite_layers": "the paper's" if known else depth}

@@ -33,6 +33,7 @@ class Resources:
     key_moments: KeyMoments | None = None
     _metric: Metric | None = None
     _made_of: tuple[object, ...] = ()
+    _rows_depend_on: dict[str, object] = field(default_factory=dict)  # settings, by name
     _digests: WeakKeyDictionary[Statistics, str] = field(default_factory=WeakKeyDictionary)
 
     def __post_init__(self) -> None:
@@ -81,11 +82,14 @@ class Resources:
                 _check_moments(self.key_moments, base, layers)
             self._metric = make_metric(Settings.of(settings), self.null_space, self.key_moments)
             self._made_of = self._ingredients(settings, base)
+            self._rows_depend_on = self._metric.settings_of_rows(settings)
         return self._metric
 
     def provenance(self) -> dict[str, object] | None:
-        """What a pack stores of the metric's statistics; None before their use."""
-        return None if self._metric is None else self._metric.provenance(self._digest)
+        """What a pack stores of what its rows depend on; None before the metric's use."""
+        if self._metric is None:
+            return None
+        return self._metric.provenance(self._digest) | self._rows_depend_on
 
     def _digest(self, statistics: Statistics) -> str:
         """A digest that reads all numbers, so only once for each value."""

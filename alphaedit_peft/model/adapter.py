@@ -131,18 +131,22 @@ class Adapter:
 
 @dataclass(frozen=True)
 class Moved:
-    """A threshold that was decided: the null space and setting before, and the null space since."""
+    """What was decided at first edits, to be open again where they are all taken back.
+
+    The null space and its threshold before, the null space since; other settings by name.
+    """
 
     given: NullSpace | None
     threshold: tuple[float | None, str | None]
     now: NullSpace | None
+    decided: Mapping[str, float]
 
 
 class EditedModel(Protocol):
     """What the verbs ask of a model with edits: :class:`~alphaedit_peft.model.AlphaEditModel`.
 
     ``edit_adapters`` are the adapters whose edits are known, by name; ``left_open`` names the
-    settings that the user left open, and ``moved`` is the threshold that was decided for them.
+    settings that the user left open, and ``moved`` is what was decided for them.
     """
 
     alphaedit_config: AlphaEditConfig

@@ -19,7 +19,7 @@ from alphaedit_peft.editing.state import EditState
 from alphaedit_peft.edits import Edit
 from alphaedit_peft.model.adapter import Adapter, EditedModel
 from alphaedit_peft.model.edit import rebuild
-from alphaedit_peft.model.load import edits_same_modules
+from alphaedit_peft.model.load import edits_same_modules, take_open
 from alphaedit_peft.model.prepare import running
 from alphaedit_peft.model.stack import Parent, describe, loaded, others, with_parents
 from alphaedit_peft.pack import EditPack, EditRecord
@@ -69,6 +69,8 @@ def join(
             {"operation": "join", "name": name, "digest": p.digest(), "edits": len(p.edits)}
             for name, p in named
         ]
+        for _, pack in named:
+            take_open(model, pack)
         rebuild(model, adapter, beside.chosen, beside.stored, ancestors, contexts)
     return JoinReport(tuple(joined), beside.set_aside)
 

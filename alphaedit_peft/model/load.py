@@ -32,6 +32,7 @@ from alphaedit_peft.pack.compatible import check_fit, check_shape
 from alphaedit_peft.pack.files import locate
 from alphaedit_peft.pack.format import ADAPTER_CONFIG, PackError, read_lora
 from alphaedit_peft.saving import read_steadily
+from alphaedit_peft.solve_metric import kind
 
 Wrapped = TypeVar("Wrapped", bound=EditedModel)
 
@@ -223,10 +224,23 @@ def _hold_pack(model: EditedModel, name: str, pack: EditPack, model_id: str | Pa
     """Hold what a pack knows, for the adapter whose factors are the pack's."""
     contexts = pack.contexts if pack.records else None
     what = (pack.records, pack.targets, pack.rank, contexts)
-    journal = Journal(*what, pack.null_space, pack.parents, pack.decisions)
+    made = pack.null_space
+    if made is not None:  # earlier versions recorded these settings in the config alone
+        made = kind(pack.config.objective).settings_of_rows(pack.config) | made
+    take_open(model, pack)
+    journal = Journal(*what, made, pack.parents, pack.decisions)
     here = Path(model_id)
     source = here.resolve().name if here.is_dir() else str(model_id)
     make_adapter(model, name, journal, source=source, compression=pack.compression)
+
+
+def take_open(model: EditedModel, pack: EditPack) -> None:
+    """Let what a pack's rows are made with hold for the model, where that is still open."""
+    config, chosen = model.alphaedit_config, kind(pack.config.objective)
+    if pack.rank and kind(config.objective) is chosen:
+        for name, value in chosen.settings_of_rows(pack.config).items():
+            if getattr(config, name) is None:
+                setattr(config, name, value)
 
 
 def _require_same_place(base: nn.Module, pack: EditPack, adapter_name: str) -> None:

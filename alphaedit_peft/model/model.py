@@ -68,8 +68,8 @@ class AlphaEditModel(PeftModelForCausalLM):
     What PEFT does with a LoRA model works here too: ``generate``, ``set_adapter``, several
     adapters. ``alphaedit_config`` holds the settings, filled for this model; ``resources`` the
     tokenizer and the statistics; ``edit_adapters`` the adapters whose edits are known, by name;
-    ``left_open`` names the settings that were not given, and ``moved`` is the threshold that was
-    chosen for them.
+    ``left_open`` names the settings that were not given, and ``moved`` is what was decided for
+    them.
     """
 
     base_model: Any  # PEFT's LoraModel

@@ -19,6 +19,7 @@ from alphaedit_peft.editing.auto_settings import Decision, decisions, keys_aroun
 from alphaedit_peft.editing.capacity import Capacity, measure_capacity, prompt_drift
 from alphaedit_peft.editing.contexts import sample_contexts
 from alphaedit_peft.editing.edit_report import LayerReport, MomentProducts, layer_report
+from alphaedit_peft.editing.keys import keys_by_layer
 from alphaedit_peft.editing.prompts import EditRows
 from alphaedit_peft.editing.runner import Phases, Runner
 from alphaedit_peft.editing.state import protects
@@ -90,19 +91,25 @@ def settled(
     with runner.phases.timed("keys"):
         around = keys_around(runner, edits) if decides else {}
     before = (config.threshold, config.threshold_mode)
+    decided: dict[str, float] = {}
     try:
-        if given is not None and around:
-            with runner.phases.timed("keys"):
-                config.threshold, tried = least_disturbing(given.parts, given.threshold, around)
-            metric = resources.find_metric(config, model.base_fingerprint)
-            model.moved = Moved(given, before, resources.null_space)
         with runner.phases.timed("keys"):
+            taken = keys_by_layer(runner, edits)
+            if given is not None and around:
+                config.threshold, tried = least_disturbing(given.parts, given.threshold, around)
+            if any(getattr(config, name) is None for name in metric.decides):
+                found = metric.decide(taken[0])
+                decided |= {n: x for n, x in found.items() if getattr(config, n) is None}
+            for name, value in decided.items():
+                setattr(config, name, value)
+            metric = resources.find_metric(config, model.base_fingerprint)
+            model.moved = Moved(given, before, resources.null_space, decided)
             now = replace(runner, settings=Settings.of(config))
-            found = decisions(now, metric, edits, model.left_open, tried)
-        yield metric, found
+            said = decisions(now, metric, taken, model.left_open, tried)
+        yield metric, said
     finally:
         if not adapter.journal.rank:
-            _reopen(model, Moved(given, before, resources.null_space))
+            _reopen(model, Moved(given, before, resources.null_space, decided))
 
 
 @torch.no_grad()
@@ -148,6 +155,9 @@ def layer_reports(
 def _reopen(model: EditedModel, moved: Moved) -> None:
     config, model.resources.null_space = model.alphaedit_config, moved.given
     config.threshold, config.threshold_mode = moved.threshold
+    for name, value in moved.decided.items():
+        if getattr(config, name) == value:
+            setattr(config, name, None)
 
 
 def _contexts(
@@ -164,7 +174,8 @@ def _require_same_null_space(model: EditedModel, adapter: Adapter) -> None:
         journal = model.edit_adapters[name].journal
         if journal.rank == 0 or journal.null_space is None or given is None:
             continue
-        if journal.null_space["digest"] != given["digest"]:
+        names = ("digest", *kind(model.alphaedit_config.objective).rows_depend_on)
+        if any(journal.null_space.get(name) != given[name] for name in names):
             raise ValueError(
                 f"the edits of adapter {name!r} were made with null space "
                 f"{journal.null_space}, and {given} was given; rows of two projectors do not "

@@ -7,6 +7,7 @@ import torch
 
 from alphaedit_peft import AlphaEditConfig, Edit, NullSpace
 from alphaedit_peft.editing.auto_settings import PROBED, decisions, keys_around, movable
+from alphaedit_peft.editing.keys import keys_by_layer
 from alphaedit_peft.nullspace import KeyMoments
 from alphaedit_peft.nullspace.spectrum import LayerSpace
 from alphaedit_peft.solve_metric import make_metric
@@ -91,7 +92,9 @@ def test_only_settings_left_open_are_named(names, tokenizer):
     found = runner(tokenizer, threshold=0.02, threshold_mode="energy")
     named = [
         d.name
-        for d in decisions(found, metric_of(found, space()), rows_of(found, EDITS), names, {})
+        for d in decisions(
+            found, metric_of(found, space()), keys_by_layer(found, rows_of(found, EDITS)), names, {}
+        )
     ]
     every = ["rewrite_layers", "threshold", "ridge", "clamp_factor", "learning_rate", "stop_loss"]
     assert named == [name for name in every if name in names]
@@ -102,14 +105,17 @@ def test_only_settings_left_open_are_named(names, tokenizer):
     [
         (lambda: space(0.05), {}),
         (projector, {}),
-        (space, {"objective": "memit"}),
-        (space, {"objective": "memit", "projection": True, "history": False}),
+        (space, {"objective": "memit", "moment_weight": 1.0}),
+        (space, {"objective": "memit", "moment_weight": 1.0, "projection": True, "history": False}),
     ],
 )
 def test_a_threshold_that_was_not_chosen_here_is_no_decision(made, changes, tokenizer):
     found = runner(tokenizer, **changes)
     names = {
-        d.name for d in decisions(found, metric_of(found, made()), rows_of(found, EDITS), OPEN, {})
+        d.name
+        for d in decisions(
+            found, metric_of(found, made()), keys_by_layer(found, rows_of(found, EDITS)), OPEN, {}
+        )
     }
     assert "threshold" not in names
     assert ("ridge" in names) == ("objective" not in changes)
@@ -117,11 +123,20 @@ def test_a_threshold_that_was_not_chosen_here_is_no_decision(made, changes, toke
 
 
 def test_plain_memit_decides_neither_threshold_nor_ridge(tokenizer):
-    found = runner(tokenizer, objective="memit")
+    found = runner(tokenizer, objective="memit", moment_weight=1.0)
     names = [
-        d.name for d in decisions(found, metric_of(found, None), rows_of(found, EDITS), OPEN, {})
+        d.name
+        for d in decisions(
+            found, metric_of(found, None), keys_by_layer(found, rows_of(found, EDITS)), OPEN, {}
+        )
     ]
-    assert names == ["rewrite_layers", "clamp_factor", "learning_rate", "stop_loss"]
+    assert names == [
+        "rewrite_layers",
+        "moment_weight",
+        "clamp_factor",
+        "learning_rate",
+        "stop_loss",
+    ]
 
 
 def test_reasons_state_what_the_model_measures(tokenizer):
@@ -129,7 +144,13 @@ def test_reasons_state_what_the_model_measures(tokenizer):
     rows = rows_of(found, EDITS)
     said = {
         d.name: d
-        for d in decisions(found, metric_of(found, made), rows, OPEN, {0.02: 1.2345, 0.1: 0.5})
+        for d in decisions(
+            found,
+            metric_of(found, made),
+            keys_by_layer(found, rows),
+            OPEN,
+            {0.02: 1.2345, 0.1: 0.5},
+        )
     }
     block = found.architecture.block_name(1)
     bare = [edit.rows[0] for edit in rows]
@@ -151,7 +172,9 @@ def test_reasons_state_what_the_model_measures(tokenizer):
 
 def test_a_ridge_without_scale_is_told_beside_what_it_adds_to(tokenizer):
     found, made = runner(tokenizer, ridge=10.0, ridge_mode="absolute"), space()
-    said = decisions(found, metric_of(found, made), rows_of(found, EDITS), {"ridge"}, {})
+    said = decisions(
+        found, metric_of(found, made), keys_by_layer(found, rows_of(found, EDITS)), {"ridge"}, {}
+    )
     assert said[0].value == "10 (absolute)"
     assert said[0].reason.startswith("|P k|^2 is ")
     assert set(said[0].to_json()) == {"name", "value", "reason"}

@@ -47,6 +47,7 @@ def test_provenance_of_key_moments():
             "tokens": 200,
             "threshold": None,
             "mode": None,
+            "moment_weight": 10.0,
         }
     assert found[0]["digest"] != found[1]["digest"]
 

@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+
 import pytest
 import torch
 
-from alphaedit_peft import AlphaEditConfig, AlphaEditModel, EditPack, NullSpace, get_alphaedit_model
+from alphaedit_peft import (
+    AlphaEditConfig,
+    AlphaEditModel,
+    Edit,
+    EditPack,
+    NullSpace,
+    get_alphaedit_model,
+)
 from alphaedit_peft.editing.auto_settings import keys_around
 from alphaedit_peft.nullspace import KeyMoments
 from alphaedit_peft.nullspace.threshold import least_disturbing
+from alphaedit_peft.solve_metric import SHARE
+from tests import oracle
 from tests.conftest import tiny_model
 from tests.editing.test_auto_settings import projector, space
 from tests.editing.test_batch import EDITS, key_moment, runner_for
@@ -92,15 +104,109 @@ def test_a_null_space_keeps_the_threshold_it_was_given(made, tokenizer):
     assert model.alphaedit_config.threshold == given.threshold
 
 
+def statistics() -> KeyMoments:
+    moments = {layer: key_moment(layer) for layer in (0, 1)}
+    return KeyMoments(moments, 10_000, {n: f"transformer.h.{n}.mlp.c_proj" for n in moments})
+
+
+def memit(tokenizer, **changes) -> AlphaEditModel:
+    return wrap(tokenizer, space(), statistics(), objective="memit", **changes)
+
+
 @pytest.mark.parametrize("changes", [{}, {"projection": True, "history": False}])
 def test_memits_threshold_and_ridge_are_not_decided(changes, tokenizer):
-    given = space()
-    moments = {layer: key_moment(layer) for layer in (0, 1)}
-    modules = {layer: f"transformer.h.{layer}.mlp.c_proj" for layer in moments}
-    statistics = KeyMoments(moments, 10_000, modules)
-    model = wrap(tokenizer, given, statistics, objective="memit", **changes)
-    assert names(model.edit(EDITS, progress=False)) == SEARCH
+    model = memit(tokenizer, **changes)
+    given = model.resources.null_space
+    assert names(model.edit(EDITS, progress=False)) == ["moment_weight", *SEARCH]
     assert model.resources.null_space is given
+
+
+def weight_by_hand(tokenizer) -> tuple[float, list[float]]:
+    """w, and by layer the median of k C0^-1 k^T over the edits' keys k."""
+    config = AlphaEditConfig(rewrite_layers=[0, 1], contexts=["I think."])
+    runner = runner_for(tiny_model("gpt2"), tokenizer, config)
+    rows = [runner.renderer.edit_rows(edit, runner.contexts) for edit in EDITS]
+    sizes = []
+    for layer in (0, 1):
+        module = runner.architecture.rewrite_name(layer)
+        keys = torch.stack([oracle.mean_key(runner.model, module, row) for row in rows]).double()
+        inverse = torch.linalg.inv(key_moment(layer))
+        sizes.append(float((keys @ inverse @ keys.T).diagonal().median()))
+    return (1 - SHARE) / SHARE * sum(sizes) / 2, sizes
+
+
+def test_memits_weight_is_by_the_edits_keys_and_told(tokenizer, tmp_path):
+    model, (wanted, sizes) = memit(tokenizer), weight_by_hand(tokenizer)
+    assert model.alphaedit_config.moment_weight is None
+    decision = model.edit(EDITS, progress=False).decisions[0]
+    weight = model.alphaedit_config.moment_weight
+    assert weight == float(f"{wanted:.2g}")
+    assert decision.value == f"{weight:g}"
+    shares = [size / (size + weight) for size in sizes]
+    said = f"reaches, of its residual, {shares[0]:.0%} in layer 0, {shares[1]:.0%} in layer 1"
+    assert said in decision.reason
+    model.save_pretrained(tmp_path)
+    pack = EditPack.from_pretrained(tmp_path)
+    assert pack.config.moment_weight == pack.null_space["moment_weight"] == weight
+    assert pack.decisions[0] == decision.to_json()
+
+
+def test_memits_weight_is_open_again_once_all_edits_are_taken_back(tokenizer):
+    model = memit(tokenizer)
+    model.edit(EDITS, progress=False)
+    model.rollback()
+    report = model.edit(EDITS[:1], progress=False)
+    assert names(report)[0] == "moment_weight"
+    model.rollback()
+    model.alphaedit_config.moment_weight = 7.0
+    model.edit(EDITS, progress=False)
+    assert model.alphaedit_config.moment_weight == 7.0
+
+
+def test_memit_goes_on_at_the_recorded_weight(tokenizer, tmp_path):
+    whole = memit(tokenizer)
+    whole.edit(EDITS[:2], progress=False)
+    whole.save_pretrained(tmp_path / "new")
+    shutil.copytree(tmp_path / "new", tmp_path / "old")
+    sidecar = tmp_path / "old" / "alphaedit" / "config.json"
+    values = json.loads(sidecar.read_text())
+    del values["null_space"]["moment_weight"]  # as earlier versions wrote it
+    sidecar.write_text(json.dumps(values))
+    whole.edit(EDITS[2:], progress=False)
+    given = {"tokenizer": tokenizer, "key_moments": statistics()}
+    for name in ("new", "old"):
+        again = AlphaEditModel.from_pretrained(tiny_model("gpt2"), tmp_path / name, **given)
+        assert again.edit(EDITS[2:], progress=False).decisions == ()
+        same_factors(again, whole, rtol=0, atol=0)
+        beside = memit(tokenizer)
+        beside.load_adapter(tmp_path / name, "pack")
+        assert beside.alphaedit_config.moment_weight == whole.alphaedit_config.moment_weight
+        beside.set_adapter("pack")
+        beside.edit(EDITS[2:], progress=False)
+        same_factors(beside, whole, rtol=0, atol=0)
+        joined = memit(tokenizer)
+        joined.join([tmp_path / name])
+        assert joined.alphaedit_config.moment_weight == whole.alphaedit_config.moment_weight
+        other = memit(tokenizer, moment_weight=3.0)
+        other.load_adapter(tmp_path / name, "pack")
+        other.set_adapter("pack")
+        with pytest.raises(ValueError, match=r"'moment_weight': 3.0.* do not go together"):
+            other.edit(EDITS[2:], progress=False)
+
+
+def test_rows_at_another_weight_are_made_anew_or_refused(tokenizer):
+    model, made = memit(tokenizer), memit(tokenizer, moment_weight=3.0)
+    model.edit(EDITS, progress=False)
+    made.edit(EDITS, progress=False)
+    model.alphaedit_config.moment_weight = None
+    with pytest.raises(ValueError, match=r"moment_weight=None, and there are edits already"):
+        model.repour()
+    model.alphaedit_config.moment_weight = 3.0
+    with pytest.raises(ValueError, match="rows of two projectors do not go together"):
+        model.edit([Edit("Rome", "{} lies in", "Spain")], progress=False)
+    model.repour()
+    same_factors(model, made, rtol=1e-5, atol=1e-7)
+    assert model.resources.provenance()["moment_weight"] == 3.0
 
 
 def test_nothing_moves_after_an_adapters_first_edits(tokenizer):

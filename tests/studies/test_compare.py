@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import replace
 
 import pytest
 
-from alphaedit_peft import AlphaEditConfig, NullSpace, embedded
+from alphaedit_peft import AlphaEditConfig, EditPack, KeyMoments, NullSpace, embedded
 from alphaedit_peft.evaluation import embedded_suite
 from alphaedit_peft.evaluation.summary import Estimate
+from alphaedit_peft.solve_metric import SHARE
 from alphaedit_peft.studies import METHODS, Base, Schedule, Study, compare, find_methods
 from alphaedit_peft.studies.compare import over_seeds, shown
 
@@ -128,3 +130,19 @@ def test_the_embedded_model_is_edited_in_a_row_by_two_editors(tmp_path):
     assert theirs["efficacy"].value == 0  # two steps at GPT2-XL's rate change nothing
     assert ours["unedited_recall"].value > 0.9
     assert found.retention("alphaedit") == [1, 1]
+
+
+def test_memit_edits_the_embedded_model_at_the_weight_that_auto_decides(weights, tmp_path):
+    base, tokenizer = embedded.load()
+    config = AlphaEditConfig(contexts=[], on_conflict="replace")
+    moments = KeyMoments.collect(base, tokenizer, embedded.texts(800), config, progress=False)
+    suite = embedded_suite(4, unedited=4, texts=2)
+    study = Study(Base(base, tokenizer, key_moments=moments), suite, config)
+    found = compare(study, [METHODS["memit"]], tmp_path, Schedule(batch_size=4))
+    assert found.before["efficacy"] == 0
+    assert found.final("memit")["efficacy_recall"].value == 1  # 0 at the papers' 15,000
+    pack = EditPack.from_pretrained(tmp_path / "memit-0" / "state-0001")
+    assert 50 < pack.config.moment_weight < 500
+    decision = next(d for d in pack.decisions if d["name"] == "moment_weight")
+    shares = [float(share) / 100 for share in re.findall(r"(\d+)% in layer", decision["reason"])]
+    assert shares == pytest.approx([SHARE, SHARE], abs=0.05)
