@@ -354,9 +354,7 @@ def test_each_answer_of_the_hub_has_its_sentence(hub, pack, status, error, messa
 def test_a_repository_that_the_hub_has_disabled(hub):
     disabled = {"X-Error-Message": "Access to this resource is disabled."}
     hub.fail("", 403, times=99, headers=disabled)
-    with pytest.raises(
-        ConnectionError, match="refuses it with status 403 .*look at the repository"
-    ):
+    with pytest.raises(ConnectionError, match="refuses it with status 403"):
         EditPack.from_pretrained("me/pack")
 
 
