@@ -18,6 +18,7 @@ from peft import LoraConfig, PeftConfig
 from peft.utils import TaskType
 
 from alphaedit_peft.architecture import Architecture, resolve
+from alphaedit_peft.safe_files import read_json, refusing
 from alphaedit_peft.settings import EditOptions
 from alphaedit_peft.solve_metric import kind, projects
 
@@ -110,4 +111,6 @@ class AlphaEditConfig(EditOptions, PeftConfig):
         path = Path(save_directory) / CONFIG_FILE
         if not path.is_file():
             raise FileNotFoundError(f"{path} does not exist; {save_directory} is no edit pack")
-        return cls.from_json(json.loads(path.read_text(encoding="utf-8"))["config"])
+        values = read_json(path)
+        with refusing(path):
+            return cls.from_json(values["config"])

@@ -97,41 +97,44 @@ class Field:
     key: str | None = None
     optional: bool = False
 
-    def check(self, name: str, value: Any) -> None:
-        """Raise a ValueError that names the place within the value."""
-        types = self.types if isinstance(self.types, tuple) else (self.types,)
-        if type(value) not in types:
-            wanted = " or ".join(_WORDS[kind] for kind in types)
-            raise ValueError(f"{name}={shown(value)} is not {wanted}")
-        size = value if isinstance(value, (int, float)) else None
-        size = len(value) if isinstance(value, (str, list, dict)) else size
-        if size is not None and not self.low <= size <= self.high:
-            what = "" if size is value else "the length of "
-            raise ValueError(f"{what}{name}={shown(value)} is outside {self.low}..{self.high}")
+    def wrong(self, value: Any) -> str:
+        """What is wrong with a value, and where in it, to be put after its name; "" for nothing."""
+        kinds = self.types if isinstance(self.types, tuple) else (self.types,)
+        if type(value) not in kinds:
+            return f"={shown(value)} is not {' or '.join(_WORDS[kind] for kind in kinds)}"
+        if isinstance(value, (int, float)):
+            within = self.low <= value <= self.high
+            return "" if within else f"={shown(value)} is outside {self.low}..{self.high}"
+        if value is not None and not self.low <= len(value) <= self.high:
+            return f"={shown(value)} is shorter or longer than {self.low}..{self.high}"
         if isinstance(value, dict) and self.key:
             for key in value:
                 if not re.fullmatch(self.key, key):
-                    raise ValueError(f"{name} holds {shown(key)}, which is no name there")
+                    return f" holds {shown(key)}, which is no name there"
         if self.each and isinstance(value, (list, dict)):
-            pairs = value.items() if isinstance(value, dict) else enumerate(value)
-            for key, entry in pairs:
-                self.each.check(f"{name}[{shown(key)}]", entry)
+            for key, entry in value.items() if isinstance(value, dict) else enumerate(value):
+                if told := self.each.wrong(entry):
+                    return f"[{shown(key)}]{told}"
+        return ""
 
 
-def check_fields(values: object, wanted: Mapping[str, Field], what: str = "") -> dict[str, Any]:
-    """The object itself, if it has these fields and no others; else a ValueError."""
+def check_fields(
+    values: object, wanted: Mapping[str, Field], what: str = "", *, others: bool = False
+) -> dict[str, Any]:
+    """The object itself; a ValueError where these are not its fields (``others`` it may have)."""
     if not isinstance(values, dict):
-        raise ValueError(f"{what or 'it'} is a {type(values).__name__}, not an object")
+        raise ValueError(f"{what or 'it'}={shown(values)} is not an object")
     missing = sorted(n for n, field in wanted.items() if n not in values and not field.optional)
-    unknown = sorted(set(values) - set(wanted))
+    unknown = [] if others else sorted(set(values) - set(wanted))
     if missing or unknown:
         of = f"of {what} " if what else ""
         raise ValueError(
             f"fields {of}{missing} are missing, fields {shown(unknown)} are unknown; it has "
             f"{sorted(wanted)}"
         )
-    for name, value in values.items():
-        wanted[name].check(f"{what}.{name}" if what else name, value)
+    for name, field in wanted.items():
+        if name in values and (told := field.wrong(values[name])):
+            raise ValueError(f"{what and what + '.'}{name}{told}")
     return values
 
 
@@ -409,7 +412,8 @@ def _listed(header: Any, start: int, size: int) -> tuple[dict[str, str], dict[st
     if not isinstance(header, dict):
         raise ValueError("its list of tensors is no JSON object")
     notes = header.pop("__metadata__", {})
-    Field(dict, each=Field(str)).check("__metadata__", notes)
+    if told := Field(dict, each=Field(str)).wrong(notes):
+        raise ValueError(f"__metadata__{told}")
     found: dict[str, Stored] = {}
     for name, entry in header.items():
         check_fields(entry, _ENTRY, shown_name(name))

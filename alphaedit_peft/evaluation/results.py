@@ -12,6 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from alphaedit_peft.messages import cut, sentence
+from alphaedit_peft.safe_files import Field, check_fields, parse_json
+
 SHORT = 60  # characters of a value in an error
 
 
@@ -43,16 +46,14 @@ class JsonLines:
             return []
         *lines, rest = found.split(b"\n")
         try:
-            top, *entries = [json.loads(line) for line in lines]
-            before = top[self.kind]
-            if not all(isinstance(value, dict) for value in (before, *entries)):
-                raise TypeError("a line is no object")
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(
-                f"{self.path} holds no results of a {self.kind} ({error}); name another file"
-            ) from error
+            top, *entries = [parse_json(line, f"line {i}", _why) for i, line in enumerate(lines, 1)]
+            before = check_fields(top, {self.kind: Field(dict)})[self.kind]
+        except ValueError as error:
+            wrong = f"it holds no results of a {self.kind} ({error})"
+            raise ValueError(sentence(self.path, wrong, "name another file")) from error
         if before != head:
-            raise ValueError(f"{self.path} was made with {_difference(before, head)}; name another")
+            wrong = f"it was made with {_difference(before, head)}"
+            raise ValueError(sentence(self.path, wrong, "name another file"))
         if rest:
             self.path.write_bytes(b"".join(line + b"\n" for line in lines))
         return entries
@@ -77,6 +78,9 @@ def _difference(before: Mapping[str, Any], now: Mapping[str, Any], place: str = 
     return ", ".join(told)
 
 
+def _why(where: str | Path, wrong: str) -> ValueError:
+    return ValueError(f"{where}: {wrong}")
+
+
 def _short(value: object) -> str:
-    text = str(value)
-    return text if len(text) <= SHORT else f"{text[:SHORT]}..."
+    return cut(str(value), SHORT)

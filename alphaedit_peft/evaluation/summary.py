@@ -8,13 +8,14 @@ as JSON and as a text table.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from alphaedit_peft.evaluation.metrics import METRICS, PERCENT
+from alphaedit_peft.safe_files import Field, check_fields
 from alphaedit_peft.tables import Table
 
 SCORED = ("efficacy", "generalization", "specificity")
@@ -22,6 +23,17 @@ RESAMPLES = 1000
 AT_ONCE = 4_000_000  # drawn indices held at a time
 
 Values = NDArray[np.float64]
+
+NUMBER = Field((int, float), -1e300, 1e300)
+_ESTIMATE = {"value": NUMBER, "low": NUMBER, "high": NUMBER, "n": Field(int, 0, 2**48)}
+_CASE = {
+    "id": Field(str),
+    "digest": Field(str),
+    "metrics": Field(dict, each=NUMBER),
+    "tops": Field(dict, each=Field(list, each=Field(list, each=Field(int, -1, 2**48)))),
+    "texts": Field(dict, each=Field(list, each=Field(str))),
+}
+_SCORES = {"settings": Field(dict), "metrics": Field(dict), "cases": Field(list)}
 
 
 @dataclass(frozen=True)
@@ -36,6 +48,11 @@ class Estimate:
     def to_json(self) -> dict[str, float]:
         """The four numbers under their names."""
         return asdict(self)
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Estimate:
+        """An estimate from what ``to_json`` gave; a ValueError for anything else."""
+        return cls(**check_fields(values, _ESTIMATE, "estimate"))
 
 
 @dataclass(frozen=True)
@@ -63,11 +80,8 @@ class CaseScores:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> CaseScores:
-        """Scores from what ``to_json`` gave; raises ValueError for other fields."""
-        wanted = {field.name for field in fields(cls)}
-        if set(values) != wanted:
-            raise ValueError(f"case scores have the fields {sorted(wanted)}, not {sorted(values)}")
-        return cls(**values)
+        """Scores from what ``to_json`` gave; a ValueError for other fields or types of them."""
+        return cls(**check_fields(values, _CASE, "case scores"))
 
 
 @dataclass(frozen=True)
@@ -101,8 +115,9 @@ class Scores:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Scores:
-        """Scores from what ``to_json`` gave."""
-        metrics = {name: Estimate(**estimate) for name, estimate in values["metrics"].items()}
+        """Scores from what ``to_json`` gave; a ValueError for anything else."""
+        check_fields(values, _SCORES, "scores")
+        metrics = estimates_from_json(values["metrics"])
         cases = tuple(CaseScores.from_json(case) for case in values["cases"])
         return cls(metrics, cases, values["settings"])
 
@@ -131,6 +146,11 @@ class Scores:
 def estimates_to_json(metrics: Mapping[str, Estimate]) -> dict[str, dict[str, float]]:
     """Each metric's four numbers, as plain JSON values."""
     return {name: estimate.to_json() for name, estimate in metrics.items()}
+
+
+def estimates_from_json(metrics: Mapping[str, Any]) -> dict[str, Estimate]:
+    """Estimates from what ``estimates_to_json`` gave; a ValueError for anything else."""
+    return {name: Estimate.from_json(found) for name, found in metrics.items()}
 
 
 def gather(

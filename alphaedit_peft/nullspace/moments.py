@@ -22,14 +22,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
 from alphaedit_peft import hooks, parallel
 from alphaedit_peft.devices import reads_ids_on
+from alphaedit_peft.messages import sentence, shown
 from alphaedit_peft.nullspace.corpus import TokenBatch
+from alphaedit_peft.safe_files import (
+    MAX_TENSOR_BYTES,
+    DamagedFileError,
+    Field,
+    check_fields,
+    opened_tensors,
+    parse_json,
+    refusing,
+    shown_name,
+)
 
 BATCHES_PER_CHECKPOINT = 200
 BLOCK, MAX_BLOCKS = 256, 8  # of a sum: smallest width, and most to a side
@@ -57,6 +67,18 @@ class Sums:
         return (self.matrices[name] / self.tokens).cpu()
 
 
+_COUNTS = {
+    **{name: Field(int, 0, 2**62) for name in ("tokens", "batches", "texts")},
+    "seen": Field(str, high=64),
+}
+
+
+def _unreadable(where: str | Path, wrong: str) -> DamagedFileError:
+    return DamagedFileError(
+        sentence(where, f"it is no readable checkpoint ({wrong})", "delete it or give another path")
+    )
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """Where a pass keeps its sums, and what it must be about to be gone on with."""
@@ -79,21 +101,22 @@ class Checkpoint:
         """The sums so far; empty where there is no file yet, a ValueError where it is another's."""
         if not self.path.exists():
             return Sums()
-        try:
-            with safe_open(self.path, "pt") as file:
-                notes = json.loads(file.metadata()["notes"])
-                matrices = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except Exception as error:
-            raise ValueError(
-                f"{self.path} is no readable checkpoint ({error}); delete it"
-            ) from error
-        wanted = json.loads(json.dumps(self.subject))
-        if notes["subject"] != wanted:
-            raise ValueError(
-                f"{self.path} was made for {notes['subject']}, this pass is for {wanted}; delete "
-                "the file or give another path"
-            )
-        return Sums(matrices, **notes["counts"])
+        with opened_tensors(self.path, MAX_TENSOR_BYTES, _unreadable) as file:
+            file.require((torch.float32,))
+            with refusing(self.path, _unreadable):
+                notes = parse_json(file.notes.get("notes", "").encode(), self.path, _unreadable)
+                check_fields(notes, {"subject": Field(dict), "counts": Field(dict)})
+                counts = check_fields(notes["counts"], _COUNTS, "counts")
+                for name, stored in file.tensors.items():
+                    if len(stored.shape) != 2 or stored.shape[0] != stored.shape[1]:
+                        raise ValueError(f"{shown_name(name)} {stored.shape} is not square")
+            wanted = json.loads(json.dumps(self.subject))
+            other = [n for n in ("modules", *wanted) if notes["subject"].get(n) != wanted[n]]
+            if other:
+                was, now = (shown(of.get(other[0]), 120) for of in (notes["subject"], wanted))
+                wrong = f"it was made for {other[0]} {was}, this pass is for {now}"
+                raise ValueError(sentence(self.path, wrong, "delete it or give another path"))
+            return Sums({name: file.read(name) for name in file.tensors}, **counts)
 
     def begin(self) -> Sums:
         """What it holds: the counts in every process, the sums in the main one."""

@@ -7,20 +7,44 @@ measured here, and nothing in a folder is changed.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from alphaedit_peft.evaluation.summary import CaseScores, Estimate, Scores, gather
+from alphaedit_peft.evaluation.summary import (
+    NUMBER,
+    CaseScores,
+    Estimate,
+    Scores,
+    estimates_from_json,
+    gather,
+)
+from alphaedit_peft.messages import sentence
+from alphaedit_peft.safe_files import (
+    MAX_RESULTS_BYTES,
+    DamagedFileError,
+    Field,
+    check_fields,
+    json_lines,
+    read_json,
+    refusing,
+)
 from alphaedit_peft.studies.compare import Comparison
-from alphaedit_peft.studies.protocols import Checkpoint, Run
+from alphaedit_peft.studies.protocols import LINE, Checkpoint, Run
 
 COMPARISON, RUN, BEFORE = "comparison.json", "results.jsonl", "before.json"
 ADVICE = "give what alphaedit evaluate or compare wrote"
 LEVEL, SEED = 0.95, 0  # of intervals over a file of cases, as Judging has them
+_ORDER = Field((int, type(None)), 0, 2**63, optional=True)
+_JUDGING = {"level": Field(float, 0, 1, optional=True), "seed": Field(int, 0, 2**63, optional=True)}
+_HEAD = {
+    "method": Field(dict),
+    "schedule": Field(dict, optional=True),
+    "judging": Field(dict, optional=True),
+}
+_RUN = {"head": Field(dict), "checkpoints": Field(list), "made": Field(int), "seconds": NUMBER}
 
 
 @dataclass(frozen=True)
@@ -73,29 +97,35 @@ def read_findings(paths: Sequence[str | Path]) -> tuple[Finding, ...]:
 def _read(path: Path) -> list[Finding]:
     if not path.exists():
         raise FileNotFoundError(f"{path} is not there; {ADVICE}")
-    try:
+    with refusing(path, _none):
         if path.is_dir():
             return _folder(path)
         if path.suffix == ".jsonl":
             return [_cases(path)]
-        return _values(json.loads(path.read_text(encoding="utf-8")), path.stem)
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-        why = f"no field {error}" if isinstance(error, KeyError) else error
-        raise ValueError(f"{path} holds no results ({why}); {ADVICE}") from error
+        return _values(_json(path), path.stem)
+
+
+def _none(where: str | Path, wrong: str) -> DamagedFileError:
+    return DamagedFileError(sentence(where, f"it holds no results ({wrong})", ADVICE))
+
+
+def _json(path: Path) -> dict[str, Any]:
+    return read_json(path, _none, MAX_RESULTS_BYTES)
 
 
 def _folder(path: Path) -> list[Finding]:
     """A comparison's folder, finished or not, or that of one run."""
     if (path / COMPARISON).is_file():
-        values = json.loads((path / COMPARISON).read_text(encoding="utf-8"))
-        return _values(values, path.resolve().name)
+        with refusing(path / COMPARISON, _none):
+            return _values(_json(path / COMPARISON), path.resolve().name)
     places = [path] if (path / RUN).is_file() else sorted(p.parent for p in path.glob(f"*/{RUN}"))
     if not places:
         raise ValueError(f"neither {COMPARISON} nor {RUN} is in it")
     before = path / BEFORE
     scores = Scores({}, ())
     if before.is_file():
-        scores = Scores.from_json(json.loads(before.read_text(encoding="utf-8"))["scores"])
+        with refusing(before, _none):
+            scores = Scores.from_json(_json(before)["scores"])
     runs: dict[str, list[Run]] = {}
     for place in places:
         run = _run(place / RUN, scores)
@@ -108,19 +138,37 @@ def _folder(path: Path) -> list[Finding]:
 
 def _run(path: Path, before: Scores) -> Run:
     """A run, finished or not; a last line that was cut off is left out."""
-    lines = [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1]]
-    judged = {v["judged"]["batches"]: v["judged"] for v in lines if "judged" in v}
-    made = {v["batch"]: v for v in lines if "batch" in v}
-    single = [v for v in lines if "case" in v]
-    points = [Checkpoint.from_json(judged[step]) for step in sorted(judged)]
-    if single:
-        judging = lines[0]["run"].get("judging", {})
-        cases = [CaseScores.from_json(v["case"]) for v in single]
-        metrics = gather(cases, judging.get("level", LEVEL), judging.get("seed", SEED)).metrics
-        points = [Checkpoint(len(cases), len(cases), metrics)]
-    done = [*made.values(), *single]
-    total, seconds = sum(v["made"] for v in done), sum(v["seconds"] for v in done)
-    return Run(lines[0]["run"], before, tuple(points), (), total, seconds)
+    lines = []
+    for where, line in json_lines(path, _none, cut=True):
+        with refusing(where, _none):
+            lines.append(check_fields(line, LINE))
+    with refusing(path, _none):
+        head = _head(lines[0]["run"])
+        judged = {
+            v["judged"]["batches"]: Checkpoint.from_json(v["judged"])
+            for v in lines
+            if "judged" in v
+        }
+        made = {v["batch"]: v for v in lines if "batch" in v}
+        single = [v for v in lines if "case" in v]
+        points = [judged[step] for step in sorted(judged)]
+        if single:
+            judging = head.get("judging", {})
+            cases = [CaseScores.from_json(v["case"]) for v in single]
+            metrics = gather(cases, judging.get("level", LEVEL), judging.get("seed", SEED)).metrics
+            points = [Checkpoint(len(cases), len(cases), metrics)]
+        done = [*made.values(), *single]
+        total, seconds = sum(v["made"] for v in done), sum(v["seconds"] for v in done)
+    return Run(head, before, tuple(points), (), total, seconds)
+
+
+def _head(values: object) -> dict[str, Any]:
+    """What a run depends on, as far as it is read here; the rest of it is shown as it is."""
+    head = check_fields(values, _HEAD, "run", others=True)
+    check_fields(head["method"], {"name": Field(str, 1, 200)}, "run.method", others=True)
+    check_fields(head.get("schedule", {}), {"order": _ORDER}, "run.schedule", others=True)
+    check_fields(head.get("judging", {}), _JUDGING, "run.judging", others=True)
+    return head
 
 
 def _values(values: Mapping[str, Any], name: str) -> list[Finding]:
@@ -129,8 +177,9 @@ def _values(values: Mapping[str, Any], name: str) -> list[Finding]:
         before = Scores(_estimates(values["before"]), ())
 
         def saved(run: Mapping[str, Any]) -> Run:
+            check_fields(run, _RUN, "run")
             points = tuple(map(Checkpoint.from_json, run["checkpoints"]))
-            return Run(run["head"], before, points, (), run["made"], run["seconds"])
+            return Run(_head(run["head"]), before, points, (), run["made"], run["seconds"])
 
         return [
             _of_runs(method, name, before, tuple(saved(run) for run in found["runs"]))
@@ -196,12 +245,21 @@ def _cases(path: Path) -> Finding:
 
 
 def _lines(path: Path) -> tuple[dict[str, Any], list[CaseScores]]:
-    head, *rest = [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1]]
-    return head["judging"], [CaseScores.from_json(line) for line in rest]
+    how, cases = None, []
+    for where, line in json_lines(path, _none, cut=True):
+        with refusing(where, _none):
+            if how is None:
+                how = check_fields(line, {"judging": Field(dict)})["judging"]
+                check_fields(how, _JUDGING, "judging", others=True)
+            else:
+                cases.append(CaseScores.from_json(line))
+    if how is None:
+        raise _none(path, "it is empty")
+    return how, cases
 
 
 def _estimates(values: Mapping[str, Any]) -> dict[str, Estimate]:
-    return {name: Estimate(**found) for name, found in values.items() if None not in found.values()}
+    return estimates_from_json({n: v for n, v in values.items() if None not in v.values()})
 
 
 def _required(metrics: Mapping[str, Estimate]) -> Mapping[str, Estimate]:

@@ -24,6 +24,7 @@ from alphaedit_peft.config import AlphaEditConfig
 from alphaedit_peft.evaluation import Judging, Scores, Suite, evaluate
 from alphaedit_peft.fingerprint import fingerprint
 from alphaedit_peft.nullspace import KeyMoments, NullSpace
+from alphaedit_peft.safe_files import Field
 
 Progress = Callable[[str], object]  # told a line of text after each step
 
@@ -118,13 +119,16 @@ def judged_before(study: Study, folder: Path) -> Scores:
     """
     path, made_of = folder / "before.json", json.loads(json.dumps(study.provenance()))
     if path.exists():
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = safe_files.read_json(path, limit=safe_files.MAX_RESULTS_BYTES)
+        with safe_files.refusing(path):
+            safe_files.check_fields(found, {"study": Field(dict), "scores": Field(dict)})
+            scores = Scores.from_json(found["scores"])
         if found["study"] != made_of:
             wrong = [name for name in made_of if found["study"].get(name) != made_of[name]]
             raise ValueError(
                 f"{path} is of another study: {', '.join(wrong)} differ; name another folder"
             )
-        return Scores.from_json(found["scores"])
+        return scores
     folder.mkdir(parents=True, exist_ok=True)
     scores = study.judge(study.base.model, study.suite, folder / "before-cases.jsonl")
     text = json.dumps({"study": made_of, "scores": scores.to_json()}, ensure_ascii=False)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.func import functional_call
 from transformers import PreTrainedTokenizerBase
@@ -27,6 +27,7 @@ from alphaedit_peft.editing.prompts import TokenRow
 from alphaedit_peft.editing.runner import Runner
 from alphaedit_peft.edits import Edit
 from alphaedit_peft.model import AlphaEditModel, get_alphaedit_model
+from alphaedit_peft.safe_files import MAX_TENSOR_BYTES, opened_tensors, refusing, shown_name
 from alphaedit_peft.saving import replace_folder
 from alphaedit_peft.settings import EditOptions, Settings
 from alphaedit_peft.studies.base import Base
@@ -239,7 +240,7 @@ class WeightEditor:
         self.model, self._write = base.model, partial(method.writer, base, config)
         self._original: dict[str, Tensor] = {}
         if state is not None:
-            self._put(load_file(state / WEIGHTS))
+            self._put(self._read(state / WEIGHTS))
 
     def edit(self, edits: Sequence[Edit]) -> int:
         """Make a batch of edits, all of them."""
@@ -254,6 +255,13 @@ class WeightEditor:
     def close(self) -> None:
         """Put the original weights back."""
         self._put(self._original)
+
+    def _read(self, path: Path) -> dict[str, Tensor]:
+        with opened_tensors(path, MAX_TENSOR_BYTES) as file, refusing(path):
+            for name, stored in file.tensors.items():
+                if stored.shape != self.model.get_parameter(name).shape:
+                    raise ValueError(f"{shown_name(name)} {stored.shape} is not this model's")
+            return {name: file.read(name) for name in file.tensors}
 
     @torch.no_grad()
     def _put(self, weights: Mapping[str, Tensor]) -> None:

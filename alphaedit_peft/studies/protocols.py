@@ -7,12 +7,12 @@ in the same numbers.
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from random import Random
 from statistics import mean
@@ -20,7 +20,8 @@ from typing import Any
 
 from alphaedit_peft.evaluation import Case, CaseScores, Scores
 from alphaedit_peft.evaluation.results import JsonLines
-from alphaedit_peft.evaluation.summary import Estimate, gather
+from alphaedit_peft.evaluation.summary import NUMBER, Estimate, estimates_from_json, gather
+from alphaedit_peft.safe_files import Field, check_fields, json_lines, refusing
 from alphaedit_peft.studies.base import Progress, Study, judged_before
 from alphaedit_peft.studies.methods import Editor, Method, opened
 
@@ -50,6 +51,22 @@ class Schedule:
         return batches == last or (self.every > 0 and batches % self.every == 0)
 
 
+LINE = {  # of a run's results
+    "run": Field(dict, optional=True),
+    "batch": Field(int, 0, 2**31, optional=True),
+    "made": Field(int, 0, 2**31, optional=True),
+    "seconds": Field((int, float), 0, 1e12, optional=True),
+    "case": Field(dict, optional=True),
+    "judged": Field(dict, optional=True),
+}
+_CHECKPOINT = {
+    "batches": Field(int, 0, 2**31),
+    "edits": Field(int, 0, 2**31),
+    "metrics": Field(dict),
+    "by_batch": Field(dict, each=Field(list, each=NUMBER)),
+}
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """A judgement within a run.
@@ -69,8 +86,9 @@ class Checkpoint:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Checkpoint:
-        """A checkpoint from what ``to_json`` gave."""
-        metrics = {name: Estimate(**found) for name, found in values["metrics"].items()}
+        """A checkpoint from what ``to_json`` gave; a ValueError for anything else."""
+        check_fields(values, _CHECKPOINT, "judgement")
+        metrics = estimates_from_json(values["metrics"])
         by_batch = {name: tuple(means) for name, means in values["by_batch"].items()}
         return cls(values["batches"], values["edits"], metrics, by_batch)
 
@@ -264,8 +282,12 @@ class RunFolder:
 
     def judged_cases(self, step: int) -> dict[str, CaseScores]:
         """The cases of a finished judgement, by digest."""
-        lines = self.cases(step).read_bytes().split(b"\n")[1:-1]  # the head says how
-        found = [CaseScores.from_json(json.loads(line)) for line in lines]
+        found = []
+        for where, line in islice(
+            json_lines(self.cases(step), cut=True), 1, None
+        ):  # after the head
+            with refusing(where):
+                found.append(CaseScores.from_json(line))
         return {case.digest: case for case in found}
 
     def state(self) -> tuple[int, Path | None]:

@@ -116,7 +116,7 @@ def test_other_texts_layers_and_files_are_refused(tmp_path, model, tokenizer, te
     with pytest.raises(ValueError, match=r"h\.2\.mlp.*this pass is for.*h\.1\.mlp"):
         KeyMoments.collect(model, tokenizer, texts, other, **arguments)
     path.write_bytes(b"not safetensors")
-    with pytest.raises(ValueError, match=r"sums\.safetensors is no readable checkpoint"):
+    with pytest.raises(ValueError, match=r"sums\.safetensors: it is no readable checkpoint"):
         KeyMoments.collect(model, tokenizer, texts, small, **arguments)
 
 

@@ -128,7 +128,7 @@ def test_findings_of_one_name_are_told_apart(compared, tmp_path):
         ("a.json", "[1]", "list"),
         ("a.json", "{", "Expecting"),
         ("a.jsonl", "", "holds no results"),
-        ("a.jsonl", '{"run": {}}\n', "no field 'judging'"),
+        ("a.jsonl", '{"run": {}}\n', r"fields \['judging'\] are missing"),
         ("a.jsonl", '{"judging": {}}\n', "no case in it was judged"),
         ("a.json", json.dumps(comparison(x=[])), "holds no results"),
         ("a.json", json.dumps(comparison(x=[run("x", 0, ())])), "was not judged yet"),
