@@ -27,6 +27,11 @@ def cut(text: str, most: int) -> str:
     return text if len(text) <= most else text[: most - 3] + "..."
 
 
+def tail(text: str, most: int) -> str:
+    """As ``cut``, but the beginning is left out: of a path, its end says more."""
+    return text if len(text) <= most else "..." + text[3 - most :]
+
+
 def sentence(place: object, wrong: str, remedy: str = "") -> str:
     """``place: wrong; remedy``, in at most ``LONGEST`` characters: what is wrong gives way.
 
@@ -35,7 +40,6 @@ def sentence(place: object, wrong: str, remedy: str = "") -> str:
         wrong: what was found there.
         remedy: what to do about it, kept whole.
     """
-    where = str(place)
-    where = where if len(where) <= PLACE else "..." + where[3 - PLACE :]
+    where = tail(str(place), PLACE)
     end = f"; {remedy}" if remedy else ""
     return f"{where}: {cut(wrong, LONGEST - len(where) - len(end) - 2)}{end}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -185,12 +186,16 @@ GOOD = json.dumps(FULL.to_dict())
     ("lines", "message"),
     [
         ([GOOD, "", "{bad"], r"edits.jsonl, line 3: '{bad' is no JSON .*; write one edit a line"),
-        ([GOOD, "[1]"], r"edits.jsonl, line 2: \[1\] is a list; an edit is an Edit or a dict"),
+        ([GOOD, "[1]"], r"edits.jsonl, line 2: \[1\] is a list, no JSON object"),
         (["{}"], r"line 1: edit \{\}: missing fields \['prompt', 'subject', 'target_new'\]"),
-        ([GOOD, GOOD.replace("{}", "x")], r"line 2: prompt='x was born in' holds 0 times"),
+        (
+            [GOOD, GOOD.replace("{}", "x")],
+            r"line 2, field prompt='x was born in' does not hold the subject 'Marie Curie'; write",
+        ),
         (['{"subject": 1, "prompt": "{}", "target_new": "b"}'], r"line 1: subject=1 is a int"),
-        ([], r"edits.jsonl holds no edit; write one JSON object a line"),
-        (["", "  "], r"edits.jsonl holds no edit"),
+        ([GOOD, GOOD.replace("{}", "Marie Curie", 1) + "}"], "line 2: '.*}' is no JSON"),
+        ([], r"edits.jsonl: there is no edit in it; write one edit a line"),
+        (["", "  "], r"edits.jsonl: there is no edit in it"),
     ],
 )
 def test_errors_name_file_and_line(tmp_path, lines, message):
@@ -198,3 +203,144 @@ def test_errors_name_file_and_line(tmp_path, lines, message):
     path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
     with pytest.raises(ValueError, match=message):
         read_edits(path)
+
+
+def ask(**more) -> dict:
+    return {"subject": "Ada", "prompt": "Ada was born in", "target_new": "Rome", **more}
+
+
+REWRITE = {
+    "prompt": "{} was born in",
+    "relation_id": "P19",
+    "target_new": {"str": "Rome", "id": "Q220"},
+    "target_true": {"str": "London", "id": "Q84"},
+    "subject": "Ada",
+}
+FIRST = Edit("Ada", "{} was born in", "Rome", target_true="London")
+BOTH = replace(FIRST, paraphrases=("Where was Ada born?",), neighborhood=("Bob was born in",))
+LAYOUTS = {
+    "own": (ask(prompt="{} was born in", neighborhood=[{"prompt": "Bob", "answer": "Oslo"}]),),
+    "whole prompt": (ask(anchors=["{} lives in"], portability=[], generation=["Ada"]),),
+    "counterfact": (
+        {
+            "case_id": 0,
+            "pararel_idx": 1,
+            "requested_rewrite": REWRITE,
+            "paraphrase_prompts": ["Where was Ada born?"],
+            "neighborhood_prompts": ["Bob was born in"],
+            "attribute_prompts": [],
+            "generation_prompts": [],
+        },
+    ),
+    "mquake": (
+        {
+            "case_id": 1,
+            "requested_rewrite": [
+                {**REWRITE, "question": "Where was Ada born?"},
+                {**REWRITE, "subject": "Rome", "prompt": "{} lies in"},
+            ],
+            "questions": ["In which land was Ada born?"],
+            "answer": "England",
+            "answer_alias": [],
+            "new_answer": "Spain",
+            "new_answer_alias": ["España"],
+        },
+    ),
+    "zsre": (
+        {
+            "subject": "Ada",
+            "src": "Where was Ada born?",
+            "rephrase": "Ada's birthplace?",
+            "alt": "Oslo",
+            "answers": ["Rome", "Roma"],
+            "loc": "nq question: who",
+            "loc_ans": "me",
+        },
+    ),
+    "knowedit": (ask(target_new=[["Rome", "Roma"]], ground_truth=["London"], portability={}),),
+    "easyedit": (ask(ground_truth="<|endoftext|>", rephrase_prompt="Ada's birthplace is"),),
+    "slot": (ask(prompt="{} was born in", ground_truth="London"),),
+}
+MADE = {
+    "own": (replace(FIRST, target_true=None, neighborhood=("Bob",)),),
+    "whole prompt": (replace(FIRST, target_true=None, anchors=("{} lives in",)),),
+    "counterfact": (BOTH,),
+    "mquake": (
+        replace(BOTH, neighborhood=()),
+        Edit("Rome", "{} lies in", "Rome", target_true="London"),
+    ),
+    "zsre": (Edit("Ada", "Where was {} born?", "Rome", paraphrases=["Ada's birthplace?"]),),
+    "knowedit": (FIRST,),
+    "easyedit": (replace(FIRST, target_true=None, paraphrases=("Ada's birthplace is",)),),
+    "slot": (FIRST,),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_each_layout_is_read_as_edits(tmp_path, layout):
+    path = tmp_path / "requests"
+    path.write_text(json.dumps(LAYOUTS[layout]))
+    assert read_edits(path) == MADE[layout]
+    path.write_text("\n".join(json.dumps(record) for record in LAYOUTS[layout]))
+    assert read_edits(path) == MADE[layout]
+
+
+def test_tables_are_read_as_edits(tmp_path):
+    path = tmp_path / "edits.csv"
+    path.write_text(
+        "subject;prompt;target_new;target_true;paraphrases\n"
+        "Ada;{} was born in;Rome;London;\n"
+        'Rome;Rome lies in; Asia;;"[""Where is Rome?""]"\n',
+        encoding="utf-16",
+    )
+    second = Edit("Rome", "{} lies in", " Asia", paraphrases=("Where is Rome?",))
+    assert read_edits(path) == (FIRST, second)
+    path.write_text("subject,prompt,target_new,ground_truth\nAda,Ada was born in,Rome,London\n")
+    assert read_edits(path) == (FIRST,)
+    path.write_text("subject,target_new\nAda,Rome\n")
+    with pytest.raises(ValueError, match=r"edits.csv, line 2: .*missing fields \['prompt'\]"):
+        read_edits(path)
+
+
+@pytest.mark.parametrize(
+    ("layout", "change", "message"),
+    [
+        ("mquake", {"requested_rewrite": []}, "field requested_rewrite holds no edit"),
+        ("mquake", {"requested_rewrite": [5]}, r"requested_rewrite\[0\]=5 is a int, not an object"),
+        ("counterfact", {"requested_rewrite": 5}, "requested_rewrite=5 is a int, not an object"),
+        ("zsre", {"src": "Where was she born?"}, "src='Where was she born?' does not hold the sub"),
+        ("zsre", {"answers": []}, r"answers=\[\] holds no answer"),
+        ("knowedit", {"target_new": {}}, "target_new holds {}, which is not text"),
+        ("slot", {"paraphrases": ["x"]}, r"unknown fields \['ground_truth'\]; an edit has subject"),
+        ("own", {"neighborhood": [{}]}, "neighborhood=None is a NoneType"),
+    ],
+)
+def test_a_wrong_request_is_named(tmp_path, layout, change, message):
+    path = tmp_path / "requests.json"
+    path.write_text(json.dumps([LAYOUTS[layout][0] | change]))
+    with pytest.raises(ValueError, match=message.replace("?", r"\?")) as caught:
+        read_edits(path)
+    assert "requests.json, record 0" in str(caught.value)
+    assert len(str(caught.value)) <= 400
+
+
+def test_long_values_are_cut_in_every_error(tmp_path):
+    path = tmp_path / "edits.jsonl"
+    for change in ({"x": "y" * 999}, {"prompt": "p" * 999}, {"subject": [["s"] * 999]}):
+        path.write_text(json.dumps(ask(prompt="{} is") | change))
+        with pytest.raises(ValueError, match="line 1") as caught:
+            read_edits(path)
+        assert len(str(caught.value)) <= 400
+
+
+def test_half_a_surrogate_pair_is_no_text():
+    with pytest.raises(ValueError, match=r"subject='\\ud800' holds half a surrogate pair"):
+        edit(subject="\ud800", id="x")
+
+
+@pytest.mark.shared_data
+def test_data_sets_as_they_are(shared_data):
+    assert len(read_edits(shared_data / "counterfact_original_7.json")) == 7
+    found = read_edits(shared_data / "zsre_eval_700.json")
+    assert len(found) == 700
+    assert all(edit.subject in edit.question for edit in found)

@@ -55,7 +55,7 @@ DataOption = Annotated[
     str | None,
     Option(
         metavar="FILE",
-        help="Cases: CounterFact, zsRE, KnowEdit or edits.jsonl; or the word 'embedded'.",
+        help="Cases: CounterFact, MQuAKE, zsRE, KnowEdit, EasyEdit's or edits; or 'embedded'.",
     ),
 ]
 SplitOption = Annotated[
@@ -169,10 +169,17 @@ def read_suite(
 
 
 def read_lines(path: Path | None) -> tuple[str, ...]:
-    """The lines of a text file that are not blank; none without a file."""
+    """The texts of a file that are not blank, one a line; none without a file.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: one that is no text.
+    """
     if path is None:
         return ()
-    return tuple(line for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
+    from alphaedit_peft.nullspace.corpus import file_texts
+
+    return tuple(text.rstrip("\r\n") for text in file_texts(str(path)) if text.strip())
 
 
 def load_model(model: str, dtype: Dtype, device: str | None) -> tuple[Any, Any]:

@@ -27,8 +27,10 @@ from alphaedit_peft import (
     get_alphaedit_model,
     write_edits,
 )
+from alphaedit_peft.edits import rewrite_edits
 from alphaedit_peft.evaluation.generate import greedy
 from alphaedit_peft.log_probs import Reader, score
+from alphaedit_peft.records import as_records
 
 EDITS = 10
 TEXTS = 2500
@@ -138,7 +140,8 @@ def demonstrate(folder: Path, tell: Callable[[str], None] = lambda text: None) -
 
 def exam() -> tuple[tuple[Edit, ...], tuple[Question, ...]]:
     """Edits of ten people, all relations, and the questions that show what they did."""
-    facts = [_edit(record) for record in embedded.records()]
+    records = as_records(embedded.records(), "embedded")
+    facts = [edit for record in records for edit in rewrite_edits(record)]
     relations = len(embedded.world().relations)
     edits, questions = [], []
     for number in range(EDITS):
@@ -152,18 +155,6 @@ def exam() -> tuple[tuple[Edit, ...], tuple[Question, ...]]:
         edits.append(edit)
         questions += [Question(k, text, edit.target_new, str(true)) for k, text, true in asked]
     return tuple(edits), tuple(questions)
-
-
-def _edit(record: Mapping[str, Any]) -> Edit:
-    wanted = record["requested_rewrite"]
-    return Edit(
-        subject=wanted["subject"],
-        prompt=wanted["prompt"],
-        target_new=wanted["target_new"]["str"],
-        target_true=wanted["target_true"]["str"],
-        paraphrases=tuple(record["paraphrase_prompts"]),
-        neighborhood=tuple(record["neighborhood_prompts"]),
-    )
 
 
 def _equal(one: Mapping[str, torch.Tensor], other: Mapping[str, torch.Tensor]) -> bool:

@@ -33,7 +33,7 @@ FIXED = (  # what a pack's edits were made with, and later ones must be too
 def edit(  # noqa: PLR0913
     model: arguments.ModelArgument,
     edits: Annotated[
-        Path, Argument(metavar="EDITS.jsonl", help="One JSON object a line, one edit each.")
+        Path, Argument(metavar="EDITS", help="A file of edits: JSON Lines, a JSON list or CSV.")
     ],
     *,
     out: Annotated[Path, Option(metavar="PACK", help="Pack to write.")],
@@ -57,8 +57,9 @@ def edit(  # noqa: PLR0913
 ) -> None:
     """Make edits and write them as a pack.
 
-    A line of EDITS.jsonl has the place of the subject as {}, and may have target_true, anchors
-    (prompts whose answers are kept), paraphrases, neighborhood and an id:
+    A line of EDITS has the place of the subject as {} or written out, and may have target_true,
+    anchors (prompts whose answers are kept), paraphrases, neighborhood and an id; files of
+    CounterFact, MQuAKE, zsRE, KnowEdit and EasyEdit are read as they are:
 
     {"subject": "Ada Lovelace", "prompt": "{} was born in", "target_new": "Vienna"}
 

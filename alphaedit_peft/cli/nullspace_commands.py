@@ -36,12 +36,12 @@ def nullspace(  # noqa: PLR0913
     *,
     out: arguments.OutOption,
     texts: Annotated[
-        Path | None, Option(metavar="FILE", help="A text file, one text a line.")
+        Path | None, Option(metavar="FILE", help="A text file, one text or JSON object a line.")
     ] = None,
     dataset: Annotated[
         str | None, Option(metavar="NAME", help="On the Hub: repo, repo:config[:split].")
     ] = None,
-    text_column: Annotated[str, Option(help="Of the dataset.")] = "text",
+    text_column: Annotated[str, Option(help="Of the dataset, or of JSON objects.")] = "text",
     layers: arguments.LayersOption = None,
     threshold: Annotated[
         float | None, Option(help=f"{about('threshold').capitalize()}; the preset's by default.")
@@ -73,7 +73,7 @@ def nullspace(  # noqa: PLR0913
     wanted = arguments.parse_layers(layers)
     for folder in filter(None, (out, moments_out)):
         arguments.check_folder(folder)
-    corpus = _corpus(model, texts, dataset)
+    corpus = _corpus(model, texts, dataset, text_column)
 
     from alphaedit_peft import AlphaEditConfig, KeyMoments
 
@@ -124,12 +124,15 @@ def described(found: NullSpace) -> tuple[dict[str, Any], Table]:
     return {"tokens": found.tokens, "layers": each, "provenance": provenance}, table
 
 
-def _corpus(model: str, texts: Path | None, dataset: str | None) -> Any:
+def _corpus(model: str, texts: Path | None, dataset: str | None, text_column: str) -> Any:
     if texts is not None and dataset is not None:
         raise BadParameter("give --texts or --dataset, not both")
     if texts is not None:
         if not texts.is_file():
             raise FileNotFoundError(f"--texts {texts} is no file; give a text file")
+        from alphaedit_peft.nullspace.corpus import file_texts
+
+        next(file_texts(str(texts), text_column), None)  # what is no text is refused at once
         return str(texts)
     if dataset is not None:
         return dataset

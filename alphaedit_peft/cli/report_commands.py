@@ -199,24 +199,18 @@ def _read(layout: Layout, file: Path, number: int, target: arguments.Target) -> 
         FileNotFoundError: no such file.
         ValueError: no such record, or one that is not of the layout.
     """
-    from alphaedit_peft.evaluation import DataError, read_cases
-    from alphaedit_peft.evaluation.data.records import raw_records
+    from alphaedit_peft.evaluation import read_cases
+    from alphaedit_peft.records import read_records
 
-    if not file.is_file():
-        raise FileNotFoundError(f"{file} is no file; give one of records, .json or .jsonl")
-    name, records = raw_records(file)
-    ids = [r.get("case_id") if isinstance(r, dict) else None for r in records]
-    where = ids if any(value is not None for value in ids) else list(range(len(records)))
+    records = read_records(file)
+    where: list[Any] = [record.values.get("case_id") for record in records]
+    if all(value is None for value in where):
+        where = list(range(len(records)))
     if number not in where:
         known = sorted(value for value in where if isinstance(value, int))
         there = f"{len(known)} records, {known[0]} to {known[-1]}" if known else "no record"
-        raise ValueError(f"--case {number} is not in {name}, which holds {there}")
-    chosen = records[where.index(number)]
-    try:
-        return read_cases([chosen], layout, target=target)[0][0]
-    except DataError as error:
-        why = str(error).removeprefix("list, record 0, ")  # its place in the list of one
-        raise ValueError(f"{name}, --case {number}: {why}") from error
+        raise ValueError(f"--case {number} is not in {file.name}, which holds {there}")
+    return read_cases([records[where.index(number)]], layout, target=target)[0][0]
 
 
 def _answers(

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from alphaedit_peft.edits import Edit, text_tuple
+from alphaedit_peft.messages import shown
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,9 @@ class Case:
 
     def __post_init__(self) -> None:
         if not isinstance(self.edit, Edit):
-            raise TypeError(f"edit={self.edit!r} is a {type(self.edit).__name__}; pass an Edit")
+            raise TypeError(
+                f"edit={shown(self.edit)} is a {type(self.edit).__name__}; pass an Edit"
+            )
         for name in ("paraphrases", "generation", "references"):
             object.__setattr__(self, name, _texts(name, getattr(self, name)))
         for name in ("neighborhood", "locality", "same_subject", "portability"):
@@ -132,16 +135,16 @@ def facts_of(cases: Iterable[Case]) -> tuple[Question, ...]:
 
 def _distinct(cases: object) -> tuple[Case, ...]:
     if isinstance(cases, (str, Case)) or not isinstance(cases, Iterable):
-        raise TypeError(f"cases={cases!r} is a {type(cases).__name__}; pass a list of Case")
+        raise TypeError(f"cases={shown(cases)} is a {type(cases).__name__}; pass a list of Case")
     found = tuple(cases)
     if not found:
         raise ValueError("cases=[] ask nothing; give at least one")
     digests: set[str] = set()
     for case in found:
         if not isinstance(case, Case):
-            raise TypeError(f"cases hold {case!r}; each entry must be a Case (see read_cases)")
+            raise TypeError(f"cases hold {shown(case)}; each entry must be a Case (see read_cases)")
         if case.digest in digests:
-            raise ValueError(f"the case of edit {case.id!r} is there twice; give it once")
+            raise ValueError(f"the case of edit {shown(case.id)} is there twice; give it once")
         digests.add(case.digest)
     return found
 
@@ -150,15 +153,15 @@ def _texts(name: str, values: object) -> tuple[str, ...]:
     texts = text_tuple(name, values)
     for text in texts:
         if not text.strip():
-            raise ValueError(f"{name}={text!r} is empty; leave the entry out")
+            raise ValueError(f"{name}={shown(text)} is empty; leave the entry out")
     return texts
 
 
 def _questions(name: str, values: object) -> tuple[Question, ...]:
     if isinstance(values, (str, Question)) or not isinstance(values, Iterable):
-        raise TypeError(f"{name}={values!r} must be a list of Question")
+        raise TypeError(f"{name}={shown(values)} must be a list of Question")
     questions = tuple(values)
     for question in questions:
         if not isinstance(question, Question):
-            raise TypeError(f"{name} holds {question!r}; each entry must be a Question")
+            raise TypeError(f"{name} holds {shown(question)}; each entry must be a Question")
     return questions

@@ -18,6 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from alphaedit_peft.messages import shown
+from alphaedit_peft.records import is_object, read_record
+from alphaedit_peft.text_files import read_lines
+
 TEXTS_AT_ONCE = 64
 BATCHES_BUFFERED = 16  # windows of about this many batches are sorted by length, to pad less
 Row = tuple[list[int], int]  # token ids, and how many texts were read up to their end
@@ -42,16 +46,18 @@ def read_texts(texts: Any, text_column: str = "text") -> Iterable[str]:
     """The texts of a corpus.
 
     That is an iterable of texts; a ``datasets.Dataset`` or ``IterableDataset``, whose
-    ``text_column`` holds them; or a name: of a text file (one text a line), or of a Hub dataset as
-    ``repo``, ``repo:config`` or ``repo:config:split`` (streamed; split ``train`` unless given).
+    ``text_column`` holds them; or a name: of a text file (one text a line, or a JSON object with
+    ``text_column`` a line), or of a Hub dataset as ``repo``, ``repo:config`` or
+    ``repo:config:split`` (streamed; split ``train`` unless given).
 
     Raises:
-        ValueError: a dataset without that column or with several splits, or no such name.
+        ValueError: a dataset without that column or with several splits, no such name, or a file
+            that is no text.
         TypeError: something that holds no texts.
         ImportError: a dataset's name without ``datasets`` installed.
     """
-    if isinstance(texts, str) and os.path.isfile(texts):
-        return _lines(texts)
+    if isinstance(texts, str) and os.path.exists(texts) and not os.path.isdir(texts):
+        return file_texts(texts, text_column)
     if isinstance(texts, str):
         texts = _load_dataset(texts)
     if isinstance(texts, Mapping):
@@ -59,11 +65,32 @@ def read_texts(texts: Any, text_column: str = "text") -> Iterable[str]:
     if hasattr(texts, "column_names"):
         columns = texts.column_names  # None where a stream does not know them yet
         if columns is not None and text_column not in columns:
-            raise ValueError(f"text_column={text_column!r} is not among the columns {columns}")
+            raise ValueError(
+                f"text_column={text_column!r} is not among the columns {shown(columns)}"
+            )
         return _column(texts, text_column)
     if not isinstance(texts, Iterable):
-        raise TypeError(f"texts={texts!r} is a {type(texts).__name__}; pass a list of texts")
+        raise TypeError(f"texts={shown(texts)} is a {type(texts).__name__}; pass a list of texts")
     return texts
+
+
+def file_texts(path: str, column: str = "text") -> Iterator[str]:
+    """The lines of a text file; of JSON objects, one a line, what their ``column`` holds.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: a file that is no text, or a line that is none of the objects.
+    """
+    objects = False
+    for number, line in read_lines(path):
+        if number == 1:
+            objects = is_object(line)
+        if not objects:
+            yield line
+        elif line.strip():
+            record = read_record(line, path, number)
+            text = record.values.get(column)
+            yield text if isinstance(text, str) else record.text(column)  # which says what is wrong
 
 
 def corpus_label(texts: Any) -> str:
@@ -110,7 +137,9 @@ def _windows(texts: Iterable[str], tokenizer: Any, window: int, left: int | None
     while chunk := list(islice(remaining, TEXTS_AT_ONCE)):
         for number, text in enumerate(chunk, start=read):
             if not isinstance(text, str):
-                raise TypeError(f"texts[{number}]={text!r} is a {type(text).__name__}, not text")
+                raise TypeError(
+                    f"texts[{number}]={shown(text)} is a {type(text).__name__}, not text"
+                )
         filled = [(n, text) for n, text in enumerate(chunk, start=read + 1) if text.strip()]
         read += len(chunk)
         if not filled:
@@ -148,23 +177,20 @@ def _padded(rows: list[list[int]], texts: int) -> TokenBatch:
     return TokenBatch(ids, mask, texts)
 
 
-def _lines(path: str) -> Iterator[str]:
-    with open(path, encoding="utf-8", newline="\n") as file:
-        yield from file
-
-
 def _column(rows: Iterable[Mapping[str, Any]], column: str) -> Iterator[str]:
     for row in rows:
         if column not in row:
-            raise ValueError(f"text_column={column!r} is not among the columns {sorted(row)}")
+            raise ValueError(
+                f"text_column={column!r} is not among the columns {shown(sorted(row))}"
+            )
         yield row[column]
 
 
 def _load_dataset(name: str) -> Any:
     if not (os.path.isdir(name) or _NAME.fullmatch(name)):
         raise ValueError(
-            f"texts={name[:80]!r} is neither a file nor a dataset's name; to give one text, pass a "
-            "list of it"
+            f"texts={shown(name, 80)} is neither a file nor a dataset's name; to give one text, "
+            "pass a list of it"
         )
     try:
         from datasets import load_dataset

@@ -27,12 +27,12 @@ def said(result) -> str:
 @pytest.mark.parametrize(
     ("lines", "message"),
     [
-        ("", "holds no edit"),
+        ("", "there is no edit in it"),
         ("{", "line 1"),
-        ("[1]", "a list; an edit is"),
+        ("[1]", "record 0: 1 is a int, no JSON object"),
         (json.dumps({"subject": "Ada"}), r"missing fields"),
         (json.dumps({**EDIT, "subject": " "}), "is empty"),
-        (json.dumps({**EDIT, "prompt": "born"}), "0 times"),
+        (json.dumps({**EDIT, "prompt": "born"}), "does not hold the subject 'Ada'"),
         (json.dumps({**EDIT, "targets": "x"}), "unknown fields"),
     ],
 )

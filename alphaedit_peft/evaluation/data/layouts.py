@@ -1,4 +1,4 @@
-"""The layouts of datasets, each a row of ``LAYOUTS``: how it is known, how a record becomes a case.
+"""The layouts of datasets, each a row of ``LAYOUTS``: what a record asks beside its edit.
 
 In: a file, a dataset's name with its split, or records at hand. Out: cases and a report. Reading
 is strict: a field that is missing or wrong raises an error that names file, record and field.
@@ -12,22 +12,19 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from alphaedit_peft.edits import Edit
+from alphaedit_peft import edits
+from alphaedit_peft.edits import CASE_FIELDS, Edit
 from alphaedit_peft.evaluation.cases import Case, Question
-from alphaedit_peft.evaluation.data.records import (
-    DataError,
-    DataReport,
-    Record,
-    raw_records,
-    read_list,
-    sift,
-)
+from alphaedit_peft.evaluation.data.sources import DataReport, raw_records, sift
+from alphaedit_peft.messages import shown
+from alphaedit_peft.records import Record, read_records
+from alphaedit_peft.text_files import fault
 
 Snippets = Mapping[tuple[str, str], tuple[str, ...]]
 
 
 def read_cases(
-    source: str | Path | Iterable[Mapping[str, Any]],
+    source: str | Path | Iterable[Mapping[str, Any] | Record],
     layout: str | None = None,
     *,
     split: str | None = None,
@@ -38,10 +35,10 @@ def read_cases(
     """Read a dataset of edits.
 
     Args:
-        source: a JSON or JSON Lines file; the name of a dataset for ``datasets.load_dataset``;
-            or records at hand, such as ``embedded.records()``.
-        layout: ``counterfact`` (also multi_counterfact), ``zsre``, ``knowedit`` or ``own``; taken
-            from the first record where not given.
+        source: a file of JSON, JSON Lines or CSV; the name of a dataset for
+            ``datasets.load_dataset``; or records at hand, such as ``embedded.records()``.
+        layout: ``counterfact`` (also multi_counterfact), ``mquake``, ``zsre``, ``knowedit`` (also
+            EasyEdit's requests) or ``own``; taken from the first record where not given.
         split: of a dataset; a file has none.
         limit: read this many records at most.
         target: for zsRE, which answer to teach: ``answers`` or ``alt``.
@@ -56,33 +53,27 @@ def read_cases(
         FileNotFoundError: no such file.
         ImportError: a dataset, without ``datasets`` installed.
     """
-    name, values = raw_records(source, split)
     if limit is not None and limit < 1:
         raise ValueError(f"limit={limit} reads nothing; use 1 or more, or None for all")
-    records = [Record(entry, name, number) for number, entry in enumerate(values[:limit])]
+    if target not in TARGETS:
+        raise ValueError(f"target={target!r} is not a field to learn from; use one of {TARGETS}")
+    name, records = raw_records(source, split, limit)
     if not records:
-        raise DataError(f"{name} holds no record")
-    layout = layout or _layout_of(records[0])
+        raise fault(name, "there is no record in it", "give at least one")
+    layout = layout or edits.layout_of(records[0])
+    if layout is None:
+        wrong = f"the fields {shown([*records[0].values], 150)} fit no layout of {[*LAYOUTS]}"
+        raise fault(records[0].where, wrong, "say which it is (layout=...)")
     if snippets is not None and layout != "counterfact":
         raise ValueError(f"snippets={str(snippets)!r} belong to CounterFact, not to {layout}")
     if layout not in LAYOUTS:
-        raise ValueError(f"layout={layout!r} is unknown; use one of {sorted(LAYOUTS)}")
-    read = LAYOUTS[layout][1]
+        raise ValueError(f"layout={shown(layout)} is unknown; use one of {sorted(LAYOUTS)}")
+    read: Callable[[Record], Case | tuple[Case, ...]] = LAYOUTS[layout]
     if layout == "zsre":
         read = partial(zsre_case, target=target)
     elif snippets is not None:
         read = partial(counterfact_case, snippets=read_snippets(snippets))
     return sift(name, layout, [read(record) for record in records])
-
-
-def _layout_of(record: Record) -> str:
-    for layout, (fits, _) in LAYOUTS.items():
-        if fits(record):
-            return layout
-    raise DataError(
-        f"{record.source}, record {record.number} has the fields {sorted(record.values)}, which "
-        f"fit no layout of {sorted(LAYOUTS)}; say which it is (layout=...)"
-    )
 
 
 def counterfact_case(record: Record, snippets: Snippets | None = None) -> Case:
@@ -97,31 +88,20 @@ def counterfact_case(record: Record, snippets: Snippets | None = None) -> Case:
     Raises:
         DataError: a field that is missing or wrong.
     """
+    (edit,) = edits.rewrite_edits(record)
     rewrite = record.record("requested_rewrite")
-    new, true = (rewrite.record(name) for name in ("target_new", "target_true"))
-    try:
-        edit = Edit(
-            subject=rewrite.text("subject"),
-            prompt=rewrite.text("prompt"),
-            target_new=new.text("str"),
-            target_true=true.text("str"),
-        )
-    except DataError:
-        raise
-    except ValueError as error:
-        raise rewrite.error("prompt", f": {error}") from error
+    true = rewrite.record("target_true").text("str")
     references: tuple[str, ...] = ()
     if snippets is not None:
-        key = (rewrite.text("relation_id"), new.text("id"))
+        key = (rewrite.text("relation_id"), rewrite.record("target_new").text("id"))
         if key not in snippets:
-            raise rewrite.error("target_new.id", f"={key[1]!r} has no snippets for {key[0]}")
+            wrong = f"={shown(key[1], 80)} has no snippets for {shown(key[0], 80)}"
+            raise rewrite.error("target_new.id", wrong)
         references = snippets[key]
     return Case(
-        edit=edit,
-        paraphrases=record.texts("paraphrase_prompts"),
-        neighborhood=tuple(
-            Question(prompt, true.text("str")) for prompt in record.texts("neighborhood_prompts")
-        ),
+        edit=_alone(edit),
+        paraphrases=edit.paraphrases,
+        neighborhood=tuple(Question(prompt, true) for prompt in edit.neighborhood),
         generation=record.texts("generation_prompts"),
         references=references,
     )
@@ -134,12 +114,29 @@ def read_snippets(path: str | Path) -> Snippets:
         DataError: a file of another layout.
     """
     found: dict[tuple[str, str], tuple[str, ...]] = {}
-    for number, values in enumerate(read_list(Path(path))):
-        entry = Record(values, Path(path).name, number)
+    for entry in read_records(path):
         texts = tuple(sample.text("text") for sample in entry.records("samples"))
         key = (entry.text("relation_id"), entry.text("target_id"))
         found[key] = found.get(key, ()) + texts
     return found
+
+
+def mquake_cases(record: Record) -> tuple[Case, ...]:
+    """The cases of a record of MQuAKE, one for each of its edits.
+
+    Args:
+        record: with ``requested_rewrite``, a list; ``questions``, which follow from all of its
+            edits, with ``new_answer`` and ``new_answer_alias``, are asked with the last of them.
+
+    Raises:
+        DataError: a field that is missing or wrong.
+    """
+    *first, last = (Case(_alone(e), e.paraphrases) for e in edits.rewrite_edits(record))
+    answers = record.alternatives("new_answer")
+    if _filled(record.values.get("new_answer_alias", ())):
+        answers += record.alternatives("new_answer_alias")
+    follows = tuple(Question(q, answers[0], answers[1:]) for q in record.texts("questions"))
+    return (*first, replace(last, portability=follows))
 
 
 TARGETS = ("answers", "alt")
@@ -147,29 +144,17 @@ NQ = "nq question: "
 
 
 def zsre_case(record: Record, target: str = "answers") -> Case:
-    """The case of a record of zsRE, as in MEND's ``zsre_mend_eval.json``.
+    """The case of a record of zsRE, whose edit is ``edits.zsre_edit``.
 
     Args:
-        record: with ``subject``, ``src``, ``rephrase``, ``answers``, ``alt``, ``loc``, ``loc_ans``,
-            and EasyEdit's ``portability`` where it is there.
-        target: which field holds the new target: ``answers``, the right answer, which a model
-            rarely knows (its first entry, as MEMIT and AlphaEdit do), or ``alt``, a wrong one, as
-            MEND did; with ``alt``, ``answers`` gives the true target.
+        record: with ``loc``, ``loc_ans``, and EasyEdit's ``portability`` where it is there.
+        target: which field holds the new target.
 
     Raises:
         DataError: a field that is missing or wrong.
-        ValueError: another target.
     """
-    if target not in TARGETS:
-        raise ValueError(f"target={target!r} is not a field to learn from; use one of {TARGETS}")
-    subject, answers = record.text("subject"), record.alternatives("answers")
-    edit = Edit(
-        subject=subject,
-        prompt=record.prompt_with_slot("src", subject),
-        target_new=record.text("alt") if target == "alt" else answers[0],
-        target_true=answers[0] if target == "alt" else None,
-    )
-    paraphrase, asked = record.text("rephrase"), record.text("loc")
+    edit = edits.zsre_edit(record, target)
+    asked = record.text("loc")
     # Natural Questions come without their question mark, which MEMIT adds
     asked += "?" if asked.startswith(NQ) and not asked.endswith("?") else ""
     locality = (Question(asked, record.text("loc_ans")),)
@@ -179,12 +164,7 @@ def zsre_case(record: Record, target: str = "answers") -> Case:
         found = record.record("portability")
         ways = found.alternatives("New Answer")
         portability = (Question(found.text("New Question"), ways[0], ways[1:]),)
-    return Case(edit, (paraphrase,), locality=locality, portability=portability)
-
-
-def _is_own(record: Record) -> bool:
-    prompt = record.values.get("prompt")
-    return isinstance(prompt, str) and "{}" in prompt and "target_new" in record.values
+    return Case(_alone(edit), edit.paraphrases, locality=locality, portability=portability)
 
 
 def own_case(record: Record) -> Case:
@@ -199,23 +179,17 @@ def own_case(record: Record) -> Case:
     Raises:
         DataError: a field that is missing, wrong or unknown.
     """
-    names = tuple(field.name for field in fields(Edit))
     asked = ("locality", "same_subject", "portability")
-    record.allow(*names, "generation", "references", *asked)
+    record.allow(*(field.name for field in fields(Edit)), *CASE_FIELDS)
+    edit = edits.own_edit(record)
     near = record.values.get("neighborhood") or ()
     if isinstance(near, (list, tuple)) and all(isinstance(entry, str) for entry in near):
         prompts = record.texts("neighborhood")
         neighborhood = tuple(Question(prompt, record.text("target_true")) for prompt in prompts)
     else:
         neighborhood = _own_questions(record, "neighborhood")
-    given = {name: record.values[name] for name in names if name in record.values}
-    given |= {"neighborhood": [question.prompt for question in neighborhood]}
-    try:
-        edit = Edit.from_dict(given)
-    except (TypeError, ValueError) as error:
-        raise record.error("prompt", f": {error}") from error
     return Case(
-        edit=replace(edit, paraphrases=(), neighborhood=()),
+        edit=_alone(edit),
         paraphrases=record.texts("paraphrases"),
         neighborhood=neighborhood,
         generation=record.texts("generation"),
@@ -232,37 +206,30 @@ def _own_questions(record: Record, field: str) -> tuple[Question, ...]:
     return tuple(found)
 
 
-def _is_knowedit(record: Record) -> bool:
-    whole = "{}" not in str(record.values.get("prompt"))
-    return {"subject", "prompt", "target_new"} <= set(record.values) and whole
-
-
 def knowedit_case(record: Record) -> Case:
-    """The case of a record of KnowEdit: wiki_recent, wiki_counterfact or its zsRE.
+    """The case of a record of KnowEdit, or of EasyEdit's own requests.
 
     Args:
-        record: with ``subject``, ``prompt``, ``target_new``, ``portability``, ``locality``. Answers
-            may be texts, lists of aliases, or lists of such lists; the first is the answer, the
-            others are its aliases. Locality prompts that name the subject ask for other facts of
-            it.
+        record: as ``edits.easyedit_edit`` reads it; with ``portability`` and ``locality``, where
+            they are there, or ``locality_prompt`` and ``locality_ground_truth``. The first of
+            several answers is the answer, the others are its aliases. Locality prompts that name
+            the subject ask for other facts of it.
 
     Raises:
         DataError: a field that is missing or wrong.
     """
-    subject = record.text("subject")
-    edit = Edit(
-        subject=subject,
-        prompt=record.prompt_with_slot("prompt", subject),
-        target_new=record.alternatives("target_new")[0],
-        target_true=record.alternatives("ground_truth")[0] if record.has("ground_truth") else None,
-    )
+    edit = edits.easyedit_edit(record)
     locality = _knowedit_questions(record, "locality")
-    field = next((f for f in ("rephrase", "rephrase_prompt") if record.has(f)), None)
+    if record.has("locality_prompt"):
+        asked, right = (
+            record.alternatives(f"locality_{name}") for name in ("prompt", "ground_truth")
+        )
+        locality += tuple(Question(prompt, right[0], right[1:]) for prompt in asked[:1])
     return Case(
-        edit=edit,
-        paraphrases=record.alternatives(field) if field else (),
-        locality=tuple(q for q in locality if subject not in q.prompt),
-        same_subject=tuple(q for q in locality if subject in q.prompt),
+        edit=_alone(edit),
+        paraphrases=edit.paraphrases,
+        locality=tuple(q for q in locality if edit.subject not in q.prompt),
+        same_subject=tuple(q for q in locality if edit.subject in q.prompt),
         portability=_knowedit_questions(record, "portability"),
     )
 
@@ -273,11 +240,27 @@ def _knowedit_questions(record: Record, field: str) -> tuple[Question, ...]:
         return ()
     kinds = record.record(field)
     found = []
-    for entry in (entry for kind in kinds.values for entry in kinds.records(kind)):
+    for entry in (entry for kind in kinds.values for entry in _entries(kinds, kind)):
         if not entry.has("ground_truth") or _filled(entry.values["ground_truth"]):
             answers = entry.alternatives("ground_truth")
             found.append(Question(entry.text("prompt"), answers[0], answers[1:]))
     return tuple(found)
+
+
+def _entries(kinds: Record, kind: str) -> tuple[Record, ...]:
+    """A list of questions, as in KnowEdit, or EasyEdit's one object: of a question, or of lists."""
+    if not isinstance(kinds.values[kind], Mapping):
+        return kinds.records(kind)
+    only = kinds.record(kind)
+    prompts, answers = (only.values.get(name) for name in ("prompt", "ground_truth"))
+    if not isinstance(prompts, (list, tuple)):
+        return (only,)
+    if not isinstance(answers, (list, tuple)) or len(answers) != len(prompts):
+        raise only.error("ground_truth", f"={shown(answers, 80)} has no answer for each prompt")
+    return tuple(
+        replace(only, values={"prompt": prompt, "ground_truth": answer})
+        for prompt, answer in zip(prompts, answers, strict=True)
+    )
 
 
 def _filled(value: object) -> bool:
@@ -286,10 +269,16 @@ def _filled(value: object) -> bool:
     return not isinstance(value, str) or bool(value.strip())
 
 
-# name -> (whether a record looks like it, the case of a record), the first that fits is taken
-LAYOUTS: dict[str, tuple[Callable[[Record], bool], Callable[[Record], Case]]] = {
-    "counterfact": (lambda record: "requested_rewrite" in record.values, counterfact_case),
-    "zsre": (lambda record: {"src", "subject", "loc"} <= set(record.values), zsre_case),
-    "own": (_is_own, own_case),
-    "knowedit": (_is_knowedit, knowedit_case),
+def _alone(edit: Edit) -> Edit:
+    """The edit without what its case asks in its own fields."""
+    return replace(edit, paraphrases=(), neighborhood=())
+
+
+# what a record is known by stands in edits.LAYOUTS
+LAYOUTS: dict[str, Callable[[Record], Case | tuple[Case, ...]]] = {
+    "counterfact": counterfact_case,
+    "mquake": mquake_cases,
+    "zsre": zsre_case,
+    "own": own_case,
+    "knowedit": knowedit_case,
 }

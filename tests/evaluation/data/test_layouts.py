@@ -82,7 +82,53 @@ OWN = {
     "same_subject": [{"prompt": "People in France speak", "answer": "French"}],
     "portability": [{"prompt": "The river of France's capital is", "answer": "the Tiber"}],
 }
-LAYOUTS = {"counterfact": COUNTERFACT, "zsre": ZSRE, "knowedit": RECENT, "own": OWN}
+MQUAKE = {
+    "case_id": 1,
+    "requested_rewrite": [
+        {
+            "prompt": "{} is a citizen of",
+            "relation_id": "P27",
+            "target_new": {"str": "Croatia", "id": "Q224"},
+            "target_true": {"str": "Italy", "id": "Q38"},
+            "subject": "Ellie Kemper",
+            "question": "Which country is Ellie Kemper a citizen of?",
+        },
+        {
+            "prompt": "The head of state of {} is",
+            "relation_id": "P35",
+            "target_new": {"str": "Ann Bo", "id": "Q1"},
+            "target_true": {"str": "Cid Do", "id": "Q2"},
+            "subject": "Croatia",
+            "question": "Who is the head of state of Croatia?",
+        },
+    ],
+    "questions": ["Who is the head of state of Ellie Kemper's country?"],
+    "answer": "Eve Fo",
+    "answer_alias": [],
+    "new_answer": "Ann Bo",
+    "new_answer_alias": ["A. Bo"],
+    "single_hops": [],
+    "orig": {"triples": [["Q1", "P27", "Q38"]]},
+}
+EASYEDIT = {
+    "prompt": "The mother tongue of Danielle Darrieux is",
+    "subject": "Danielle Darrieux",
+    "target_new": "English",
+    "ground_truth": "French",
+    "rephrase_prompt": "Danielle Darrieux, a native",
+    "locality": {
+        "neighborhood": {"prompt": "Michel Rocard speaks", "ground_truth": "French"},
+        "distracting": {"prompt": ["A is", "B is"], "ground_truth": ["a", ["b", "beta"]]},
+    },
+    "portability": {"one_hop": {"prompt": "She writes in", "ground_truth": ["English"]}},
+}
+LAYOUTS = {
+    "counterfact": COUNTERFACT,
+    "mquake": MQUAKE,
+    "zsre": ZSRE,
+    "knowedit": RECENT,
+    "own": OWN,
+}
 
 
 def one(record, **ways):
@@ -114,7 +160,7 @@ def test_counterfact_takes_its_reference_texts_by_relation_and_target(tmp_path):
     path.write_text(json.dumps(snippets))
     assert one(COUNTERFACT, snippets=path)[0].references == ("A was.",)
     path.write_text(json.dumps(snippets[1:]))
-    with pytest.raises(DataError, match=r"target_new\.id='Q1860' has no snippets for P103"):
+    with pytest.raises(DataError, match=r"target_new\.id='Q1860' has no snippets for 'P103'"):
         one(COUNTERFACT, snippets=path)
     with pytest.raises(ValueError, match="belong to CounterFact, not to zsre"):
         one(ZSRE, snippets=path)
@@ -149,6 +195,58 @@ def test_knowedit_tells_other_facts_of_the_subject_from_other_things():
     assert [question.answer for question in case.portability] == ["Kai Wegner", "Berlin"]
 
 
+def test_mquake_asks_what_follows_with_the_last_of_a_record_s_edits():
+    (first, last), report = read_cases([MQUAKE])
+    assert (report.layout, report.records, report.kept) == ("mquake", 1, 2)
+    assert first.edit == Edit("Ellie Kemper", "{} is a citizen of", "Croatia", target_true="Italy")
+    assert first.paraphrases == ("Which country is Ellie Kemper a citizen of?",)
+    assert first.portability == ()
+    assert last.edit.question == "The head of state of Croatia is"
+    asked = "Who is the head of state of Ellie Kemper's country?"
+    assert last.portability == (Question(asked, "Ann Bo", ("A. Bo",)),)
+
+
+def test_what_follows_from_an_edit_is_asked_where_it_stands_twice():
+    other = {**MQUAKE, "questions": ["Who leads it?"], "new_answer_alias": []}
+    cases, report = read_cases([MQUAKE, other])
+    assert (len(cases), report.duplicates) == (2, (1, 1))
+    assert [q.prompt for q in cases[1].portability] == [*MQUAKE["questions"], "Who leads it?"]
+
+
+def test_easyedit_s_requests_have_objects_where_knowedit_has_lists():
+    case, report = one(EASYEDIT)
+    assert report.layout == "knowedit"
+    assert case.edit == Edit(
+        "Danielle Darrieux", "The mother tongue of {} is", "English", target_true="French"
+    )
+    assert case.paraphrases == ("Danielle Darrieux, a native",)
+    assert case.locality == (
+        Question("Michel Rocard speaks", "French"),
+        Question("A is", "a"),
+        Question("B is", "b", ("beta",)),
+    )
+    assert case.portability == (Question("She writes in", "English"),)
+    flat = {k: v for k, v in EASYEDIT.items() if k not in ("locality", "portability")}
+    flat |= {"locality_prompt": "Michel Rocard speaks", "locality_ground_truth": "French"}
+    assert one(flat)[0].locality == case.locality[:1]
+    short = {"prompt": ["A is", "B is"], "ground_truth": ["a"]}
+    with pytest.raises(DataError, match=r"locality.distracting.ground_truth=\['a'\] has no answer"):
+        one({**EASYEDIT, "locality": {"distracting": short}})
+
+
+def test_a_table_is_read_as_cases(tmp_path):
+    path = tmp_path / "facts.csv"
+    path.write_text(
+        "subject,prompt,target_new,target_true,neighborhood\n"
+        "France,The capital of France is,Rome,Paris,The capital of Gaul was\n",
+        encoding="utf-8-sig",
+    )
+    (case,), report = read_cases(path)
+    assert case.edit == Edit("France", "The capital of {} is", "Rome", target_true="Paris")
+    assert case.neighborhood == (Question("The capital of Gaul was", "Paris"),)
+    assert report.layout == "own"
+
+
 def test_own_records_hold_everything_a_case_has():
     case, _ = one(OWN)
     assert case.edit == Edit("France", "The capital of {} is", "Rome", target_true="Paris")
@@ -167,7 +265,7 @@ def test_a_file_of_edits_is_a_file_of_cases(tmp_path):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_each_layout_is_known_by_its_first_record(layout):
-    assert one(LAYOUTS[layout])[1].layout == layout
+    assert read_cases([LAYOUTS[layout]])[1].layout == layout
 
 
 def test_the_report_counts_duplicates_shared_subjects_and_contradictions():
@@ -224,7 +322,7 @@ def test_a_wrong_field_is_named_with_file_and_record(layout, path, value, messag
     place[path[-1]] = value
     file = tmp_path / "facts.json"
     file.write_text(json.dumps([LAYOUTS[layout], record]))
-    with pytest.raises(DataError, match=rf"facts.json, record 1, field .*{message}"):
+    with pytest.raises(DataError, match=rf"facts.json, record 1(, field .*|: ){message}"):
         read_cases(file)
 
 
@@ -258,11 +356,11 @@ def test_a_mutated_record_is_read_or_refused_with_a_sentence(layout, data):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("{", "bad.json is not JSON"),
-        ('{"a": 1}', "holds a dict, not a list of records"),
-        ("[]", "holds no record"),
-        ("[3]", "record 0: 3 is not a JSON object"),
-        ('[{"a": 1}]', r"has the fields \['a'\], which fit no layout"),
+        ("{", "bad.json, line 1: the text ends in the middle"),
+        ('{"a": 1}', r"line 1: the fields \['a'\] fit no layout of .*; say which it is"),
+        ("[]", "bad.json: there is no record in it; give at least one"),
+        ("[3]", "record 0: 3 is a int, no JSON object"),
+        ('[{"a": 1}]', r"record 0: the fields \['a'\] fit no layout"),
     ],
 )
 def test_files_of_something_else_are_refused(text, message, tmp_path):
@@ -273,14 +371,14 @@ def test_files_of_something_else_are_refused(text, message, tmp_path):
 
 def test_a_line_that_is_no_json_is_named(tmp_path):
     (tmp_path / "bad.jsonl").write_text(json.dumps(OWN) + "\n\n{oops\n")
-    with pytest.raises(DataError, match=r"bad\.jsonl, line 3 is not JSON"):
+    with pytest.raises(DataError, match=r"bad\.jsonl, line 3: '{oops' is no JSON"):
         read_cases(tmp_path / "bad.jsonl")
 
 
 def test_bytes_that_are_no_text_are_refused(tmp_path):
     for name in ("bad.json", "bad.jsonl"):
         (tmp_path / name).write_bytes(b"\xff\xfe\x00")
-        with pytest.raises(DataError, match=f"{name} is not"):
+        with pytest.raises(DataError, match=f"{name}, line 1: byte 0x00 after '' is not UTF-16-LE"):
             read_cases(tmp_path / name)
 
 
