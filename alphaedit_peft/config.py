@@ -19,6 +19,7 @@ from peft.utils import TaskType
 
 from alphaedit_peft.architecture import Architecture, resolve
 from alphaedit_peft.safe_files import read_json, refusing
+from alphaedit_peft.saving import replace_file
 from alphaedit_peft.settings import EditOptions
 from alphaedit_peft.solve_metric import kind, projects
 
@@ -97,9 +98,8 @@ class AlphaEditConfig(EditOptions, PeftConfig):
                 f"{save_directory} is an edit pack, whose {CONFIG_FILE} holds more than "
                 "settings; save the settings in another folder"
             )
-        path.parent.mkdir(parents=True, exist_ok=True)
         text = json.dumps({"config": self.to_json()}, indent=2, sort_keys=True)
-        path.write_text(text + "\n", encoding="utf-8")
+        replace_file(path, text + "\n")
 
     @classmethod
     def from_pretrained(cls, save_directory: str | Path) -> AlphaEditConfig:  # type: ignore[override]

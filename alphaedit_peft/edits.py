@@ -17,6 +17,7 @@ from typing import Any
 
 from alphaedit_peft.messages import shown
 from alphaedit_peft.records import HOW, Record, read_records
+from alphaedit_peft.saving import replace_file
 from alphaedit_peft.text_files import fault, is_text
 
 SLOT = "{}"
@@ -150,7 +151,7 @@ def read_edits(path: str | Path) -> tuple[Edit, ...]:
 def write_edits(edits: Iterable[Edit], path: str | Path) -> None:
     """Write edits as JSON Lines, the form that :func:`read_edits` reads."""
     lines = [json.dumps(edit.to_dict(), ensure_ascii=False) for edit in edits]
-    Path(path).write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+    replace_file(path, "".join(line + "\n" for line in lines))
 
 
 def layout_of(record: Record) -> str | None:

@@ -7,6 +7,7 @@ cases by their names. torch and transformers are imported only when something is
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from typer import Argument, BadParameter, Option
 
+from alphaedit_peft import saving
 from alphaedit_peft.cli import printing
 
 if TYPE_CHECKING:
@@ -98,18 +100,20 @@ def parse_value(text: str) -> Any:
 
 
 def check_folder(path: Path) -> None:
-    """Refuse an output folder that cannot be one, before hours of work.
+    """Refuse an output folder that cannot be one, before hours of work, and take it until the end.
 
     Raises:
         FileExistsError: the path, or one above it, is a file.
         ValueError: it is, or holds, the working directory.
+        BlockingIOError: another command writes it.
+        PermissionError: nothing can be written there.
     """
     for place in (path, *path.parents):
         if place.exists() and not place.is_dir():
             raise FileExistsError(f"{place} is a file; --out {path} needs a folder")
-    from alphaedit_peft import saving
-
     saving.check_folder(path)
+    if os.environ.get("RANK", "0") == "0":
+        printing.until_the_end(saving.alone(path))
 
 
 def check_file(option: str, path: Path | None, suffixes: Sequence[str] = ()) -> None:
@@ -122,6 +126,8 @@ def check_file(option: str, path: Path | None, suffixes: Sequence[str] = ()) -> 
         raise BadParameter(f"{option} {str(path)!r} must be a file's name in {suffixes[0]}")
     if not path.parent.is_dir():
         raise FileNotFoundError(f"{option} {path}: there is no folder {path.parent}; make it first")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise PermissionError(f"{option} {path}: nothing may be written there; name another")
 
 
 def data_for(model: str, data: str | None) -> str:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from typer import Argument, BadParameter, Option
 
 from alphaedit_peft.cli import arguments, printing
+from alphaedit_peft.saving import replace_file
 from alphaedit_peft.settings import about
 
 if TYPE_CHECKING:
@@ -136,7 +137,7 @@ def benchmark(  # noqa: PLR0913
         facts["curves"] = measuring.growth(grid, _device(device), printing.progress).to_json()
         parts += pages.grown(facts["curves"])
     if out is not None:
-        out.write_text(printing.json_text(facts), encoding="utf-8")
+        replace_file(out, printing.json_text(facts))
         parts.append(f"Written to {out}")
     shown = (part if isinstance(part, str) else printing.table(part[0], *part[1]) for part in parts)
     printing.show(as_json, facts, *shown)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from typer import BadParameter, Option
 
 from alphaedit_peft.cli import arguments, printing
+from alphaedit_peft.saving import replace_file
 
 if TYPE_CHECKING:
     from alphaedit_peft.studies import Base, Comparison, Method
@@ -88,7 +89,7 @@ def compare(  # noqa: PLR0913
     schedule = studies.Schedule(batch_size, every)
     found = studies.compare(study, chosen, out, schedule, seeds=orders, progress=printing.say)
     facts = {"out": str(out), "edits": edits, **found.to_json()}
-    (out / "comparison.json").write_text(printing.json_text(facts), encoding="utf-8")
+    replace_file(out / "comparison.json", printing.json_text(facts))
     over = "over seeds" if len(orders) > 1 else "over cases"
     title = f"{edits} edits in batches of {batch_size}: means, 95 % intervals {over}"
     printing.show(as_json, facts, title, str(found), *_undone(found), f"Written to {out}")

@@ -7,12 +7,12 @@ if the base was not restored, or the pack answered differently elsewhere.
 from __future__ import annotations
 
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated
 
 from typer import Option
 
 from alphaedit_peft.cli import arguments, printing
+from alphaedit_peft.saving import temporary_folder
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -50,8 +50,8 @@ def demo(
     def tell(step: str) -> None:
         printing.show(False, None, f"- {step} ...")
 
-    with TemporaryDirectory(prefix="alphaedit-demo-") as temporary:
-        folder = out or Path(temporary)
+    with temporary_folder() as temporary:
+        folder = out or temporary
         folder.mkdir(parents=True, exist_ok=True)
         found = demonstrate(folder, (lambda step: None) if as_json else tell)
     facts = {"out": None if out is None else str(out), **found.to_json()}

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from typer import BadParameter, Option
 
 from alphaedit_peft.cli import arguments, nullspace_commands, printing
+from alphaedit_peft.saving import make_folder, replace_file
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -66,7 +67,7 @@ def inspect_pack(
 
         name = Path(pack).resolve().name if Path(pack).is_dir() else pack
         space = arguments.load_null_space(null_space)
-        html.write_text(pack_page(read, space, title=f"Edit pack {name}"), encoding="utf-8")
+        replace_file(html, pack_page(read, space, title=f"Edit pack {name}"))
         edits = printing.count(len(read.edits), "edit")
         done = f"Written to {html}: {edits}; open it in a browser"
         printing.show(as_json, {"html": str(html), **facts}, done)
@@ -108,8 +109,12 @@ def merge(
     edited = AlphaEditModel.from_pretrained(base, pack)
     rounding = max(edited.merge_errors().values())
     merged: Any = edited.merge_and_unload(safe_merge=True)
-    merged.save_pretrained(out)
-    tokenizer.save_pretrained(out)
+
+    def write(folder: Path) -> None:
+        merged.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+    make_folder(out, write)
     dtype_name = str(merged.dtype).removeprefix("torch.")
     facts = {"out": str(out), "edits": edits, "dtype": dtype_name, "rounding_error": rounding}
     printing.show(

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from typer import Option
 
 from alphaedit_peft.cli import arguments, printing
+from alphaedit_peft.saving import replace_file
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -72,7 +73,7 @@ def locate(  # noqa: PLR0913
         progress=printing.progress,
     )
     if html is not None:
-        html.write_text(_page(found, model), encoding="utf-8")
+        replace_file(html, _page(found, model))
     written = [] if html is None else [f"Written to {html}"]
     parts = [_table(found, state) for state in TITLES]
     printing.show(as_json, found.to_json(), _summary(found), *parts, _advice(found), *written)

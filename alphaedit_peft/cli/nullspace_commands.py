@@ -71,7 +71,7 @@ def nullspace(  # noqa: PLR0913
     Others' null spaces: `alphaedit nullspace push --help`, `alphaedit nullspace pull --help`.
     """
     wanted = arguments.parse_layers(layers)
-    for folder in filter(None, (out, moments_out)):
+    for folder in {out, moments_out or out}:
         arguments.check_folder(folder)
     corpus = _corpus(model, texts, dataset, text_column)
 
@@ -191,7 +191,7 @@ def import_statistics(  # noqa: PLR0913
     """
     kind = _kind(files)
     blocks = arguments.parse_layers(layers)
-    for folder in filter(None, (out, moments_out)):
+    for folder in {out, moments_out or out}:
         arguments.check_folder(folder)
     if kind != ".npz" and blocks is None:
         raise BadParameter(f"a {kind} file does not tell its layers; give --layers")

@@ -14,7 +14,8 @@ import os
 import sys
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import typer
@@ -167,6 +168,16 @@ EXPECTED = (ValueError, RuntimeError, OSError, ImportError)  # PackError is a Va
 OPTIONAL_KERNEL = ("bitsandbytes.backends.cpu.ops", "Failed to load CPU gemm_4bit_forward")
 
 
+# left when the command at work ends
+AT_WORK: ContextVar[ExitStack] = ContextVar("at_work")
+
+
+def until_the_end(manager: AbstractContextManager[Any]) -> None:
+    """Enter a context that is left when the command at work ends; nothing where there is none."""
+    if (stack := AT_WORK.get(None)) is not None:
+        stack.enter_context(manager)
+
+
 class CommandGroup(TyperGroup):
     """The group of commands, which turns what they raise into one line."""
 
@@ -191,7 +202,9 @@ class CommandGroup(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         """Run the command asked for."""
         try:
-            with stoppable(), warnings_in_one_line(), optional_kernel_unmentioned():
+            with ExitStack() as at_work, stoppable(), warnings_in_one_line():
+                at_work.callback(AT_WORK.reset, AT_WORK.set(at_work))
+                at_work.enter_context(optional_kernel_unmentioned())
                 return super().invoke(ctx)
         except (typer.Exit, typer.Abort, BrokenPipeError):
             raise

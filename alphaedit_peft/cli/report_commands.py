@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from typer import Argument, BadParameter, Option
 
 from alphaedit_peft.cli import arguments, printing
+from alphaedit_peft.saving import replace_file
 
 if TYPE_CHECKING:
     from alphaedit_peft.evaluation import Case
@@ -81,11 +82,11 @@ def report(  # noqa: PLR0913
     parts: list[Any] = [*_scores(found), *_moved(moved)]
     if html is not None:
         more = [shift_section(moved)] if moved else []
-        html.write_text(scores_page(found, more=more, title=title), encoding="utf-8")
+        replace_file(html, scores_page(found, more=more, title=title))
         parts.append(f"Written to {html}; open it in a browser")
         facts["html"] = str(html)
     if markdown is not None:
-        markdown.write_text(scores_markdown(found, title), encoding="utf-8")
+        replace_file(markdown, scores_markdown(found, title))
         parts.append(f"Written to {markdown}")
         facts["markdown"] = str(markdown)
     printing.show(as_json, facts, *parts)
@@ -186,7 +187,7 @@ def show_record(  # noqa: PLR0913
     if told:
         parts.append(told)
     if html is not None:
-        html.write_text(record_page(read, *answers, title=name, lead=told), encoding="utf-8")
+        replace_file(html, record_page(read, *answers, title=name, lead=told))
         parts.append(f"Written to {html}; open it in a browser")
         facts["html"] = str(html)
     printing.show(as_json, facts, *parts)

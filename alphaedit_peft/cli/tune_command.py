@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 from typer import BadParameter, Option
 
 from alphaedit_peft.cli import arguments, printing
+from alphaedit_peft.saving import replace_file
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -99,7 +100,7 @@ def tune(  # noqa: PLR0913
         ground = studies.Base.from_texts(base, tokenizer, corpus, every, progress=watched)
     found = tune.tune(ground, suite, grid, config, progress=printing.progress)
     if html is not None:
-        html.write_text(_page(found, model), encoding="utf-8")
+        replace_file(html, _page(found, model))
     written = [] if html is None else [f"Written to {html}"]
     printing.show(as_json, found.to_json(), _table(found), _advice(found), *written)
 

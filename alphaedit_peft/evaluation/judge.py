@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +25,7 @@ from alphaedit_peft.evaluation.metrics import Written, fit_tfidf, metrics_of, pa
 from alphaedit_peft.evaluation.results import JsonLines
 from alphaedit_peft.evaluation.summary import CaseScores, Estimate, Scores, bootstrap, gather
 from alphaedit_peft.log_probs import Reader
+from alphaedit_peft.saving import alone
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -98,6 +100,8 @@ def evaluate(
         ValueError: no case, two equal ones, a baseline that lacks a case, a results file of
             another run or model, or a prompt the model cannot take.
         TypeError: something else than a model, cases or a baseline.
+        BlockingIOError: another process writes the results file.
+        OSError: it cannot be written; finished lines stay.
         ImportError: references, but no scikit-learn for consistency.
     """
     how = how or Judging()
@@ -115,18 +119,19 @@ def evaluate(
     )
     way = _way(how, generate, baseline is not None, references)
     file = JsonLines(Path(results), "judging", way) if results else None
-    done = _finished(file) if file else {}
-    there = [case for case in suite.cases if case.digest in done]
-    if there:
-        _require_same_model(group, there[0], done[there[0].digest], results)
-    count = len(there)
-    for found in group.missing(suite.cases, done):
-        done |= {case.digest: case for case in found}
-        count += len(found)
-        if file:
-            file.add(case.to_json() for case in found)
-        if progress:
-            progress(count, len(suite.cases))
+    with alone(file.path) if file else nullcontext():
+        done = _finished(file) if file else {}
+        there = [case for case in suite.cases if case.digest in done]
+        if there:
+            _require_same_model(group, there[0], done[there[0].digest], results)
+        count = len(there)
+        for found in group.missing(suite.cases, done):
+            done |= {case.digest: case for case in found}
+            count += len(found)
+            if file:
+                file.add(case.to_json() for case in found)
+            if progress:
+                progress(count, len(suite.cases))
     judged = [done[case.digest] for case in suite.cases]
     scores = gather(judged, how.level, how.seed, {**asdict(how), "generate": generate})
     return replace(scores, metrics={**scores.metrics, **_around(group.reader, suite, how)})

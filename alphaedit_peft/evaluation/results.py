@@ -7,11 +7,13 @@ were made; a file that was made otherwise is refused.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from alphaedit_peft import saving
 from alphaedit_peft.messages import cut, sentence
 from alphaedit_peft.safe_files import Field, check_fields, parse_json
 
@@ -42,7 +44,7 @@ class JsonLines:
         first = json.dumps({self.kind: head}, ensure_ascii=False).encode() + b"\n"
         found = self.path.read_bytes() if self.path.exists() else b""
         if first.startswith(found) and found != first:  # new, or killed in the first line
-            self.path.write_bytes(first)
+            saving.replace_file(self.path, first)
             return []
         *lines, rest = found.split(b"\n")
         try:
@@ -54,14 +56,14 @@ class JsonLines:
         if before != head:
             wrong = f"it was made with {_difference(before, head)}"
             raise ValueError(sentence(self.path, wrong, "name another file"))
-        if rest:
-            self.path.write_bytes(b"".join(line + b"\n" for line in lines))
+        if rest:  # killed in a line; nothing of the others is written again
+            os.truncate(self.path, len(found) - len(rest))
         return entries
 
     def add(self, entries: Iterable[Mapping[str, Any]]) -> None:
         """Append finished entries."""
-        with open(self.path, "a", encoding="utf-8", newline="\n") as file:
-            file.writelines(json.dumps(e, ensure_ascii=False) + "\n" for e in entries)
+        lines = [json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries]
+        saving.append(self.path, "".join(lines))
 
 
 def _difference(before: Mapping[str, Any], now: Mapping[str, Any], place: str = "") -> str:

@@ -11,11 +11,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import signal
 import threading
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
@@ -26,7 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from alphaedit_peft import hooks, parallel
+from alphaedit_peft import hooks, parallel, saving
 from alphaedit_peft.devices import reads_ids_on
 from alphaedit_peft.messages import sentence, shown
 from alphaedit_peft.nullspace.corpus import TokenBatch
@@ -92,10 +91,8 @@ class Checkpoint:
             return
         counts = {name: value for name, value in vars(sums).items() if name != "matrices"}
         notes = json.dumps({"subject": self.subject, "counts": counts}, sort_keys=True)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        partial = self.path.with_name(self.path.name + ".partial")
-        save_file({k: v.contiguous() for k, v in sums.matrices.items()}, partial, {"notes": notes})
-        os.replace(partial, self.path)
+        kept = {name: matrix.contiguous() for name, matrix in sums.matrices.items()}
+        saving.replace_file(self.path, lambda path: save_file(kept, path, {"notes": notes}))
 
     def read(self) -> Sums:
         """The sums so far; empty where there is no file yet, a ValueError where it is another's."""
@@ -117,6 +114,10 @@ class Checkpoint:
                 wrong = f"it was made for {other[0]} {was}, this pass is for {now}"
                 raise ValueError(sentence(self.path, wrong, "delete it or give another path"))
             return Sums({name: file.read(name) for name in file.tensors}, **counts)
+
+    def alone(self) -> AbstractContextManager[None]:
+        """Keep other passes off the file, within the block."""
+        return saving.alone(self.path) if parallel.is_main() else nullcontext()
 
     def begin(self) -> Sums:
         """What it holds: the counts in every process, the sums in the main one."""
@@ -143,14 +144,16 @@ def collect_sums(
 
     Raises:
         ValueError: activations that are not finite, or a checkpoint of other texts.
+        BlockingIOError: another process keeps its sums in the same checkpoint.
+        OSError: the checkpoint cannot be written; the one before is untouched.
     """
-    with parallel.in_step():
+    with parallel.in_step(), checkpoint.alone() if checkpoint else nullcontext():
         sums = Sums() if checkpoint is None else checkpoint.begin()
         bar.update(sums.tokens)
         try:
             for batch in _remaining(batches, sums):
-                # a batch half summed cannot be saved, so Ctrl-C waits for its end
-                with _interrupts_held() if checkpoint else nullcontext():
+                # a batch half summed cannot be saved, so a signal waits for its end
+                with _signals_held() if checkpoint else nullcontext():
                     if sums.batches % parallel.count() == parallel.rank():
                         _add(model, names, batch, sums)
                     sums.seen = _chained(sums.seen, batch)
@@ -165,8 +168,8 @@ def collect_sums(
                 checkpoint.write(sums)
             raise
         whole = _combined(sums, names)
-    if checkpoint:
-        checkpoint.write(whole)
+        if checkpoint:
+            checkpoint.write(whole)
     return whole
 
 
@@ -249,16 +252,19 @@ def _chained(seen: str, batch: TokenBatch) -> str:
 
 
 @contextmanager
-def _interrupts_held() -> Iterator[None]:
-    """Let Ctrl-C take effect only at the end of the block; other threads never see it."""
-    if threading.current_thread() is not threading.main_thread():
+def _signals_held() -> Iterator[None]:
+    """Let Ctrl-C, and SIGTERM where it is handled, take effect only at the end of the block."""
+    if threading.current_thread() is not threading.main_thread():  # other threads never see them
         yield
         return
-    pressed: list[int] = []
-    before = signal.signal(signal.SIGINT, lambda number, _: pressed.append(number))
+    came: list[signal.Signals] = []
+    before = {n: h for n in (signal.SIGINT, signal.SIGTERM) if callable(h := signal.getsignal(n))}
+    for number in before:
+        signal.signal(number, lambda number, _: came.append(signal.Signals(number)))
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
-    if pressed:
-        raise KeyboardInterrupt
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    for number in came[:1]:
+        before[number](number, None)

@@ -8,7 +8,6 @@ hold one null space at its root, and any number in folders named by their bases'
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +18,7 @@ from alphaedit_peft.fingerprint import BaseFingerprint
 from alphaedit_peft.hub import Destination, fetch_folder, push_folder, repository_name
 from alphaedit_peft.nullspace.spectrum import STEM, LayerSummary
 from alphaedit_peft.safe_files import read_json
-from alphaedit_peft.saving import left_aside
+from alphaedit_peft.saving import left_aside, replace_file, temporary_folder
 
 HEADER = f"{STEM}.json"
 FILES = (HEADER, f"{STEM}.safetensors", "README.md")
@@ -125,11 +124,11 @@ def push_null_space(
                 "named by one; give subfolder= instead of by_fingerprint=True"
             )
         to = replace(to, subfolder=folder_name(about.fingerprint))
-    with tempfile.TemporaryDirectory() as place:
-        folder = Path(place) / "null_space"
+    with temporary_folder() as place:
+        folder = place / "null_space"
         save(folder)
         text = card(about, to, by_fingerprint=by_fingerprint)
-        (folder / "README.md").write_text(text, encoding="utf-8")
+        replace_file(folder / "README.md", text)
         return push_folder(folder, to, FILES, message or f"Null space of {_base(about)}")
 
 

@@ -6,7 +6,6 @@ sidecar tell the same story. What comes from the Hub or goes there is checked fi
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -96,9 +95,9 @@ def push_pack(
     """Upload a pack, with a card that names the repository; see :meth:`EditPack.push_to_hub`."""
     message = message or f"Edit pack with {count(len(pack.edits), 'edit')}"
     text = card(pack, to.repo_id, to.subfolder, texts=texts)
-    with tempfile.TemporaryDirectory() as place:
-        save_pack(pack, Path(place) / "pack", dtype, text)
-        return push_folder(Path(place) / "pack", to, FILES, message)
+    with saving.temporary_folder() as place:
+        save_pack(pack, place / "pack", dtype, text)
+        return push_folder(place / "pack", to, FILES, message)
 
 
 def copy_pack(source: Path, folder: str | Path) -> StoredPack:

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from alphaedit_peft import safe_files
+from alphaedit_peft import safe_files, saving
 from alphaedit_peft.config import AlphaEditConfig
 from alphaedit_peft.evaluation import Judging, Scores, Suite, evaluate
 from alphaedit_peft.fingerprint import fingerprint
@@ -132,9 +132,7 @@ def judged_before(study: Study, folder: Path) -> Scores:
     folder.mkdir(parents=True, exist_ok=True)
     scores = study.judge(study.base.model, study.suite, folder / "before-cases.jsonl")
     text = json.dumps({"study": made_of, "scores": scores.to_json()}, ensure_ascii=False)
-    fresh = path.with_suffix(".new")
-    fresh.write_text(text + "\n", encoding="utf-8")
-    fresh.replace(path)
+    saving.replace_file(path, text + "\n")
     return scores
 
 

@@ -11,6 +11,7 @@ import re
 import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from pathlib import Path
@@ -18,6 +19,7 @@ from random import Random
 from statistics import mean
 from typing import Any
 
+from alphaedit_peft import saving
 from alphaedit_peft.evaluation import Case, CaseScores, Scores
 from alphaedit_peft.evaluation.results import JsonLines
 from alphaedit_peft.evaluation.summary import NUMBER, Estimate, estimates_from_json, gather
@@ -137,12 +139,26 @@ def sequential(
         ValueError: the folder holds a run with something else, or as ``AlphaEditModel.edit``.
     """
     place = RunFolder(Path(folder), _head(study, method, "sequential", asdict(schedule)))
+    with place.alone():
+        return _gone_on(study, method, place, schedule, before=before, progress=progress)
+
+
+def _gone_on(
+    study: Study,
+    method: Method,
+    place: RunFolder,
+    schedule: Schedule,
+    *,
+    before: Scores | None,
+    progress: Progress,
+) -> Run:
     lines = place.begin()
     before = before or judged_before(study, place.path)
     cases, size = schedule.ordered(study.suite.cases), schedule.batch_size
     batches = [cases[start : start + size] for start in range(0, len(cases), size)]
     finished = {line["judged"]["batches"] for line in lines if "judged" in line}
     step, state = place.state()
+    place.require_batches(step, lines)
     if len(batches) not in finished:
         with opened(study.base, method, study.config, state) as editor:
             while True:
@@ -159,7 +175,7 @@ def sequential(
                 progress(f"{method.name}: batch {step} of {len(batches)} made")
     lines = place.begin()
     judged = {line["judged"]["batches"]: line["judged"] for line in lines if "judged" in line}
-    scores = place.judged_cases(len(batches))
+    scores = place.judged_cases(len(batches), cases)
     return Run(
         place.head,
         before,
@@ -188,6 +204,13 @@ def single(
     ``sequential``. With ``generate``, consistency knows the references of one case only.
     """
     place = RunFolder(Path(folder), _head(study, method, "single", {}))
+    with place.alone():
+        return _each_alone(study, method, place, before, progress)
+
+
+def _each_alone(
+    study: Study, method: Method, place: RunFolder, before: Scores | None, progress: Progress
+) -> Run:
     done = {line["case"]["digest"] for line in place.begin()}
     before = before or judged_before(study, place.path)
     for case in [case for case in study.suite.cases if case.digest not in done]:
@@ -260,12 +283,17 @@ class RunFolder:
     path: Path
     head: Mapping[str, Any]
 
+    def alone(self) -> AbstractContextManager[None]:
+        """Keep other processes out of the folder, within the block."""
+        return saving.alone(self.path)
+
     def begin(self) -> list[dict[str, Any]]:
         """The lines of finished steps; none in a new folder, which is made.
 
         ValueError: the folder holds a run that was made with something else.
         """
         self.path.mkdir(parents=True, exist_ok=True)
+        self._drop_old()  # where a kill left it
         return self._lines.read()
 
     def add(self, **line: Any) -> None:
@@ -280,24 +308,47 @@ class RunFolder:
         """Where the cases of a judgement are kept."""
         return self.path / f"cases-{step:04d}.jsonl"
 
-    def judged_cases(self, step: int) -> dict[str, CaseScores]:
-        """The cases of a finished judgement, by digest."""
-        found = []
-        for where, line in islice(
-            json_lines(self.cases(step), cut=True), 1, None
-        ):  # after the head
+    def judged_cases(self, step: int, asked: Iterable[Case]) -> dict[str, CaseScores]:
+        """The cases of a finished judgement, by digest.
+
+        ValueError: the file does not hold all that were asked.
+        """
+        path, scores = self.cases(step), {}
+        lines = json_lines(path, cut=True) if path.exists() else ()
+        for where, line in islice(lines, 1, None):  # after the head
             with refusing(where):
-                found.append(CaseScores.from_json(line))
-        return {case.digest: case for case in found}
+                case = CaseScores.from_json(line)
+            scores[case.digest] = case
+        self._require([c.id for c in asked if c.digest not in scores], path, "cases")
+        return scores
+
+    def require_batches(self, step: int, lines: Iterable[Mapping[str, Any]]) -> None:
+        """Refuse, with a ValueError, lines that lack one of the batches that a state holds."""
+        told = {line["batch"] for line in lines if "batch" in line}
+        self._require([n for n in range(1, step + 1) if n not in told], self._lines.path, "batches")
 
     def state(self) -> tuple[int, Path | None]:
         """How many batches the saved state holds, and its folder; (0, None) at the beginning."""
-        names = ((re.fullmatch(r"state-(\d{4,})", p.name), p) for p in self.path.iterdir())
-        return max(((int(m[1]), p) for m, p in names if m), default=(0, None))
+        states: list[tuple[int, Path | None]] = [(0, None), *self._states()]
+        return states[-1]
 
     def keep(self, step: int, save: Callable[[Path], None]) -> None:
-        """Save the state after a batch and drop the one before; each folder appears whole."""
-        _, old = self.state()
+        """Save the state after a batch and drop those before; each folder appears whole."""
         save(self.path / f"state-{step:04d}")
-        if old is not None:
+        self._drop_old()
+
+    def _drop_old(self) -> None:
+        for _, old in self._states()[:-1]:
             shutil.rmtree(old)
+
+    def _states(self) -> list[tuple[int, Path]]:
+        """Saved states, by the number of batches in them."""
+        names = ((re.fullmatch(r"state-(\d{4,})", p.name), p) for p in self.path.iterdir())
+        return sorted((int(m[1]), p) for m, p in names if m)
+
+    def _require(self, missing: Sequence[object], path: Path, what: str) -> None:
+        if missing:
+            raise ValueError(
+                f"{path} lacks {len(missing)} {what} that {self.path} was past, {missing[0]!r} "
+                "first: it was cut or exchanged; put it back, or delete the folder to begin again"
+            )
