@@ -87,7 +87,8 @@ def compare(  # noqa: PLR0913
     ground = _with_statistics(ground, model, out, config)
     study = studies.Study(ground, suite, config, generate=generate, data=origin)
     schedule = studies.Schedule(batch_size, every)
-    found = studies.compare(study, chosen, out, schedule, seeds=orders, progress=printing.say)
+    with printing.kept(out):
+        found = studies.compare(study, chosen, out, schedule, seeds=orders, progress=printing.say)
     facts = {"out": str(out), "edits": edits, **found.to_json()}
     replace_file(out / "comparison.json", printing.json_text(facts))
     over = "over seeds" if len(orders) > 1 else "over cases"

@@ -1,8 +1,8 @@
 """``alphaedit edit``: edits from JSON Lines into a model, and the pack out.
 
 In: a model, edits, a null space, and a pack to go on from where there is one. Out: the pack, and
-the report of the run. It does what ``AlphaEditModel.edit`` and ``save_pretrained`` do; a run that
-stops midway saves the batches that were finished.
+the report of the run. It does what ``AlphaEditModel.edit`` and ``save_pretrained`` do; the pack is
+saved after each batch, so that a run that stops or is killed keeps those that were finished.
 """
 
 from __future__ import annotations
@@ -133,14 +133,20 @@ def _edit_and_save(
     edited: AlphaEditModel, wanted: tuple[Edit, ...], batch_size: int, out: Path
 ) -> EditReport:
     before = len(edited.records)
+
+    def save() -> None:
+        edited.save_pretrained(out)
+
     try:
-        report = edited.edit(wanted, batch_size=batch_size, progress=printing.watched())
+        report = edited.edit(
+            wanted, batch_size=batch_size, progress=printing.watched(), after_batch=save
+        )
     except BaseException:
         if len(edited.records) > before:
-            edited.save_pretrained(out)
+            save()  # the last one may have been cut short
             printing.say(f"stopped; the finished batches ({len(edited.edits)} edits) are in {out}")
         raise
-    edited.save_pretrained(out)
+    save()
     return report
 
 

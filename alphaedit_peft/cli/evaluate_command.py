@@ -49,6 +49,7 @@ def evaluate(  # noqa: PLR0913
 
     What the metrics mean: docs/evaluation.md.
     """
+    arguments.check_file("--out", out)
     from alphaedit_peft import evaluation
 
     if data is None and pack is None:
@@ -61,13 +62,14 @@ def evaluate(  # noqa: PLR0913
     suite = replace(suite, texts=(*suite.texts, *arguments.read_lines(texts)))
     base, tokenizer = arguments.load_model(model, dtype, device)
     before, now = None, base
-    if pack is not None:
-        first = None if out is None else out.with_name(f"{out.stem}.before{out.suffix}")
-        before = evaluation.evaluate(base, tokenizer, suite, generate=generate, results=first)
-        now = arguments.load_pack(base, pack)
-    scores = evaluation.evaluate(
-        now, tokenizer, suite, baseline=before, generate=generate, results=out
-    )
+    with printing.kept(out):
+        if pack is not None:
+            first = None if out is None else out.with_name(f"{out.stem}.before{out.suffix}")
+            before = evaluation.evaluate(base, tokenizer, suite, generate=generate, results=first)
+            now = arguments.load_pack(base, pack)
+        scores = evaluation.evaluate(
+            now, tokenizer, suite, baseline=before, generate=generate, results=out
+        )
     found = scores.to_json()
     facts = {"cases": len(suite.cases), "metrics": found["metrics"], "settings": found["settings"]}
     if before is not None:

@@ -85,16 +85,17 @@ def nullspace(  # noqa: PLR0913
         tokens_per_batch=tokens_per_batch,
     )
     base, tokenizer = arguments.load_model(model, dtype, device)
-    moments = KeyMoments.collect(
-        base,
-        tokenizer,
-        corpus,
-        config,
-        max_tokens=max_tokens,
-        progress=printing.watched(),
-        resume=resume,
-        text_column=text_column,
-    )
+    with printing.kept(resume):
+        moments = KeyMoments.collect(
+            base,
+            tokenizer,
+            corpus,
+            config,
+            max_tokens=max_tokens,
+            progress=printing.watched(),
+            resume=resume,
+            text_column=text_column,
+        )
     if texts is None and dataset is None:
         moments = replace(moments, provenance={**moments.provenance, "corpus": "its own texts"})
     if moments_out is not None:

@@ -16,6 +16,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from contextvars import ContextVar
+from pathlib import Path
 from typing import Any
 
 import typer
@@ -154,6 +155,17 @@ def finite(values: Any) -> Any:
 def watched() -> bool:
     """Whether someone watches stderr, so that progress bars make sense."""
     return sys.stderr.isatty()
+
+
+@contextmanager
+def kept(path: Path | None) -> Iterator[None]:
+    """Where a signal ends the block, say that the command can go on from the file or folder."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if path is not None and path.exists():
+            say(f"stopped; what is finished is in {path}, and the same command goes on from there")
+        raise
 
 
 def progress(text: str) -> None:

@@ -52,6 +52,7 @@ def edit(
     batch_size: int,
     *,
     progress: bool,
+    after_batch: Callable[[], object] | None = None,
 ) -> EditReport:
     """Make edits in an adapter, batch by batch; see :meth:`AlphaEditModel.edit`."""
     given = as_edits(edits)
@@ -78,6 +79,8 @@ def edit(
                 if decided and adapter.journal.rank:  # kept with the first edits
                     told = tuple(decision.to_json() for decision in decided)
                     adapter.keep(replace(adapter.journal, decisions=told))
+                if after_batch is not None:
+                    after_batch()
         found.sort(key=lambda result: given.index(result.edit))
         with runner.phases.timed("score"):
             layers, full = layer_reports(model, adapter, adopted.rank), capacity(model, adapter)

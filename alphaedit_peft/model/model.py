@@ -8,7 +8,7 @@ and with what, and call the verbs of this folder.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -203,6 +203,7 @@ class AlphaEditModel(PeftModelForCausalLM):
         *,
         into: str | None = None,
         progress: bool = True,
+        after_batch: Callable[[], object] | None = None,
     ) -> EditReport:
         """Make edits, in batches; a batch that fails or is interrupted leaves no trace.
 
@@ -214,6 +215,7 @@ class AlphaEditModel(PeftModelForCausalLM):
             batch_size: edits solved together. About 100 is the paper's; one at a time drifts.
             into: name of the active adapter that gets the edits; needed where there are several.
             progress: whether to show a progress bar on stderr.
+            after_batch: called after each batch, which is then in force; to save a long run's work.
 
         Returns:
             A result for every edit, made or set aside with the reason, and figures by layer.
@@ -227,7 +229,10 @@ class AlphaEditModel(PeftModelForCausalLM):
             RuntimeError: the model is merged, disabled, or holds a plain LoRA; several active
                 adapters and no ``into``.
         """
-        return edit.edit(self, adapter_of(self, into), edits, batch_size, progress=progress)
+        adapter = adapter_of(self, into)
+        return edit.edit(
+            self, adapter, edits, batch_size, progress=progress, after_batch=after_batch
+        )
 
     def repour(
         self,
