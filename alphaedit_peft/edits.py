@@ -148,6 +148,11 @@ def read_edits(path: str | Path) -> tuple[Edit, ...]:
     return tuple(edits)
 
 
+def told(edit: Edit) -> str:
+    """An edit in an error: its question and new target, cut short."""
+    return f"{shown(edit.question, 60)} -> {shown(edit.target_new, 40)}"
+
+
 def write_edits(edits: Iterable[Edit], path: str | Path) -> None:
     """Write edits as JSON Lines, the form that :func:`read_edits` reads."""
     lines = [json.dumps(edit.to_dict(), ensure_ascii=False) for edit in edits]

@@ -20,6 +20,8 @@ from inspect import get_annotations
 from operator import or_
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
+from alphaedit_peft.messages import shown
+
 THRESHOLD_MODES = ("absolute", "relative", "energy", "rank")
 _SCALES = (None, "absolute", "relative")
 Options = TypeVar("Options", bound="EditOptions")
@@ -41,7 +43,7 @@ class Range:
         if value is None:
             return
         if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise ValueError(f"{name}={value!r} must be a number")
+            raise ValueError(f"{name}={shown(value)} must be a number")
         if whole and not isinstance(value, int):
             raise ValueError(f"{name}={value} must be a whole number")
         if not self.low <= value <= self.high and not (self.off and value == 0):
@@ -162,14 +164,14 @@ class EditOptions:
             self.rewrite_layers = layer_list(self.rewrite_layers)
         for name, kind in TYPES.items():
             if allowed[name] is None and not isinstance(getattr(self, name), kind):
-                raise ValueError(f"{name}={getattr(self, name)!r} must be of type {kind}")
+                raise ValueError(f"{name}={shown(getattr(self, name))} must be of type {kind}")
         for name in ("contexts", "anchors"):
             if not all(isinstance(text, str) for text in getattr(self, name) or []):
-                raise ValueError(f"{name}={getattr(self, name)!r} must be a list of texts")
+                raise ValueError(f"{name}={shown(getattr(self, name))} must be a list of texts")
         if any("{}" in text for text in self.contexts or []):
             raise ValueError(
-                f"contexts={self.contexts!r} hold '{{}}'; a context is put before the prompt as "
-                "it is, so leave the '{}' away"
+                f"contexts={shown(self.contexts)} hold '{{}}'; a context is put before the prompt "
+                "as it is, so leave the '{}' away"
             )
         for name, numbers in allowed.items():
             if isinstance(numbers, Range):
@@ -185,7 +187,7 @@ class EditOptions:
         slots = [("kl_prompt", self.kl_prompt), *(("anchors", a) for a in self.anchors or ())]
         for name, text in slots:
             if text.count("{}") != 1:
-                raise ValueError(f"{name}={text!r} needs one '{{}}' for the subject")
+                raise ValueError(f"{name}={shown(text)} needs one '{{}}' for the subject")
 
     @property
     def open_settings(self) -> frozenset[str]:
@@ -200,9 +202,11 @@ class EditOptions:
     @classmethod
     def from_json(cls: type[Options], values: Mapping[str, Any]) -> Options:
         """Options of ``to_json``'s values; refuses a field that this version does not know."""
-        unknown = sorted(set(values) - {f.name for f in fields(cls)})
-        if unknown:
-            raise ValueError(f"config fields {unknown} are unknown here; update alphaedit_peft")
+        known = {f.name for f in fields(EditOptions)}  # not PEFT's own, which say nothing of edits
+        if unknown := [name for name in values if name not in known]:
+            raise ValueError(
+                f"config fields {shown(unknown)} are unknown here; update alphaedit_peft"
+            )
         return cls(**values)
 
 
@@ -261,7 +265,9 @@ def layer_list(layers: object) -> list[int]:
     """Rewrite layers as a list of block numbers; refuses anything else."""
     given = list(layers) if isinstance(layers, (list, tuple, range)) else None
     if not given or not all(isinstance(x, int) and not isinstance(x, bool) for x in given):
-        raise ValueError(f"rewrite_layers={layers!r} must be a list of block numbers, such as [4]")
+        raise ValueError(
+            f"rewrite_layers={shown(layers)} must be a list of block numbers, such as [4]"
+        )
     return given
 
 
@@ -275,7 +281,7 @@ _UNITS = {"B": 1} | {
 def require_one_of(name: str, value: object, choices: Collection[object]) -> None:
     """Raise a ValueError for a value that is none of the choices."""
     if value not in choices:
-        raise ValueError(f"{name}={value!r} is unknown; use one of {choices}")
+        raise ValueError(f"{name}={shown(value)} is unknown; use one of {choices}")
 
 
 def byte_count(name: str, value: str | int | None) -> int | None:
@@ -293,7 +299,9 @@ def byte_count(name: str, value: str | int | None) -> int | None:
         match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kKMGT]?i?B)?\s*", value)
         found = float(match[1]) * _UNITS[(match[2] or "B").upper()] if match else None
     if found is None or not 1 <= found < sys.maxsize:
-        raise ValueError(f"{name}={value!r} is no size; use a number of bytes, or such as '8GiB'")
+        raise ValueError(
+            f"{name}={shown(value)} is no size; use a number of bytes, or such as '8GiB'"
+        )
     return int(found)
 
 

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from alphaedit_peft import AlphaEditConfig
 from alphaedit_peft.architecture import default_rewrite_layers
+from alphaedit_peft.settings import EditOptions
 from tests.conftest import PEFT_ALONE, tiny_model
 
 PAPER_SHAPES = {
@@ -214,6 +215,13 @@ def test_json_and_back():
 def test_json_of_a_later_version():
     with pytest.raises(ValueError, match=r"config fields \['speed'\] are unknown here; update"):
         AlphaEditConfig.from_json({"speed": 1})
+
+
+def test_peft_s_own_fields_are_no_settings_for_any_reader():
+    """A sidecar is read without PEFT by commands, and with it by ``EditPack``: one law for both."""
+    for kind in (EditOptions, AlphaEditConfig):
+        with pytest.raises(ValueError, match=r"fields \['task_type'\] are unknown here"):
+            kind.from_json({"task_type": "CAUSAL_LM"})
 
 
 def test_folder_and_back(tmp_path):

@@ -24,6 +24,7 @@ from alphaedit_peft.editing.solve_layers import SolvedLayers, Write, solve_layer
 from alphaedit_peft.editing.state import EditState, protects
 from alphaedit_peft.editing.targets import Targets, optimise_targets
 from alphaedit_peft.log_probs import Score
+from alphaedit_peft.messages import shown
 from alphaedit_peft.pack.edit_record import EditRecord
 from alphaedit_peft.settings import Settings
 from alphaedit_peft.solve_metric import Metric
@@ -208,8 +209,8 @@ def _oversized(runner: Runner, edits: Sequence[EditRows], hidden: Tensor) -> dic
     if not norms.isfinite().all():
         first = edits[int((~norms.isfinite()).nonzero()[0])].edit
         raise ValueError(
-            f"the hidden state of {first.question!r} after block {last} is not finite; the base "
-            "model's weights hold NaN or infinity, or its dtype is too narrow"
+            f"the hidden state of {shown(first.question, 100)} after block {last} is not finite; "
+            "the base model's weights hold NaN or infinity, or its dtype is too narrow"
         )
     if ratio == 0:
         return {}

@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from alphaedit_peft.editing.prompts import EditRows
-from alphaedit_peft.edits import Edit
+from alphaedit_peft.edits import Edit, told
+from alphaedit_peft.messages import shown
 from alphaedit_peft.pack.edit_record import asked
 
 
@@ -66,8 +67,8 @@ def sort_out(new: Sequence[Edit], existing: Sequence[Edit], on_conflict: str) ->
         other = by_id.setdefault(edit.id, edit)
         if (other.question, other.target_new) != (edit.question, edit.target_new):
             raise ValueError(
-                f"id {edit.id!r} names two edits: {other.question!r} -> {other.target_new!r} and "
-                f"{edit.question!r} -> {edit.target_new!r}; give each its own id"
+                f"id {edit.id!r} names two edits: {told(other)} and {told(edit)}; give each its "
+                "own id"
             )
         question = asked(edit)
         earlier = standing.get(question)
@@ -140,8 +141,8 @@ def _reason_aside(earlier: Edit, edit: Edit, on_conflict: str, in_place: bool) -
         return f"edit {earlier.id} already says so, {'in place' if in_place else 'in this list'}"
     if on_conflict == "error":
         raise ValueError(
-            f"edits {earlier.id} and {edit.id} contradict each other: {edit.question!r} -> "
-            f"{earlier.target_new!r} and {edit.target_new!r}; drop one, or set "
+            f"edits {earlier.id} and {edit.id} contradict each other: {told(earlier)} and "
+            f"{shown(edit.target_new, 40)}; drop one, or set "
             "on_conflict='replace' (the later one wins) or 'keep' (the earlier one stays)"
         )
     if on_conflict == "keep":

@@ -14,6 +14,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from alphaedit_peft import embedded
 from alphaedit_peft.fingerprint import BaseFingerprint, require_same_base
+from alphaedit_peft.messages import shown
 from alphaedit_peft.nullspace import KeyMoments, NullSpace
 from alphaedit_peft.settings import EditOptions, Settings
 from alphaedit_peft.solve_metric import Metric, Statistics, kind, make_metric
@@ -42,8 +43,8 @@ class Resources:
             if not isinstance(value, wanted | None):
                 also = ", or name the path in config.null_space" if name == "null_space" else ""
                 raise TypeError(
-                    f"{name}={value!r} is a {type(value).__name__}, not a {wanted.__name__}; pass "
-                    f"{wanted.__name__}.from_pretrained(path){also}"
+                    f"{name}={shown(value, 100)} is a {type(value).__name__}, not a "
+                    f"{wanted.__name__}; pass {wanted.__name__}.from_pretrained(path){also}"
                 )
 
     def find_tokenizer(self, model: nn.Module) -> PreTrainedTokenizerBase:

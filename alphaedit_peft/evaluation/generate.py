@@ -18,6 +18,7 @@ from torch import Tensor
 
 from alphaedit_peft import hooks, tokens
 from alphaedit_peft.log_probs import Reader
+from alphaedit_peft.messages import shown
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ def _generate(
         ids = tokens.encode(reader.tokenizer, prompt)[0]
         start, length = len(ids), length_for(len(ids))
         if not ids:
-            raise ValueError(f"prompt {prompt!r} has no token, so nothing can go on from it")
+            raise ValueError(f"prompt {shown(prompt)} has no token, so nothing can go on from it")
         if start >= length:
             raise ValueError(
                 f"prompt {prompt[: tokens.SHOWN]!r} has {start} tokens, which leave no room "

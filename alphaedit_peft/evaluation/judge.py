@@ -25,6 +25,7 @@ from alphaedit_peft.evaluation.metrics import Written, fit_tfidf, metrics_of, pa
 from alphaedit_peft.evaluation.results import JsonLines
 from alphaedit_peft.evaluation.summary import CaseScores, Estimate, Scores, bootstrap, gather
 from alphaedit_peft.log_probs import Reader
+from alphaedit_peft.messages import shown
 from alphaedit_peft.saving import alone
 
 if TYPE_CHECKING:
@@ -106,7 +107,7 @@ def evaluate(
     """
     how = how or Judging()
     if not isinstance(model, nn.Module):
-        raise TypeError(f"model={model!r} is a {type(model).__name__}; load it first")
+        raise TypeError(f"model={shown(model)} is a {type(model).__name__}; load it first")
     suite = cases if isinstance(cases, Suite) else Suite(cases)
     told = dict.fromkeys(text for case in suite.cases for text in case.references)
     references = list(told) if generate else []  # the documents of TF-IDF
@@ -212,13 +213,13 @@ def _baseline(
     entries = list(baseline.cases if isinstance(baseline, Scores) else baseline)
     wrong = [entry for entry in entries if not isinstance(entry, CaseScores)]
     if wrong:
-        raise TypeError(f"baseline holds {wrong[0]!r}; pass what evaluate gave")
+        raise TypeError(f"baseline holds {shown(wrong[0])}; pass what evaluate gave")
     found = {entry.digest: entry for entry in entries}
     missing = [case.id for case in asked if case.digest not in found]
     if missing:
         raise ValueError(
-            f"the baseline lacks {len(missing)} of {len(asked)} cases, edit {missing[0]!r} first; "
-            "judge the unedited model on the same cases"
+            f"the baseline lacks {len(missing)} of {len(asked)} cases, edit "
+            f"{shown(missing[0], 80)} first; judge the unedited model on the same cases"
         )
     return found
 
@@ -253,6 +254,6 @@ def _require_same_model(
         there = before.metrics.get(name)
         if there is None or not math.isclose(again[name], there, abs_tol=SAME):
             raise ValueError(
-                f"{file} was judged on another model: {name} of edit {case.id!r} is "
+                f"{file} was judged on another model: {name} of edit {shown(case.id, 80)} is "
                 f"{again[name]:.3f} now and {there} there; name another file"
             )

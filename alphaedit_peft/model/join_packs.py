@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from alphaedit_peft.editing.state import EditState
-from alphaedit_peft.edits import Edit
+from alphaedit_peft.edits import Edit, told
+from alphaedit_peft.messages import shown
 from alphaedit_peft.model.adapter import Adapter, EditedModel
 from alphaedit_peft.model.edit import rebuild
 from alphaedit_peft.model.load import edits_same_modules, take_open
@@ -48,7 +49,7 @@ def join(
 ) -> JoinReport:
     """Pour packs into an adapter; see :meth:`AlphaEditModel.join`."""
     if isinstance(packs, str | Path | EditPack):
-        raise TypeError(f"packs={packs!r} is one pack; pass a list of packs")
+        raise TypeError(f"packs={shown(packs)} is one pack; pass a list of packs")
     require_one_of("on_conflict", on_conflict, RULES)
     named = [_named(pack, i) for i, pack in enumerate(packs, 1)]
     if not named:
@@ -140,7 +141,8 @@ def _named(pack: EditPack | str | Path, number: int) -> tuple[str, EditPack]:
         return f"pack {number}", pack
     if not isinstance(pack, str | Path):
         raise TypeError(
-            f"packs holds {pack!r}, a {type(pack).__name__}; pass EditPacks, folders or Hub ids"
+            f"packs holds {shown(pack)}, a {type(pack).__name__}; pass EditPacks, folders or Hub "
+            "ids"
         )
     folder = Path(pack)
     name = folder.resolve().name if folder.is_dir() else str(pack)
@@ -228,9 +230,8 @@ class _Settle:
             namesake, other = ids.get(edit.id, edit), said.get(asked(edit))
             if says(namesake) != says(edit):
                 raise ValueError(
-                    f"id {edit.id!r} names two edits: {namesake.question!r} -> "
-                    f"{namesake.target_new!r} of {self.names[edit.id]} and {edit.question!r} -> "
-                    f"{edit.target_new!r} of {self.name}; give each its own id"
+                    f"id {edit.id!r} names two edits: {told(namesake)} of {self.names[edit.id]} "
+                    f"and {told(edit)} of {self.name}; give each its own id"
                 )
             if other is None or record.role != "own":
                 continue
@@ -238,8 +239,8 @@ class _Settle:
             if says(earlier) == says(edit):
                 found[record] = f"edit {earlier.id} of {self.names[earlier.id]} already says so"
                 continue
-            why = f"contradict each other: {edit.question!r} -> {earlier.target_new!r} and "
-            found |= self._losers([other], [record], f"{why}{edit.target_new!r}")
+            why = f"contradict each other: {told(earlier)} and {shown(edit.target_new, 40)}"
+            found |= self._losers([other], [record], why)
         return found
 
     def same_key(

@@ -28,6 +28,7 @@ from alphaedit_peft.editing.edit_report import EditReport
 from alphaedit_peft.editing.resources import Resources
 from alphaedit_peft.edits import Edit
 from alphaedit_peft.fingerprint import fingerprint
+from alphaedit_peft.messages import shown
 from alphaedit_peft.model import edit, load, lora_layer, merge, prepare
 from alphaedit_peft.model.adapter import Adapter, Moved, adapter_of, name_of, to_pack
 from alphaedit_peft.model.join_packs import JoinReport, join
@@ -86,7 +87,7 @@ class AlphaEditModel(PeftModelForCausalLM):
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(
-                f"the base model is {model!r}; pass a loaded model, such as "
+                f"the base model is {shown(model)}; pass a loaded model, such as "
                 "AutoModelForCausalLM.from_pretrained(name) gives"
             )
         if not isinstance(config, AlphaEditConfig):

@@ -17,7 +17,8 @@ from typing import Any
 import torch
 
 from alphaedit_peft.editing.state import EditState
-from alphaedit_peft.edits import Edit
+from alphaedit_peft.edits import Edit, told
+from alphaedit_peft.messages import shown
 from alphaedit_peft.model.adapter import Adapter, EditedModel, to_pack
 from alphaedit_peft.pack import EditRecord
 from alphaedit_peft.pack.contents import require_rows
@@ -205,7 +206,7 @@ def refuse_contradictions(
         if earlier.target_new.strip() != edit.target_new.strip():
             raise ValueError(
                 f"edits {earlier.id} of adapter {name!r} and {edit.id} contradict each other: "
-                f"{edit.question!r} -> {earlier.target_new!r} and {edit.target_new!r}; a pack "
+                f"{told(earlier)} and {shown(edit.target_new, 40)}; a pack "
                 f"cannot change another that it stands on, so edit into {name!r}, join the packs "
                 "with join(), or set on_conflict='keep' (the earlier one stays)"
             )

@@ -66,7 +66,7 @@ def read_texts(texts: Any, text_column: str = "text") -> Iterable[str]:
         columns = texts.column_names  # None where a stream does not know them yet
         if columns is not None and text_column not in columns:
             raise ValueError(
-                f"text_column={text_column!r} is not among the columns {shown(columns)}"
+                f"text_column={shown(text_column, 60)} is not among the columns {shown(columns)}"
             )
         return _column(texts, text_column)
     if not isinstance(texts, Iterable):
@@ -181,7 +181,7 @@ def _column(rows: Iterable[Mapping[str, Any]], column: str) -> Iterator[str]:
     for row in rows:
         if column not in row:
             raise ValueError(
-                f"text_column={column!r} is not among the columns {shown(sorted(row))}"
+                f"text_column={shown(column, 60)} is not among the columns {shown(sorted(row))}"
             )
         yield row[column]
 
@@ -196,8 +196,8 @@ def _load_dataset(name: str) -> Any:
         from datasets import load_dataset
     except ImportError as error:
         raise ImportError(
-            f"texts={name!r} is no file, and to read it as a dataset needs `pip install datasets`; "
-            "or pass the texts themselves"
+            f"texts={shown(name, 80)} is no file, and to read it as a dataset needs `pip install "
+            "datasets`; or pass the texts themselves"
         ) from error
     repo, config, split = (*name.split(":"), "", "")[:3]
     return load_dataset(repo, config or None, split=split or "train", streaming=True)

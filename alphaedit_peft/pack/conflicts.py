@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from alphaedit_peft.edits import Edit
+from alphaedit_peft.edits import Edit, told
 from alphaedit_peft.pack.contents import PackContents
 from alphaedit_peft.pack.edit_record import EditRecord, asked
 
@@ -62,7 +62,7 @@ class _Row:
 
     def __str__(self) -> str:
         edits = (record.edit for record in self.records)
-        return ", ".join(f"{e.id} ({e.question!r} -> {e.target_new!r})" for e in edits)
+        return ", ".join(f"{e.id} ({told(e)})" for e in edits)
 
 
 def settle(

@@ -23,6 +23,7 @@ from alphaedit_peft import safe_files, solve_metric
 from alphaedit_peft.algebra import LowRankDelta
 from alphaedit_peft.edits import Edit
 from alphaedit_peft.fingerprint import BaseFingerprint
+from alphaedit_peft.messages import shown
 from alphaedit_peft.pack import format
 from alphaedit_peft.pack.edit_record import EditRecord
 from alphaedit_peft.pack.format import ADAPTER_MODEL, EDITS, TARGETS, Factors, tensor_bytes
@@ -52,11 +53,13 @@ class Compression:
 
     def __post_init__(self) -> None:
         if type(self.rows) is not int or not 0 <= self.rows < 2**31:
-            raise ValueError(f"compression rows={self.rows!r} must be a whole number from 0 on")
+            raise ValueError(
+                f"compression rows={shown(self.rows)} must be a whole number from 0 on"
+            )
         if type(self.mixed) is not bool:
-            raise ValueError(f"compression mixed={self.mixed!r} must be true or false")
+            raise ValueError(f"compression mixed={shown(self.mixed)} must be true or false")
         if not isinstance(self.dtype, str) or self.dtype not in DTYPE_NAMES:
-            raise ValueError(f"compression dtype={self.dtype!r} is none of {[*DTYPE_NAMES]}")
+            raise ValueError(f"compression dtype={shown(self.dtype)} is none of {[*DTYPE_NAMES]}")
         for name in ("delta_errors", "output_errors"):
             errors = getattr(self, name)
             if not isinstance(errors, dict) or not all(
@@ -64,7 +67,7 @@ class Compression:
                 for module, error in errors.items()
             ):
                 raise ValueError(
-                    f"compression {name}={errors!r} must be numbers from 0 on, by module"
+                    f"compression {name}={shown(errors)} must be numbers from 0 on, by module"
                 )
 
     def to_json(self) -> dict[str, Any]:
@@ -117,10 +120,10 @@ class PackContents(ABC):
         _check_tensors(self.factors, self.targets)
         _check_records(self.records, self.compression, self.rank)
         if not all(isinstance(text, str) for text in self.contexts):
-            raise ValueError(f"contexts={self.contexts!r} must be texts")
+            raise ValueError(f"contexts={shown(self.contexts)} must be texts")
         for name in ("parents", "decisions"):
             if not all(isinstance(value, Mapping) for value in getattr(self, name)):
-                raise ValueError(f"{name}={getattr(self, name)!r} must be dicts")
+                raise ValueError(f"{name}={shown(getattr(self, name))} must be dicts")
 
     @abstractmethod
     def adapter_config(self, factors: Factors) -> dict[str, Any]:

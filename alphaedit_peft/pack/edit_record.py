@@ -12,6 +12,7 @@ from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args
 
 from alphaedit_peft.edits import Edit
+from alphaedit_peft.messages import shown
 from alphaedit_peft.settings import require_one_of
 
 Role = Literal["own", "protected", "superseded"]
@@ -49,20 +50,22 @@ class EditRecord:
 
     def __post_init__(self) -> None:
         if not isinstance(self.edit, Edit):
-            raise TypeError(f"edit={self.edit!r} is a {type(self.edit).__name__}; pass an Edit")
+            raise TypeError(
+                f"edit={shown(self.edit)} is a {type(self.edit).__name__}; pass an Edit"
+            )
         if not isinstance(self.prefix, str):
-            raise TypeError(f"prefix={self.prefix!r} must be text; use '' where it is unknown")
+            raise TypeError(f"prefix={shown(self.prefix)} must be text; use '' where it is unknown")
         require_one_of("role", self.role, ROLES)
         for name in ("row", "batch"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-                raise ValueError(f"{name}={value!r} must be a whole number from 0 on")
+                raise ValueError(f"{name}={shown(value)} must be a whole number from 0 on")
         for name in ("probability_before", "probability_after"):
             value = getattr(self, name)
             number = isinstance(value, (int, float)) and not isinstance(value, bool)
             if value is not None and not (number and 0 <= value <= 1):
                 raise ValueError(
-                    f"{name}={value!r} is outside 0..1; use None where it was not measured"
+                    f"{name}={shown(value)} is outside 0..1; use None where it was not measured"
                 )
 
     def to_json(self) -> dict[str, Any]:
@@ -84,7 +87,7 @@ class EditRecord:
                 f"{sorted(set(values) - known)}; it has {sorted(known)}"
             )
         if not isinstance(values["edit"], Mapping):
-            raise TypeError(f"edit={values['edit']!r} must be a JSON object")
+            raise TypeError(f"edit={shown(values['edit'])} must be a JSON object")
         return cls(**{**values, "edit": Edit.from_dict(values["edit"])})
 
 

@@ -17,6 +17,7 @@ import torch
 
 from alphaedit_peft.config import AlphaEditConfig
 from alphaedit_peft.hub import Destination
+from alphaedit_peft.messages import shown
 from alphaedit_peft.pack import card
 from alphaedit_peft.pack.compress import compress
 from alphaedit_peft.pack.contents import PackContents
@@ -258,12 +259,13 @@ class EditPack(PackContents):
 def _opened(packs: Sequence[EditPack | str | Path]) -> list[EditPack]:
     """The packs, read where they are folders or repositories."""
     if isinstance(packs, (str, Path, EditPack)):
-        shown = "one EditPack" if isinstance(packs, EditPack) else repr(str(packs))
-        raise TypeError(f"packs={shown} is one pack; pass a list of packs, folders or Hub ids")
+        one = "one EditPack" if isinstance(packs, EditPack) else shown(str(packs))
+        raise TypeError(f"packs={one} is one pack; pass a list of packs, folders or Hub ids")
     given = list(packs)
     for pack in given:
         if not isinstance(pack, (EditPack, str, Path)):
             raise TypeError(
-                f"packs holds {pack!r}, a {type(pack).__name__}; pass EditPacks, folders or Hub ids"
+                f"packs holds {shown(pack)}, a {type(pack).__name__}; pass EditPacks, folders or "
+                "Hub ids"
             )
     return [p if isinstance(p, EditPack) else EditPack.from_pretrained(p) for p in given]

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from alphaedit_peft import hooks, tokens
 from alphaedit_peft.log_probs import Reader
+from alphaedit_peft.messages import shown
 from alphaedit_peft.report.charts import scatter_chart
 from alphaedit_peft.report.page import Markup, Section, paragraph, side_by_side, table
 from alphaedit_peft.tables import Table
@@ -102,7 +103,7 @@ def last_states(
         raise ValueError("prompts=[] show nothing; give at least one")
     for prompt, row in zip(prompts, rows, strict=True):
         if not row:
-            raise ValueError(f"prompt {prompt!r} has no token; leave it out")
+            raise ValueError(f"prompt {shown(prompt)} has no token; leave it out")
         reader.require_fit(row, max(row), prompt)
     found: list[dict[int, Tensor]] = [{} for _ in blocks]
     with hooks.evaluating(model):

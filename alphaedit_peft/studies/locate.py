@@ -22,6 +22,7 @@ from alphaedit_peft import hooks, tokens
 from alphaedit_peft.config import AlphaEditConfig
 from alphaedit_peft.edits import Edit
 from alphaedit_peft.evaluation.summary import Estimate, bootstrap
+from alphaedit_peft.messages import shown
 from alphaedit_peft.studies.base import Progress
 from alphaedit_peft.studies.tracing import MLP, STATES, Row, Run, Tracer
 
@@ -201,7 +202,10 @@ def fact_row(
     ids, offsets, border = tokens.joined(tokenizer, text, suffix)
     within = [i for i, (a, b) in enumerate(offsets) if a < end and b > max(start, a)]
     if not within:
-        raise ValueError(f"subject {edit.subject!r} has no token in {text!r}; check the tokenizer")
+        raise ValueError(
+            f"subject {shown(edit.subject, 80)} has no token in {shown(text, 100)}; check the "
+            "tokenizer"
+        )
     tracer.require_fit(ids, text)
     row = Row(ids[:border], range(within[0], within[-1] + 1), ids[border:])
     if not row.target:
