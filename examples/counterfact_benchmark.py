@@ -28,7 +28,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--methods", nargs="+", default=["alphaedit", "memit"])
     parser.add_argument("--preset", choices=["auto", "paper"], default="auto")
-    parser.add_argument("--moment-weight", type=float, help="MEMIT's; small models: about 100")
+    parser.add_argument("--moment-weight", type=float, help="MEMIT's, if not by its keys")
     parser.add_argument("--generate", action="store_true", help="fluency and consistency; slow")
     parser.add_argument("--folder", type=Path, default=Path("runs"))
     return parser.parse_args()

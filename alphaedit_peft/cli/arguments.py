@@ -169,7 +169,7 @@ def read_suite(
     most = None if limit is None else limit + rest
     cases, report = read_cases(data, split=split, limit=most, target=target, snippets=snippets)
     if rest and limit is not None and len(cases) < limit:
-        raise ValueError(f"{data} holds {len(cases)} distinct cases, fewer than --edits {limit}")
+        raise ValueError(f"{data} holds {len(cases)} distinct cases, fewer than the {limit} wanted")
     printing.say(" ".join(str(report).split()))
     return Suite(cases[:limit], facts_of(cases[limit:] if limit else ()))
 

@@ -20,11 +20,8 @@ if TYPE_CHECKING:
 
 
 REST = 200  # records behind the edited ones, whose facts should stay
-# settings that were made for models of billions of parameters, and weaker demands
-STRENGTHS = {
-    "memit": "--set {}.moment_weight=100",
-    "finetuning": "--set {0}.learning_rate=0.01 --set {0}.bound=0.02",
-}
+# weaker demands than those that were made for models of billions of parameters
+STRENGTHS = {"finetuning": "--set {0}.learning_rate=0.01 --set {0}.bound=0.02"}
 
 
 def compare(  # noqa: PLR0913
@@ -41,6 +38,10 @@ def compare(  # noqa: PLR0913
         int, Option(min=0, help="Judge after every so many batches; 0: at the end.")
     ] = 0,
     seeds: Annotated[str, Option(help="Of the orders that edits are made in.")] = "0",
+    search: Annotated[
+        int,
+        Option(min=0, help="Further edits, on which each method's ridge or w is chosen before."),
+    ] = 0,
     settings: Annotated[
         list[str] | None,
         Option(
@@ -67,7 +68,8 @@ def compare(  # noqa: PLR0913
 
     Methods: alphaedit, memit, memit-history, memit-projection, rome, finetuning. Null space and
     projections are made of the key moments where only these are given. A comparison that was
-    stopped goes on where it was.
+    stopped goes on where it was. `--search 50` tries six settings for each method on 50 edits more
+    and takes the best of them.
     """
     arguments.check_folder(out)
     orders = _seeds(seeds)
@@ -78,8 +80,12 @@ def compare(  # noqa: PLR0913
     common, own = _assignments(settings or [])
     chosen = _methods(methods, own)
     config = AlphaEditConfig.from_json({"on_conflict": "replace", **common})
-    suite = arguments.read_suite(data, edits, REST, split=split, target=target, snippets=snippets)
+    suite = arguments.read_suite(
+        data, edits + search, REST, split=split, target=target, snippets=snippets
+    )
     suite = replace(suite, texts=(*suite.texts, *arguments.read_lines(texts)))
+    probes = replace(suite, cases=suite.cases[edits:], unedited=())
+    suite = replace(suite, cases=suite.cases[:edits])
     origin = _origin(data, split, target, snippets)
     moments = arguments.load_moments(key_moments)
     base, tokenizer, space = arguments.load_model_and_space(model, dtype, device, null_space)
@@ -87,13 +93,17 @@ def compare(  # noqa: PLR0913
     ground = _with_statistics(ground, model, out, config)
     study = studies.Study(ground, suite, config, generate=generate, data=origin)
     schedule = studies.Schedule(batch_size, every)
+    searched: dict[str, Any] = {}
     with printing.kept(out):
+        if search:
+            chosen, searched = studies.choose(study, chosen, probes, out, progress=printing.say)
         found = studies.compare(study, chosen, out, schedule, seeds=orders, progress=printing.say)
-    facts = {"out": str(out), "edits": edits, **found.to_json()}
+    facts = {"out": str(out), "edits": edits, "search": searched, **found.to_json()}
     replace_file(out / "comparison.json", printing.json_text(facts))
     over = "over seeds" if len(orders) > 1 else "over cases"
     title = f"{edits} edits in batches of {batch_size}: means, 95 % intervals {over}"
-    printing.show(as_json, facts, title, str(found), *_undone(found), f"Written to {out}")
+    notes = [*_taken(searched), *_apart(found), *_undone(found), f"Written to {out}"]
+    printing.show(as_json, facts, title, str(found), *notes)
 
 
 def _origin(
@@ -112,6 +122,21 @@ def _origin(
     if snippets is not None:
         origin["snippets_sha256"] = file_digest(snippets)
     return origin
+
+
+def _taken(searched: dict[str, Any]) -> list[str]:
+    """What was chosen for each method."""
+    return [
+        f"{name} at its best on {of['edits']} other edits: {of['setting']}, for {of['reason']}"
+        for name, of in searched.items()
+    ]
+
+
+def _apart(found: Comparison) -> list[str]:
+    """How far the first method is from the others, on the same cases."""
+    if len(found.runs) == 1:
+        return []
+    return [f"Differences, with 95 % intervals\n{found.differences().text()}"]
 
 
 def _undone(found: Comparison) -> list[str]:
@@ -147,14 +172,14 @@ def _with_statistics(ground: Base, model: str, out: Path, config: Any) -> Base:
     return ground
 
 
-def _methods(names: str, own: dict[str, dict[str, Any]]) -> list[Method]:
+def _methods(names: str, own: dict[str, dict[str, Any]]) -> tuple[Method, ...]:
     from alphaedit_peft.studies import find_methods
 
     found = find_methods(name.strip() for name in names.split(","))
     strange = sorted(set(own) - {method.name for method in found})
     if strange:
         raise ValueError(f"--set names methods {strange}, which --methods {names} does not")
-    return [method.with_settings(**own.get(method.name, {})) for method in found]
+    return tuple(method.with_settings(**own.get(method.name, {})) for method in found)
 
 
 def _assignments(given: list[str]) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:

@@ -40,13 +40,15 @@ def tune(  # noqa: PLR0913
     *,
     data: arguments.DataOption = None,
     edits: Annotated[int, Option(min=2, help="Probe edits, made and judged.")] = 20,
+    objective: Annotated[str, Option(help="alphaedit, or memit, whose w is tried.")] = "alphaedit",
     null_space: arguments.NullSpaceOption = None,
+    key_moments: arguments.MomentsOption = None,
     texts: Annotated[
         Path | None,
         Option(
             metavar="FILE",
-            help="One a line: drift is measured on the last 100; the null space is made of the "
-            "others where none is given.",
+            help="One a line: drift is measured on the last 100; the statistics are made of the "
+            "others where none are given.",
         ),
     ] = None,
     layers: Annotated[str | None, Option(help="Rewrite layers to try, such as '0-1;2-3'.")] = None,
@@ -55,6 +57,7 @@ def tune(  # noqa: PLR0913
     thresholds: Annotated[
         str | None, Option(help="Thresholds by energy, such as 0.01,0.05.")
     ] = None,
+    weights: Annotated[str | None, Option(help="Times the w that auto decides: 0.25,1,4.")] = None,
     seed: Annotated[int, Option(help="Of the contexts that edits are made with.")] = 0,
     html: arguments.PageOption = None,
     dtype: arguments.DtypeOption = "auto",
@@ -72,9 +75,10 @@ def tune(  # noqa: PLR0913
     """
     arguments.check_file("--html", html, arguments.PAGES)
     data = arguments.data_for(model, data)
-    if null_space is None and texts is None and model != arguments.EMBEDDED:
-        raise BadParameter("give --null-space DIR or --texts FILE")
-    numbers = {"clamps": clamps, "ridges": ridges, "thresholds": thresholds}
+    given_none = null_space is None and key_moments is None
+    if given_none and texts is None and model != arguments.EMBEDDED:
+        raise BadParameter("give --null-space DIR, --key-moments DIR or --texts FILE")
+    numbers = {"clamps": clamps, "ridges": ridges, "thresholds": thresholds, "weights": weights}
     given = {n: _split(n, text, ",", float) for n, text in numbers.items() if text is not None}
     wanted = () if layers is None else _split("layers", layers, ";", _layers)
 
@@ -83,18 +87,23 @@ def tune(  # noqa: PLR0913
     from alphaedit_peft.studies import tune
 
     lines = arguments.read_lines(texts)
-    corpus = _corpus(None if texts is None else lines) if null_space is None else []
+    corpus = _corpus(None if texts is None else lines) if given_none else []
     suite = arguments.read_suite(data, edits)
     suite = replace(suite, texts=lines[-HELD_OUT:] or suite.texts[:HELD_OUT], unedited=())
     base, tokenizer, space = arguments.load_model_and_space(model, dtype, device, null_space)
+    moments = arguments.load_moments(key_moments)
     choices = wanted or tune.layer_choices(describe(base).num_blocks)
-    if space is not None and not wanted:
-        choices = tuple(choice for choice in choices if set(choice) <= set(space.layers))
-        choices = choices or (space.layers,)
+    for statistics in (space, moments):
+        if statistics is not None and not wanted:
+            there = set(statistics.layers)
+            choices = tuple(choice for choice in choices if set(choice) <= there)
+            choices = choices or (statistics.layers,)
     grid = tune.Grid(choices, **given)
-    config = AlphaEditConfig(seed=seed)
-    ground = studies.Base(base, tokenizer, space)
-    if space is None:
+    config = AlphaEditConfig(seed=seed, objective=objective)
+    if space is None and moments is not None and config.projects:
+        space = moments.null_space(config=config.resolve(base)[0])
+    ground = studies.Base(base, tokenizer, space, moments)
+    if given_none:
         every = replace(config, rewrite_layers=sorted({n for choice in choices for n in choice}))
         watched = printing.watched()
         ground = studies.Base.from_texts(base, tokenizer, corpus, every, progress=watched)
@@ -131,14 +140,15 @@ def _table(found: Tuning) -> Table:
 
 def _rows(found: Tuning) -> tuple[list[str], list[list[Any]]]:
     columns = found.recommended.columns
-    heads = [">layers", ">clamp", ">ridge", ">threshold", *(f">{name}" for name in columns)]
+    solve = [name.replace("_", " ") for name in found.recommended.setting.solve]
+    heads = [">layers", ">clamp", *(f">{name}" for name in (*solve, *columns))]
     rows = []
     for tried in found.ranked:
         setting, score = tried.setting, tried.score
         rows.append(
             [
                 ",".join(map(str, setting.rewrite_layers)),
-                *(setting.clamp_factor, setting.ridge, setting.threshold),
+                *(setting.clamp_factor, *setting.solve.values()),
                 *(f"{100 * tried.scores[name]:.1f}" for name in columns),
                 f"{score.value:.3f}",
                 f"{score.low:.3f} .. {score.high:.3f}",

@@ -2,11 +2,13 @@
 
 In: a :class:`Study`, methods, a schedule, seeds. Out: a :class:`Comparison`: for each method the
 mean of every metric over the seeds with its interval. Each run has a folder of its own below one,
-so a comparison that was killed goes on where it stopped.
+so a comparison that was killed goes on where it stopped. ``choose`` comes before: it finds each
+method's own settings, on other cases.
 """
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -14,13 +16,15 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from alphaedit_peft.evaluation import Scores
+from alphaedit_peft.evaluation import Scores, Suite
 from alphaedit_peft.evaluation.metrics import METRICS, PERCENT
-from alphaedit_peft.evaluation.summary import Estimate
+from alphaedit_peft.evaluation.summary import Estimate, bootstrap
+from alphaedit_peft.saving import replace_file
 from alphaedit_peft.solve_metric import kind
 from alphaedit_peft.studies.base import Progress, Study, judged_before
 from alphaedit_peft.studies.methods import Method, opened
 from alphaedit_peft.studies.protocols import Run, Schedule, sequential
+from alphaedit_peft.studies.tune import Grid, tune
 from alphaedit_peft.tables import Table
 
 # Student's t, 97.5 %, for 1, 2, ... degrees of freedom; 1.96 beyond
@@ -34,6 +38,9 @@ SHOWN = (
     *("specificity_recall", "same_subject_recall", "unedited_recall", "locality_tokens"),
     *("fluency", "consistency", "perplexity"),
 )
+# what choose tries, six settings for each objective
+RIDGES, THRESHOLDS = (0.05, 0.25), (0.02, 0.05, 0.2)
+WEIGHTS = (0.25, 1.0, 2.0, 4.0, 8.0, 16.0)
 
 
 @dataclass(frozen=True)
@@ -61,6 +68,35 @@ class Comparison:
         values = [run.final.by_batch.get(metric, ()) for run in self.runs[method]]
         return [mean(batch) for batch in zip(*values, strict=True)]
 
+    def ahead(self, method: str, other: str) -> dict[str, Estimate]:
+        """By metric of the cases, how much higher it is with one method than with another.
+
+        The interval is over the same drawn cases for both or, with several seeds, over these.
+        """
+        pairs = zip(self.runs[method], self.runs[other], strict=True)
+        apart = [_apart(one, two) for one, two in pairs]
+        if len(apart) == 1:
+            return {name: bootstrap(values) for name, values in apart[0].items()}
+        return {
+            name: _student([mean(found[name]) for found in apart])
+            for name in apart[0]
+            if all(name in found for found in apart)
+        }
+
+    def _ahead_of_others(self, method: str) -> list[tuple[str, dict[str, Estimate]]]:
+        return [(other, self.ahead(method, other)) for other in self.runs if other != method]
+
+    def differences(self) -> Table:
+        """A row a metric of the cases: the first method less each other one, with the bounds."""
+        first = next(iter(self.runs))
+        ahead = dict(self._ahead_of_others(first))
+        rows = [
+            [metric, *(_bounds(metric, found[metric]) for found in ahead.values())]
+            for metric in SHOWN
+            if all(metric in found for found in ahead.values())
+        ]
+        return Table(["metric", *(f"{first} - {other}" for other in ahead)], rows)
+
     def rows(self) -> Table:
         """A row a metric: each method's mean with half its interval's width."""
         finals = {name: self.final(name) for name in self.runs}
@@ -86,6 +122,10 @@ class Comparison:
                 name: {
                     "final": {metric: e.to_json() for metric, e in self.final(name).items()},
                     "retention": self.retention(name),
+                    "ahead_of": {
+                        other: {metric: e.to_json() for metric, e in ahead.items()}
+                        for other, ahead in self._ahead_of_others(name)
+                    },
                     "course": {
                         metric: [[edits, e.to_json()] for edits, e in self.course(name, metric)]
                         for metric in self.final(name)
@@ -138,6 +178,64 @@ def compare(
     return Comparison(before, {name: tuple(found) for name, found in runs.items()}, tuple(seeds))
 
 
+def choose(
+    study: Study,
+    methods: Sequence[Method],
+    probes: Suite,
+    folder: str | Path,
+    *,
+    progress: Progress = lambda text: None,
+) -> tuple[tuple[Method, ...], dict[str, Any]]:
+    """Give each method the settings that are best for it on cases that it is not compared on.
+
+    Searched is what ``auto`` decides of an objective's solve, ridge and threshold or w, by
+    ``tune``, with equally many tries for every method. What was set, and editors of another kind,
+    stay as they are. A search that is there in ``folder`` is taken up.
+
+    Args:
+        study: with what all methods share.
+        probes: the cases to choose by; its texts, held out, measure drift.
+
+    Returns:
+        The methods with their settings, and of each what was tried, as plain JSON values.
+
+    Raises:
+        ValueError: a method without its statistics, or a folder of another search.
+    """
+    for method in methods:
+        _require_statistics(study, method)
+    path, asked = Path(folder) / "search.json", replace(study, suite=probes).provenance()
+    asked |= {"config": study.config.to_json(), "tried": [RIDGES, THRESHOLDS, WEIGHTS]}
+    known = {"search": json.loads(json.dumps(asked)), "found": {}}
+    if path.exists():
+        kept = json.loads(path.read_text(encoding="utf-8"))
+        if kept["search"] != known["search"]:
+            raise ValueError(f"{path} is of another search: name another folder, or delete it")
+        known = kept
+    chosen = []
+    for method in methods:
+        config, found = replace(study.config, **method.settings), known["found"]
+        is_open = all(getattr(config, name) is None for name in kind(config.objective).decides)
+        if method.writer is None and is_open:
+            if method.name not in found:
+                full = method.config(study.base.model, study.config)
+                layers, clamp = tuple(full.rewrite_layers or ()), full.clamp_factor or 1.0
+                grid = Grid((layers,), (clamp,), RIDGES, THRESHOLDS, WEIGHTS)
+
+                def say(text: str, name: str = method.name) -> None:
+                    progress(f"search, {name}: {text}")
+
+                tuned = tune(study.base, probes, grid, config, how=study.how, progress=say)
+                what = {"method": method.to_json(), "setting": str(tuned.recommended.setting)}
+                found[method.name] = what | tuned.to_json()
+                replace_file(path, json.dumps(known) + "\n")
+            best = dict(found[method.name]["recommended"])
+            del best["rewrite_layers"], best["clamp_factor"]
+            method = method.with_settings(**best)
+        chosen.append(method)
+    return tuple(chosen), known["found"]
+
+
 def over_seeds(found: Sequence[Mapping[str, Estimate]]) -> dict[str, Estimate]:
     """Each metric's mean over seeds, with Student's 95 % interval, mean +- t s / sqrt(n).
 
@@ -160,6 +258,20 @@ def shown(metric: str, estimate: Estimate | None, *, spread: bool = False) -> st
     half = scale * (estimate.high - estimate.low) / 2
     tail = f" ± {half:.{digits}f}" if spread else ""
     return f"{scale * estimate.value:.{digits}f}{tail}"
+
+
+def _apart(one: Run, two: Run) -> dict[str, list[float]]:
+    """By metric that every case has in both runs, case by case the one's less the other's."""
+    pairs = [(a.metrics, b.metrics) for a, b in zip(one.cases, two.cases, strict=True)]
+    names = set.intersection(*({*a} & {*b} for a, b in pairs))
+    return {name: [a[name] - b[name] for a, b in pairs] for name in sorted(names)}
+
+
+def _bounds(metric: str, estimate: Estimate) -> str:
+    """As in tables, signed, with the interval's bounds."""
+    scale, digits = (100, 1) if METRICS[metric] == PERCENT else (1, 2)
+    value, low, high = (scale * x for x in (estimate.value, estimate.low, estimate.high))
+    return f"{value:+.{digits}f} ({low:+.{digits}f} .. {high:+.{digits}f})"
 
 
 def _student(values: Sequence[float]) -> Estimate:

@@ -2,16 +2,15 @@
 
 In: a base with statistics, a suite of probe cases, a grid. Out: :class:`Tuning`: what every
 combination scores, the one to take and the reason. Target values are optimised once for each choice
-of rewrite layers and clamp; for another ridge or threshold they are solved again (``repour``).
+of rewrite layers and clamp; for another ridge, threshold or w they are solved again (``repour``).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from itertools import product
-from math import prod
 from typing import Any
 
 import numpy as np
@@ -22,22 +21,28 @@ from alphaedit_peft.evaluation import Judging, Reader, Scores, Suite, evaluate, 
 from alphaedit_peft.evaluation.summary import SCORED, Estimate, Values, bootstrap, harmonic
 from alphaedit_peft.model import AlphaEditModel, get_alphaedit_model
 from alphaedit_peft.settings import PRESETS
+from alphaedit_peft.solve_metric import kind
 from alphaedit_peft.studies.base import Base, Progress
 
 DEPTHS = (0.15, 0.3, 0.45, 0.6)  # where the rewrite layers end, as a share of the blocks
 CLAMPS = (0.75, 1.0)
 RIDGES = (0.05, 0.25)
 THRESHOLDS = (0.01, 0.05)
+WEIGHTS = (0.25, 1.0, 4.0, 16.0)  # as many as ridges and thresholds together
 
 
 @dataclass(frozen=True)
 class Grid:
-    """What is tried: every combination of the four."""
+    """What is tried: every combination of layers, clamps, and what an objective's solve turns on.
+
+    That is ridge and threshold of AlphaEdit, w of MEMIT.
+    """
 
     layers: tuple[tuple[int, ...], ...]  # lists of blocks to rewrite
     clamps: tuple[float, ...] = CLAMPS  # bounds on |z - h| / |h|
     ridges: tuple[float, ...] = RIDGES  # relative to the mean |P k|^2 of the edits
     thresholds: tuple[float, ...] = THRESHOLDS  # shares of the keys' energy in the null space
+    weights: tuple[float, ...] = WEIGHTS  # times the w that ``auto`` decides
 
     def __post_init__(self) -> None:
         for name, values in asdict(self).items():
@@ -46,8 +51,19 @@ class Grid:
 
     @property
     def size(self) -> int:
+        """How many combinations there are for AlphaEdit."""
+        return self.size_for("alphaedit")
+
+    def size_for(self, objective: str) -> int:
         """How many combinations there are."""
-        return prod(map(len, (self.layers, self.clamps, self.ridges, self.thresholds)))
+        return len(self.layers) * len(self.clamps) * len(self.solves(objective))
+
+    def solves(self, objective: str) -> list[dict[str, float]]:
+        """What is tried at each choice of layers and clamp: of an objective, what auto decides."""
+        lists = {"ridge": self.ridges, "threshold": self.thresholds, "moment_weight": self.weights}
+        names = [name for name in lists if name in kind(objective).decides]
+        combined = product(*(lists[name] for name in names))
+        return [dict(zip(names, values, strict=True)) for values in combined]
 
 
 def layer_choices(num_blocks: int) -> tuple[tuple[int, ...], ...]:
@@ -69,18 +85,27 @@ class Setting:
 
     rewrite_layers: tuple[int, ...]
     clamp_factor: float
-    ridge: float
-    threshold: float
+    ridge: float | None = None  # what the objective has no use for is None
+    threshold: float | None = None
+    moment_weight: float | None = None
+
+    @property
+    def solve(self) -> dict[str, float]:
+        """What the solve turns on, by field."""
+        names = ("ridge", "threshold", "moment_weight")
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
     def changes(self) -> dict[str, Any]:
         """As fields of :class:`~alphaedit_peft.AlphaEditConfig`."""
-        fields = {**asdict(self), "rewrite_layers": list(self.rewrite_layers)}
-        return {**fields, "ridge_mode": "relative", "threshold_mode": "energy"}
+        modes = {"ridge": "relative", "threshold": "energy"}
+        scales = {f"{name}_mode": mode for name, mode in modes.items() if name in self.solve}
+        searched = {"rewrite_layers": [*self.rewrite_layers], "clamp_factor": self.clamp_factor}
+        return searched | self.solve | scales
 
     def __str__(self) -> str:
         layers = ",".join(map(str, self.rewrite_layers))
-        rest = f"clamp {self.clamp_factor:g}, ridge {self.ridge:g}, threshold {self.threshold:g}"
-        return f"layers {layers}, {rest}"
+        rest = "".join(f", {name} {value:g}" for name, value in self.solve.items())
+        return f"layers {layers}, clamp {self.clamp_factor:g}{rest}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -210,20 +235,22 @@ def tune(
     The same seed (of ``config``) gives the same numbers.
 
     Args:
-        base: with a null space that has all layers of the grid.
+        base: with the statistics of the objective, of all layers of the grid.
         suite: the probe cases; its texts, held out, measure drift.
         grid: what to try.
-        config: all other settings.
+        config: all other settings, and the objective.
         how: how to judge.
         progress: called with a line of text after each setting.
 
     Raises:
-        ValueError: no null space, layers it lacks, or a threshold beyond its reach.
+        ValueError: statistics that are missing, layers they lack, a threshold beyond their reach.
     """
-    if base.null_space is None:
-        raise ValueError("null_space=None: settings are tried with one; make it of texts first")
     # probes are taken back, so that they fill the model is no reason to warn
     common = replace(config or AlphaEditConfig(), on_conflict="replace", capacity_bound=0.0)
+    for name in kind(common.objective).needs(common):
+        if getattr(base, name) is None:
+            raise ValueError(f"{name}=None: settings are tried with it; make it of texts first")
+    size, solves = grid.size_for(common.objective), grid.solves(common.objective)
     asked = replace(suite, texts=())
 
     def judge(setting: Setting, model: AlphaEditModel, made: int) -> Tried:
@@ -236,35 +263,41 @@ def tune(
     before = evaluate(base.model, base.tokenizer, asked, how=how)
     tried: list[Tried] = []
     for layers, clamp in product(grid.layers, grid.clamps):
-        rest = product(grid.ridges, grid.thresholds)
-        settings = [Setting(layers, clamp, ridge, threshold) for ridge, threshold in rest]
-        for found in _solved(base, suite, settings, common, judge):
+        for found in _solved(base, suite, Setting(layers, clamp), solves, common, judge):
             tried.append(found)
-            progress(f"{len(tried)} of {grid.size}: {found.setting}: {found.score.value:.3f}")
+            progress(f"{len(tried)} of {size}: {found.setting}: {found.score.value:.3f}")
     return Tuning(tuple(tried), before, len(suite.cases))
 
 
 def _solved(
     base: Base,
     suite: Suite,
-    settings: Sequence[Setting],
+    start: Setting,
+    solves: Sequence[Mapping[str, Any]],
     common: AlphaEditConfig,
     judge: Callable[[Setting, AlphaEditModel, int], Tried],
 ) -> Iterator[Tried]:
-    """Edits made once, then solved again with every other ridge and threshold; each judged."""
-    first, *others = settings
-    config = replace(common, **first.changes())
-    model = get_alphaedit_model(
-        base.model, config, tokenizer=base.tokenizer, null_space=base.null_space
-    )
+    """Edits made once, then solved again with every other ridge and threshold, or w; each judged.
+
+    w is counted in that which holds where none is given.
+    """
+    first = replace(replace(start, **solves[0]), moment_weight=None)
+    config = replace(common, moment_weight=None, **first.changes())
+    given: dict[str, Any] = {"null_space": base.null_space, "key_moments": base.key_moments}
+    model = get_alphaedit_model(base.model, config, tokenizer=base.tokenizer, **given)
+    held = model.alphaedit_config
     try:
         size = len(suite.cases)  # one batch: target values then depend on no ridge
         made = len(model.edit(suite.edits, batch_size=size, progress=False).made)
-        yield judge(first, model, made)
-        for setting in others:
-            model.alphaedit_config.ridge = setting.ridge
-            model.alphaedit_config.threshold = setting.threshold
-            model.repour()
+        unit = held.moment_weight
+        for solve in solves:
+            if "moment_weight" in solve and unit is not None:
+                solve = {"moment_weight": float(f"{solve['moment_weight'] * unit:.2g}")}
+            setting = replace(start, **solve)
+            if any(getattr(held, name) != value for name, value in setting.solve.items()):
+                for name, value in setting.solve.items():
+                    setattr(held, name, value)
+                model.repour()
             yield judge(setting, model, made)
     finally:
         model.unload()

@@ -125,7 +125,7 @@ def test_compare_prints_one_table_and_goes_on_in_its_folder(
 def test_compare_reads_records_and_refuses_too_few(embedded_model, run, own_cases, tmp_path):
     words = ["compare", embedded_model, "--data", own_cases, "--edits", "3"]
     result = run(*words, "--out", tmp_path / "run", code=1)
-    assert "holds 2 distinct cases, fewer than --edits 3" in result.stderr
+    assert "holds 2 distinct cases, fewer than the 3 wanted" in result.stderr
 
 
 @pytest.mark.parametrize(

@@ -10,12 +10,13 @@ import pytest
 
 from alphaedit_peft import AlphaEditConfig, EditPack, KeyMoments, NullSpace, embedded
 from alphaedit_peft.evaluation import embedded_suite
-from alphaedit_peft.evaluation.summary import Estimate
+from alphaedit_peft.evaluation.summary import Estimate, bootstrap
 from alphaedit_peft.solve_metric import SHARE
-from alphaedit_peft.studies import METHODS, Base, Schedule, Study, compare, find_methods
-from alphaedit_peft.studies.compare import over_seeds, shown
+from alphaedit_peft.studies import METHODS, Base, Schedule, Study, choose, compare, find_methods
+from alphaedit_peft.studies.compare import RIDGES, THRESHOLDS, WEIGHTS, over_seeds, shown
 
 THREES = Schedule(batch_size=3, every=1)
+HALVES = slice(3), slice(3, 6)
 
 
 @pytest.fixture(scope="module")
@@ -130,6 +131,50 @@ def test_the_embedded_model_is_edited_in_a_row_by_two_editors(tmp_path):
     assert theirs["efficacy"].value == 0  # two steps at GPT2-XL's rate change nothing
     assert ours["unedited_recall"].value > 0.9
     assert found.retention("alphaedit") == [1, 1]
+
+
+def test_each_method_is_compared_at_its_best_on_other_cases(study, tmp_path):
+    config = replace(study.config, moment_weight=None)
+    probes, judged = (replace(study.suite, cases=study.suite.cases[part]) for part in HALVES)
+    asked = replace(study, config=config, suite=judged)
+    methods = find_methods(["alphaedit", "memit", "rome", "finetuning"])
+    chosen, found = choose(asked, methods, probes, tmp_path)
+    assert [method.name for method in chosen] == [method.name for method in methods]
+    assert list(found) == ["alphaedit", "memit"]  # ROME's w is what makes it ROME
+    assert chosen[2:] == methods[2:]
+    for method in chosen[:2]:
+        best, tried = found[method.name]["recommended"], found[method.name]["tried"]
+        assert len(tried) == len(RIDGES) * len(THRESHOLDS) == len(WEIGHTS)
+        assert found[method.name]["edits"] == 3
+        assert {name: method.settings.get(name, best[name]) for name in best} == best
+    assert "moment_weight" in chosen[1].settings
+    said = []
+    assert choose(asked, methods, probes, tmp_path, progress=said.append) == (chosen, found)
+    assert said == []  # all was there
+    set_before = methods[1].with_settings(moment_weight=3.0)
+    assert choose(asked, [set_before], probes, tmp_path)[0] == (set_before,)
+    with pytest.raises(ValueError, match=r"search.json is of another search: name another"):
+        choose(asked, methods, judged, tmp_path)
+    with pytest.raises(ValueError, match="'memit' needs key moments"):
+        choose(replace(asked, base=replace(study.base, key_moments=None)), methods, probes, "new")
+
+
+def test_differences_are_over_the_same_cases(compared, study, tmp_path):
+    methods, found = compared[1:]
+    ahead = found.ahead("alphaedit", "finetuning")["efficacy"]
+    finals = [found.final(method.name)["efficacy"].value for method in methods]
+    assert ahead.value == pytest.approx(finals[0] - finals[1])
+    assert ahead.n == 2  # seeds
+    assert found.ahead("alphaedit", "alphaedit")["specificity"].low == 0
+    one = compare(study, methods, tmp_path, THREES)
+    runs = [one.runs[method.name][0].cases for method in methods]
+    apart = [a.metrics["efficacy"] - b.metrics["efficacy"] for a, b in zip(*runs, strict=True)]
+    assert one.ahead("alphaedit", "finetuning")["efficacy"] == bootstrap(apart)
+    heads, rows = one.differences()
+    assert heads == ["metric", "alphaedit - finetuning"]
+    assert rows[0][0] == "efficacy"
+    assert " .. " in rows[0][1]
+    assert one.to_json()["methods"]["finetuning"]["ahead_of"].keys() == {"alphaedit"}
 
 
 def test_memit_edits_the_embedded_model_at_the_weight_that_auto_decides(weights, tmp_path):

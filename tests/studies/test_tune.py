@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from alphaedit_peft import get_alphaedit_model
 from alphaedit_peft.architecture import default_rewrite_layers
 from alphaedit_peft.evaluation import CaseScores, Scores
 from alphaedit_peft.evaluation.summary import Estimate
@@ -48,12 +49,39 @@ def test_pouring_again_equals_editing_anew_with_that_setting(study):
     assert anew.drift.value == pytest.approx(solution.drift.value, rel=1e-2)
 
 
-def test_without_a_null_space_nothing_is_tried(study):
-    with pytest.raises(ValueError, match="null_space=None"):
+def test_without_its_statistics_nothing_is_tried(study):
+    with pytest.raises(ValueError, match="null_space=None: settings are tried with it"):
         tune(replace(study.base, null_space=None), study.suite, GRID)
+    memit = replace(study.config, objective="memit")
+    with pytest.raises(ValueError, match="key_moments=None: settings are tried with it"):
+        tune(replace(study.base, key_moments=None), study.suite, GRID, memit)
 
 
-@pytest.mark.parametrize("name", ["layers", "clamps", "ridges", "thresholds"])
+def test_of_memit_its_weight_is_tried_in_units_of_what_auto_decides(study):
+    grid = replace(GRID, layers=((0, 1),), weights=(1.0, 4.0))
+    config = replace(study.config, objective="memit", history=False)
+    found = tune(study.base, study.suite, grid, config)
+    assert len(found.tried) == grid.size_for("memit") == 2
+    one, four = (tried.setting for tried in found.tried)
+    assert set(one.solve) == {"moment_weight"}
+    assert four.moment_weight == pytest.approx(4 * one.moment_weight, rel=0.05)
+    made = replace(config, moment_weight=None)
+    model = get_alphaedit_model(
+        study.base.model, made, tokenizer=study.base.tokenizer, key_moments=study.base.key_moments
+    )
+    model.edit(study.suite.edits, batch_size=6, progress=False)
+    assert model.alphaedit_config.moment_weight == one.moment_weight
+    model.unload()
+    assert set(four.changes()) == {"rewrite_layers", "clamp_factor", "moment_weight"}
+    assert str(four) == f"layers 0,1, clamp 1, moment_weight {four.moment_weight:g}"
+
+
+def test_every_objective_gets_as_many_tries_by_default():
+    grid = Grid(((0,),))
+    assert grid.size == grid.size_for("alphaedit") == grid.size_for("memit")
+
+
+@pytest.mark.parametrize("name", ["layers", "clamps", "ridges", "thresholds", "weights"])
 def test_an_empty_or_repeated_list_is_refused(name):
     with pytest.raises(ValueError, match=rf"{name}=\(\)"):
         replace(GRID, **{name: ()})
