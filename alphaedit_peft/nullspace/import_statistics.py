@@ -36,6 +36,7 @@ from alphaedit_peft.safe_files import (
     finite,
     opened_archive,
     opened_tensors,
+    refusing,
     shown_name,
     versions,
 )
@@ -44,7 +45,7 @@ from alphaedit_peft.settings import EditOptions
 MAX_RATIO = 16  # a file may unpack to this times its size; moments hardly compress
 MAX_BYTES = 64 * 2**30  # of a file of matrices
 MAX_PICKLE_BYTES = 2**20  # of what torch.save writes of one tensor besides its numbers
-ROWS_AT_ONCE = 1024
+ROWS_AT_ONCE = 256
 TOLERANCE = 1e-3  # of a moment's symmetry and of |C_ij| <= sqrt(C_ii C_jj), relative to its largest
 _NPZ_NAME = re.compile(r"(?P<module>.+)_float(16|32|64)_[a-z0-9_-]*mom2[a-z0-9_{}-]*\.npz")
 
@@ -178,7 +179,8 @@ def read_projector(
         "files": {str(layer): f"{path.name}[{i}]" for i, layer in enumerate(layers)},
         **origin,
     }
-    return NullSpace(parts, *PROJECTOR, 0, made_for, provenance)
+    with refusing(path, _foreign):
+        return NullSpace(parts, *PROJECTOR, 0, made_for, provenance)
 
 
 def _by_layer(files: Iterable[str | Path]) -> dict[int, str | Path]:

@@ -82,7 +82,7 @@ class LayerSpace:
             raise ValueError(f"it is off symmetric by {error:.2g}, so it is no projector")
         found, vectors = torch.linalg.eigh(exact)  # ascending: removed ones first
         error = float(torch.minimum(found.abs(), (found - 1).abs()).max())
-        if error > PROJECTOR_ERROR:
+        if not error <= PROJECTOR_ERROR:
             raise ValueError(
                 f"its eigenvalues are off 0 and 1 by {error:.2g} (trace "
                 f"{float(found.sum()):.6g}), so it is no projector"
@@ -120,10 +120,10 @@ class LayerSpace:
             raise ValueError(f"layer {layer}: eigenvalues do not ascend from zero; damaged file")
         gram = self.basis.T @ self.basis
         gram.diagonal().sub_(1)
-        error = max(abs(float(bound)) for bound in gram.aminmax()) if len(gram) else 0.0
-        if error > 1e-3:
+        errors = [abs(float(bound)) for bound in gram.aminmax()] if len(gram) else [0.0]
+        if not all(error <= 1e-3 for error in errors):  # it may be NaN
             raise ValueError(
-                f"layer {layer}: basis is off orthonormal by {error:.2g}; damaged file"
+                f"layer {layer}: basis is off orthonormal by {max(errors):.2g}; damaged file"
             )
 
 

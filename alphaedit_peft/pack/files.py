@@ -175,7 +175,18 @@ def _read(folder: Path, kind: type[Pack]) -> Pack:
     if issubclass(kind, StoredPack):
         fields["lora"] = format.read_json(folder, format.ADAPTER_CONFIG)
     with refusing(folder, format.damaged):
-        return kind(**fields)
+        pack = kind(**fields)
+    if not all(_holds(pack.saved_dtype, delta) for delta in factors.values()):
+        refuse(
+            folder / format.ADAPTER_MODEL, f"factors are not the {pack.saved_dtype} of the sidecar"
+        )
+    return pack
+
+
+def _holds(dtype: torch.dtype, delta: LowRankDelta) -> bool:
+    """Whether factors are exact in a dtype."""
+    sides = () if dtype == torch.float32 else (delta.A, delta.B)
+    return all(bool((side == side.to(dtype)).all()) for side in sides)
 
 
 def _without_zero_row(delta: LowRankDelta, folder: Path) -> LowRankDelta:

@@ -174,6 +174,8 @@ def _head(values: object) -> dict[str, Any]:
 def _values(values: Mapping[str, Any], name: str) -> list[Finding]:
     """JSON of a comparison, or of one evaluation."""
     if "methods" in values:
+        if not values["methods"]:
+            raise ValueError("it compares no method")
         before = Scores(_estimates(values["before"]), ())
 
         def saved(run: Mapping[str, Any]) -> Run:

@@ -1,0 +1,1 @@
+"""Mutations of every valid artefact: each loads as something sane, or is refused in a sentence."""
