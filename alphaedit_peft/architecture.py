@@ -8,7 +8,7 @@ named in the config (``block_module``, ``rewrite_module``).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -168,6 +168,22 @@ def mlp_width(config: Any) -> int:
     """The MLP's inner width that a config states; 4 x hidden where it states none."""
     width = getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None)
     return width or 4 * getattr(config, "hidden_size", 0)
+
+
+def position_switches(config: Any) -> tuple[int, ...]:
+    """Lengths of rows above which a model reads them with other rotary tables, ascending.
+
+    That is LongRoPE, which has a second set of frequencies for texts longer than those of the first
+    training: there what follows a token decides its key. (Dynamic NTK's tables change above the
+    model's positions, where no row comes.) A config that states no such length has none.
+    """
+    stated = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    found = set()
+    for part in (stated, *(part for part in stated.values() if isinstance(part, Mapping))):
+        if part.get("rope_type", part.get("type")) in ("longrope", "su"):  # Phi-3's first name
+            own = getattr(config, "original_max_position_embeddings", None)
+            found.add(part.get("original_max_position_embeddings", own))
+    return tuple(sorted(length for length in found if length is not None))
 
 
 def default_rewrite_layers(num_blocks: int) -> tuple[int, ...]:

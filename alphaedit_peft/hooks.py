@@ -8,7 +8,7 @@ Blocks may return a tensor or a tuple whose first entry is the hidden state; bot
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from functools import partial
 from typing import Any
 
@@ -39,9 +39,16 @@ def form_of(output: Any) -> Any:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Run with dropout off and put every module's mode back afterwards."""
+    """Run with dropout off and put every module's mode back afterwards.
+
+    Dynamic NTK's tables go back to a short text's: they keep those of the longest since the last.
+    """
     modes = [(module, module.training) for module in model.modules() if module.training]
     model.eval()
+    for module in model.modules():
+        table: Any = getattr(module, "inv_freq", None)
+        if getattr(module, "rope_type", None) == "dynamic":
+            module(table, torch.zeros(1, 1, device=table.device))
     try:
         yield
     finally:
@@ -138,6 +145,20 @@ def gathering_logits(
     """Let the model's own head see only (row, position) pairs; logits come as (1, pairs, vocab)."""
     pairs = torch.tensor(where).T  # (2, pairs)
     return changing_input(model, head, lambda hidden: hidden[tuple(pairs.to(hidden.device))][None])
+
+
+def logits_at(
+    model: nn.Module, inputs: Mapping[str, Any], where: Sequence[tuple[int, int]]
+) -> tuple[Tensor, Any]:
+    """Logits at (row, position) pairs of one pass, (pairs, vocab), and all that the model puts out.
+
+    The head runs on these pairs alone, where the model says which module it is.
+    """
+    head = head_name(model)
+    with nullcontext() if head is None else gathering_logits(model, head, where):
+        output = model(**inputs)
+    rows, places = zip(*where, strict=True)
+    return output.logits[list(rows), list(places)] if head is None else output.logits[0], output
 
 
 @contextmanager

@@ -12,14 +12,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
+from itertools import groupby
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from alphaedit_peft import hooks, tokens
+from alphaedit_peft.architecture import position_switches
 from alphaedit_peft.devices import brings_to_gpu, reads_ids_on
 
 if TYPE_CHECKING:
@@ -46,6 +47,10 @@ class Continuation:
     def target_positions(self) -> range:
         """Positions in ``scoring_ids`` whose logits foretell the target tokens."""
         return range(len(self.ids) - 1, len(self.ids) - 1 + len(self.target))
+
+    def foretold_by(self, position: int) -> int:
+        """The id that one of ``target_positions`` foretells."""
+        return self.target[position - len(self.ids) + 1]
 
 
 @dataclass(frozen=True)
@@ -133,14 +138,32 @@ def _foretold(
     model: nn.Module, rows: Sequence[Continuation], batches: Batches
 ) -> Iterator[tuple[int, Tensor, Tensor]]:
     """A row's number, log P of each of its target's m tokens, and the argmax there, (m,) each."""
-    for batch in batches([row.scoring_ids for row in rows]):
-        where = [(i, p) for i, k in enumerate(batch.indices) for p in rows[k].target_positions]
+    switches = position_switches(getattr(model, "config", None))
+    parts = [(k, places) for k, row in enumerate(rows) for places in _places(row, switches)]
+    found: dict[int, tuple[Tensor, Tensor]] = {}
+    for batch in batches([rows[k].scoring_ids[: places.stop] for k, places in parts]):
+        some = [parts[i] for i in batch.indices]
+        where = [(i, place) for i, (_, places) in enumerate(some) for place in places]
         log_probs = log_probs_at(model, batch.inputs, where)  # (all target tokens, vocab)
-        targets = torch.tensor([t for k in batch.indices for t in rows[k].target])
-        chosen = log_probs.gather(1, targets.to(log_probs.device)[:, None])[:, 0]
-        sizes = [len(rows[k].target) for k in batch.indices]
-        parts = chosen.split(sizes), log_probs.argmax(-1).split(sizes)
-        yield from zip(batch.indices, *parts, strict=True)
+        wanted = [rows[k].foretold_by(place) for k, places in some for place in places]
+        targets = torch.tensor(wanted, device=log_probs.device)
+        chosen = log_probs.gather(1, targets[:, None])[:, 0]
+        sizes = [len(places) for _, places in some]
+        each = zip(chosen.split(sizes), log_probs.argmax(-1).split(sizes), strict=True)
+        found |= dict(zip(batch.indices, each, strict=True))
+    for k, own in groupby(range(len(parts)), lambda i: parts[i][0]):
+        chosen, top = map(torch.cat, zip(*(found[i] for i in own), strict=True))
+        yield k, chosen, top
+
+
+def _places(row: Continuation, switches: Sequence[int]) -> Iterator[range]:
+    """The target's positions, apart where the tokens up to one are read with other tables.
+
+    Each is foretold by the row as far as its last one.
+    """
+    at = row.target_positions
+    borders = [at.start, *(s for s in switches if at.start < s < at.stop), at.stop]
+    yield from map(range, borders, borders[1:])
 
 
 @torch.no_grad()
@@ -156,14 +179,9 @@ def log_probs_at(
     Returns:
         (pairs, vocab).
     """
-    head = hooks.head_name(model)
-    gathering = nullcontext() if head is None else hooks.gathering_logits(model, head, where)
-    with hooks.evaluating(model), gathering:
-        logits = model(**inputs, use_cache=False).logits
-    if head is None:
-        rows, places = zip(*where, strict=True)
-        logits = logits[list(rows), list(places)][None]
-    logits = logits[0] if logits.dtype == torch.float64 else logits[0].float()
+    with hooks.evaluating(model):
+        logits, _ = hooks.logits_at(model, {**inputs, "use_cache": False}, where)
+    logits = logits if logits.dtype == torch.float64 else logits.float()
     return logits.log_softmax(-1)
 
 
@@ -224,7 +242,8 @@ class Reader:
     def batches(self, rows: Sequence[Sequence[int]]) -> Iterator[tokens.PaddedBatch]:
         """Token rows in padded batches, as few as go where each pass brings weights to a GPU."""
         few = brings_to_gpu(self.model)
-        return tokens.batches(rows, self.tokens_per_batch, self.device, few=few)
+        switches = position_switches(getattr(self.model, "config", None))
+        return tokens.batches(rows, self.tokens_per_batch, self.device, few=few, switches=switches)
 
     def encode(self, prompt: str, target: str) -> Continuation:
         """Ids of a prompt and its continuation, tokenised once, together.

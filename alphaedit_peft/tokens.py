@@ -7,8 +7,10 @@ here, on the right, whatever the tokenizer's own setting, which is never touched
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import TYPE_CHECKING
 
 import torch
@@ -135,13 +137,14 @@ def batches(
     behind: Sequence[int] = (),
     *,
     few: bool = False,
+    switches: Sequence[int] = (),
 ) -> Iterator[PaddedBatch]:
     """Padded batches of at most ``tokens_per_batch`` tokens, rows of like length together.
 
-    A row longer than that makes a batch of its own. ``behind`` and ``few``: see ``by_length``.
+    A row longer than that makes a batch of its own. The other arguments: see ``by_length``.
     """
     lengths = [len(row) for row in rows]
-    for batch in by_length(lengths, device, tokens_per_batch, behind, few=few):
+    for batch in by_length(lengths, device, tokens_per_batch, behind, few=few, switches=switches):
         yield PaddedBatch(padded([rows[i] for i in batch], device), batch)
 
 
@@ -157,6 +160,7 @@ def by_length(
     behind: Sequence[int] = (),
     *,
     few: bool = False,
+    switches: Sequence[int] = (),
 ) -> list[list[int]]:
     """Indices in batches to be padded to their longest, from the shortest up.
 
@@ -164,11 +168,17 @@ def by_length(
     ``PASS_COST`` tokens of it; then batches of more than ``most`` padded tokens are cut. Tokens
     that rows follow in a cache, ``behind`` each, count there too: they take room, if no time.
     ``few`` makes as few batches as it can: where each pass brings weights to a GPU, it costs more
-    than any padding.
+    than any padding. Rows on either side of one of ``switches`` (``position_switches``), with what
+    is behind them, never share a batch.
     """
     order = sorted(range(len(lengths)), key=lambda i: lengths[i])
-    found = []
-    for some in [order] * bool(order) if few else _least_padding(order, lengths, pass_cost(device)):
+    sides: dict[int, list[int]] = {}
+    for i in order:
+        whole = lengths[i] + (behind[i] if behind else 0)
+        sides.setdefault(bisect_left(switches, whole), []).append(i)
+    cost, found = pass_cost(device), []
+    cuts = ([side] if few else _least_padding(side, lengths, cost) for side in sides.values())
+    for some in chain.from_iterable(cuts):
         batch: list[int] = []
         width = 0
         for index in some:

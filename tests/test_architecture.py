@@ -49,6 +49,10 @@ NEO = IDS | {
     "window_size": 4,
     "attention_types": [[["global", "local"], 2]],
 }
+ROPE = {"rope_theta": 1e4, "original_max_position_embeddings": 16}
+LONGROPE = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [1.0, 3, 9, 27]}
+LONG = {"original_max_position_embeddings": 16, "rope_parameters": ROPE | LONGROPE}
+DYNAMIC = {"rope_parameters": {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4}}
 
 # row of the table, and what is special -> config class and its arguments
 VARIANTS = {
@@ -56,11 +60,14 @@ VARIANTS = {
     "gptj": (hf.GPTJConfig, GPT | {"rotary_dim": 8}),
     "llama": (hf.LlamaConfig, GATED),
     "llama/tied": (hf.LlamaConfig, GATED | {"tie_word_embeddings": True}),
+    "llama/longrope": (hf.LlamaConfig, GATED | {"rope_parameters": ROPE | LONGROPE}),
+    "llama/dynamic": (hf.LlamaConfig, GATED | DYNAMIC),
     "mistral/sliding": (hf.MistralConfig, GATED | {"sliding_window": 4, "head_dim": 8}),
     "qwen2/some-sliding": (hf.Qwen2Config, GATED | SLIDING),
     "qwen3": (hf.Qwen3Config, GATED | {"head_dim": 8}),
     "phi": (hf.PhiConfig, COMMON | {"intermediate_size": WIDTH}),
     "phi3": (hf.Phi3Config, GATED),
+    "phi3/longrope": (hf.Phi3Config, GATED | LONG),
     "gpt_neox/parallel": (hf.GPTNeoXConfig, NEOX | {"use_parallel_residual": True}),
     "gpt_neox/sequential": (hf.GPTNeoXConfig, NEOX | {"use_parallel_residual": False}),
     "opt": (hf.OPTConfig, OPT),

@@ -4,7 +4,8 @@ In: a runner and tokenised edits. Out: :class:`EditKeys`: each edit's key at one
 hidden state after the last one, and where its rows stand: the states in front of the layer's block.
 Once the layer is written, ``onward`` runs only what the write can reach, from those states on: bare
 prompts up to the last rewrite layer, prompts behind a context up to the next one's rewrite module.
-Rows are cut after the subject, since keys are causal, and what several of them have behind contexts
+Rows are cut after the subject, since keys are causal (but for rows above a switch of the model's
+position tables, which are run whole), and what several of them have behind contexts
 in common runs once for all (``shared_prefixes``). The states of all rows are kept, on the model's
 device and in its dtype: rows x tokens x d numbers.
 """
@@ -262,10 +263,13 @@ Parts = tuple[tuple[Part, ...], tuple[Part, ...], tuple[Part, ...]]
 
 def _parts_of(runner: Runner, edits: Sequence[EditRows]) -> Parts:
     """Batches of the prompts, in front of the first block."""
-    bare = [((e, 0), edit.rows[0].key_row) for e, edit in enumerate(edits)]
-    others = [
-        ((e, j), row.key_row) for e, edit in enumerate(edits) for j, row in enumerate(edit.rows[1:])
+    named = [
+        ((e, j), row.key_row if runner.all_short([len(row.scoring_ids)]) else row.scoring_row)
+        for e, edit in enumerate(edits)
+        for j, row in enumerate(edit.rows)
     ]
+    bare = [(name, row) for name, row in named if name[1] == 0]
+    others = [(name, row) for name, row in named if name[1] > 0]
     cut = cut_rows(runner, [row.ids for _, row in others], [row.subject_last for _, row in others])
     alone, behind = _batched(runner, bare, Cut.none(len(bare))), _batched(runner, others, cut)
     if not cut.prefixes:

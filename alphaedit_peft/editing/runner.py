@@ -7,7 +7,7 @@ which names the model's blocks and head, and puts rows of tokens into batches fo
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
 from alphaedit_peft import hooks
-from alphaedit_peft.architecture import Architecture
+from alphaedit_peft.architecture import Architecture, position_switches
 from alphaedit_peft.devices import brings_to_gpu, reads_ids_on
 from alphaedit_peft.editing.prompts import Renderer, TokenRow
 from alphaedit_peft.settings import Settings
@@ -161,6 +161,15 @@ class Runner:
                         yield module, part, weight
 
     @property
+    def switches(self) -> tuple[int, ...]:
+        """Lengths above which rows are read with other rotary tables."""
+        return position_switches(self.model.config)
+
+    def all_short(self, lengths: Iterable[int]) -> bool:
+        """Whether no row is above a switch, so that a cache of its beginning is true for it."""
+        return not self.switches or max(lengths) <= self.switches[0]
+
+    @property
     def few_passes(self) -> bool:
         """Whether a pass is dearer than any padding: it brings offloaded weights to a GPU."""
         return brings_to_gpu(self.model)
@@ -173,7 +182,8 @@ class Runner:
         ``behind`` are the tokens that each row follows in a cache, which count too.
         """
         most = self.settings.tokens_per_batch
-        return batches(rows, most, self.device, behind, few=self.few_passes)
+        few, switches = self.few_passes, self.switches
+        return batches(rows, most, self.device, behind, few=few, switches=switches)
 
     def token_keys(self, rows: Sequence[TokenRow], layer: int) -> list[Tensor]:
         """Inputs of a rewrite module at every token, for each row (tokens, d_in)."""

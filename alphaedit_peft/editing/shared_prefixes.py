@@ -62,8 +62,10 @@ class Cut:
 def cut_rows(runner: Runner, rows: Sequence[Ids], most: Sequence[int]) -> Cut:
     """Cut rows where it saves more than the further pass costs, and the model goes on from a cache.
 
-    Each may share its first ``most`` tokens. The cut is tried on two rows first.
+    Each may share its first ``most`` tokens; none of one that is above a switch of the model's
+    position tables. The cut is tried on two rows first.
     """
+    most = [n if runner.all_short([len(row)]) else 0 for n, row in zip(most, rows, strict=True)]
     cut = _within_a_pass(shared_prefixes(rows, most), rows, runner.settings.tokens_per_batch)
     saved = sum(cut.starts) - sum(map(len, cut.prefixes))
     worth_it = not runner.few_passes and saved > pass_cost(runner.device)

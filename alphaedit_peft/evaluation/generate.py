@@ -1,9 +1,10 @@
 """Free continuations of prompts, greedy or sampled, the same for the same seed in any batch.
 
-In: a model (as a :class:`Reader`) and prompts. Out: texts. Prompts of equal length go through
-``generate`` together, so nothing is padded. Sampling takes the k most probable tokens and adds
+In: a model (as a :class:`Reader`) and prompts. Out: texts. Prompts of equal length are written on
+together (``decoding``), so nothing is padded. Sampling takes the k most probable tokens and adds
 Gumbel noise to their log-probabilities, whose argmax is a draw from them (Gumbel 1954); each prompt
-has noise of its own, so a continuation does not depend on what else is in its batch.
+has noise of its own, so a continuation does not depend on what else is in its batch. Of the model's
+own generation settings only the end of a text counts.
 """
 
 from __future__ import annotations
@@ -11,12 +12,12 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from alphaedit_peft import hooks, tokens
+from alphaedit_peft import tokens
+from alphaedit_peft.decoding import decode, likeliest
 from alphaedit_peft.log_probs import Reader
 from alphaedit_peft.messages import shown
 
@@ -99,63 +100,46 @@ def _generate(
     return found
 
 
-@torch.no_grad()
 def _batch(
     reader: Reader,
     rows: Sequence[tuple[str, tuple[int, ...]]],
     new: int,
     sampling: Sampling | None,
 ) -> dict[str, str]:
-    """Continuations by name; samples go on after EOS, until they have ``new`` tokens."""
-    from transformers import GenerationConfig, LogitsProcessorList
-
+    """Continuations by name; samples have no end before they have ``new`` tokens."""
     names, every = zip(*rows, strict=True)
     ids = torch.tensor(every, device=reader.device)  # (rows, tokens)
-    model: Any = reader.model
-    if not hasattr(model, "generate"):
-        raise ValueError(
-            f"{type(model).__name__} has no generate; judge it with generate=False, or pass a "
-            "model of transformers"
-        )
-    own = getattr(model.generation_config, "eos_token_id", None)
-    ends = reader.tokenizer.eos_token_id if own is None else own
-    first = ends[0] if isinstance(ends, list) else ends
-    config = GenerationConfig(
-        max_new_tokens=new,
-        min_new_tokens=new if sampling and first is not None else None,
-        do_sample=False,
-        # given, so that the model's own defaults do not fill them in
-        repetition_penalty=1.0,
-        no_repeat_ngram_size=0,
-        eos_token_id=ends,
-        pad_token_id=first if first is not None else 0,
-    )
-    with hooks.evaluating(model):
-        out = model.generate(
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
-            generation_config=config,
-            logits_processor=LogitsProcessorList([_TopKNoise(names, sampling)] if sampling else []),
-        )
-    texts = [_continuation(reader, row, ids.shape[1]) for row in out.tolist()]
+    ends = _ends(reader)
+    if sampling is None:
+        found = decode(reader.model, ids, new, likeliest, ends)
+    else:
+        found = decode(reader.model, ids, new, _TopKNoise(names, sampling, ends))
+    texts = [_continuation(reader, row, ids.shape[1]) for row in found]
     return dict(zip(names, texts, strict=True))
 
 
-class _TopKNoise:
-    """A logits processor that keeps each row's k largest and adds Gumbel noise to them."""
+def _ends(reader: Reader) -> list[int]:
+    """The ids that end a text: the model's, or else the tokenizer's."""
+    own = getattr(getattr(reader.model, "generation_config", None), "eos_token_id", None)
+    ends = reader.tokenizer.eos_token_id if own is None else own
+    return list(ends) if isinstance(ends, Sequence) else [] if ends is None else [int(ends)]
 
-    def __init__(self, names: Sequence[str], sampling: Sampling) -> None:
-        self.top_k = sampling.top_k
+
+class _TopKNoise:
+    """Chooses for each row among its k largest logits, once Gumbel noise is added to them."""
+
+    def __init__(self, names: Sequence[str], sampling: Sampling, ends: Sequence[int]) -> None:
+        self.top_k, self.ends = sampling.top_k, torch.tensor(list(ends), dtype=torch.long)
         seeds = [hashlib.sha256(f"{sampling.seed} {name}".encode()).digest()[:7] for name in names]
         self.draws = [torch.Generator().manual_seed(int.from_bytes(s, "big")) for s in seeds]
 
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        best, where = scores.float().topk(min(self.top_k, scores.shape[-1]), -1)  # (rows, k)
+    def __call__(self, _: Tensor, logits: Tensor) -> Tensor:
+        scores = logits.float().index_fill(-1, self.ends.to(logits.device), -torch.inf)
+        best, where = scores.topk(min(self.top_k, scores.shape[-1]), -1)  # (rows, k)
         k, double = best.shape[1], torch.float64
         uniform = torch.stack([torch.rand(k, generator=draw, dtype=double) for draw in self.draws])
         noise = -(-uniform.clamp_min(1e-300).log()).log()
-        noisy = best + noise.to(best)
-        return torch.full_like(scores, -torch.inf).scatter(-1, where, noisy.to(scores.dtype))
+        return where.gather(-1, (best + noise.to(best)).argmax(-1, keepdim=True))[:, 0]
 
 
 def _continuation(reader: Reader, row: list[int], start: int) -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -110,6 +110,7 @@ def token_batches(
     window: int,
     tokens_per_batch: int,
     max_tokens: int | None = None,
+    switches: Sequence[int] = (),
 ) -> Iterator[TokenBatch]:
     """Batches of the texts' tokens, the same ones each time the same texts are given.
 
@@ -119,6 +120,8 @@ def token_batches(
         window: most tokens of one row; longer texts are cut into several rows.
         tokens_per_batch: most tokens of a batch, padding included; at least ``window``.
         max_tokens: stop after this many tokens, cutting the last row.
+        switches: lengths above which rows are read with other rotary tables; rows on either side
+            of one never share a batch.
     """
     buffer: list[Row] = []
     waiting = 0
@@ -126,9 +129,9 @@ def token_batches(
         buffer.append((ids, read))
         waiting += len(ids)
         if waiting >= BATCHES_BUFFERED * tokens_per_batch:
-            yield from _packed(buffer, tokens_per_batch)
+            yield from _packed(buffer, tokens_per_batch, switches)
             buffer, waiting = [], 0
-    yield from _packed(buffer, tokens_per_batch)
+    yield from _packed(buffer, tokens_per_batch, switches)
 
 
 def _windows(texts: Iterable[str], tokenizer: Any, window: int, left: int | None) -> Iterator[Row]:
@@ -156,12 +159,16 @@ def _windows(texts: Iterable[str], tokenizer: Any, window: int, left: int | None
                         return
 
 
-def _packed(rows: list[Row], tokens_per_batch: int) -> Iterator[TokenBatch]:
+def _packed(
+    rows: list[Row], tokens_per_batch: int, switches: Sequence[int]
+) -> Iterator[TokenBatch]:
     """Longest rows first, so that a batch too large for memory fails at the start."""
     texts = max((read for _, read in rows), default=0)
     batch: list[list[int]] = []
     for ids in sorted((ids for ids, _ in rows), key=len, reverse=True):
-        if batch and len(batch[0]) * (len(batch) + 1) > tokens_per_batch:
+        most = len(batch[0]) if batch else 0
+        full = most * (len(batch) + 1) > tokens_per_batch
+        if batch and (full or any(len(ids) <= switch < most for switch in switches)):
             yield _padded(batch, texts)
             batch = []
         batch.append(ids)

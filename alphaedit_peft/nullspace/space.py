@@ -21,7 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from alphaedit_peft import hooks, parallel
-from alphaedit_peft.architecture import resolve
+from alphaedit_peft.architecture import position_switches, resolve
 from alphaedit_peft.devices import require_whole
 from alphaedit_peft.fingerprint import BaseFingerprint, bare_model, fingerprint, require_same_base
 from alphaedit_peft.hub import Destination
@@ -125,7 +125,12 @@ class KeyMoments:
         window = min(getattr(base.config, "max_position_embeddings", None) or most, most)
         corpus = read_texts(texts, text_column)
         batches = token_batches(
-            corpus, tokenizer, window=window, tokens_per_batch=most, max_tokens=max_tokens
+            corpus,
+            tokenizer,
+            window=window,
+            tokens_per_batch=most,
+            max_tokens=max_tokens,
+            switches=position_switches(base.config),
         )
         shown = progress and parallel.is_main()
         bar = tqdm(total=max_tokens, unit="tok", desc="key moments", disable=not shown)

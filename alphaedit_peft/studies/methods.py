@@ -31,7 +31,6 @@ from alphaedit_peft.safe_files import MAX_TENSOR_BYTES, opened_tensors, refusing
 from alphaedit_peft.saving import replace_folder
 from alphaedit_peft.settings import EditOptions, Settings
 from alphaedit_peft.studies.base import Base
-from alphaedit_peft.tokens import batches
 
 # MEMIT's share of one key's residual is g / (g + 1), g = k^T C^-1 k / w, and g averages d_in / w:
 # with so small a w it is 1, and the update is ROME's (Eq. 2): the equality constraint of one key
@@ -334,7 +333,7 @@ def _losses(
 ) -> Iterator[Tensor]:
     """The mean over rows of -log P(target), each batch's part of it on its own."""
     ids = [row.scoring_ids for row in rows]
-    for batch in batches(ids, runner.settings.tokens_per_batch, runner.device):
+    for batch in runner.batches(ids):
         weights = {name: (weight.float() + change).to(weight.dtype)}
         where = [(i, p) for i, k in enumerate(batch.indices) for p in rows[k].target_positions]
         shares = [1 / len(rows[k].target) for k in batch.indices for _ in rows[k].target]

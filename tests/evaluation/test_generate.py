@@ -10,7 +10,8 @@ import torch
 from alphaedit_peft.evaluation.generate import Sampling, greedy, sampled
 from alphaedit_peft.log_probs import Reader
 from tests.conftest import tiny_model
-from tests.evaluation.models import Uniform
+from tests.evaluation.models import Constant
+from tests.test_decoding import OWN, argmax_loop, set_all
 
 PROMPTS = ["The capital of France is", "I think", "Anna Smith plays the", "You are"]
 
@@ -23,13 +24,8 @@ def reader(tokenizer) -> Reader:
 def test_greedy_takes_the_argmax_each_time(reader, tokenizer):
     for prompt, text in zip(PROMPTS, greedy(reader, PROMPTS, 6), strict=True):
         ids = tokenizer(prompt)["input_ids"]
-        start = len(ids)
-        for _ in range(6):
-            with torch.no_grad():
-                ids = [*ids, reader.model(torch.tensor([ids])).logits[0, -1].argmax().item()]
-            if ids[-1] == tokenizer.eos_token_id:
-                break
-        assert text == tokenizer.decode(ids[start:], skip_special_tokens=True)
+        written = argmax_loop(reader.model, ids, 6, {tokenizer.eos_token_id})
+        assert text == tokenizer.decode(written[len(ids) :], skip_special_tokens=True)
 
 
 def test_a_sample_depends_on_seed_and_name_but_not_on_its_batch(reader):
@@ -73,16 +69,41 @@ def test_samples_go_on_to_their_full_length(reader, tokenizer):
         assert len(tokenizer(text)["input_ids"]) >= 20
 
 
-def test_the_models_own_ways_of_generating_do_not_matter(tokenizer):
+@pytest.mark.parametrize("own", OWN, ids=str)
+def test_the_models_own_ways_of_generating_do_not_matter(own, tokenizer):
     plain, odd = tiny_model("llama"), tiny_model("llama")
-    odd.generation_config.repetition_penalty = 5.0
-    odd.generation_config.no_repeat_ngram_size = 1
-    texts = [greedy(Reader(model, tokenizer), ["I think"], 12) for model in (plain, odd)]
-    assert texts[0] == texts[1]
-    assert odd.generation_config.repetition_penalty == 5.0
+    set_all(odd.generation_config, own)
+    before = odd.generation_config, odd.generation_config.to_json_string()
+    named = [(prompt, prompt) for prompt in PROMPTS]
+    for write in (
+        lambda reader: greedy(reader, PROMPTS, 8),
+        lambda reader: sampled(reader, named, 16, Sampling()),
+    ):
+        assert write(Reader(odd, tokenizer)) == write(Reader(plain, tokenizer))
+    assert odd.generation_config is before[0]
+    assert odd.generation_config.to_json_string() == before[1]
 
 
-def test_what_cannot_go_on_is_refused(reader, tokenizer):
+@pytest.mark.parametrize("end", [5, [7, 5], None])
+def test_a_text_ends_where_the_model_says_or_else_the_tokenizer(end, tokenizer):
+    model = tiny_model("llama")
+    model.generation_config.eos_token_id = end
+    ends = {1} if end is None else {5}
+    bias = torch.zeros(320)
+    bias[5 if end else 1] = 9.0
+    model.lm_head.bias = torch.nn.Parameter(bias)
+    for prompt, text in zip(PROMPTS, greedy(Reader(model, tokenizer), PROMPTS, 12), strict=True):
+        ids = tokenizer(prompt)["input_ids"]
+        written = argmax_loop(model, ids, 12, ends | set(end if isinstance(end, list) else ()))
+        assert text == tokenizer.decode(written[len(ids) :], skip_special_tokens=True)
+
+
+def test_any_model_that_gives_logits_can_write(tokenizer):
+    ids = tokenizer(" is")["input_ids"]
+    assert greedy(Reader(Constant(ids[0]), tokenizer), ["I"], 3) == [" is is is"]
+
+
+def test_what_cannot_go_on_is_refused(reader):
     with pytest.raises(ValueError, match="leave no room for new ones in 3"):
         sampled(reader, [("a", "The capital of France is Paris")], 3, Sampling())
     with pytest.raises(ValueError, match="texts of 500 tokens"):
@@ -93,8 +114,6 @@ def test_what_cannot_go_on_is_refused(reader, tokenizer):
         greedy(reader, [""], 3)
     with pytest.raises(ValueError, match="top_k=0"):
         Sampling(top_k=0)
-    with pytest.raises(ValueError, match="Uniform has no generate"):
-        greedy(Reader(Uniform(), tokenizer), ["I"], 3)
 
 
 def test_nothing_to_go_on_from_gives_nothing(reader):

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from alphaedit_peft import hooks
 from alphaedit_peft.editing.runner import Runner, at_least_float32
@@ -77,31 +78,38 @@ class WholeRows:
         self.runner, self.rows, self.autocast = runner, rows, autocast
         self.blocks = runner.blocks_below
         self.inputs = padded([row.ids for row in rows], runner.device)
-        self.output = hooks.capture_output(runner.model, self.inputs, self.blocks[-1])
-        self.states = hooks.hidden_of(self.output)  # (rows, tokens, d)
+        found: dict[int, Tensor] = {}
+        for some in self.together(range(len(rows))):
+            output = hooks.capture_output(runner.model, self._inputs(some), self.blocks[-1])
+            found |= dict(zip(some, hooks.hidden_of(output), strict=True))
+        self.form = hooks.form_of(output)
+        self.states = pad_sequence([found[i] for i in range(len(rows))], True)  # (rows, tokens, d)
         subjects = torch.tensor([row.subject for row in rows], device=self.states.device)
         self.hidden = self.states[torch.arange(len(rows), device=self.states.device), subjects]
 
     def together(self, chosen: Sequence[int]) -> list[list[int]]:
         """See :class:`Resumable`."""
         runner, lengths = self.runner, [len(self.rows[i].ids) for i in chosen]
-        most, few = runner.settings.target_tokens, runner.few_passes
-        batched = by_length(lengths, runner.device, most, few=few)
+        most, few, switches = runner.settings.target_tokens, runner.few_passes, runner.switches
+        batched = by_length(lengths, runner.device, most, few=few, switches=switches)
         return [[chosen[k] for k in batch] for batch in batched]
+
+    def _inputs(self, some: Sequence[int]) -> dict[str, Tensor]:
+        """The model's for some of the rows, as wide as the longest."""
+        length = max(len(self.rows[i].ids) for i in some)
+        return {name: value[list(some), :length] for name, value in self.inputs.items()}
 
     def log_probs(self, chosen: Sequence[int], moved: Tensor) -> Tensor:
         """See :class:`Resumable`."""
-        some, rows = list(chosen), [self.rows[i] for i in chosen]
-        length = max(len(row.ids) for row in rows)
-        states = self.states[some, :length]
+        inputs, rows = self._inputs(chosen), [self.rows[i] for i in chosen]
+        states = self.states[list(chosen), : inputs["input_ids"].shape[1]]
         which = torch.arange(len(rows), device=states.device)
         subjects = torch.tensor([row.subject for row in rows], device=states.device)
         hidden = states.index_put((which, subjects), moved.to(states))
-        inputs = {name: value[some, :length] for name, value in self.inputs.items()}
         where = [(i, position) for i, row in enumerate(rows) for position in row.reads]
         with (
             self.autocast.running(hidden.device),
-            hooks.resuming_above(self.runner.model, self.blocks, self.output, lambda: hidden),
+            hooks.resuming_above(self.runner.model, self.blocks, self.form, lambda: hidden),
         ):
             return _log_probs(self.runner, inputs, where)
 

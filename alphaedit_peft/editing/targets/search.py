@@ -126,7 +126,8 @@ def _done(settings: Settings, loss: Tensor, said: Tensor) -> bool:
 
 
 def _continuation(runner: Runner, rows: Sequence[Row], autocast: Autocast) -> Resumable:
-    if max(row.subject for row in rows) == 0:
+    short = runner.all_short([len(row.ids) for row in rows])
+    if not short or max(row.subject for row in rows) == 0:
         return WholeRows(runner, rows, autocast)
     try:
         return FromSubject(runner, rows, autocast)
