@@ -48,9 +48,20 @@ class Continuation:
         """Positions in ``scoring_ids`` whose logits foretell the target tokens."""
         return range(len(self.ids) - 1, len(self.ids) - 1 + len(self.target))
 
-    def foretold_by(self, position: int) -> int:
-        """The id that one of ``target_positions`` foretells."""
-        return self.target[position - len(self.ids) + 1]
+    def places(self, switches: Sequence[int]) -> list[range]:
+        """``target_positions``, cut where the ids up to one are more than a switch.
+
+        The ids up to a range's end foretell what is in it: P(o_t | x, o_<t) is of a model that has
+        read so many tokens (``architecture.position_switches``).
+        """
+        at = self.target_positions
+        borders = [at.start, *(s for s in switches if at.start < s < at.stop), at.stop]
+        return list(map(range, borders, borders[1:]))
+
+    def foretold_at(self, places: range) -> tuple[int, ...]:
+        """The ids that some of ``target_positions`` foretell."""
+        first = len(self.ids) - 1
+        return self.target[places.start - first : places.stop - first]
 
 
 @dataclass(frozen=True)
@@ -139,13 +150,13 @@ def _foretold(
 ) -> Iterator[tuple[int, Tensor, Tensor]]:
     """A row's number, log P of each of its target's m tokens, and the argmax there, (m,) each."""
     switches = position_switches(getattr(model, "config", None))
-    parts = [(k, places) for k, row in enumerate(rows) for places in _places(row, switches)]
+    parts = [(k, places) for k, row in enumerate(rows) for places in row.places(switches)]
     found: dict[int, tuple[Tensor, Tensor]] = {}
     for batch in batches([rows[k].scoring_ids[: places.stop] for k, places in parts]):
         some = [parts[i] for i in batch.indices]
         where = [(i, place) for i, (_, places) in enumerate(some) for place in places]
         log_probs = log_probs_at(model, batch.inputs, where)  # (all target tokens, vocab)
-        wanted = [rows[k].foretold_by(place) for k, places in some for place in places]
+        wanted = [token for k, places in some for token in rows[k].foretold_at(places)]
         targets = torch.tensor(wanted, device=log_probs.device)
         chosen = log_probs.gather(1, targets[:, None])[:, 0]
         sizes = [len(places) for _, places in some]
@@ -154,16 +165,6 @@ def _foretold(
     for k, own in groupby(range(len(parts)), lambda i: parts[i][0]):
         chosen, top = map(torch.cat, zip(*(found[i] for i in own), strict=True))
         yield k, chosen, top
-
-
-def _places(row: Continuation, switches: Sequence[int]) -> Iterator[range]:
-    """The target's positions, apart where the tokens up to one are read with other tables.
-
-    Each is foretold by the row as far as its last one.
-    """
-    at = row.target_positions
-    borders = [at.start, *(s for s in switches if at.start < s < at.stop), at.stop]
-    yield from map(range, borders, borders[1:])
 
 
 @torch.no_grad()

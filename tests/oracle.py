@@ -40,9 +40,12 @@ def target_value(model, block: str, rows, config) -> torch.Tensor:
     for step in range(config.steps):
         losses = []
         for row in rows.rows:
-            logits = logits_with(model, block, row.scoring_ids, row.subject_last, delta)
-            log_probs = logits.log_softmax(-1)[list(row.target_positions)]
-            losses.append(-log_probs.gather(1, torch.tensor(row.target)[:, None]).mean())
+            log_probs = []
+            for token, last in zip(row.target, row.target_positions, strict=True):
+                ids = row.scoring_ids[: last + 1]
+                logits = logits_with(model, block, ids, row.subject_last, delta)
+                log_probs.append(logits[-1].log_softmax(-1)[token])
+            losses.append(-torch.stack(log_probs).mean())
         kl_row = rows.kl_row
         current = logits_with(model, block, kl_row.ids, kl_row.subject_last, delta)
         current = current[kl_row.subject_last].log_softmax(-1)

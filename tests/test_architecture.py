@@ -7,6 +7,8 @@ block does more to its MLP's output than add it, or where resuming above a block
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import transformers as hf
@@ -22,6 +24,7 @@ from alphaedit_peft.architecture import (
     default_rewrite_layers,
     describe,
     paper_preset,
+    position_switches,
 )
 from alphaedit_peft.hooks import hidden_of
 from tests.conftest import PEFT_ALONE
@@ -316,6 +319,48 @@ def test_default_layers_are_consecutive_and_leave_a_block_above(num_blocks):
     if num_blocks >= 16:
         assert len(layers) == 5
         assert abs(layers[-1] - 0.3 * num_blocks) < 1  # 30 % of the depth
+
+
+SCALED = {"rope_type": "longrope", "original_max_position_embeddings": 16}
+
+
+@pytest.mark.parametrize(
+    ("stated", "expected"),
+    [
+        ({}, ()),
+        ({"rope_parameters": None}, ()),
+        ({"rope_parameters": {"rope_type": "yarn"} | ROPE}, ()),
+        ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, ()),
+        ({"rope_parameters": SCALED}, (16,)),
+        ({"rope_scaling": {"type": "su"}, "original_max_position_embeddings": 64}, (64,)),
+        (
+            {
+                "rope_parameters": {
+                    "full_attention": SCALED,
+                    "sliding_attention": SCALED | {"original_max_position_embeddings": 8},
+                    "other": {"rope_type": "default"},
+                }
+            },
+            (8, 16),
+        ),
+        ({"rope_scaling": {"type": "longrope"}}, ()),
+    ],
+    ids=str,
+)
+def test_lengths_above_which_other_tables_are_used_are_read_from_the_config(stated, expected):
+    assert position_switches(SimpleNamespace(**stated)) == expected
+
+
+@pytest.mark.parametrize("name", ["phi3/longrope", "llama/longrope"])
+def test_that_length_is_where_what_follows_changes_a_token(name):
+    model = build(name).double()
+    ids = torch.randint(2, 320, (1, 20), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        seconds = [model(ids[:, :n]).logits[0, 1] for n in range(2, 21)]
+    changed = [
+        n for n in range(2, 20) if not torch.allclose(seconds[n - 1], seconds[n - 2], atol=1e-9)
+    ]
+    assert tuple(changed) == position_switches(model.config) == (16,)
 
 
 def test_a_single_block_is_its_own_default():

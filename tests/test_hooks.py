@@ -312,3 +312,13 @@ def test_models_without_position_tables_stay_as_they_are():
     before = dict(model.named_buffers())
     with hooks.short_position_tables(model, 1):
         assert all(before[k] is v for k, v in model.named_buffers())
+
+
+def test_tables_that_a_longer_text_left_behind_do_not_stay():
+    """Dynamic NTK keeps those of a text beyond its positions, for one as long as these."""
+    model, long = build("llama/dynamic"), torch.arange(2, 202)[None]
+    before = model(long[:, :128]).logits
+    model(long)
+    assert not torch.equal(model(long[:, :128]).logits, before)
+    with hooks.evaluating(model):
+        assert torch.equal(model(long[:, :128]).logits, before)

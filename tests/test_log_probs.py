@@ -10,9 +10,11 @@ import torch
 from alphaedit_peft import AlphaEditConfig, tokens
 from alphaedit_peft.editing.batch import score as run_score
 from alphaedit_peft.editing.runner import Runner
-from alphaedit_peft.log_probs import Reader, score
+from alphaedit_peft.log_probs import Continuation, Reader, score
 from tests.conftest import PEFT_ALONE, tiny_model
 from tests.evaluation.models import Constant, Says, Uniform
+from tests.test_architecture import OVERRIDDEN, VARIANTS
+from tests.test_decoding import OTHERS, argmax_loop, built
 
 PAIRS = [
     ("The capital of France is", "Paris"),
@@ -148,3 +150,53 @@ def test_a_run_of_edits_scores_by_the_same_code(tokenizer, family):
     asked = [reader.encode(*pair) for pair in PAIRS]
     assert [(row.ids, row.target) for row in rows] == [(row.ids, row.target) for row in asked]
     assert run_score(runner, rows) == score(model, asked, reader.batches)
+
+
+# what these compute in float32 even when they are in float64
+NARROW = {"gptj", "bloom", "gpt_neo", "falcon_h1", "mixtral", "gemma2", "mamba"}
+
+
+def stepwise(model, row: Continuation) -> list[float]:
+    """log P of each token of the target, each by a whole pass over the ids before it."""
+    found = []
+    for token, last in zip(row.target, row.target_positions, strict=True):
+        with torch.no_grad():
+            ids = torch.tensor([row.scoring_ids[: last + 1]])
+            logits = model(input_ids=ids, use_cache=False).logits[0, -1]
+        found.append(logits.log_softmax(-1)[token].item())
+    return found
+
+
+@pytest.mark.parametrize("name", [*VARIANTS, *OVERRIDDEN, *OTHERS])
+def test_a_rows_numbers_are_those_it_has_alone_in_any_batch(name, tokenizer, monkeypatch):
+    """LongRoPE's tables change above 16 tokens; some targets go over that."""
+    monkeypatch.setitem(tokens.PASS_COST, "cpu", 10**6)  # one pass, if it may be
+    model = built(name) if name == "mixtral" else built(name).double()
+    random = torch.Generator().manual_seed(0)
+    lengths = [(1, 1), (5, 3), (14, 1), (14, 3), (14, 4), (15, 5), (16, 1), (16, 2), (17, 3)]
+    rows = [
+        Continuation(*(tuple(torch.randint(320, (n,), generator=random).tolist()) for n in both))
+        for both in lengths
+    ]
+    found = score(model, rows, Reader(model, tokenizer).batches)
+    expected = [stepwise(model, row) for row in rows]
+    close = 1e-5 if name in NARROW else 1e-10
+    assert [one.log_prob for one in found] == pytest.approx(list(map(sum, expected)), abs=close)
+
+
+@pytest.mark.parametrize("name", ["phi3/longrope", "llama/longrope"])
+def test_greedy_is_said_of_a_target_that_goes_over_the_length_where_tables_change(name, tokenizer):
+    model = built(name).double()
+    for length in (12, 15, 16, 17):
+        ids = torch.randint(2, 320, (length,), generator=torch.Generator().manual_seed(length))
+        written = argmax_loop(model, ids.tolist(), 4)
+        row = Continuation(tuple(written[:length]), tuple(written[length:]))
+        assert score(model, [row], Reader(model, tokenizer).batches)[0].greedy
+
+
+def test_texts_on_either_side_of_that_length_are_read_apart(tokenizer, monkeypatch):
+    monkeypatch.setitem(tokens.PASS_COST, "cpu", 10**6)
+    reader = Reader(built("phi3/longrope").double(), tokenizer)
+    texts = ["I think that", "The river is " * 12, "You are right because"]
+    found = [sorted(set(batch.texts)) for batch in reader.text_batches(texts)]
+    assert sorted(found) == [[0, 2], [1]]

@@ -102,3 +102,13 @@ def test_no_batch_has_more_than_the_most():
     found = tokens.by_length(lengths, CPU, 30)
     assert all(len(some) * max(lengths[i] for i in some) <= 30 for some in found)
     assert sorted(i for some in found for i in some) == list(range(20))
+
+
+@pytest.mark.parametrize("few", [True, False])
+def test_rows_on_either_side_of_a_switch_share_no_batch(few):
+    lengths, behind, switches = [3, 9, 4, 5, 8, 2], [0, 0, 5, 3, 0, 7], (8, 9)
+    found = tokens.by_length(
+        lengths, torch.device("cpu"), behind=behind, few=few, switches=switches
+    )
+    # whole: 3, 9, 9, 8, 8, 9
+    assert sorted(map(sorted, found)) == [[0, 3, 4], [1, 2, 5]]

@@ -264,7 +264,7 @@ Parts = tuple[tuple[Part, ...], tuple[Part, ...], tuple[Part, ...]]
 def _parts_of(runner: Runner, edits: Sequence[EditRows]) -> Parts:
     """Batches of the prompts, in front of the first block."""
     named = [
-        ((e, j), row.key_row if runner.all_short([len(row.scoring_ids)]) else row.scoring_row)
+        ((e, j), row.key_row if runner.all_short([len(row.ids)]) else row)
         for e, edit in enumerate(edits)
         for j, row in enumerate(edit.rows)
     ]

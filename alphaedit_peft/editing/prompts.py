@@ -29,11 +29,6 @@ class TokenRow(Continuation):
         """The row cut after the subject: keys are causal, so nothing behind it matters."""
         return TokenRow(self.ids[: self.subject_last + 1], (), self.subject_last)
 
-    @property
-    def scoring_row(self) -> TokenRow:
-        """All that the model reads to foretell the target, with nothing to follow."""
-        return TokenRow(self.scoring_ids, (), self.subject_last)
-
 
 @dataclass(frozen=True)
 class EditRows:

@@ -92,7 +92,7 @@ def evaluate(
         baseline: what this function gave for the unedited model on the same cases; adds how many
             answers are unchanged.
         generate: also let the model write: exact match, and fluency and consistency where a case
-            has generation prompts and references. Much slower; needs ``model.generate``.
+            has generation prompts and references. Much slower.
         results: a JSON Lines file: cases in it keep their scores, those judged now are added.
             It belongs to one model, which is checked on one case, and to one way of judging.
         progress: called with the number of cases done and of all, after each group.

@@ -116,7 +116,7 @@ def test_every_family_goes_on_from_shared_prefixes_to_the_plain_paths_keys(
     runner = runner_for(name, tokenizer, [0, 2], tokens_per_batch=60)
     edits = tokenised(runner)
     taken = take_keys(runner, edits)
-    assert taken.shared
+    assert taken.shared or name.endswith("longrope")  # whose long rows are read whole
     for layer in (0, 2):
         assert agree(taken.keys, plain(runner, edits, layer)[0], 1e-6)
         with torch.no_grad():

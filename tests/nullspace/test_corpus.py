@@ -110,3 +110,10 @@ def test_a_dataset_name_without_datasets(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(ImportError, match=r"texts='user/data' is no file.*pip install datasets"):
         read_texts("user/data")
+
+
+def test_rows_on_either_side_of_a_switch_share_no_batch(tokenizer):
+    texts = [" ".join(["w1"] * n) for n in (3, 9, 4, 8, 12, 5)]
+    how = {"window": 32, "tokens_per_batch": 64, "switches": (5, 9)}
+    found = token_batches(texts, tokenizer, **how)
+    assert [sorted(batch.mask.sum(1).tolist()) for batch in found] == [[10, 13], [6, 9], [4, 5]]

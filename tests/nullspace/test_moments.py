@@ -30,10 +30,17 @@ def naive_moment(model: nn.Module, tokenizer, texts, module: str) -> Tensor:
     return K.T @ K / len(K)
 
 
-def llama() -> nn.Module:
+def llama(**changes) -> nn.Module:
     shape = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 4}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 32}
-    return LlamaForCausalLM(LlamaConfig(vocab_size=64, **shape, **heads))
+    return LlamaForCausalLM(LlamaConfig(vocab_size=64, **shape, **heads, **changes))
+
+
+def longrope() -> nn.Module:
+    """Of other tables above 16 tokens."""
+    factors = {"short_factor": [1.0, 1.0], "long_factor": [5.0, 50.0]}
+    own = {"rope_theta": 1e4, "original_max_position_embeddings": 16, "rope_type": "longrope"}
+    return llama(initializer_range=0.4, rope_parameters=own | factors)
 
 
 def opt() -> nn.Module:
@@ -54,7 +61,7 @@ def test_equal_to_one_text_at_a_time(model, tokenizer, texts, moments):
         torch.testing.assert_close(moments.moments[layer].double(), wanted, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("build", [llama, opt])
+@pytest.mark.parametrize("build", [llama, opt, longrope])
 def test_other_families(build, tokenizer, texts, config):
     with torch.random.fork_rng():
         torch.manual_seed(0)

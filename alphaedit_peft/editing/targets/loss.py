@@ -124,14 +124,19 @@ class Loss:
         return (log_probs.exp() * (log_probs - initial)).sum(1)
 
 
-def rows_of(group: Group, slot: int, settings: Settings) -> list[Row]:
-    """The rows of a group: prompts in every context, the leader's KL row, every anchor once."""
+def rows_of(group: Group, slot: int, settings: Settings, switches: Sequence[int] = ()) -> list[Row]:
+    """The rows of a group: prompts in every context, the leader's KL row, every anchor once.
+
+    One whose target goes over one of ``switches`` (``position_switches``) is a row on either side.
+    """
     rows = []
     for member in group.members:
-        weight = 1 / (len(group.members) * len(member.rows))
         for row in member.rows:
-            reads = tuple(row.target_positions)
-            rows.append(Row(slot, row.scoring_ids, row.subject_last, reads, row.target, weight))
+            weight = 1 / (len(group.members) * len(member.rows))
+            for places in row.places(switches):
+                ids, target = row.scoring_ids[: places.stop], row.foretold_at(places)
+                share = weight * (len(target) / len(row.target))
+                rows.append(Row(slot, ids, row.subject_last, tuple(places), target, share))
     kl = group.leader.kl_row
     rows.append(Row(slot, kl.ids, kl.subject_last, (kl.subject_last,), (), settings.kl_factor))
     asked = {member.rows[0].ids for member in group.members}  # an edit's prompt is no anchor
@@ -150,7 +155,7 @@ def chunked(runner: Runner, groups: Sequence[Group]) -> Iterator[list[int]]:
     They are counted as if all rows were padded to the longest, which running them in batches of
     like length keeps below.
     """
-    rows = [rows_of(group, 0, runner.settings) for group in groups]
+    rows = [rows_of(group, 0, runner.settings, runner.switches) for group in groups]
     suffixes = [[len(row.ids) - row.subject for row in own] for own in rows]
     chunk: list[int] = []
     for g in sorted(range(len(groups)), key=lambda g: max(suffixes[g])):

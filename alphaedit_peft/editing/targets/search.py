@@ -71,10 +71,10 @@ def optimise_targets(
     Warns:
         UserWarning: memory ran out, so that smaller chunks are used from there on.
     """
-    autocast = Autocast(runner)
+    autocast, how = Autocast(runner), (runner.settings, runner.switches)
 
     def run(members: list[int]) -> dict[int, tuple[Tensor, ...]]:
-        own = [rows_of(groups[g], slot, runner.settings) for slot, g in enumerate(members)]
+        own = [rows_of(groups[g], slot, *how) for slot, g in enumerate(members)]
         found = optimise_chunk(runner, autocast, [row for rows in own for row in rows])
         progress(len(members))
         return dict(zip(members, zip(*found.columns, strict=True), strict=True))

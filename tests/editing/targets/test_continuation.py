@@ -24,10 +24,12 @@ LAYERS = [0, 1]
 
 
 def all_rows(runner):
+    """Those that may go on from a cache: with LongRoPE not the long ones."""
     groups = [Group((rows,)) for rows in tokenised(runner)]
-    return [
+    every = [
         row for slot, group in enumerate(groups) for row in rows_of(group, slot, runner.settings)
     ]
+    return [row for row in every if runner.all_short([len(row.ids)])]
 
 
 def everything(continuation, rows, moved):
@@ -51,7 +53,8 @@ def test_tails_give_what_whole_rows_give_wherever_they_are_cut(name, tokenizer, 
     moved = whole.hidden + 0.3 * whole.hidden.norm(dim=1, keepdim=True) * step / len(step[0]) ** 0.5
     with torch.no_grad():
         expected, _ = everything(whole, rows, moved)
-        for cost, at_least in ((0, 3), (10**6, 1)):
+        some = min(3, len({len(row.ids) - row.subject for row in rows}))
+        for cost, at_least in ((0, some), (10**6, 1)):
             monkeypatch.setitem(tokens.PASS_COST, "cpu", cost)
             suffixes = FromSubject(runner, rows, autocast)
             unmoved, batches = everything(suffixes, rows, suffixes.hidden)

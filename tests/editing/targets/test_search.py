@@ -11,6 +11,8 @@ from alphaedit_peft.editing.targets import optimise_targets
 from tests import oracle
 from tests.conftest import tiny_model
 from tests.editing.test_batch import EDITS, runner_for, settings
+from tests.editing.test_keys import runner_for as family_runner
+from tests.editing.test_keys import tokenised
 
 ANCHORS = ("{} works as a", "I think that {} lives in the")
 EDIT = Edit("Marie Curie", "{} was born in", "Rome", anchors=ANCHORS)
@@ -178,3 +180,18 @@ def test_likeliest_stops_once_all_prompts_say_it_and_never_later_than_the_loss(t
     assert (early.said[stopped] == 1).all()
     assert (early.steps < by_loss.steps).any()
     assert (early.losses[early.steps < by_loss.steps] >= 0.05).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("name", ["gpt2", "gptj", "falcon/alibi", "opt", "phi3/longrope"])
+def test_a_target_value_is_the_one_it_has_alone(name, dtype, tokenizer):
+    how = {"steps": 6, "learning_rate": 0.1, "learning_rate_mode": "absolute", "stop_loss": 0.01}
+    runner = family_runner(name, tokenizer, [0, 1], **how)
+    runner.model.to(dtype)
+    groups = [Group((rows,)) for rows in tokenised(runner)]
+    together = optimise_targets(runner, groups)
+    alone = [optimise_targets(runner, [group]) for group in groups]
+    close = 1e-2 if dtype == torch.float32 else 1e-5 if name == "gptj" else 1e-9
+    for g, one in enumerate(alone):
+        assert (together.values[g] - one.values[0]).norm() <= close * one.values[0].norm()
+        assert together.steps[g] == one.steps[0]
