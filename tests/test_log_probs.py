@@ -197,6 +197,6 @@ def test_greedy_is_said_of_a_target_that_goes_over_the_length_where_tables_chang
 def test_texts_on_either_side_of_that_length_are_read_apart(tokenizer, monkeypatch):
     monkeypatch.setitem(tokens.PASS_COST, "cpu", 10**6)
     reader = Reader(built("phi3/longrope").double(), tokenizer)
-    texts = ["I think that", "The river is " * 12, "You are right because"]
+    texts = ["I think that", "The river is " * 12, "You are"]
     found = [sorted(set(batch.texts)) for batch in reader.text_batches(texts)]
     assert sorted(found) == [[0, 2], [1]]
