@@ -94,6 +94,11 @@ class Architecture:
         """Full name of a rewrite module, as in ``model.named_modules()``."""
         return self.rewrite.replace("{}", str(layer))
 
+    def width(self, model: nn.Module, layer: int) -> int:
+        """d_in of a rewrite module, however its weights are packed."""
+        module: Any = model.get_submodule(self.rewrite_name(layer))
+        return int(module.weight.shape[0] if self.conv1d else module.in_features)
+
     def check_layers(self, layers: Sequence[int]) -> tuple[int, ...]:
         """The rewrite layers, ascending.
 

@@ -21,7 +21,8 @@ import torch
 torch.set_num_threads(1)
 warnings.simplefilter("ignore")
 from pathlib import Path
-from alphaedit_peft import AlphaEditConfig, Edit, KeyMoments, get_alphaedit_model, parallel
+from alphaedit_peft import AlphaEditConfig, Edit, KeyMoments, get_alphaedit_model
+from alphaedit_peft import parallel, progress
 from tests.conftest import CORPUS, tiny_model
 from transformers import AutoTokenizer
 
@@ -30,6 +31,7 @@ tokenizer = AutoTokenizer.from_pretrained(out / "tokenizer")
 """
 
 EDITING = """
+progress.watched = lambda: True
 base = tiny_model("llama")
 # this process draws other contexts than the main one would
 config = AlphaEditConfig(

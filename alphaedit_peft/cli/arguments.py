@@ -200,6 +200,7 @@ def load_model(model: str, dtype: Dtype, device: str | None) -> tuple[Any, Any]:
 
     from alphaedit_peft import parallel
     from alphaedit_peft.hub import refusal
+    from alphaedit_peft.progress import counting
 
     hush()
     parallel.count()  # of several processes, each gets a GPU of its own
@@ -211,8 +212,9 @@ def load_model(model: str, dtype: Dtype, device: str | None) -> tuple[Any, Any]:
         base, tokenizer = embedded.load(wanted)
         return base.to("cpu" if device == "auto" else device), tokenizer  # type: ignore[arg-type]
     try:
-        tokenizer = AutoTokenizer.from_pretrained(model)
-        base = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, device_map=device)
+        with counting(f"loading {model}", 1, "model", bar=False):
+            tokenizer = AutoTokenizer.from_pretrained(model)
+            base = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, device_map=device)
     except Exception as error:  # each file format and the Hub have errors of their own
         if (told := refusal(f"model {model!r} was not downloaded", error)) is not None:
             raise told from error

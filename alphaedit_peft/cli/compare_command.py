@@ -161,9 +161,7 @@ def _with_statistics(ground: Base, model: str, out: Path, config: Any) -> Base:
         kept = out / "key_moments"
         if not kept.is_dir():
             texts = embedded.texts(arguments.STATISTICS_TEXTS)
-            made = KeyMoments.collect(
-                ground.model, ground.tokenizer, texts, config, progress=printing.watched()
-            )
+            made = KeyMoments.collect(ground.model, ground.tokenizer, texts, config)
             made.save_pretrained(kept)
         ground = replace(ground, key_moments=arguments.load_moments(kept))
     if ground.null_space is None and ground.key_moments is not None:

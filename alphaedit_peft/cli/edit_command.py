@@ -138,9 +138,7 @@ def _edit_and_save(
         edited.save_pretrained(out)
 
     try:
-        report = edited.edit(
-            wanted, batch_size=batch_size, progress=printing.watched(), after_batch=save
-        )
+        report = edited.edit(wanted, batch_size=batch_size, after_batch=save)
     except BaseException:
         if len(edited.records) > before:
             save()  # the last one may have been cut short

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import BadParameter, Option
 
 from alphaedit_peft.cli import arguments, printing
 
 if TYPE_CHECKING:
-    from alphaedit_peft.evaluation import Suite
+    from alphaedit_peft.evaluation import Scores, Suite
 
 
 def evaluate(  # noqa: PLR0913
@@ -65,11 +65,9 @@ def evaluate(  # noqa: PLR0913
     with printing.kept(out):
         if pack is not None:
             first = None if out is None else out.with_name(f"{out.stem}.before{out.suffix}")
-            before = evaluation.evaluate(base, tokenizer, suite, generate=generate, results=first)
+            before = _judged(base, tokenizer, suite, generate=generate, results=first)
             now = arguments.load_pack(base, pack)
-        scores = evaluation.evaluate(
-            now, tokenizer, suite, baseline=before, generate=generate, results=out
-        )
+        scores = _judged(now, tokenizer, suite, baseline=before, generate=generate, results=out)
     found = scores.to_json()
     facts = {"cases": len(suite.cases), "metrics": found["metrics"], "settings": found["settings"]}
     if before is not None:
@@ -87,6 +85,22 @@ def evaluate(  # noqa: PLR0913
         facts["out"] = str(out)
         parts.append(f"Judged cases are in {out}")
     printing.show(as_json, facts, *parts)
+
+
+def _judged(model: Any, tokenizer: Any, suite: Suite, **options: Any) -> Scores:
+    """A model judged, and told how far that is; options as ``evaluation.evaluate``."""
+    from alphaedit_peft.evaluation import evaluate
+    from alphaedit_peft.progress import counting
+
+    with counting("judging", len(suite.cases), "case") as bar:
+        done = 0
+
+        def tell(judged: int, _: int) -> None:
+            nonlocal done
+            bar.update(judged - done)
+            done = judged
+
+        return evaluate(model, tokenizer, suite, progress=tell, **options)
 
 
 def _suite_of_pack(pack: str, limit: int | None) -> Suite:

@@ -156,6 +156,8 @@ def _hush() -> None:
     """Keep the Hub's progress bars off a stderr that nobody watches, and its advice off any."""
     from huggingface_hub.utils import disable_progress_bars, logging
 
+    from alphaedit_peft.progress import watched
+
     logging.set_verbosity_error()
-    if not printing.watched():
+    if not watched():
         disable_progress_bars()

@@ -100,6 +100,7 @@ def merge(
     `alphaedit merge MODEL pack --out edited-model`
     """
     from alphaedit_peft import AlphaEditModel
+    from alphaedit_peft.progress import counting
 
     arguments.check_folder(out)
     if out.is_dir() and any(out.iterdir()):
@@ -107,14 +108,17 @@ def merge(
     edits = len(arguments.read_alone(pack, "it cannot be merged alone").edits)
     base, tokenizer = arguments.load_model(model, dtype, device)
     edited = AlphaEditModel.from_pretrained(base, pack)
-    rounding = max(edited.merge_errors().values())
-    merged: Any = edited.merge_and_unload(safe_merge=True)
+    with counting("merging", 3, "step", bar=False) as steps:
+        rounding = max(edited.merge_errors().values())
+        steps.update(1)
+        merged: Any = edited.merge_and_unload(safe_merge=True)
+        steps.update(1)
 
-    def write(folder: Path) -> None:
-        merged.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+        def write(folder: Path) -> None:
+            merged.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
 
-    make_folder(out, write)
+        make_folder(out, write)
     dtype_name = str(merged.dtype).removeprefix("torch.")
     facts = {"out": str(out), "edits": edits, "dtype": dtype_name, "rounding_error": rounding}
     printing.show(

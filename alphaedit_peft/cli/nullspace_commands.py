@@ -6,9 +6,11 @@ In: a model and texts. Out: a NullSpace folder, and the key moments where asked 
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Argument, BadParameter, Option
@@ -76,6 +78,8 @@ def nullspace(  # noqa: PLR0913
     corpus = _corpus(model, texts, dataset, text_column)
 
     from alphaedit_peft import AlphaEditConfig, KeyMoments
+    from alphaedit_peft.nullspace.threshold import ADVISED
+    from alphaedit_peft.progress import span
 
     config = AlphaEditConfig(
         preset=preset,
@@ -85,6 +89,7 @@ def nullspace(  # noqa: PLR0913
         tokens_per_batch=tokens_per_batch,
     )
     base, tokenizer = arguments.load_model(model, dtype, device)
+    begun = time.monotonic()
     with printing.kept(resume):
         moments = KeyMoments.collect(
             base,
@@ -92,7 +97,6 @@ def nullspace(  # noqa: PLR0913
             corpus,
             config,
             max_tokens=max_tokens,
-            progress=printing.watched(),
             resume=resume,
             text_column=text_column,
         )
@@ -101,17 +105,27 @@ def nullspace(  # noqa: PLR0913
     if moments_out is not None:
         moments.save_pretrained(moments_out)
     found = moments.null_space(config=config.resolve(base)[0])
-    write(found, out, as_json, {} if moments_out is None else {"moments_out": str(moments_out)})
+    more: dict[str, Any] = {} if moments_out is None else {"moments_out": str(moments_out)}
+    seconds, advised = time.monotonic() - begun, ADVISED * max(map(found.width, found.layers))
+    then = f"alphaedit edit {quote(model)} edits.jsonl --null-space {quote(str(out))} --out pack"
+    more |= {"seconds": seconds, "advised_tokens": advised, "next": then}
+    enough = "enough" if found.tokens >= advised else "more are better"
+    told = f"{found.tokens:,} tokens in {span(seconds)}; {advised:,} are advised: {enough}"
+    write(found, out, as_json, more, told, f"Next: {then}")
 
 
 def write(
-    found: NullSpace, out: Path, as_json: bool, more: Mapping[str, str] | None = None
+    found: NullSpace,
+    out: Path,
+    as_json: bool,
+    more: Mapping[str, Any] | None = None,
+    *told: str,
 ) -> None:
-    """Save a null space, and say what it is; ``more`` is for JSON alone."""
+    """Save a null space, and say what it is; ``more`` is for JSON alone, ``told`` for people."""
     found.save_pretrained(out)
     facts, table = described(found)
     facts = {"out": str(out), **facts, **(more or {})}
-    printing.show(as_json, facts, table, f"Written to {out}")
+    printing.show(as_json, facts, table, f"Written to {out}", *told)
 
 
 def described(found: NullSpace) -> tuple[dict[str, Any], Table]:

@@ -152,11 +152,6 @@ def finite(values: Any) -> Any:
     return None if isinstance(values, float) and not math.isfinite(values) else values
 
 
-def watched() -> bool:
-    """Whether someone watches stderr, so that progress bars make sense."""
-    return sys.stderr.isatty()
-
-
 @contextmanager
 def kept(path: Path | None) -> Iterator[None]:
     """Where a signal ends the block, say that the command can go on from the file or folder."""
@@ -169,9 +164,36 @@ def kept(path: Path | None) -> Iterator[None]:
 
 
 def progress(text: str) -> None:
-    """Print a line on stderr where someone watches it."""
+    """Print a line on stderr where someone watches it; elsewhere lines come now and then."""
+    from alphaedit_peft.progress import watched  # which imports torch
+
     if watched():
         say(text)
+
+
+class Told(logging.Handler):
+    """Prints what the package records of its progress: a line on stderr, above a bar."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print one record."""
+        from tqdm import tqdm
+
+        with tqdm.external_write_mode(file=sys.stderr):
+            say(one_line(record.getMessage()))
+
+
+@contextmanager
+def records_told() -> Iterator[None]:
+    """Show what the package records while a command runs."""
+    logger, told = logging.getLogger("alphaedit_peft"), Told()
+    before = logger.level
+    logger.addHandler(told)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.removeHandler(told)
+        logger.setLevel(before)
 
 
 EXPECTED = (ValueError, RuntimeError, OSError, ImportError)  # PackError is a ValueError
@@ -217,6 +239,7 @@ class CommandGroup(TyperGroup):
             with ExitStack() as at_work, stoppable(), warnings_in_one_line():
                 at_work.callback(AT_WORK.reset, AT_WORK.set(at_work))
                 at_work.enter_context(optional_kernel_unmentioned())
+                at_work.enter_context(records_told())
                 return super().invoke(ctx)
         except (typer.Exit, typer.Abort, BrokenPipeError):
             raise
@@ -232,7 +255,7 @@ def say(text: str) -> None:
     sys.stderr.write(f"alphaedit: {text}\n")  # which escapes what its encoding lacks
 
 
-def one_line(error: BaseException) -> str:
+def one_line(error: object) -> str:
     """An error's message without line breaks or escapes for the terminal; else its type."""
     text = str(error)
     if isinstance(error, OSError) and error.strerror:

@@ -105,8 +105,7 @@ def tune(  # noqa: PLR0913
     ground = studies.Base(base, tokenizer, space, moments)
     if given_none:
         every = replace(config, rewrite_layers=sorted({n for choice in choices for n in choice}))
-        watched = printing.watched()
-        ground = studies.Base.from_texts(base, tokenizer, corpus, every, progress=watched)
+        ground = studies.Base.from_texts(base, tokenizer, corpus, every, progress=True)
     found = tune.tune(ground, suite, grid, config, progress=printing.progress)
     if html is not None:
         replace_file(html, _page(found, model))

@@ -12,9 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from tqdm.auto import tqdm
 
-from alphaedit_peft import parallel
 from alphaedit_peft.editing.auto_settings import in_force
 from alphaedit_peft.editing.batch import edit_batch
 from alphaedit_peft.editing.edit_report import EditReport, EditResult
@@ -41,6 +39,7 @@ from alphaedit_peft.model.stack import (
 from alphaedit_peft.pack import EditRecord
 from alphaedit_peft.pack.edit_record import few
 from alphaedit_peft.pack.parents import BESIDE
+from alphaedit_peft.progress import counting
 from alphaedit_peft.solve_metric import Metric
 
 
@@ -67,10 +66,9 @@ def edit(
             rows = [runner.renderer.edit_rows(edit, runner.contexts) for edit in plan.to_make]
         runner = within_budget(runner, metric, rows, batch_size, adopted.rank)
         found = [EditResult(edit, reason) for edit, reason in plan.set_aside]
-        hidden = not (progress and parallel.is_main())
         with (
             settled(model, adapter, runner, metric, rows[:batch_size]) as (metric, decided),
-            tqdm(total=len(rows), desc="edits", unit="edit", disable=hidden) as bar,
+            counting("edits", len(rows), "edit", shown=progress) as bar,
         ):
             for start in range(0, len(rows), batch_size):
                 batch = rows[start : start + batch_size]

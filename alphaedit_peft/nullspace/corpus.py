@@ -93,6 +93,22 @@ def file_texts(path: str, column: str = "text") -> Iterator[str]:
             yield text if isinstance(text, str) else record.text(column)  # which says what is wrong
 
 
+def expected_tokens(texts: Any, tokenizer: Any, text_column: str = "text") -> int | None:
+    """About how many tokens a text file or a list of texts holds, by some of them; else None."""
+    if isinstance(texts, str) and os.path.isfile(texts):
+        some = list(islice(read_texts(texts, text_column), TEXTS_AT_ONCE))
+        with open(texts, "rb") as file:
+            share = sum(map(len, islice(file, TEXTS_AT_ONCE))) / max(1, os.path.getsize(texts))
+    elif isinstance(texts, Sequence) and not isinstance(texts, str):
+        some = list(texts[:: -(-len(texts) // TEXTS_AT_ONCE) or 1])
+        share = len(some) / max(1, len(texts))
+    else:
+        return None
+    some = [text for text in some if isinstance(text, str) and text.strip()]
+    ids = tokenizer(some, verbose=False)["input_ids"] if some else []
+    return round(sum(map(len, ids)) / share) if share else 0
+
+
 def corpus_label(texts: Any) -> str:
     """A name for the corpus, for provenance."""
     if isinstance(texts, str):

@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import signal
 import threading
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -23,12 +25,12 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from tqdm import tqdm
 
 from alphaedit_peft import hooks, parallel, saving
 from alphaedit_peft.devices import reads_ids_on
 from alphaedit_peft.messages import sentence, shown
 from alphaedit_peft.nullspace.corpus import TokenBatch
+from alphaedit_peft.progress import Bar, span
 from alphaedit_peft.safe_files import (
     MAX_TENSOR_BYTES,
     DamagedFileError,
@@ -41,6 +43,8 @@ from alphaedit_peft.safe_files import (
 )
 
 BATCHES_PER_CHECKPOINT = 200
+LOGGER = logging.getLogger(__name__)
+MEASURED = 4  # batches from which the time of a pass is told, the first of them left out
 BLOCK, MAX_BLOCKS = 256, 8  # of a sum: smallest width, and most to a side
 
 
@@ -132,7 +136,7 @@ def collect_sums(
     batches: Iterable[TokenBatch],
     *,
     checkpoint: Checkpoint | None = None,
-    bar: tqdm,
+    bar: Bar,
 ) -> Sums:
     """Sum k k^T over all tokens of all batches.
 
@@ -149,7 +153,9 @@ def collect_sums(
     """
     with parallel.in_step(), checkpoint.alone() if checkpoint else nullcontext():
         sums = Sums() if checkpoint is None else checkpoint.begin()
+        bar.initial = sums.tokens
         bar.update(sums.tokens)
+        pace = Pace(bar)
         try:
             for batch in _remaining(batches, sums):
                 # a batch half summed cannot be saved, so a signal waits for its end
@@ -161,6 +167,7 @@ def collect_sums(
                     sums.batches += 1
                     sums.texts = batch.texts
                 bar.update(batch.tokens)
+                pace.measure(sums.tokens)
                 if checkpoint and sums.batches % BATCHES_PER_CHECKPOINT == 0:
                     checkpoint.write(_combined(sums, names))
         except KeyboardInterrupt:
@@ -171,6 +178,26 @@ def collect_sums(
         if checkpoint:
             checkpoint.write(whole)
     return whole
+
+
+class Pace:
+    """Tells once, from the first few batches, how long a pass takes."""
+
+    def __init__(self, bar: Bar) -> None:
+        self.total, self.batches = bar.total, 0
+        self.tokens, self.begun = 0, 0.0  # when the first batch was done
+
+    def measure(self, tokens: int) -> None:
+        """Take note of a batch that is done, with so many tokens by then."""
+        self.batches += 1
+        if self.batches == 1:
+            self.tokens, self.begun = tokens, time.monotonic()
+        elif self.batches == MEASURED:
+            rate = (tokens - self.tokens) / max(1e-9, time.monotonic() - self.begun)
+            told = f"{rate:,.0f} tokens a second"
+            if self.total is not None:
+                told += f", about {span((self.total - tokens) / rate)} left"
+            LOGGER.info("key moments: %s", told)
 
 
 def _combined(sums: Sums, names: list[str]) -> Sums:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
@@ -18,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
-from tqdm import tqdm
 
 from alphaedit_peft import hooks, parallel
 from alphaedit_peft.architecture import position_switches, resolve
@@ -26,7 +26,7 @@ from alphaedit_peft.devices import require_whole
 from alphaedit_peft.fingerprint import BaseFingerprint, bare_model, fingerprint, require_same_base
 from alphaedit_peft.hub import Destination
 from alphaedit_peft.messages import shown
-from alphaedit_peft.nullspace.corpus import corpus_label, read_texts, token_batches
+from alphaedit_peft.nullspace.corpus import corpus_label, expected_tokens, read_texts, token_batches
 from alphaedit_peft.nullspace.moments import Checkpoint, collect_sums
 from alphaedit_peft.nullspace.sharing import About, find_folder, push_null_space
 from alphaedit_peft.nullspace.spectrum import (
@@ -36,10 +36,18 @@ from alphaedit_peft.nullspace.spectrum import (
     check_shapes,
     moment_quadratic,
 )
-from alphaedit_peft.nullspace.threshold import REACH, check_reach, decompose, null_dimension
+from alphaedit_peft.nullspace.threshold import (
+    ADVISED,
+    REACH,
+    check_reach,
+    decompose,
+    null_dimension,
+)
+from alphaedit_peft.progress import counting
 from alphaedit_peft.safe_files import Field, read_artefact, refusing, versions, write_artefact
 from alphaedit_peft.settings import EditOptions
 
+LOGGER = logging.getLogger(__name__)
 MOMENTS_STEM = "key_moments"
 LAYER = r"0|[1-9]\d{0,4}"  # a block's number as a name
 ORIGIN = {
@@ -132,10 +140,14 @@ class KeyMoments:
             max_tokens=max_tokens,
             switches=position_switches(base.config),
         )
-        shown = progress and parallel.is_main()
-        bar = tqdm(total=max_tokens, unit="tok", desc="key moments", disable=not shown)
+        held = expected_tokens(texts, tokenizer, text_column) if progress else None
+        total = min((n for n in (held, max_tokens) if n is not None), default=None)
+        if progress and parallel.is_main():
+            width = max(architecture.width(base, layer) for layer in modules)
+            LOGGER.info("key moments: %s", _plan(len(modules), width, held, max_tokens))
         adapters_off = getattr(model, "disable_adapter", nullcontext)
-        with adapters_off(), hooks.evaluating(base), bar:
+        counted = counting("key moments", total, "token", shown=progress)
+        with adapters_off(), hooks.evaluating(base), counted as bar:
             sums = collect_sums(base, names, batches, checkpoint=checkpoint, bar=bar)
         provenance = {
             "corpus": corpus_label(texts),
@@ -455,3 +467,19 @@ def _read(
     with refusing(Path(folder) / f"{stem}.json"):
         values["fingerprint"] = None if found is None else BaseFingerprint.from_json(found)
     return tensors, values
+
+
+def _plan(layers: int, width: int, held: int | None, max_tokens: int | None) -> str:
+    """How many tokens a pass takes, and how many are enough for this model."""
+    least, advised = f"{width:,}", f"{ADVISED * width:,}"
+    told = f"{layers} layers of d_in {width:,} need {least} tokens at least, better {advised}; "
+    if held is None:
+        told += "how many these texts hold is not known"
+    else:
+        told += f"these texts hold about {held:,}"
+    if max_tokens is not None and (held is None or held > max_tokens):
+        told += f", of which {max_tokens:,} are taken (max_tokens)"
+    taken = min((n for n in (held, max_tokens) if n is not None), default=None)
+    if taken is not None and taken < ADVISED * width:
+        told += ": too few" if taken < width else ": enough, but few"
+    return told

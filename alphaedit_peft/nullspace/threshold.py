@@ -17,13 +17,14 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
-from alphaedit_peft import algebra, parallel
+from alphaedit_peft import algebra
 from alphaedit_peft.nullspace.spectrum import PROJECTOR, LayerSpace, exact_spectrum
+from alphaedit_peft.progress import counting
 from alphaedit_peft.settings import THRESHOLD_MODES, require_one_of
 
 REACH = 10.0  # the threshold can be moved by this factor, either way
+ADVISED = 10  # tokens for each of d_in directions
 LONG = 4096  # width from which on an eigen-decomposition takes so long that a bar is shown
 ENERGIES = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2)
 CLEARLY = 0.85  # a threshold is left for one that disturbs at most this much of what it does
@@ -110,18 +111,21 @@ def decompose(
             raise ValueError(
                 f"{tokens} tokens are fewer than layer {layer}'s width {width}, so directions "
                 f"would count as unused for want of data; collect at least {width - tokens} more, "
-                f"better {10 * width - tokens}"
+                f"better {ADVISED * width - tokens}"
             )
-        if tokens < 10 * width:
+        if tokens < ADVISED * width:
             warnings.warn(
                 f"{tokens} tokens are few for layer {layer}'s width {width}; ten for each "
-                f"direction are advised, {10 * width}",
+                f"direction are advised, {ADVISED * width}",
                 stacklevel=4,
             )
     long = any(len(moment) >= LONG for moment in moments.values())
-    shown = long and progress and parallel.is_main()
-    layers = tqdm(sorted(moments), desc="eigenvectors", unit="layer", disable=not shown)
-    return {layer: layer_space(moments[layer], *wanted) for layer in layers}
+    parts = {}
+    with counting("eigenvectors", len(moments), "layer", shown=progress, bar=long) as bar:
+        for layer in sorted(moments):
+            parts[layer] = layer_space(moments[layer], *wanted)
+            bar.update(1)
+    return parts
 
 
 def layer_space(moment: Tensor, threshold: float, mode: str, reach: float = REACH) -> LayerSpace:

@@ -24,6 +24,7 @@ from alphaedit_peft.config import AlphaEditConfig
 from alphaedit_peft.evaluation import Judging, Scores, Suite, evaluate
 from alphaedit_peft.fingerprint import fingerprint
 from alphaedit_peft.nullspace import KeyMoments, NullSpace
+from alphaedit_peft.progress import counting
 from alphaedit_peft.safe_files import Field
 
 Progress = Callable[[str], object]  # told a line of text after each step
@@ -130,7 +131,8 @@ def judged_before(study: Study, folder: Path) -> Scores:
             )
         return scores
     folder.mkdir(parents=True, exist_ok=True)
-    scores = study.judge(study.base.model, study.suite, folder / "before-cases.jsonl")
+    with counting("the unedited model judged", 1, "model", bar=False):
+        scores = study.judge(study.base.model, study.suite, folder / "before-cases.jsonl")
     text = json.dumps({"study": made_of, "scores": scores.to_json()}, ensure_ascii=False)
     saving.replace_file(path, text + "\n")
     return scores

@@ -23,6 +23,7 @@ from alphaedit_peft.config import AlphaEditConfig
 from alphaedit_peft.edits import Edit
 from alphaedit_peft.evaluation.summary import Estimate, bootstrap
 from alphaedit_peft.messages import shown
+from alphaedit_peft.progress import counting
 from alphaedit_peft.studies.base import Progress
 from alphaedit_peft.studies.tracing import MLP, STATES, Row, Run, Tracer
 
@@ -177,13 +178,15 @@ def locate(  # noqa: PLR0913
             )
         deviation = tracer.deviation([row for _, row in known])
         traces = []
-        for number, (edit, row) in enumerate(known, 1):
-            generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {edit.id}".encode()))
-            shape = (samples, len(row.subject), tracer.width)
-            draws = torch.randn(shape, generator=generator, dtype=torch.float64)
-            added = draws * noise * deviation
-            traces.append(trace_fact(tracer, tokenizer, edit, row, added, window))
-            progress(f"{number} of {len(known)} facts traced")
+        with counting("facts traced", len(known), "fact", bar=False) as bar:
+            for number, (edit, row) in enumerate(known, 1):
+                generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {edit.id}".encode()))
+                shape = (samples, len(row.subject), tracer.width)
+                draws = torch.randn(shape, generator=generator, dtype=torch.float64)
+                added = draws * noise * deviation
+                traces.append(trace_fact(tracer, tokenizer, edit, row, added, window))
+                progress(f"{number} of {len(known)} facts traced")
+                bar.update(1)
     aside = len(edits) - len(known)
     return Located(tuple(traces), aside, deviation, noise, samples, window, blocks)
 

@@ -23,6 +23,7 @@ from alphaedit_peft import saving
 from alphaedit_peft.evaluation import Case, CaseScores, Scores
 from alphaedit_peft.evaluation.results import JsonLines
 from alphaedit_peft.evaluation.summary import NUMBER, Estimate, estimates_from_json, gather
+from alphaedit_peft.progress import counting
 from alphaedit_peft.safe_files import Field, check_fields, json_lines, refusing
 from alphaedit_peft.studies.base import Progress, Study, judged_before
 from alphaedit_peft.studies.methods import Editor, Method, opened
@@ -160,7 +161,12 @@ def _gone_on(
     step, state = place.state()
     place.require_batches(step, lines)
     if len(batches) not in finished:
-        with opened(study.base, method, study.config, state) as editor:
+        with (
+            counting(f"{method.name}, batches made", len(batches), "batch", bar=False) as bar,
+            opened(study.base, method, study.config, state) as editor,
+        ):
+            bar.initial = step
+            bar.update(step)
             while True:
                 if step and schedule.is_due(step, len(batches)) and step not in finished:
                     found = _judged(study, editor, batches[:step], before, place)
@@ -172,6 +178,7 @@ def _gone_on(
                 step += 1
                 place.add(batch=step, **made)  # first, so that a saved state always has its line
                 place.keep(step, editor.save)
+                bar.update(1)
                 progress(f"{method.name}: batch {step} of {len(batches)} made")
     lines = place.begin()
     judged = {line["judged"]["batches"]: line["judged"] for line in lines if "judged" in line}
@@ -213,15 +220,19 @@ def _each_alone(
 ) -> Run:
     done = {line["case"]["digest"] for line in place.begin()}
     before = before or judged_before(study, place.path)
-    for case in [case for case in study.suite.cases if case.digest not in done]:
-        # a fresh model: what the first edits decide for all later ones is undone too
-        with opened(study.base, method, study.config) as editor:
-            made = _made(editor, [case])
-            suite = replace(study.suite, cases=[case], unedited=(), texts=())
-            found = study.judge(editor.model, suite, None, before)
-        place.add(case=found.cases[0].to_json(), **made)
-        done.add(case.digest)
-        progress(f"{method.name}: {len(done)} of {len(study.suite.cases)} edits judged")
+    with counting(f"{method.name}, edits", len(study.suite.cases), "edit", bar=False) as bar:
+        bar.initial = len(done)
+        bar.update(len(done))
+        for case in [case for case in study.suite.cases if case.digest not in done]:
+            # a fresh model: what the first edits decide for all later ones is undone too
+            with opened(study.base, method, study.config) as editor:
+                made = _made(editor, [case])
+                suite = replace(study.suite, cases=[case], unedited=(), texts=())
+                found = study.judge(editor.model, suite, None, before)
+            place.add(case=found.cases[0].to_json(), **made)
+            done.add(case.digest)
+            bar.update(1)
+            progress(f"{method.name}: {len(done)} of {len(study.suite.cases)} edits judged")
     by_digest = {line["case"]["digest"]: line for line in place.begin()}
     lines = [by_digest[case.digest] for case in study.suite.cases]
     cases = tuple(CaseScores.from_json(line["case"]) for line in lines)

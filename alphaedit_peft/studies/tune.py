@@ -20,6 +20,7 @@ from alphaedit_peft.config import AlphaEditConfig
 from alphaedit_peft.evaluation import Judging, Reader, Scores, Suite, evaluate, text_divergence
 from alphaedit_peft.evaluation.summary import SCORED, Estimate, Values, bootstrap, harmonic
 from alphaedit_peft.model import AlphaEditModel, get_alphaedit_model
+from alphaedit_peft.progress import counting
 from alphaedit_peft.settings import PRESETS
 from alphaedit_peft.solve_metric import kind
 from alphaedit_peft.studies.base import Base, Progress
@@ -262,10 +263,12 @@ def tune(
 
     before = evaluate(base.model, base.tokenizer, asked, how=how)
     tried: list[Tried] = []
-    for layers, clamp in product(grid.layers, grid.clamps):
-        for found in _solved(base, suite, Setting(layers, clamp), solves, common, judge):
-            tried.append(found)
-            progress(f"{len(tried)} of {size}: {found.setting}: {found.score.value:.3f}")
+    with counting("settings tried", size, "setting", bar=False) as bar:
+        for layers, clamp in product(grid.layers, grid.clamps):
+            for found in _solved(base, suite, Setting(layers, clamp), solves, common, judge):
+                tried.append(found)
+                progress(f"{len(tried)} of {size}: {found.setting}: {found.score.value:.3f}")
+                bar.update(1)
     return Tuning(tuple(tried), before, len(suite.cases))
 
 

@@ -143,7 +143,7 @@ def test_a_run_that_stops_keeps_its_finished_batches(
 ):
     whole = AlphaEditModel.edit
 
-    def stops(self, edits, batch_size, *, progress, after_batch):
+    def stops(self, edits, batch_size, *, after_batch):
         whole(self, edits[:1], progress=False)
         raise reason
 

@@ -1,4 +1,4 @@
-"""``alphaedit nullspace import``: each kind of file in, a NullSpace folder out."""
+"""``alphaedit nullspace`` and its ``import``: texts or others' files in, a NullSpace folder out."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from alphaedit_peft import embedded
 from alphaedit_peft.nullspace import KeyMoments, NullSpace
 
 WIDTH, TOKENS = 12, 600
@@ -78,3 +79,19 @@ def test_what_cannot_be_read_is_one_line(run, files, tmp_path):
     assert "p.pt: it is damaged, or holds more than tensors" in result.stderr
     result = run("nullspace", "import", files[1], "--layers", "0", "--out", ".", code=1)
     assert "is or holds the working directory" in result.stderr
+
+
+def test_tokens_and_time_are_told_before_and_what_to_do_next_after(
+    run, run_json, embedded_model, tmp_path
+):
+    texts = tmp_path / "texts.txt"
+    texts.write_text("\n".join(embedded.texts(400)))
+    words = ["nullspace", "embedded", "--texts", texts, "--out", tmp_path / "a b"]
+    done = run(*words)
+    assert "2 layers of d_in 1,024 need 1,024 tokens at least, better 10,240" in done.stderr
+    then = f"alphaedit edit embedded edits.jsonl --null-space '{tmp_path / 'a b'}' --out pack"
+    assert f"Next: {then}" in done.stdout
+    assert "10,240 are advised: more are better" in done.stdout
+    told = run_json(*words)
+    assert (told["next"], told["advised_tokens"]) == (then, 10_240)
+    assert told["seconds"] > 0

@@ -1,12 +1,13 @@
 """Printing: cells as they are, numbers short, JSON that any program reads."""
 
 import json
+import logging
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
-from alphaedit_peft import Edit
+from alphaedit_peft import Edit, progress
 from alphaedit_peft.cli import app, printing
 from alphaedit_peft.cli.arguments import check_folder, parse_layers
 from alphaedit_peft.pack import EditRecord
@@ -146,3 +147,18 @@ def test_edits_are_made_and_shown_in_a_console_that_is_not_utf_8(shell, shown, t
     assert done.returncode == 0, done.stderr
     assert "T?ky?" in done.stdout
     assert "Traceback" not in done.stderr
+
+
+def test_where_nobody_watches_lines_tell_how_far_a_command_is(
+    run, shown, edits_file, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(progress, "EVERY", 1e-3)
+    words = ["edit", "embedded", edits_file, "--null-space", shown[0] / "null_space", "--steps", 3]
+    told = run(*words, "--out", tmp_path / "pack").stderr
+    assert "alphaedit: edits: 0 of 2 edits, " in told
+    assert "alphaedit: edits: 2 of 2 edits, " in told
+    told = run("evaluate", "embedded", "--pack", tmp_path / "pack").stderr
+    assert "alphaedit: judging: " in told
+    told = run("merge", "embedded", tmp_path / "pack", "--out", tmp_path / "merged").stderr
+    assert "alphaedit: merging: " in told
+    assert logging.getLogger("alphaedit_peft").handlers == []

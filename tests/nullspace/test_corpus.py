@@ -7,7 +7,7 @@ import pytest
 import torch
 from datasets import Dataset, DatasetDict, IterableDataset
 
-from alphaedit_peft.nullspace.corpus import corpus_label, read_texts, token_batches
+from alphaedit_peft.nullspace.corpus import corpus_label, expected_tokens, read_texts, token_batches
 
 
 def rows_of(batches) -> list[list[int]]:
@@ -20,6 +20,20 @@ def test_batches_hold_every_token_once_within_the_budget(tokenizer, texts):
     assert sorted(rows_of(batches)) == sorted(tokenizer(texts)["input_ids"])
     assert sum(batch.tokens for batch in batches) == sum(len(t.split()) + 1 for t in texts)
     assert batches[-1].texts == len(texts)
+
+
+def test_about_how_many_tokens_a_corpus_holds(tokenizer, texts, tmp_path):
+    tokens = sum(map(len, tokenizer(texts)["input_ids"]))
+    assert expected_tokens(texts, tokenizer) == pytest.approx(tokens, rel=0.1)
+    assert expected_tokens(texts[:20], tokenizer) == sum(map(len, tokenizer(texts[:20]).input_ids))
+    (tmp_path / "lines.txt").write_text("\n".join(texts) + "\n")
+    lines = [json.dumps({"id": "x" * 40, "text": text}) for text in texts]
+    (tmp_path / "lines.jsonl").write_text("\n".join(lines) + "\n")
+    for name in ("lines.txt", "lines.jsonl"):
+        found = expected_tokens(str(tmp_path / name), tokenizer)
+        assert found == pytest.approx(tokens, rel=0.2)
+    assert expected_tokens(iter(texts), tokenizer) is None
+    assert expected_tokens([], tokenizer) == expected_tokens([" "], tokenizer) == 0
 
 
 def test_sorting_limits_padding(tokenizer, texts):

@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from alphaedit_peft import progress
 from alphaedit_peft.nullspace import KeyMoments, threshold
 
 
@@ -17,6 +18,7 @@ def two_layers() -> KeyMoments:
 def test_a_bar_counts_layers_where_they_take_long_and_it_is_wanted(two_layers, capfd, monkeypatch):
     two_layers.null_space(1e-3, "relative")
     assert capfd.readouterr().err == ""
+    monkeypatch.setattr(progress, "watched", lambda: True)
     monkeypatch.setattr(threshold, "LONG", 12)
     two_layers.null_space(1e-3, "relative", progress=False)
     assert capfd.readouterr().err == ""

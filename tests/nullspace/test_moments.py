@@ -11,8 +11,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
 
+from alphaedit_peft import progress
 from alphaedit_peft.config import AlphaEditConfig
 from alphaedit_peft.nullspace import KeyMoments
+from alphaedit_peft.nullspace.corpus import expected_tokens
 from tests.conftest import PEFT_ALONE
 
 
@@ -128,13 +130,39 @@ def test_dataset_objects_and_provenance(model, tokenizer, texts, config, moments
     assert set(moments.provenance["versions"]) == {"alphaedit_peft", "torch", "transformers"}
 
 
-def test_progress_goes_to_stderr_or_nowhere(model, tokenizer, texts, config, capfd):
+def test_progress_goes_to_stderr_or_nowhere(model, tokenizer, texts, config, capfd, monkeypatch):
     KeyMoments.collect(model, tokenizer, texts[:5], config, progress=False)
     assert capfd.readouterr() == ("", "")
+    monkeypatch.setattr(progress, "watched", lambda: True)
     KeyMoments.collect(model, tokenizer, texts[:5], config)
     out, err = capfd.readouterr()
     assert out == ""
     assert "key moments" in err
+
+
+@pytest.mark.parametrize(
+    ("count", "most", "words"),
+    [
+        (90, None, "better 240; these texts hold about {}"),
+        (90, 300, "better 240; these texts hold about {}, of which 300 are taken (max_tokens)"),
+        (90, 100, "of which 100 are taken (max_tokens): enough, but few"),
+        (2, None, "these texts hold about 5: too few"),
+        (None, 300, "how many these texts hold is not known, of which 300 are taken"),
+    ],
+)
+def test_what_a_pass_takes_is_recorded_before_it_starts(
+    model, tokenizer, texts, config, caplog, count, most, words
+):
+    caplog.set_level("INFO", "alphaedit_peft")
+    given = iter(texts) if count is None else texts[:count]
+    KeyMoments.collect(model, tokenizer, given, config, max_tokens=most)
+    held = expected_tokens(texts[:count], tokenizer)
+    first = caplog.messages[0]
+    assert first.startswith("key moments: 2 layers of d_in 24 need 24 tokens at least, ")
+    assert words.format(f"{held:,}") in first
+    paces = [text for text in caplog.messages[1:] if " tokens a second" in text]
+    assert len(paces) == (count != 2 and most != 100)  # which is a batch or two
+    assert all(text.endswith(" left") for text in paces) or count is None
 
 
 def test_saved_then_loaded_has_the_same_bits(tmp_path, moments):

@@ -30,6 +30,7 @@ from alphaedit_peft.edits import Edit
 from alphaedit_peft.model import AlphaEditModel, get_alphaedit_model
 from alphaedit_peft.model.adapter import adapter_of
 from alphaedit_peft.model.prepare import running
+from alphaedit_peft.progress import counting
 from alphaedit_peft.solve_metric import kind
 from alphaedit_peft.studies.base import Progress, dtype_name
 from alphaedit_peft.studies.benchmark import machine
@@ -67,10 +68,12 @@ def benchmark(
     ours = [Batches(runs, name, chosen) for name in plan.objectives]
     plain = PlainWay(runs, chosen[: plan.plain_edits]) if plan.plain_edits else None
     ways: list[Batches | PlainWay] = [*ours, *([plain] if plain else [])]
-    for repeat in range(plan.repeats):
-        for way in ways[:: -1 if repeat % 2 else 1]:  # there and back: machines change with time
-            progress(f"{way.name}, run {repeat + 1} of {plan.repeats}")
-            way.run()
+    with counting("runs timed", plan.repeats * len(ways), "run", bar=False) as bar:
+        for repeat in range(plan.repeats):
+            for way in ways[:: -1 if repeat % 2 else 1]:  # there and back: machines change
+                progress(f"{way.name}, run {repeat + 1} of {plan.repeats}")
+                way.run()
+                bar.update(1)
     rates = runs.rates()
     sessions = tuple(way.session(rates) for way in ours)
     beside = plain.session(rates) if plain else None
