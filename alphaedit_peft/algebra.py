@@ -224,7 +224,9 @@ def residual_share(wanted: Tensor, achieved: Tensor) -> Tensor:
     1 is all of it, 0 none; a wanted residual of zero counts as reached.
     """
     size = wanted.double().square().sum(1)
-    share = (wanted.double() * achieved.double()).sum(1) / size.clamp_min(torch.finfo().tiny)
+    share = (wanted.double() * achieved.double()).sum(1) / size.clamp_min(
+        torch.finfo(torch.float32).tiny
+    )
     return torch.where(size > 0, share, torch.ones_like(share))
 
 

@@ -96,12 +96,18 @@ def in_place(module: nn.Module) -> Iterator[None]:
 
 
 def require_whole(model: nn.Module) -> None:
-    """Refuse, by a ValueError, FSDP, tensor parallelism and data-parallel wrappers."""
+    """Refuse, by a ValueError, a model without weights, or one split by FSDP or parallelism."""
     kind = type(model).__name__
     if isinstance(model, DataParallel | DistributedDataParallel):
         raise ValueError(
             f"the base model is wrapped in {kind}, whose module is what can be edited; pass "
             "model.module, and let each process have all of it"
+        )
+    if keeps_elsewhere(model) and not any(_offloading(module) for module in model.modules()):
+        raise ValueError(
+            f'{kind} has no weights: it was made on the device "meta", where parameters are shapes '
+            "alone; load it with from_pretrained, or give it weights first (to_empty, then "
+            "load_state_dict)"
         )
     split = _how_split(model)
     if split is not None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
 from statistics import fmean
@@ -135,13 +135,13 @@ class Metric(ABC):
         """
         return {}
 
-    def provenance(self, digest: Callable[[Statistics], str]) -> dict[str, object]:
+    def provenance(self) -> dict[str, object]:
         """What a pack stores of the statistics that its rows depend on, for later batches.
 
         ``digest`` names them, ``tokens`` they were collected over; ``threshold`` and ``mode`` are
         the null space's, None where there is none.
         """
-        names, space = [digest(part) for part in self.statistics], self.null_space
+        names, space = [part.digest() for part in self.statistics], self.null_space
         if type(self) not in (Projector, Moment):  # on the same statistics, rows are others
             names.append(type(self).__name__)
         several = hashlib.sha256("".join(names).encode()).hexdigest()[:16]

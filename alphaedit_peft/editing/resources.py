@@ -7,7 +7,6 @@ tokenizer, or a sentence that says what is missing and how to give it.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from weakref import WeakKeyDictionary
 
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -17,7 +16,7 @@ from alphaedit_peft.fingerprint import BaseFingerprint, require_same_base
 from alphaedit_peft.messages import shown
 from alphaedit_peft.nullspace import KeyMoments, NullSpace
 from alphaedit_peft.settings import EditOptions, Settings
-from alphaedit_peft.solve_metric import Metric, Statistics, kind, make_metric
+from alphaedit_peft.solve_metric import Metric, kind, make_metric
 
 READ_BY_ALL = ("objective", "rewrite_layers", "projection", "null_space")
 
@@ -35,7 +34,6 @@ class Resources:
     _metric: Metric | None = None
     _made_of: tuple[object, ...] = ()
     _rows_depend_on: dict[str, object] = field(default_factory=dict)  # settings, by name
-    _digests: WeakKeyDictionary[Statistics, str] = field(default_factory=WeakKeyDictionary)
 
     def __post_init__(self) -> None:
         for name, wanted in (("null_space", NullSpace), ("key_moments", KeyMoments)):
@@ -90,13 +88,7 @@ class Resources:
         """What a pack stores of what its rows depend on; None before the metric's use."""
         if self._metric is None:
             return None
-        return self._metric.provenance(self._digest) | self._rows_depend_on
-
-    def _digest(self, statistics: Statistics) -> str:
-        """A digest that reads all numbers, so only once for each value."""
-        if statistics not in self._digests:
-            self._digests[statistics] = statistics.digest()
-        return self._digests[statistics]
+        return self._metric.provenance() | self._rows_depend_on
 
     def _ingredients(self, settings: EditOptions, base: BaseFingerprint) -> tuple[object, ...]:
         """What the metric is made of; statistics compare by identity."""

@@ -103,7 +103,7 @@ class Journal(_Recorded):
     @classmethod
     def empty(cls, hidden_size: int) -> Journal:
         """The journal of a model without edits."""
-        return cls((), torch.zeros(0, hidden_size), 0, None)
+        return cls((), torch.zeros(0, hidden_size, dtype=torch.float32), 0, None)
 
     def before_batch(self, batch: int) -> list[EditRecord]:
         """Records as they stood before a batch: later edits gone, what they superseded back.

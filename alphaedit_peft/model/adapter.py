@@ -97,7 +97,7 @@ class Adapter:
         factors, targets = self.factors, self.journal.targets
         if targets is None:  # editing goes on from such a pack, repour cannot
             width = next(iter(factors.values())).B.shape[0]
-            targets = torch.full((self.journal.rank, width), torch.nan)
+            targets = torch.full((self.journal.rank, width), torch.nan, dtype=torch.float32)
         return EditState(factors, self.journal.records, targets, self.kept)
 
     def grams(self) -> dict[int, Tensor]:
@@ -184,14 +184,25 @@ def make_adapter(model: EditedModel, name: str, journal: Journal, **known: Any) 
     return adapter
 
 
+def in_force(model: EditedModel) -> list[str]:
+    """Names of the adapters that edits act through: the merged ones, where some are, else active.
+
+    None in a model that was unloaded.
+    """
+    layers = lora_layer.lora_layers(model.get_base_model())
+    rewrite = map(model.architecture.rewrite_name, model.alphaedit_config.rewrite_layers or ())
+    merged = [layers[name].merged_adapters for name in rewrite if name in layers]
+    return next((list(names) for names in merged if names), model.active_adapters if layers else [])
+
+
 def name_of(model: EditedModel, adapter_name: str | None) -> str:
-    """The adapter that a call means: the one it names, or the only active one.
+    """The adapter that a call means: the one it names, or the only one in force.
 
     Raises:
-        RuntimeError: several are active and none is named.
+        RuntimeError: several are in force and none is named.
         ValueError: a name that is not loaded.
     """
-    active = model.active_adapters
+    active = in_force(model) or model.active_adapters
     if adapter_name is None and len(active) != 1:
         raise RuntimeError(
             f"adapters {active} are active; name the one that is meant: edit(edits, into=...), "

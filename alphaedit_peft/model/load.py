@@ -20,9 +20,10 @@ from torch import nn
 
 from alphaedit_peft.algebra import LowRankDelta
 from alphaedit_peft.config import AlphaEditConfig
-from alphaedit_peft.devices import keeps_elsewhere
+from alphaedit_peft.devices import keeps_elsewhere, require_whole
 from alphaedit_peft.editing.state import Journal
 from alphaedit_peft.fingerprint import fingerprint
+from alphaedit_peft.messages import shown
 from alphaedit_peft.model import lora_layer
 from alphaedit_peft.model.adapter import EditedModel, make_adapter
 from alphaedit_peft.model.rollback import loaded_or_not
@@ -54,6 +55,7 @@ def wrap_with_pack(
         pack = EditPack.from_pretrained(model_id, **where)
     except FileNotFoundError as error:
         return _wrap_with_plain_lora(wrap, base, model_id, where, error)
+    require_base(base)
     full, architecture = pack.config.resolve(base)
     layers = full.rewrite_layers or ()
     modules = [architecture.rewrite_name(layer) for layer in layers]
@@ -123,6 +125,7 @@ def load_adapter(
         _require_same_place(base, pack, adapter_name)
         beside = [name for name in model.active_adapters if name != adapter_name]
         require_parents("this pack", pack.parents, missing_parents, model, beside)
+    _require_unmerged(model, adapter_name)
     with loaded_or_not(model, adapter_name):
         if pack is not None and adapter_name in model.peft_config:
             _make_room(base, pack, adapter_name)
@@ -165,9 +168,47 @@ def set_adapter(
 def delete_adapter(model: Any, adapter_name: str) -> None:
     """Take an adapter out; see :meth:`AlphaEditModel.delete_adapter`."""
     require_top(model, adapter_name)
+    left = sorted({*model.peft_config} - {adapter_name})
+    if adapter_name not in model.peft_config or not left:
+        raise ValueError(
+            f"adapter {adapter_name!r} cannot be deleted from {[*model.peft_config]}: one that is "
+            "loaded can, if another is left to compute with; unload() gives the base"
+        )
+    _require_unmerged(model, adapter_name)
+    if adapter_name in model.active_adapters:  # PEFT would choose for each layer on its own
+        active = [name for name in model.active_adapters if name != adapter_name]
+        if not active:
+            active = left[:1]
+            warnings.warn(
+                f"adapter {adapter_name!r} was active; now {active[0]!r} is", stacklevel=3
+            )
+        for layer in lora_layer.lora_layers(model).values():
+            layer.set_adapter(active)
+        model.base_model.active_adapter, model.active_adapter = active, active[0]
     PeftModelForCausalLM.delete_adapter(model, adapter_name)
     model.edit_adapters.pop(adapter_name, None)
-    model.active_adapter = next(iter(model.active_adapters), model.active_adapter)
+
+
+def require_base(model: object) -> None:
+    """Refuse what cannot carry edits: no model, or no bare one, or one without usable weights."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"the base model is {shown(model)}; pass a loaded model, such as "
+            "AutoModelForCausalLM.from_pretrained(name) gives"
+        )
+    require_whole(model)
+    kind = type(model).__name__
+    if any(weight.is_inference() for weight in model.parameters()):
+        raise ValueError(
+            f"the weights of this {kind} were made within torch.inference_mode(), so torch neither "
+            "differentiates through them nor changes them; load it outside of that, or within "
+            "torch.no_grad()"
+        )
+    if lora_layer.lora_layers(model):
+        raise ValueError(
+            f"this {kind} carries PEFT adapters already; pass the bare model, "
+            "which unload() or merge_and_unload() gives"
+        )
 
 
 def edits_same_modules(model: EditedModel, pack: EditPack) -> bool:
@@ -241,6 +282,15 @@ def take_open(model: EditedModel, pack: EditPack) -> None:
         for name, value in chosen.settings_of_rows(pack.config).items():
             if getattr(config, name) is None:
                 setattr(config, name, value)
+
+
+def _require_unmerged(model: EditedModel, adapter_name: str) -> None:
+    layers = lora_layer.lora_layers(model.get_base_model()).values()
+    if any(adapter_name in layer.merged_adapters for layer in layers):
+        raise ValueError(
+            f"adapter {adapter_name!r} is merged into the base weights, which would go on holding "
+            "it; call unmerge() first"
+        )
 
 
 def _require_same_place(base: nn.Module, pack: EditPack, adapter_name: str) -> None:

@@ -60,7 +60,13 @@ def merge_and_unload(
     _warn_of_loss(model, adapter_names or model.active_adapters)
     unmerge(model)
     found: nn.Module = model.base_model.merge_and_unload(progressbar, safe_merge, adapter_names)
-    return found
+    return _trained_as_before(model, found)
+
+
+def unload(model: Any) -> nn.Module:
+    """The base model as it was; see :meth:`AlphaEditModel.unload`."""
+    unmerge(model)
+    return _trained_as_before(model, model.base_model.unload())
 
 
 def unmerge(model: Any) -> None:
@@ -85,6 +91,13 @@ def disabled(model: Any) -> Iterator[None]:
         for layer, names in merged:
             if names:
                 layer.merge(adapter_names=names)
+
+
+def _trained_as_before(model: Any, base: nn.Module) -> nn.Module:
+    """Let those parameters require a gradient that PEFT froze when it wrapped the base."""
+    for name, weight in base.named_parameters():
+        weight.requires_grad_(weight.requires_grad or name in model.trained_before)
+    return base
 
 
 def _require_mergeable(model: Any, adapters: Sequence[str]) -> None:

@@ -22,15 +22,13 @@ from transformers import PreTrainedTokenizerBase
 from alphaedit_peft import parallel
 from alphaedit_peft.algebra import LowRankDelta
 from alphaedit_peft.config import AlphaEditConfig
-from alphaedit_peft.devices import require_whole
 from alphaedit_peft.editing.capacity import Capacity
 from alphaedit_peft.editing.edit_report import EditReport
 from alphaedit_peft.editing.resources import Resources
 from alphaedit_peft.edits import Edit
 from alphaedit_peft.fingerprint import fingerprint
-from alphaedit_peft.messages import shown
 from alphaedit_peft.model import edit, load, lora_layer, merge, prepare
-from alphaedit_peft.model.adapter import Adapter, Moved, adapter_of, name_of, to_pack
+from alphaedit_peft.model.adapter import Adapter, Moved, adapter_of, in_force, name_of, to_pack
 from alphaedit_peft.model.join_packs import JoinReport, join
 from alphaedit_peft.nullspace import KeyMoments, NullSpace
 from alphaedit_peft.pack import EditPack, EditRecord
@@ -69,6 +67,7 @@ class AlphaEditModel(PeftModelForCausalLM):
     What PEFT does with a LoRA model works here too: ``generate``, ``set_adapter``, several
     adapters. ``alphaedit_config`` holds the settings, filled for this model; ``resources`` the
     tokenizer and the statistics; ``edit_adapters`` the adapters whose edits are known, by name;
+    ``trained_before`` the base's parameters that required a gradient when they were wrapped;
     ``left_open`` names the settings that were not given, and ``moved`` is what was decided for
     them.
     """
@@ -85,39 +84,32 @@ class AlphaEditModel(PeftModelForCausalLM):
         adapter_name: str = "default",
         plain_lora: LoraConfig | None = None,
     ) -> None:
-        if not isinstance(model, nn.Module):
-            raise TypeError(
-                f"the base model is {shown(model)}; pass a loaded model, such as "
-                "AutoModelForCausalLM.from_pretrained(name) gives"
-            )
+        load.require_base(model)
         if not isinstance(config, AlphaEditConfig):
             raise TypeError(
                 f"config is a {type(config).__name__}, not an AlphaEditConfig; pass "
                 "AlphaEditConfig(), with the settings to change"
             )
-        require_whole(model)
-        if lora_layer.lora_layers(model):
-            raise ValueError(
-                f"this {type(model).__name__} carries PEFT adapters already; pass the bare model, "
-                "which unload() or merge_and_unload() gives"
-            )
         full, architecture = config.resolve(model)
         if config.threshold is None:  # the null space brings its own
             full.threshold = full.threshold_mode = None
         own_fingerprint = fingerprint(model, max(full.rewrite_layers or [0]), architecture)
-        with warnings.catch_warnings():  # PEFT reads a property by its former name
+        trained = [name for name, weight in model.named_parameters() if weight.requires_grad]
+        with torch.inference_mode(False), warnings.catch_warnings():  # factors that may be trained
+            # PEFT reads a property by its former name
             warnings.filterwarnings("ignore", ".is_gradient_checkpointing.", FutureWarning)
             super().__init__(model, plain_lora or full.lora_config(architecture, 1), adapter_name)
-        lora_layer.make_exact(self)
-        lora_layer.place_factors(self)
-        self.alphaedit_config, self.architecture = full, architecture
-        self.base_fingerprint = own_fingerprint
-        self.resources = resources or Resources()
-        self.left_open = config.open_settings
-        self.moved: Moved | None = None
-        self.edit_adapters: dict[str, Adapter] = {}
-        if plain_lora is None:
-            load.begin(self, adapter_name)
+            lora_layer.make_exact(self)
+            lora_layer.place_factors(self)
+            self.trained_before = frozenset(trained)
+            self.alphaedit_config, self.architecture = full, architecture
+            self.base_fingerprint = own_fingerprint
+            self.resources = resources or Resources()
+            self.left_open = config.open_settings
+            self.moved: Moved | None = None
+            self.edit_adapters: dict[str, Adapter] = {}
+            if plain_lora is None:
+                load.begin(self, adapter_name)
 
     @classmethod
     def from_pretrained(  # type: ignore[override]  # noqa: PLR0913
@@ -161,24 +153,27 @@ class AlphaEditModel(PeftModelForCausalLM):
         """
         load.require_path(model_id)
         resources = Resources(tokenizer, null_space, key_moments)
-        loaded = load.wrap_with_pack(
-            partial(cls, resources=resources, adapter_name=adapter_name),
-            model,
-            model_id,
-            {"revision": revision, "token": token, "subfolder": subfolder},
-            allow_base_mismatch=allow_base_mismatch,
-            missing_parents=missing_parents,
-        )
+        with torch.inference_mode(False):
+            loaded = load.wrap_with_pack(
+                partial(cls, resources=resources, adapter_name=adapter_name),
+                model,
+                model_id,
+                {"revision": revision, "token": token, "subfolder": subfolder},
+                allow_base_mismatch=allow_base_mismatch,
+                missing_parents=missing_parents,
+            )
         return loaded.eval()
 
     @property
     def edits(self) -> list[Edit]:
-        """The edits in the active adapters, in the order they were made; each has its id.
+        """The edits in the adapters in force, in the order they were made; each has its id.
+
+        Those are the active adapters, or the merged ones where some are.
 
         Raises:
             RuntimeError: an adapter's factors were changed behind this model's back.
         """
-        known = [name for name in self.active_adapters if name in self.edit_adapters]
+        known = [name for name in in_force(self) if name in self.edit_adapters]
         return [edit for name in known for edit in self.edit_adapters[name].edits]
 
     @property
@@ -374,9 +369,8 @@ class AlphaEditModel(PeftModelForCausalLM):
         return merge.merge_and_unload(self, progressbar, safe_merge, adapter_names)
 
     def unload(self) -> nn.Module:
-        """The base model as it was before it was wrapped, with its original bits."""
-        self.unmerge()
-        return self.base_model.unload()
+        """The base model as it was before it was wrapped: its bits, and which train."""
+        return merge.unload(self)
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
@@ -396,7 +390,9 @@ class AlphaEditModel(PeftModelForCausalLM):
         Raises:
             ValueError: a name that is taken.
         """
-        load.add_adapter(self, adapter_name, peft_config, low_cpu_mem_usage, autocast_adapter_dtype)
+        how = (low_cpu_mem_usage, autocast_adapter_dtype)
+        with torch.inference_mode(False):
+            load.add_adapter(self, adapter_name, peft_config, *how)
 
     def load_adapter(  # type: ignore[override]
         self,
@@ -432,16 +428,17 @@ class AlphaEditModel(PeftModelForCausalLM):
                 are not active, unless ``missing_parents="warn"``; one of other modules than the
                 adapter that it would replace.
         """
-        return load.load_adapter(
-            self,
-            model_id,
-            adapter_name,
-            is_trainable,
-            torch_device,
-            allow_base_mismatch=allow_base_mismatch,
-            missing_parents=missing_parents,
-            **kwargs,
-        )
+        with torch.inference_mode(False):
+            return load.load_adapter(
+                self,
+                model_id,
+                adapter_name,
+                is_trainable,
+                torch_device,
+                allow_base_mismatch=allow_base_mismatch,
+                missing_parents=missing_parents,
+                **kwargs,
+            )
 
     def set_adapter(
         self,

@@ -37,10 +37,10 @@ def loaded_or_not(model: EditedModel, adapter_name: str) -> Iterator[None]:
         yield
     except BaseException:
         lora_layer.put_back(base, adapter_name, before)
-        model.peft_config.pop(adapter_name, None)
-        if config is not None:
-            model.peft_config[adapter_name] = config
-            config.r = rank
+        if config is None:
+            model.peft_config.pop(adapter_name, None)
+        else:
+            model.peft_config[adapter_name], config.r = config, rank
         if known is not None:
             model.edit_adapters[adapter_name] = known
         raise

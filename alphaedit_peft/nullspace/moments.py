@@ -206,7 +206,11 @@ def _combined(sums: Sums, names: list[str]) -> Sums:
         return sums
     shapes = parallel.gathered({name: matrix.shape for name, matrix in sums.matrices.items()})
     known = {name: shape for found in shapes for name, shape in found.items()}
-    own = {name: sums.matrices.get(name, torch.zeros(known[name])) for name in names if known}
+    own = {
+        name: sums.matrices.get(name, torch.zeros(known[name], dtype=torch.float32))
+        for name in names
+        if known
+    }
     return replace(sums, matrices={name: parallel.summed(own[name]) for name in own})
 
 
@@ -233,7 +237,7 @@ def _add(model: Any, names: list[str], batch: TokenBatch, sums: Sums) -> None:
             keys = keys[batch.mask.reshape(-1).to(keys.device)]  # (real tokens, d_in)
         if name not in sums.matrices:
             width = keys.shape[1]
-            sums.matrices[name] = torch.zeros(width, width, device=keys.device)
+            sums.matrices[name] = torch.zeros(width, width, dtype=torch.float32, device=keys.device)
         total = sums.matrices[name] = sums.matrices[name].to(keys.device)
         add_products(total, keys)
         if not torch.isfinite(total.diagonal()).all():  # squares show what is not finite

@@ -15,6 +15,7 @@ import logging
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -190,6 +191,10 @@ class KeyMoments:
 
     def digest(self) -> str:
         """Sixteen hex digits that identify these moments, for provenance."""
+        return self._digest
+
+    @cached_property  # it reads all numbers
+    def _digest(self) -> str:
         found = hashlib.sha256()
         for layer in self.layers:
             moment = self.moments[layer].float().cpu().contiguous()
@@ -358,6 +363,10 @@ class NullSpace:
 
     def digest(self) -> str:
         """Sixteen hex digits that identify this projector, for provenance."""
+        return self._digest
+
+    @cached_property  # it reads all numbers
+    def _digest(self) -> str:
         state = json.dumps([self.threshold, self.threshold_mode, self.layers])
         found = hashlib.sha256(state.encode())
         for part in (self.parts[layer] for layer in self.layers):

@@ -56,7 +56,8 @@ class LayerSpace:
     @classmethod
     def identity(cls, width: int) -> LayerSpace:
         """P = I: no direction is removed, and no eigenvalue is above zero."""
-        return cls(torch.zeros(width, 0), torch.zeros(width), True)
+        values = torch.zeros(width, dtype=torch.float32)
+        return cls(values.new_zeros(width, 0), values, True)
 
     @classmethod
     def from_spectrum(cls, found: algebra.Spectrum, low: int, high: int) -> LayerSpace:

@@ -106,8 +106,8 @@ def _parts(
     """
     found: list[tuple[Tensor, Tensor]] = []
     for number, (pack, chain, kept) in enumerate(zip(packs, chains, chosen, strict=True)):
-        rows = torch.zeros(len(kept), like.A.shape[1])
-        outputs = torch.zeros(len(kept), like.B.shape[0])
+        rows = like.A.new_zeros(len(kept), like.A.shape[1])
+        outputs = like.B.new_zeros(len(kept), like.B.shape[0])
         if module in pack.factors:
             rows = pack.factors[module].A[kept]
             acting_here = [p.factors[module] for p in chain if module in p.factors]

@@ -73,7 +73,7 @@ def row_figures(delta: LowRankDelta) -> RowFigures:
     rank = int((values > bound).sum())
     inverse = (vectors.square() / values.clamp_min(bound)).sum(1)
     alone = torch.where(size > 0, 1 / inverse.clamp_min(1.0), 1.0)
-    full = torch.linalg.eigvalsh(G) if len(G) else torch.ones(1)
+    full = torch.linalg.eigvalsh(G) if len(G) else G.new_ones(1)
     dependent = rank < len(A) or bool((size == 0).any())
     condition = float("inf") if dependent else float(full[-1] / full[0])
     return RowFigures(len(A), rank, condition, cosines, 1 - alone)

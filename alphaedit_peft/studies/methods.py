@@ -343,4 +343,4 @@ def _losses(
             logits = functional_call(runner.model, weights, kwargs=inputs).logits[0]
         targets = targets.to(logits.device)
         lost = nn.functional.cross_entropy(logits.float(), targets, reduction="none")
-        yield (lost * torch.tensor(shares, device=lost.device)).sum() / len(rows)
+        yield (lost * lost.new_tensor(shares)).sum() / len(rows)

@@ -76,7 +76,8 @@ class Loss:
                     part.sum().backward(inputs=[moved])
                 loss = loss.detach() + part.detach()
         gradient = torch.zeros_like(moved) if moved.grad is None else moved.grad
-        return loss, torch.tensor([sum(found) / len(found) for found in said]), gradient
+        means = [sum(found) / len(found) for found in said]
+        return loss, torch.tensor(means, dtype=torch.float32), gradient
 
     def _part(
         self,

@@ -100,7 +100,7 @@ def optimise_chunk(runner: Runner, autocast: Autocast, rows: Sequence[Row]) -> T
         loss = Loss(settings, rows, _continuation(runner, rows, autocast))
         adam, count = Adam(loss.hidden, settings), len(loss.hidden)
         losses = loss.hidden.new_full((count,), float("inf"))
-        steps, said = torch.zeros(count, dtype=torch.long), torch.zeros(count)
+        steps, said = torch.zeros(count, dtype=torch.long), torch.zeros(count, dtype=torch.float32)
         active = list(range(count))
         for step in range(settings.steps):
             last = step == settings.steps - 1
