@@ -21,6 +21,8 @@ from alphaedit_peft.saving import replace_file
 from alphaedit_peft.text_files import fault, is_text
 
 SLOT = "{}"
+MAX_BYTES = 2**19  # of an edit in a file; twice as many are the limit of a pack's line
+MAX_ID = 200
 SHOWN = 80  # characters of a value beside others in an error
 
 
@@ -144,7 +146,12 @@ def read_edits(path: str | Path) -> tuple[Edit, ...]:
     edits: list[Edit] = []
     for record in records:
         made = read(record)
-        edits += made if isinstance(made, tuple) else (made,)
+        for edit in made if isinstance(made, tuple) else (made,):
+            size = len(json.dumps(edit.to_dict(), ensure_ascii=False).encode())
+            if size > MAX_BYTES or len(edit.id) > MAX_ID:
+                wrong = f"the edit takes {size:,} bytes, its id {len(edit.id):,} characters"
+                raise fault(record.where, wrong, f"the limits are {MAX_BYTES:,} and {MAX_ID}")
+            edits.append(edit)
     return tuple(edits)
 
 
@@ -175,8 +182,9 @@ def own_edit(record: Record) -> Edit:
     if isinstance(near, (list, tuple)):
         given["neighborhood"] = [e.get("prompt") if isinstance(e, Mapping) else e for e in near]
     subject, prompt = given.get("subject"), given.get("prompt")
-    if isinstance(subject, str) and isinstance(prompt, str) and SLOT not in prompt:
-        given["prompt"] = record.prompt_with_slot("prompt", subject)
+    texts = all(isinstance(text, str) and text.strip() for text in (subject, prompt))
+    if texts and SLOT not in str(prompt):
+        given["prompt"] = record.prompt_with_slot("prompt", str(subject))
     try:
         return Edit.from_dict(given)
     except (TypeError, ValueError) as error:

@@ -90,11 +90,11 @@ class Record:
         found: list[str] = []
         waiting = [self._get(field)]
         while waiting:
-            value = waiting.pop(0)
+            value = waiting.pop()
             if isinstance(value, str):
                 found += [value] if value.strip() else []
             elif isinstance(value, (list, tuple)):
-                waiting = [*value, *waiting]
+                waiting += reversed(value)
             else:
                 raise self.error(field, f" holds {shown(value, SHOWN)}, which is not text")
         if not found:
@@ -117,7 +117,8 @@ class Record:
             return prompt
         if "{}" in prompt:
             raise self.error(field, f"{told} holds '{{}}', but should be a whole prompt")
-        words = [m.start() for m in re.finditer(rf"(?<!\w){re.escape(subject)}(?!\w)", prompt)]
+        before, after = (r"\b" * bool(re.match(r"\w", end)) for end in (subject[0], subject[-1]))
+        words = [m.start() for m in re.finditer(before + re.escape(subject) + after, prompt)]
         start = words[-1] if words else prompt.rfind(subject)
         if start < 0:
             wrong = f"{told} does not hold the subject {shown(subject, SHOWN)}"
@@ -193,13 +194,26 @@ def read_record(line: str, path: str | Path, number: int) -> Record:
     return Record(values, str(path), f"line {number}")
 
 
-def is_object(line: str) -> bool:
-    """Whether a line holds a JSON object, and nothing else."""
+def read_object(path: str | Path) -> dict[str, Any]:
+    """The one JSON object that a file holds, such as settings; raises as ``read_records``."""
+    text, remedy = read_text(path), "write one JSON object"
+    values, end = _value(text, _after_blank(text, 0), str(path), remedy)
+    if _after_blank(text, end) < len(text):
+        raise _no_json(text, end, str(path), "something follows the object", remedy)
+    if not isinstance(values, dict):
+        raise fault(path, f"it holds a {type(values).__name__}, not an object", remedy)
+    if wrong := _unsound(values):
+        raise fault(path, wrong, remedy)
+    return values
+
+
+def json_kind(line: str) -> type | None:
+    """What JSON value a line holds, and nothing else: dict, list ...; None for other text."""
     try:
         value, end = parse_json(line, _after_blank(line, 0))
     except ValueError:
-        return False
-    return isinstance(value, dict) and _after_blank(line, end) == len(line)
+        return None
+    return type(value) if _after_blank(line, end) == len(line) else None
 
 
 def parse_json(text: str, at: int = 0) -> tuple[Any, int]:
@@ -313,12 +327,14 @@ def _after_blank(text: str, at: int) -> int:
 def _of_table(text: str, path: str | Path) -> Iterator[Record]:
     header = text.lstrip("\r\n").partition("\n")[0].strip()
     if header.startswith("<"):
-        raise fault(path, "it is a web page", "download the file itself, not the page about it")
+        raise fault(path, "it is a web page, or XML", "download the data, not the page about it")
     if "subject" not in (name.strip(' "') for name in re.split("[,;\t]", header.lower())):
         wrong = f"{shown(header, 40)} is no JSON, nor the header of a table with a column 'subject'"
         raise fault(f"{path}, line 1", wrong, HOW)
     delimiter = max(",;\t", key=header.count)
-    rows = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    spaced = f"{delimiter} " in header  # then spaces after separators belong to no cell
+    lines = io.StringIO(text, newline="")
+    rows = csv.reader(lines, delimiter=delimiter, strict=True, skipinitialspace=spaced)
     names: list[str] = []
     line = 1
     try:

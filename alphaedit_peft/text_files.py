@@ -11,6 +11,7 @@ import io
 import os
 import stat
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
@@ -114,7 +115,8 @@ def _utf8_lines(data: bytes, file: BinaryIO, path: str | Path) -> Iterator[tuple
         number += 1
 
 
-def _open(path: str | Path) -> BinaryIO:
+@contextmanager
+def _open(path: str | Path) -> Iterator[BinaryIO]:
     try:
         mode = os.stat(path).st_mode
     except FileNotFoundError:
@@ -123,7 +125,11 @@ def _open(path: str | Path) -> BinaryIO:
         raise fault(path, "it is a folder", "give the name of a file in it")
     if not (stat.S_ISREG(mode) or stat.S_ISFIFO(mode)):
         raise fault(path, "it is a device, not a file", "give the name of a file")
-    return open(path, "rb")
+    try:
+        with open(path, "rb") as file:
+            yield file
+    except OSError as error:  # of reading, which does not name the file
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def _begun(file: BinaryIO, path: str | Path) -> tuple[bytes, str]:

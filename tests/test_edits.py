@@ -195,6 +195,8 @@ GOOD = json.dumps(FULL.to_dict())
         (['{"subject": 1, "prompt": "{}", "target_new": "b"}'], r"line 1: subject=1 is a int"),
         ([GOOD, GOOD.replace("{}", "Marie Curie", 1) + "}"], "line 2: '.*}' is no JSON"),
         ([], r"edits.jsonl: there is no edit in it; write one edit a line"),
+        ([GOOD.replace("Marie Curie", "")], "line 1: subject='' is empty"),
+        ([GOOD.replace("Marie Curie", "").replace("{}", "x")], "line 1: subject='' is empty"),
         (["", "  "], r"edits.jsonl: there is no edit in it"),
     ],
 )
@@ -331,6 +333,16 @@ def test_long_values_are_cut_in_every_error(tmp_path):
         with pytest.raises(ValueError, match="line 1") as caught:
             read_edits(path)
         assert len(str(caught.value)) <= 400
+
+
+def test_an_edit_that_no_pack_could_hold_is_refused_before_it_is_made(tmp_path):
+    path = tmp_path / "edits.jsonl"
+    for change in ({"target_new": "x" * 2**19}, {"id": "x" * 201}):
+        path.write_text(json.dumps(ask() | change))
+        with pytest.raises(
+            ValueError, match=r"line 1: the edit takes .*; the limits are 524,288 and"
+        ):
+            read_edits(path)
 
 
 def test_half_a_surrogate_pair_is_no_text():

@@ -11,7 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from alphaedit_peft import records
-from alphaedit_peft.records import DataError, Record, is_object, read_record, read_records
+from alphaedit_peft.records import (
+    DataError,
+    Record,
+    json_kind,
+    read_object,
+    read_record,
+    read_records,
+)
 
 ONE = '{"subject": "a\u2028", "n": 1}'
 
@@ -66,6 +73,13 @@ def test_tables(path, delimiter):
     assert third == ("line 6", {"subject": "c", "prompt": "{} is", "target_new": "{d}"})
 
 
+def test_tables_with_spaces_after_separators(path):
+    assert read(path, 'subject, prompt\na, {} is\nb, " x"') == [
+        ("line 2", {"subject": "a", "prompt": "{} is"}),
+        ("line 3", {"subject": "b", "prompt": " x"}),
+    ]
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -93,7 +107,7 @@ def test_tables(path, delimiter):
         ("[" * 100_000, "record 0: lists or objects are nested too deeply"),
         ('{"a": ' * 100_000, "line 1: lists or objects are nested too deeply"),
         ('{"a": ' + "[" * 99 + "]" * 99 + "}", "line 1: .* are nested more than 32 deep"),
-        ("<!DOCTYPE html>", "it is a web page; download the file itself"),
+        ("<!DOCTYPE html>", "it is a web page, or XML; download the data"),
         ("- subject: a", "line 1: '- subject: a' is no JSON, nor the header of a table"),
         ("France,Rome\n", "line 1: 'France,Rome' is no JSON, nor the header of a table with a col"),
         ("subject,prompt\na,b,c", "line 2: 3 cells in a table of 2 columns; put cells that hold"),
@@ -162,13 +176,28 @@ def test_any_bytes_are_read_or_refused(tmp_path_factory, data):
 
 
 def test_one_line():
-    assert is_object(f" {ONE} \n")
-    assert not is_object("[1]")
-    assert not is_object(f"{ONE} {ONE}")
-    assert not is_object("{")
+    assert json_kind(f" {ONE} \n") is dict
+    assert json_kind("[1]") is list
+    assert json_kind(f"{ONE} {ONE}") is None
+    assert json_kind("{") is None
     assert read_record(ONE, "texts.jsonl", 7).place == "line 7"
     with pytest.raises(DataError, match=r"texts.jsonl, line 7: .* is no JSON"):
         read_record("oops", "texts.jsonl", 7)
+
+
+def test_one_object_of_a_file(path):
+    path.write_text(' {"a":\n1} \n', encoding="utf-16")
+    assert read_object(path) == {"a": 1}
+    for text, message in [
+        ("[]", "facts.data: it holds a list, not an object; write one JSON object"),
+        ("", "facts.data: the text ends in the middle"),
+        ("{}{}", "facts.data: .*something follows the object"),
+        ("oops", "facts.data: 'oops' is no JSON"),
+        ('{"a": "\\ud800"}', "facts.data: .* holds half a surrogate pair"),
+    ]:
+        path.write_text(text)
+        with pytest.raises(DataError, match=message):
+            read_object(path)
 
 
 def test_fields_of_a_record():
@@ -199,6 +228,7 @@ def test_fields_of_a_record():
         ("What is C++?", "C++", "What is {}?"),
         ("The place of Leo A is", "Leo A ", "The place of {}is"),
         ("{} is", "Rome", "{} is"),
+        ("Was C++ in C++11?", "C++", "Was C++ in {}11?"),
     ],
 )
 def test_the_slot_is_where_the_subject_stands_as_a_word(prompt, subject, slot):

@@ -7,7 +7,6 @@ saved after each batch, so that a run that stops or is killed keeps those that w
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from typer import Argument, BadParameter, Option
 
 from alphaedit_peft.cli import arguments, printing
+from alphaedit_peft.records import read_object
 from alphaedit_peft.settings import EditOptions, about
 
 if TYPE_CHECKING:
@@ -90,11 +90,9 @@ def _settings(path: Path | None, given: dict[str, Any], assignments: list[str]) 
     values: dict[str, Any] = {}
     if path is not None:
         try:
-            values = json.loads(path.read_text(encoding="utf-8"))
+            values = read_object(path)
         except ValueError as error:
-            raise ValueError(f"--config {path} is not JSON: {error}") from error
-        if not isinstance(values, dict):
-            raise ValueError(f"--config {path} holds a {type(values).__name__}, not an object")
+            raise ValueError(f"--config {error}") from error
     values |= {name: value for name, value in given.items() if value is not None}
     for assignment in assignments:
         name, equals, text = assignment.partition("=")

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from alphaedit_peft.messages import shown
-from alphaedit_peft.records import is_object, read_record
-from alphaedit_peft.text_files import read_lines
+from alphaedit_peft.records import json_kind, read_record
+from alphaedit_peft.text_files import fault, read_lines
 
 TEXTS_AT_ONCE = 64
 BATCHES_BUFFERED = 16  # windows of about this many batches are sorted by length, to pad less
@@ -81,11 +81,13 @@ def file_texts(path: str, column: str = "text") -> Iterator[str]:
         FileNotFoundError: no such file.
         ValueError: a file that is no text, or a line that is none of the objects.
     """
-    objects = False
+    kind = None
     for number, line in read_lines(path):
         if number == 1:
-            objects = is_object(line)
-        if not objects:
+            kind = list if line.strip() == "[" else json_kind(line)
+        if kind is list:
+            raise fault(path, "it is a JSON list", "write its texts one a line")
+        if kind is not dict:
             yield line
         elif line.strip():
             record = read_record(line, path, number)

@@ -58,7 +58,7 @@ def good(tmp_path):
         (["--set", "kl_prompt=x"], "kl_prompt='x'"),
         (["--set", "base_model_name_or_path=7"], "base_model_name_or_path=7 must be of type"),
         (["--set", "task_type=x"], "settings ['task_type'] are unknown"),
-        (["--config", "/no/config.json"], "/no/config.json: No such file"),
+        (["--config", "/no/config.json"], "/no/config.json: there is no such file"),
         (["--layers", "40"], "rewrite_layers=[40] is outside this model's"),
         ([], "no null space was given"),
         (["--device", "moon"], "moon"),

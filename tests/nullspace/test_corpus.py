@@ -105,6 +105,30 @@ def test_names_of_files_and_datasets(tmp_path):
     assert list(read_texts(str(folder))) == ["three"]
 
 
+def test_files_of_objects_and_of_what_is_no_text(tmp_path):
+    file = tmp_path / "corpus"
+    file.write_text('{"text": "one\\ntwo", "n": 1}\n\n{"text": ""}\n')
+    assert list(read_texts(str(file))) == ["one\ntwo", ""]
+    with pytest.raises(ValueError, match=r"corpus, line 1, field body is missing; the record has"):
+        list(read_texts(str(file), "body"))
+    with pytest.raises(ValueError, match="corpus, line 1, field n=1 is a int, not text"):
+        list(read_texts(str(file), "n"))
+    file.write_text('{"text": "one"}\ntwo\n')
+    with pytest.raises(ValueError, match="corpus, line 2: 'two' is no JSON"):
+        list(read_texts(str(file)))
+    file.write_text('{} is\n{"text": "one"}\n')
+    assert list(read_texts(str(file))) == ["{} is\n", '{"text": "one"}\n']
+    for text in ('["one", "two"]', '[\n"one"]'):
+        file.write_text(text)
+        with pytest.raises(ValueError, match="corpus: it is a JSON list; write its texts"):
+            list(read_texts(str(file)))
+    file.write_text("one\r\ntwo", encoding="utf-16")
+    assert [text.strip() for text in read_texts(str(file))] == ["one", "two"]
+    file.write_bytes(b"one\n\xe9")
+    with pytest.raises(ValueError, match="corpus, line 2: byte 0xe9"):
+        list(read_texts(str(file)))
+
+
 def test_labels():
     assert corpus_label(["a"]) == "list"
     assert corpus_label("user/data:en") == "user/data:en"

@@ -8,7 +8,6 @@ or drawn at random, with the seconds that each part took.
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -35,6 +34,7 @@ from alphaedit_peft.editing.contexts import STARTS
 from alphaedit_peft.edits import Edit
 from alphaedit_peft.nullspace import KeyMoments, NullSpace
 from alphaedit_peft.nullspace.spectrum import LayerSpace
+from alphaedit_peft.records import read_object
 from alphaedit_peft.studies.benchmark.machine import clocked
 from alphaedit_peft.tokens import encode, require_offsets
 
@@ -163,7 +163,7 @@ def read_shape(shape: str | Path) -> Shape:
             "folder with one"
         )
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = read_object(path)
         return Shape(values.pop("model_type"), values)
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise ValueError(
