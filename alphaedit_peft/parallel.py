@@ -3,7 +3,8 @@
 In: the processes of ``accelerate launch`` or ``torchrun``, which all make the same calls in order,
 each with the whole model. Out: items and sums shared between them, so that all end with the same
 numbers. Where one of them fails, the others stop in the next call with an
-:class:`OtherProcessError` that says which one, and how, instead of waiting for it.
+:class:`OtherProcessError` that says which one, and how, instead of waiting for it: whatever is
+shared begins with an exchange that carries failures, and all that shares is done :func:`in_step`.
 """
 
 from __future__ import annotations
@@ -17,7 +18,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from alphaedit_peft.messages import SHOWN, cut
+
 T = TypeVar("T")
+_TOLD = "_alphaedit_told_others"  # set on an error that the others have heard of
 LAUNCHED = ("WORLD_SIZE", "RANK", "LOCAL_RANK")  # what launchers put into the environment
 
 
@@ -67,6 +71,7 @@ def summed(matrix: Tensor) -> Tensor:
     """The sum of every process's matrix, of one shape and dtype: the same bits in all."""
     if count() == 1:
         return matrix
+    gathered(None)  # another may have failed
     between_gpus = dist.get_backend() == "nccl"
     total = matrix.to(torch.cuda.current_device() if between_gpus else "cpu", copy=True)
     dist.all_reduce(total)
@@ -98,14 +103,18 @@ def share(
 
 @contextmanager
 def in_step() -> Iterator[None]:
-    """Go on after the block only if it ended well in all processes."""
+    """Go on after the block, or the function so decorated, only if it ended well in all processes.
+
+    Wherever a process fails, the others hear of it once, in the exchange that they come to next.
+    """
     try:
         yield
     except OtherProcessError:
         raise
     except BaseException as error:
-        if count() > 1:
-            _exchanged(f"{type(error).__name__}: {error}", None, quiet=True)
+        if count() > 1 and not getattr(error, _TOLD, False):
+            setattr(error, _TOLD, True)
+            _exchanged(f"{type(error).__name__}: {cut(str(error), SHOWN)}", None, quiet=True)
         raise
     gathered(None)
 
@@ -124,7 +133,13 @@ def require_same(value: Any, what: str) -> None:
 def _exchanged(failure: str | None, value: T, *, quiet: bool = False) -> list[T]:
     """Every process's value, unless one of them brings a failure."""
     slots: list[Any] = [None] * count()
-    dist.all_gather_object(slots, (failure, value))
+    try:
+        dist.all_gather_object(slots, (failure, value))
+    except RuntimeError as error:  # of the connection
+        raise OtherProcessError(
+            f"process {rank()} of {len(slots)} lost the others ({cut(str(error), SHOWN)}), so it stopped; one "
+            "of them was ended from outside, or could not say why it failed; see its own output"
+        ) from error
     failed = next((r for r, (reason, _) in enumerate(slots) if reason is not None), None)
     if failed is not None and not quiet:
         raise OtherProcessError(

@@ -66,6 +66,42 @@ except (OSError, parallel.OtherProcessError) as error:
     (out / f"error-{parallel.rank()}").write_text(f"{type(error).__name__}: {error}")
 """
 
+FAILING_ANYWHERE = """
+from alphaedit_peft import NullSpace
+from alphaedit_peft.editing import batch
+from alphaedit_peft.nullspace import moments
+from alphaedit_peft.parallel import OtherProcessError
+
+base = tiny_model("llama")
+config = AlphaEditConfig(rewrite_layers=[1, 2], steps=2, contexts=[])
+space = NullSpace.identity({1: 96, 2: 96})
+model = get_alphaedit_model(base, config, tokenizer=tokenizer, null_space=space)
+before = {name: value.clone() for name, value in model.state_dict().items()}
+edits = [Edit("Anna", "{} was born in", "Rome"), Edit("Albert", "{} was born in", "Ulm")]
+
+def gone(*_, **__):
+    raise OSError("the disk of this process is gone")
+
+def told(name, work):
+    try:
+        work()
+    except (OSError, OtherProcessError) as error:
+        (out / f"{name}-{parallel.rank()}").write_text(f"{type(error).__name__}: {error}")
+
+solve_layers, combined = batch.solve_layers, moments._combined
+if parallel.rank() == 1:
+    batch.solve_layers, moments._combined = gone, gone
+told("edit", lambda: model.edit(edits, progress=False))
+told("statistics", lambda: KeyMoments.collect(base, tokenizer, CORPUS, config, progress=False))
+batch.solve_layers, moments._combined = solve_layers, combined
+assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+model.edit(edits, progress=False)  # all of them are in step again
+if parallel.rank() == 1:
+    os._exit(0)  # ended from outside
+told("killed", lambda: model.edit(edits[:1], progress=False))
+os._exit(0)
+"""
+
 SHARING = """
 import json
 state = torch.arange(5) * 10
@@ -168,6 +204,19 @@ def test_where_one_process_fails_the_others_say_so_instead_of_waiting(out):
             "OtherProcessError: process 1 of 2 failed (OSError: the disk of this process is gone)"
         )
     )
+
+
+@pytest.mark.slow
+def test_a_process_that_fails_anywhere_ends_the_others_with_its_reason(out):
+    folder = out("anywhere")
+    launch(FAILING_ANYWHERE, folder, 2)
+    reason = "OSError: the disk of this process is gone"
+    for name in ("edit", "statistics"):
+        assert (folder / f"{name}-1").read_text() == reason
+        told = (folder / f"{name}-0").read_text()
+        assert told.startswith(f"OtherProcessError: process 1 of 2 failed ({reason})")
+    told = (folder / "killed-0").read_text()
+    assert told.startswith("OtherProcessError: process 0 of 2 lost the others (")
 
 
 def begun(folder: Path, tokenizer) -> int:

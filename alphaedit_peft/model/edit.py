@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from alphaedit_peft import parallel
 from alphaedit_peft.editing.auto_settings import in_force
 from alphaedit_peft.editing.batch import edit_batch
 from alphaedit_peft.editing.edit_report import EditReport, EditResult
@@ -44,6 +45,7 @@ from alphaedit_peft.solve_metric import Metric
 
 
 @torch.no_grad()
+@parallel.in_step()
 def edit(
     model: EditedModel,
     adapter: Adapter,
@@ -84,7 +86,7 @@ def edit(
             layers, full = layer_reports(model, adapter, adopted.rank), capacity(model, adapter)
         report = EditReport(tuple(found), layers, decided, full, runner.phases.seconds)
     if report.made and full.warning:
-        warnings.warn(full.warning, stacklevel=4)  # through no_grad and the model's method
+        warnings.warn(full.warning, stacklevel=5)  # through two decorators and the model's method
     return report
 
 
@@ -123,6 +125,7 @@ def rollback(model: EditedModel, adapter: Adapter, batches: int) -> None:
         rebuild(model, adapter, journal.before_batch(made[-batches]))
 
 
+@parallel.in_step()
 def rebuild(
     model: EditedModel,
     adapter: Adapter,

@@ -89,6 +89,7 @@ class KeyMoments:
         return tuple(sorted(self.moments))
 
     @classmethod
+    @parallel.in_step()
     def collect(
         cls,
         model: Any,
