@@ -136,9 +136,10 @@ def _exchanged(failure: str | None, value: T, *, quiet: bool = False) -> list[T]
     try:
         dist.all_gather_object(slots, (failure, value))
     except RuntimeError as error:  # of the connection
+        why = cut(str(error), SHOWN)
         raise OtherProcessError(
-            f"process {rank()} of {len(slots)} lost the others ({cut(str(error), SHOWN)}), so it stopped; one "
-            "of them was ended from outside, or could not say why it failed; see its own output"
+            f"process {rank()} of {len(slots)} lost the others ({why}), so it stopped; one of them "
+            "was ended from outside, or could not say why it failed; see its own output"
         ) from error
     failed = next((r for r, (reason, _) in enumerate(slots) if reason is not None), None)
     if failed is not None and not quiet:
