@@ -83,9 +83,8 @@ class Edit:
 
     @property
     def subject_span(self) -> tuple[int, int]:
-        """Character range [start, end) of the subject within ``question``."""
-        start = self.prompt.index(SLOT)
-        return start, start + len(self.subject)
+        """Character range [start, end) of the subject within ``question``; see ``filled``."""
+        return filled(self.prompt, self.subject)[1]
 
     def to_dict(self) -> dict[str, Any]:
         """The edit as plain JSON values, without optional fields that are not set."""
@@ -109,6 +108,15 @@ class Edit:
                 f"{shown(unknown, SHOWN)}; an edit has {', '.join(f.name for f in fields(cls))}"
             )
         return cls(**values)
+
+
+def filled(prompt: str, subject: str) -> tuple[str, tuple[int, int]]:
+    """A prompt with the subject in its slot, and the subject's characters [start, end) there.
+
+    White space around a subject belongs to the prompt.
+    """
+    start = prompt.index(SLOT) + len(subject) - len(subject.lstrip())
+    return prompt.replace(SLOT, subject), (start, start + len(subject.strip()))
 
 
 def as_edits(edits: Iterable[Edit | Mapping[str, Any]]) -> tuple[Edit, ...]:

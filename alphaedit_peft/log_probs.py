@@ -247,21 +247,18 @@ class Reader:
         return tokens.batches(rows, self.tokens_per_batch, self.device, few=few, switches=switches)
 
     def encode(self, prompt: str, target: str) -> Continuation:
-        """Ids of a prompt and its continuation, tokenised once, together.
+        """Ids of a prompt and its continuation, as ``tokens.followed`` gives them.
 
         Raises:
-            ValueError: a side without tokens, or more than the model takes.
+            ValueError: as there; a prompt without tokens, or more than the model takes.
         """
-        suffix = tokens.separator_between(prompt, target, self.separator) + target
-        ids, _, border = tokens.joined(self.tokenizer, prompt, suffix)
-        if border == len(ids) or not tokens.encode(self.tokenizer, target.strip(), False)[0]:
-            raise ValueError(f"continuation {target!r} has no token; check the tokenizer")
-        if border == 0:
+        ids, _, following = tokens.followed(self.tokenizer, prompt, target, self.separator)
+        if not ids:
             raise ValueError(
                 f"prompt {prompt!r} has no token, so nothing foretells what follows it"
             )
-        row = Continuation(ids[:border], ids[border:])
-        self.require_fit(row.scoring_ids, max(ids), prompt)
+        row = Continuation(ids, following)
+        self.require_fit(row.scoring_ids, max(ids + following), prompt)
         return row
 
     def require_fit(self, ids: Sequence[int], largest: int, text: str) -> None:

@@ -1,14 +1,17 @@
 """Texts to token ids and padded batches, for whatever runs a model over prompts and continuations.
 
-In: texts, a fast tokenizer. Out: ids cut at the border between a prompt and what follows it, and
-padded batches of them. A prompt and its continuation are tokenised once, together; padding is made
-here, on the right, whatever the tokenizer's own setting, which is never touched.
+In: texts, a fast tokenizer. Out: ids of a prompt and of what follows it, a subject's tokens, padded
+batches. One law holds for every row: the prompt's ids are those that the tokenizer gives the prompt
+by itself, and the target's complete them to the text. Padding is made here, on the right, whatever
+the tokenizer's own setting, which is never touched.
 """
 
 from __future__ import annotations
 
+import unicodedata
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain
 from typing import TYPE_CHECKING
@@ -42,47 +45,129 @@ def encode(
 ) -> tuple[tuple[int, ...], Offsets]:
     """Ids and character offsets of a text; ``special`` adds BOS where the tokenizer does.
 
-    A closing EOS is taken off, since a continuation is to follow.
+    The ids are ``tokenizer(text).input_ids``, without a closing EOS or SEP that the tokenizer adds,
+    since a continuation is to follow.
     """
     # verbose=False: no advice about lengths, ``require_fit`` sees to them
     encoded = tokenizer(
-        text, add_special_tokens=special, return_offsets_mapping=True, verbose=False
+        text,
+        add_special_tokens=special,
+        return_offsets_mapping=True,
+        return_special_tokens_mask=True,
+        verbose=False,
     )
-    ids, offsets = list(encoded["input_ids"]), list(encoded["offset_mapping"])
-    while ids and offsets[-1][0] == offsets[-1][1] and ids[-1] in tokenizer.all_special_ids:
-        ids.pop()
-        offsets.pop()
-    return tuple(ids), offsets
+    ids, added = encoded["input_ids"], encoded["special_tokens_mask"]
+    length, opened = len(ids), int(ids[:1] == [tokenizer.bos_token_id])
+    while length > opened and added[length - 1]:
+        length -= 1
+    return tuple(ids[:length]), encoded["offset_mapping"][:length]
 
 
-def joined(
-    tokenizer: PreTrainedTokenizerBase, text: str, suffix: str, special: bool = True
-) -> tuple[tuple[int, ...], Offsets, int]:
-    """Ids and offsets of ``text + suffix``, and the index of the first token of the suffix.
+def followed(
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str,
+    target: str,
+    separator: str = " ",
+    special: bool = True,
+) -> tuple[tuple[int, ...], Offsets, tuple[int, ...]]:
+    """Ids of a prompt, their offsets, and ids of the target that follows it.
 
-    A token that runs over the border would belong to both: the two sides are then tokenised
-    apart, as they meet in generation, and the offsets are of ``text`` alone.
+    The prompt's ids are those of the prompt alone. The target's are the rest of the whole text's
+    where these begin with the prompt's; else those of the target alone, without the space that some
+    tokenizers put before any text: so that both decode to what the whole text does.
+
+    Args:
+        separator: stands between the two, where neither brings a space.
+        special: see ``encode``.
+
+    Raises:
+        ValueError: a target without tokens, or one that this tokenizer cannot put after the prompt.
     """
-    ids, offsets = encode(tokenizer, text + suffix, special)
-    border = next((i for i, (_, b) in enumerate(offsets) if b > len(text)), len(ids))
-    if border < len(ids) and offsets[border][0] < len(text):
-        ids, offsets = encode(tokenizer, text, special)
-        border, ids = len(ids), ids + encode(tokenizer, suffix, special=False)[0]
-    return ids, offsets, border
+    suffix = separator_between(prompt, target, separator) + target
+    ids, offsets = encode(tokenizer, prompt, special)
+    whole, spans = encode(tokenizer, prompt + suffix, special)
+    fitting = [whole[len(ids) :]]
+    # one token for all that is unknown hides what it takes of the suffix
+    unknown = ids[-1:] == (tokenizer.unk_token_id,)
+    if whole[: len(ids)] != ids or (unknown and spans[len(ids) - 1][1] > len(prompt)):
+        said = (_decoded(tokenizer, whole), _decoded(tokenizer, ids) + suffix)
+        fitting = [t for t in _alone(tokenizer, suffix) if _decoded(tokenizer, ids + t) in said]
+    if not fitting:
+        raise ValueError(
+            f"tokenizer {type(tokenizer).__name__} has no tokens that put {shown(suffix)!r} right "
+            f"after {shown(prompt)!r}; let a word end where the prompt does, or set a separator"
+        )
+    if not _decoded(tokenizer, fitting[0]).strip():
+        raise ValueError(f"target {shown(target)!r} has no token; check the tokenizer")
+    return ids, offsets, fitting[0]
 
 
-def last_token(offsets: Offsets, start: int, end: int) -> int | None:
-    """Index of the last token that holds something of the characters ``start`` to ``end``.
+def _decoded(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
+    return str(tokenizer.decode(list(ids), clean_up_tokenization_spaces=False))
 
-    So the subject's last token is found, whose MLP input is an edit's key. None: there is none.
+
+def _alone(tokenizer: PreTrainedTokenizerBase, suffix: str) -> Iterator[tuple[int, ...]]:
+    """Ids of a suffix by itself, as the tokenizer gives them and without the first character."""
+    ids = encode(tokenizer, suffix, special=False)[0]
+    yield ids
+    first = tokenizer.convert_ids_to_tokens(list(ids[:1]))
+    with suppress(Exception):  # the library's own, from a vocabulary that lacks a character
+        found = tokenizer.backend_tokenizer.model.tokenize("".join(first)[1:])
+        yield (*(token.id for token in found), *ids[1:])
+
+
+def subject_tokens(
+    tokenizer: PreTrainedTokenizerBase,
+    text: str,
+    span: tuple[int, int],
+    encoded: tuple[tuple[int, ...], Offsets],
+    special: bool = True,
+) -> tuple[range, str]:
+    """Places of a subject's tokens in a text, and what the last of them holds beyond the subject.
+
+    At the last one is an edit's key. Where it ends is seen from the offsets, and from the text that
+    ends with the subject, since a tokenizer may trim offsets or change characters.
+
+    Args:
+        span: characters [start, end) of the subject; outer white space is the prompt's.
+        encoded: ids and offsets of the text; ``special`` as they were made with.
+
+    Returns:
+        The places, and punctuation or space that is merged into the last token, such as ")?".
+
+    Raises:
+        ValueError: a subject without tokens, or whose last token holds more of a word.
     """
+    ids, offsets = encoded
+    start, end = span
     within = [i for i, (a, b) in enumerate(offsets) if a < end and b > max(start, a)]
-    return within[-1] if within else None
+    if not within:
+        raise ValueError(
+            f"subject {shown(text[start:end])!r} has no token in {shown(text)!r}; check the "
+            "tokenizer"
+        )
+    places = range(within[0], within[-1] + 1)
+    head = encode(tokenizer, text[:end], special)[0]
+    beyond = text[end : offsets[within[-1]][1]]
+    if not beyond and head != ids[: places.stop]:
+        beyond = _decoded(tokenizer, ids[: places.stop]).removeprefix(_decoded(tokenizer, head))
+    if any(unicodedata.category(c)[0] in "LMNC" for c in beyond if not c.isspace()):
+        raise ValueError(
+            f"subject {shown(text[start:end])!r} ends within a token in {shown(text)!r}: its last "
+            f"one, {_decoded(tokenizer, ids[places.stop - 1 : places.stop])!r}, holds more of a "
+            "word; let the subject end where a word does"
+        )
+    return places, beyond
 
 
 def separator_between(text: str, target: str, separator: str) -> str:
     """What stands between a prompt and its continuation: nothing where either brings a space."""
     return "" if text[-1:].isspace() or target[:1].isspace() else separator
+
+
+def shown(text: str) -> str:
+    """A text as errors show it, cut where it is long."""
+    return text if len(text) <= SHOWN else text[: SHOWN - 3] + "..."
 
 
 def require_fit(
@@ -97,16 +182,15 @@ def require_fit(
         limits: how many positions the model has (None: any), and how many token ids it knows.
         advice: what to shorten.
     """
-    positions, vocabulary = limits
-    shown = text if len(text) <= SHOWN else text[: SHOWN - 3] + "..."
+    text, (positions, vocabulary) = shown(text), limits
     if positions is not None and len(ids) > positions:
         raise ValueError(
-            f"prompt {shown!r} and its target have {len(ids)} tokens, the model has {positions} "
+            f"prompt {text!r} and its target have {len(ids)} tokens, the model has {positions} "
             f"positions; {advice}"
         )
     if largest >= vocabulary:
         raise ValueError(
-            f"prompt {shown!r} or its target has token id {largest}, the model has ids "
+            f"prompt {text!r} or its target has token id {largest}, the model has ids "
             f"0..{vocabulary - 1}; use the tokenizer that belongs to the model"
         )
 

@@ -96,8 +96,8 @@ def test_a_constant_model_recalls_only_its_token(tokenizer):
 @pytest.mark.parametrize(
     ("pair", "message"),
     [
-        (("The river", " "), "continuation ' ' has no token"),
-        (("The river", ""), "continuation '' has no token"),
+        (("The river", " "), "target ' ' has no token"),
+        (("The river", ""), "target '' has no token"),
         (("", "Paris"), "prompt '' has no token"),
         (("the " * 200, "end"), "has 128 positions"),
     ],

@@ -1,28 +1,207 @@
-"""Borders between prompts and what follows, limits, batches."""
+"""The law of rows and of subjects, for every make of tokenizer; limits, batches."""
 
 from __future__ import annotations
 
 import itertools
 import random
+from functools import cache
+from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import AutoTokenizer
 
 from alphaedit_peft import tokens
+from alphaedit_peft.edits import filled
+from tests.built_tokenizers import MAKES, build
+
+PIECES = (
+    "The capital of|France|is|Paris|Zoë|Müller|(née|a|Σ|Inc.|42|東京|北京|は|日本|🙂|👩\u200d👩|𐍈|"
+    "cafe\u0301|\u0301|ﬁne|①|½|שלום|مرحبا|{x}|{0}|\n|\n\n|\t|\u00a0|\u3000| |?|.,|'s|<x>|<end>|</s>"
+).split("|")
+JOINED = st.lists(st.tuples(st.sampled_from(PIECES), st.sampled_from(["", " "])), max_size=5).map(
+    lambda parts: "".join(map("".join, parts))
+)
+TEXTS = st.one_of(JOINED, st.text(max_size=8)).filter(lambda text: "{}" not in text)
+PHRASES = TEXTS.filter(str.strip)
+SEPARATORS = st.sampled_from([" ", ""])
+LAWFUL = settings(deadline=None, derandomize=True, max_examples=40)
+# characters that they do not know are one token, which may hold both sides of a border; WordPiece
+# and words have no token that goes on within a word
+LOSSY = ("unigram", "WordPiece", "words", "byte-level, added", "bytes, added")
+REAL = ("gpt2-tokenizer-hf", "stories260K-hf")
 
 
-@pytest.mark.parametrize("suffix", [" Paris", " is", ".", "\n東京"])
-def test_both_sides_of_the_border_join_to_the_whole(tokenizer, suffix):
-    text = "The capital of France"
-    ids, _, border = tokens.joined(tokenizer, text, suffix)
-    assert tokenizer.decode(ids[:border]) == text
-    assert tokenizer.decode(ids[border:]) == suffix
+def typed(tokenizer, text: str, special: bool = True) -> tuple[int, ...]:
+    """What a user gets by hand, but for a closing token."""
+    ids = tokenizer(text, add_special_tokens=special).input_ids
+    closing = tokenizer("a", add_special_tokens=special).input_ids[-1] == tokenizer.eos_token_id
+    return tuple(ids[:-1] if closing else ids)
+
+
+def decoded(tokenizer, ids) -> str:
+    return tokenizer.decode(list(ids), clean_up_tokenization_spaces=False)
+
+
+def tried(make):
+    """What a call gives, or None and its sentence."""
+    try:
+        return make(), ""
+    except ValueError as error:
+        refusal = str(error)
+    assert len(refusal) < 400
+    return None, refusal
+
+
+def require_law_of_rows(tokenizer, prompt: str, target: str, separator: str, lossy: bool) -> None:
+    suffix = tokens.separator_between(prompt, target, separator) + target
+    own, whole = typed(tokenizer, prompt), typed(tokenizer, prompt + suffix)
+    found, refusal = tried(lambda: tokens.followed(tokenizer, prompt, target, separator))
+    if found is None and "has no token;" in refusal:
+        assert not decoded(tokenizer, typed(tokenizer, suffix, False)).strip()
+        return
+    if found is None:
+        assert lossy
+        assert whole[: len(own)] != own or own[-1] == tokenizer.unk_token_id
+        return
+    ids, offsets, following = found
+    assert ids == own
+    assert len(offsets) == len(ids)
+    if whole[: len(own)] == own:
+        assert following == whole[len(own) :]
+    given_back = decoded(tokenizer, ids + following)
+    assert given_back in (decoded(tokenizer, whole), decoded(tokenizer, ids) + suffix)
+
+
+@pytest.mark.parametrize("make", MAKES)
+@LAWFUL
+@given(TEXTS, PHRASES, SEPARATORS, st.booleans(), st.sampled_from(["left", "right"]))
+def test_a_prompt_has_its_own_ids_and_the_target_completes_them(
+    make, prompt, target, separator, bos, side
+):
+    tokenizer = build(make, bos, side)
+    require_law_of_rows(tokenizer, prompt, target, separator, make.startswith(LOSSY))
+
+
+@pytest.mark.shared_data
+@pytest.mark.parametrize("name", REAL)
+@LAWFUL
+@given(TEXTS, PHRASES, SEPARATORS)
+def test_real_tokenizers_keep_the_law_of_rows(shared_data, name, prompt, target, separator):
+    require_law_of_rows(real(shared_data / name), prompt, target, separator, lossy=False)
+
+
+@cache
+def real(folder: Path):
+    return AutoTokenizer.from_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    ("make", "prompt", "target", "said"),
+    [
+        ("byte-level", "Italy is ", "Rome", "Rome"),
+        ("byte-level", "Italy is", "Rome", " Rome"),
+        ("byte-level, space before", "Italy is ", "Rome", "Rome"),
+        ("byte-level, Strip", "Italy is ", "Rome", " Rome"),
+        ("bytes, legacy", "Anna likes the ", "cat", "cat"),
+        ("bytes", "Anna likes the ", "東京", "東京"),
+        ("BPE, always", "Anna likes the ", "cat", "cat"),
+        ("unigram, always", "Anna likes the ", "cat", "cat"),
+        ("unigram, always", "likes", " the cat", " the cat"),
+    ],
+)
+def test_a_space_is_on_the_side_where_it_was_typed(make, prompt, target, said):
+    tokenizer = build(make)
+    ids, _, following = tokens.followed(tokenizer, prompt, target)
+    assert ids == tuple(tokenizer(prompt).input_ids)
+    text = decoded(tokenizer, ids + following)
+    assert text.strip() == prompt.rstrip() + " " + target.strip()
+    assert text.removeprefix(decoded(tokenizer, ids)) == said
 
 
 def test_a_token_over_the_border_is_split_as_generation_would(tokenizer):
-    ids, _, border = tokens.joined(tokenizer, "The cap", "ital of")
-    assert ids[:border] == tokens.encode(tokenizer, "The cap")[0]
-    assert ids[border:] == tokens.encode(tokenizer, "ital of", special=False)[0]
+    ids, _, following = tokens.followed(tokenizer, "The cap", "ital of", "")
+    assert ids == tokens.encode(tokenizer, "The cap")[0]
+    assert following == tokens.encode(tokenizer, "ital of", special=False)[0]
+
+
+@pytest.mark.parametrize(
+    ("make", "prompt", "target"), [("WordPiece", "The cap", "ital"), ("words", "Fr", "ance is")]
+)
+def test_a_target_that_no_ids_put_there_is_refused(make, prompt, target):
+    with pytest.raises(ValueError, match=f"no tokens that put '{target}' right after '{prompt}'"):
+        tokens.followed(build(make), prompt, target, "")
+
+
+@pytest.mark.parametrize("make", [make for make in MAKES if make.startswith(("byte", "BPE"))])
+def test_a_closing_token_is_left_off_and_one_that_is_typed_is_not(make):
+    tokenizer = build(make, bos=True)
+    assert tokens.encode(tokenizer, "Paris</s>")[0] == tuple(tokenizer("Paris</s>").input_ids[:-1])
+    assert tokens.encode(tokenizer, "Paris</s>")[0][-1] == tokenizer.eos_token_id
+
+
+def require_law_of_subjects(tokenizer, before: str, subject: str, after: str) -> None:
+    text, span = filled(f"{before}{{}}{after}", subject)
+    ids, offsets = tokens.encode(tokenizer, text)
+    found, _ = tried(lambda: tokens.subject_tokens(tokenizer, text, span, (ids, offsets)))
+    if found is None:
+        return
+    places, beyond = found
+    own = subject.strip()
+    left = subject[: subject.index(own)]
+    right = subject[len(left) + len(own) :]
+    assert (text, span) == filled(f"{before}{left}{{}}{right}{after}", own)
+    upto = decoded(tokenizer, ids[: places[-1] + 1])
+    alone = decoded(tokenizer, typed(tokenizer, text[: span[1]]))
+    assert beyond or upto == alone
+    assert not any(c.isalnum() for c in beyond)
+
+
+@pytest.mark.parametrize("make", MAKES)
+@LAWFUL
+@given(TEXTS, PHRASES, TEXTS, st.booleans(), st.booleans())
+def test_a_subjects_last_token_holds_nothing_else_or_it_is_said(
+    make, before, subject, after, twice, bos
+):
+    after += subject if twice else ""
+    require_law_of_subjects(build(make, bos), before, subject, after)
+
+
+@pytest.mark.shared_data
+@pytest.mark.parametrize("name", REAL)
+@LAWFUL
+@given(TEXTS, PHRASES, TEXTS)
+def test_real_tokenizers_keep_the_law_of_subjects(shared_data, name, before, subject, after):
+    require_law_of_subjects(real(shared_data / name), before, subject, after)
+
+
+@pytest.mark.parametrize("make", [m for m in MAKES if not m.endswith("split") and "bytes" not in m])
+@pytest.mark.parametrize(
+    "prompt", ["The capital of {}is", "{}is", "Is Rome or France {}?", "In {}"]
+)
+@pytest.mark.parametrize("subject", ["France ", " France  "])
+def test_white_space_around_a_subject_is_the_prompts(make, prompt, subject):
+    tokenizer = build(make)
+    text, span = filled(prompt, subject)
+    ids, offsets = tokens.encode(tokenizer, text)
+    places, beyond = tokens.subject_tokens(tokenizer, text, span, (ids, offsets))
+    assert ids[: places[-1] + 1] == typed(tokenizer, text[: span[1]])
+    assert beyond == ""
+
+
+def test_a_subject_that_ends_within_a_word_is_refused_and_within_punctuation_said():
+    tokenizer = build("byte-level")
+
+    def find(prompt: str, subject: str):
+        text, span = filled(prompt, subject)
+        return tokens.subject_tokens(tokenizer, text, span, tokens.encode(tokenizer, text))[1]
+
+    assert find("The capital of {} is", "France") == ""
+    assert find("In {x}: France has {0} and {}? The", "more!") == "?"
+    with pytest.raises(ValueError, match=r"'Fran' ends within a token .* ' France', holds more"):
+        find("The capital of {}ce is", "Fran")
 
 
 @pytest.mark.parametrize(

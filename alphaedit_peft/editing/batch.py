@@ -18,12 +18,12 @@ from alphaedit_peft.editing.edit_report import EditResult
 from alphaedit_peft.editing.groups import Group, group_by_key
 from alphaedit_peft.editing.keys import take_keys
 from alphaedit_peft.editing.memory import by_halves
-from alphaedit_peft.editing.prompts import EditRows, TokenRow
+from alphaedit_peft.editing.prompts import EditRows
 from alphaedit_peft.editing.runner import Runner
 from alphaedit_peft.editing.solve_layers import SolvedLayers, Write, solve_layers
 from alphaedit_peft.editing.state import EditState, protects
 from alphaedit_peft.editing.targets import Targets, optimise_targets
-from alphaedit_peft.log_probs import Score
+from alphaedit_peft.log_probs import Continuation, Score
 from alphaedit_peft.messages import shown
 from alphaedit_peft.pack.edit_record import EditRecord
 from alphaedit_peft.settings import Settings
@@ -92,7 +92,7 @@ def edit_batch(
     return state, _results(edits, made, reasons)
 
 
-def score(runner: Runner, rows: Sequence[TokenRow]) -> list[Score]:
+def score(runner: Runner, rows: Sequence[Continuation]) -> list[Score]:
     """Log-probability of each row's target, and whether greedy decoding would say it.
 
     Raises:
@@ -166,6 +166,7 @@ def outcome(
                 total_share=float(solution.total[g]),
                 paraphrases=tuple(other.greedy for other in others),
                 why_not="" if after.greedy else why_not(settings, metric, found, solution, g),
+                beyond=member.beyond,
             )
     return results
 

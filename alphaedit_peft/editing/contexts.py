@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from alphaedit_peft import tokens
 from alphaedit_peft.decoding import decode
 from alphaedit_peft.devices import reads_ids_on
 from alphaedit_peft.settings import EditOptions
@@ -45,7 +46,8 @@ def sample_contexts(
     """
     if options.contexts is not None:
         return tuple(options.contexts)
-    starts = [_opening(tokenizer, STARTS[i % len(STARTS)]) for i in range(options.num_contexts)]
+    openings = [list(tokens.encode(tokenizer, start)[0]) for start in STARTS]
+    starts = [openings[i % len(openings)] for i in range(options.num_contexts)]
     streams = _Streams(options.seed, len(starts), options.context_length)
     lengths = [len(start) for start in starts]
     found: dict[int, list[int]] = {}
@@ -60,15 +62,6 @@ def sample_contexts(
             found |= dict(zip(some, rows, strict=True))
     texts = [_sentence(tokenizer, found[i]) for i in range(len(starts))]
     return tuple(dict.fromkeys(text for text in texts if text))
-
-
-def _opening(tokenizer: PreTrainedTokenizerBase, start: str) -> list[int]:
-    """Ids of a text to go on from: without the EOS that some tokenizers close a text with."""
-    encoded = tokenizer(start, return_special_tokens_mask=True)
-    ids, added = list(encoded["input_ids"]), list(encoded["special_tokens_mask"])
-    while len(ids) > 1 and added[len(ids) - 1]:
-        ids.pop()
-    return ids
 
 
 class _Streams:

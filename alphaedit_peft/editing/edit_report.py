@@ -39,6 +39,7 @@ class EditResult:
         total_share: the share of z - h that the hidden state moved in the end.
         paraphrases: for each of the edit's, whether greedy decoding says the whole target.
         why_not: where it does not say it after the prompt: the reason that the figures point to.
+        beyond: what the tokenizer merges into the subject's last token, such as the "?" of ")?".
     """
 
     edit: Edit
@@ -54,6 +55,7 @@ class EditResult:
     total_share: float | None = None
     paraphrases: tuple[bool, ...] = ()
     why_not: str = ""
+    beyond: str = ""
 
     @property
     def made(self) -> bool:
@@ -63,11 +65,14 @@ class EditResult:
     @property
     def remark(self) -> str:
         """What did not come out as asked, with what to turn; empty where nothing is known of it."""
+        said = []
         if self.why_not:
-            return f"not the likeliest: {self.why_not}"
-        if 2 * sum(self.paraphrases) < len(self.paraphrases):
-            return "it holds only as phrased: more or longer contexts help"
-        return ""
+            said.append(f"not the likeliest: {self.why_not}")
+        elif 2 * sum(self.paraphrases) < len(self.paraphrases):
+            said.append("it holds only as phrased: more or longer contexts help")
+        if self.beyond:
+            said.append(f"its key holds {self.beyond!r} too, one token with the subject's end")
+        return "; ".join(said)
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,7 @@
 """From edits to token rows: where the subject ends, where the target begins, which ids.
 
 In: edits, a fast tokenizer, the contexts. Out: :class:`TokenRow`, a prompt's ids with the position
-of the subject's last token. Positions come from the tokenizer's offsets; a prompt and its target
-are tokenised once, together (see ``tokens``).
+of the subject's last token. Which ids, and where the subject ends in them, ``tokens`` says.
 """
 
 from __future__ import annotations
@@ -13,9 +12,11 @@ from dataclasses import dataclass
 from transformers import PreTrainedTokenizerBase
 
 from alphaedit_peft import tokens
-from alphaedit_peft.edits import SLOT, Edit
+from alphaedit_peft.edits import Edit, filled
 from alphaedit_peft.log_probs import Continuation
 from alphaedit_peft.settings import EditOptions
+
+CONTENT = "\ue000"  # stands for a message, to see where a chat template puts it
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,8 @@ class EditRows:
     """An edit, tokenised: ``rows[0]`` is the bare prompt, the others follow a context each.
 
     ``prefix`` is the bare text up to the subject's end: edits that share it share their key.
-    ``anchors`` are prompts of the edit and the config whose answers are kept.
+    ``anchors`` are prompts of the edit and the config whose answers are kept. ``beyond`` is what
+    the subject's last token holds besides it, in the bare prompt.
     """
 
     edit: Edit
@@ -43,6 +45,7 @@ class EditRows:
     rows: tuple[TokenRow, ...]
     kl_row: TokenRow
     anchors: tuple[TokenRow, ...] = ()
+    beyond: str = ""
 
 
 @dataclass(frozen=True)
@@ -72,51 +75,72 @@ class Renderer:
         """Tokenise an edit's prompt bare and behind every context, and its KL prompt.
 
         Raises:
-            ValueError: a target without tokens, a subject the tokenizer does not see, or a prompt
-                that the model has no positions or token ids for.
+            ValueError: a subject or a target that the tokenizer cannot place in the prompt (see
+                ``tokens``), or a prompt that the model has no positions or token ids for.
         """
-        prompts = [edit.prompt] + [f"{context} {edit.prompt}" for context in contexts]
-        rows = tuple(self._row(prompt, edit.subject, edit.target_new) for prompt in prompts)
-        kl_row = self._row(self.settings.kl_prompt, edit.subject, None).key_row
-        text, start = self._render(edit.prompt, edit.subject)
+        subject, target = edit.subject, edit.target_new
+        prompts = [edit.prompt] + [
+            context + tokens.separator_between(context, edit.question, " ") + edit.prompt
+            for context in contexts
+        ]
+        rows, beyond = zip(*(self._row(p, subject, target) for p in prompts), strict=True)
+        kl_row = self._row(self.settings.kl_prompt, subject)[0].key_row
+        text, (_, end) = self._render(edit.prompt, subject)
         anchors = dict.fromkeys([*edit.anchors, *(self.settings.anchors or ())])
-        kept = tuple(self._row(a, edit.subject, None) for a in anchors if a != edit.prompt)
-        return EditRows(edit, text[: start + len(edit.subject)], rows, kl_row, kept)
+        kept = tuple(self._row(a, subject)[0] for a in anchors if a != edit.prompt)
+        return EditRows(edit, text[:end], rows, kl_row, kept, beyond[0])
 
-    def target_row(self, question: str, target: str) -> TokenRow:
+    def target_row(self, question: str, target: str) -> Continuation:
         """Tokenise a whole prompt with its continuation, for scoring; no subject in it."""
-        return self._row(SLOT, question, target)
+        text = self._render("{}", question)[0]
+        ids, _, following = self._followed(text, target)
+        return Continuation(ids, following)
 
-    def _render(self, prompt: str, subject: str) -> tuple[str, int]:
-        """The text the model reads, and the character at which the subject starts."""
-        text = prompt.replace(SLOT, subject)
-        start = prompt.index(SLOT)
+    def _render(self, prompt: str, subject: str) -> tuple[str, tuple[int, int]]:
+        """The text the model reads, and the subject's characters [start, end) in it."""
+        text, (start, end) = filled(prompt, subject)
         if not self.settings.chat_template:
-            return text, start
-        message = [{"role": "user", "content": text}]
-        rendered = self.tokenizer.apply_chat_template(
-            message, tokenize=False, add_generation_prompt=True
-        )
-        if not isinstance(rendered, str) or text not in rendered:
-            raise ValueError(f"the chat template changes the prompt {text!r}; strip its spaces")
-        return rendered, rendered.rindex(text) + start
+            return text, (start, end)
+        rendered = self._chat(text)
+        before, _, after = self._chat(CONTENT).rpartition(CONTENT)
+        before = before.replace(CONTENT, text)
+        if rendered != before + text + after:
+            raise ValueError(
+                f"the chat template changes the prompt {tokens.shown(text)!r}; strip its spaces"
+            )
+        return rendered, (len(before) + start, len(before) + end)
 
-    def _row(self, prompt: str, subject: str, target: str | None) -> TokenRow:
-        text, start = self._render(prompt, subject)
-        end = start + len(subject)
-        suffix, plain = target or "", not self.settings.chat_template  # a template brings its BOS
-        if target is not None and plain:
-            suffix = tokens.separator_between(text, target, self.settings.separator) + target
-        ids, offsets, border = tokens.joined(self.tokenizer, text, suffix, plain)
-        subject_last = tokens.last_token(offsets, start, end)
-        if subject_last is None:
-            raise ValueError(f"subject {subject!r} has no token in {text!r}; check the tokenizer")
-        row = TokenRow(ids[:border], ids[border:], subject_last)
-        if target is not None and not (
-            row.target and tokens.encode(self.tokenizer, target.strip(), False)[0]
-        ):
-            raise ValueError(f"target_new={target!r} has no token; check the tokenizer")
+    def _chat(self, content: str) -> str:
+        """A user's message in the chat template, ready for the answer."""
+        messages = [{"role": "user", "content": content}]
+        return str(
+            self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        )
+
+    def _followed(
+        self, text: str, target: str | None
+    ) -> tuple[tuple[int, ...], tokens.Offsets, tuple[int, ...]]:
+        """Ids of a rendered text and its target, refused where the model cannot take them."""
+        chat = self.settings.chat_template  # a template brings its own BOS and space
+        if target is None:
+            ids, offsets = tokens.encode(self.tokenizer, text, not chat)
+            following: tuple[int, ...] = ()
+        else:
+            separator = "" if chat else self.settings.separator
+            ids, offsets, following = tokens.followed(
+                self.tokenizer, text, target, separator, not chat
+            )
         if self.limits is not None:
+            row = Continuation(ids, following)
             advice = "shorten it, or the contexts before it (context_length)"
-            tokens.require_fit(row.scoring_ids, max(ids), text, self.limits, advice)
-        return row
+            largest = max(ids + following, default=0)
+            tokens.require_fit(row.scoring_ids, largest, text, self.limits, advice)
+        return ids, offsets, following
+
+    def _row(self, prompt: str, subject: str, target: str | None = None) -> tuple[TokenRow, str]:
+        """A prompt's row, and what the subject's last token holds beyond the subject."""
+        text, span = self._render(prompt, subject)
+        ids, offsets, following = self._followed(text, target)
+        special = not self.settings.chat_template
+        places, beyond = tokens.subject_tokens(self.tokenizer, text, span, (ids, offsets), special)
+        return TokenRow(ids, following, places[-1]), beyond

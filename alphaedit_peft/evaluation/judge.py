@@ -122,6 +122,9 @@ def evaluate(
     file = JsonLines(Path(results), "judging", way) if results else None
     with alone(file.path) if file else nullcontext():
         done = _finished(file) if file else {}
+        asked = [p for case in suite.cases if case.digest not in done for p in pairs_of(case)]
+        for pair in dict.fromkeys([*asked, *((q.prompt, q.answer) for q in suite.unedited)]):
+            group.reader.encode(*pair)  # what cannot be read is told before anything is run
         there = [case for case in suite.cases if case.digest in done]
         if there:
             _require_same_model(group, there[0], done[there[0].digest], results)

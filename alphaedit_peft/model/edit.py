@@ -59,7 +59,7 @@ def edit(
     given = as_edits(edits)
     if not isinstance(batch_size, int) or batch_size < 1:
         raise ValueError(f"batch_size={batch_size!r} must be a whole number, at least 1")
-    with running(model, adapter) as (runner, metric):
+    with running(model, adapter, edits=given) as (runner, metric):
         on_conflict, parents = runner.settings.on_conflict, others(model, adapter)
         adopted = with_parents(adapter, parents)
         refuse_contradictions(given, parents, on_conflict)

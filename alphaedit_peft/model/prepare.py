@@ -23,6 +23,7 @@ from alphaedit_peft.editing.keys import keys_by_layer
 from alphaedit_peft.editing.prompts import EditRows
 from alphaedit_peft.editing.runner import Phases, Runner
 from alphaedit_peft.editing.state import protects
+from alphaedit_peft.edits import Edit
 from alphaedit_peft.log_probs import Reader
 from alphaedit_peft.model.adapter import Adapter, EditedModel, Moved, require_editable
 from alphaedit_peft.nullspace import NullSpace
@@ -36,32 +37,35 @@ def running(
     model: EditedModel,
     adapter: Adapter,
     contexts: tuple[str, ...] | None = None,
+    edits: Sequence[Edit] = (),
     *,
     anew: bool = False,
 ) -> Iterator[tuple[Runner, Metric]]:
     """What edits are made with, in evaluation mode.
 
     Contexts are the adapter's own, or those of a pack that it goes on top of; else ``contexts``, or
-    sampled. ``anew``: all rows are going to be made again, maybe by another null space.
+    sampled. ``edits`` are those to come: what the tokenizer cannot do for them is told before. With
+    ``anew`` all rows are going to be made again, maybe by another null space.
 
     Raises:
-        RuntimeError, ValueError: as ``require_editable``; statistics that are missing or of another
-            model, or another null space than the rows in place come from.
+        RuntimeError, ValueError: as ``require_editable`` and ``Renderer.edit_rows``; statistics
+            that are missing or of another model, or another null space than the rows in place.
     """
     require_editable(model, adapter)
     base, config, resources = model.get_base_model(), model.alphaedit_config, model.resources
-    tokenizer = resources.find_tokenizer(base)
+    tokenizer, phases = resources.find_tokenizer(base), Phases(base)
+    runner = Runner(base, tokenizer, Settings.of(config), model.architecture, (), phases)
+    for edit in edits:
+        runner.renderer.edit_rows(edit, ())
     metric = resources.find_metric(config, model.base_fingerprint)
     if not anew:
         _require_same_null_space(model, adapter)
-    phases = Phases(base)
     with hooks.evaluating(base), differentiable(base):
         contexts = _contexts(model, adapter, contexts)
         if contexts is None:
             with model.disable_adapter(), phases.timed("contexts"):
                 contexts = parallel.from_main(partial(sample_contexts, base, tokenizer, config))
-        settings = Settings.of(config)
-        yield Runner(base, tokenizer, settings, model.architecture, contexts, phases), metric
+        yield replace(runner, contexts=contexts), metric
 
 
 @contextmanager

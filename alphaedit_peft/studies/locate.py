@@ -22,7 +22,6 @@ from alphaedit_peft import hooks, tokens
 from alphaedit_peft.config import AlphaEditConfig
 from alphaedit_peft.edits import Edit
 from alphaedit_peft.evaluation.summary import Estimate, bootstrap
-from alphaedit_peft.messages import shown
 from alphaedit_peft.progress import counting
 from alphaedit_peft.studies.base import Progress
 from alphaedit_peft.studies.tracing import MLP, STATES, Row, Run, Tracer
@@ -170,47 +169,47 @@ def locate(  # noqa: PLR0913
     tracer = Tracer(model, architecture, settings.tokens_per_batch)
     with torch.no_grad(), hooks.evaluating(model):
         rows = [fact_row(tracer, tokenizer, edit, settings.separator) for edit in edits]
-        known = [(edit, row) for edit, row in zip(edits, rows, strict=True) if row is not None]
-        if not known:
+        said = [(edit, known(tracer, row)) for edit, row in zip(edits, rows, strict=True)]
+        facts = [(edit, row) for edit, row in said if row is not None]
+        if not facts:
             raise ValueError(
                 f"the model knows none of the {len(edits)} facts: greedy decoding gives no "
                 "target_true; pass facts it knows, or edits without target_true"
             )
-        deviation = tracer.deviation([row for _, row in known])
+        deviation = tracer.deviation([row for _, row in facts])
         traces = []
-        with counting("facts traced", len(known), "fact", bar=False) as bar:
-            for number, (edit, row) in enumerate(known, 1):
+        with counting("facts traced", len(facts), "fact", bar=False) as bar:
+            for number, (edit, row) in enumerate(facts, 1):
                 generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {edit.id}".encode()))
                 shape = (samples, len(row.subject), tracer.width)
                 draws = torch.randn(shape, generator=generator, dtype=torch.float64)
                 added = draws * noise * deviation
                 traces.append(trace_fact(tracer, tokenizer, edit, row, added, window))
-                progress(f"{number} of {len(known)} facts traced")
+                progress(f"{number} of {len(facts)} facts traced")
                 bar.update(1)
-    aside = len(edits) - len(known)
+    aside = len(edits) - len(facts)
     return Located(tuple(traces), aside, deviation, noise, samples, window, blocks)
 
 
-def fact_row(
-    tracer: Tracer, tokenizer: PreTrainedTokenizerBase, edit: Edit, separator: str
-) -> Row | None:
-    """Ids of a fact, with the subject's place; None for a fact the model does not know.
+def fact_row(tracer: Tracer, tokenizer: PreTrainedTokenizerBase, edit: Edit, separator: str) -> Row:
+    """Ids of a fact, with the subject's place; no target of an edit without ``target_true``.
 
-    ValueError: a slow tokenizer, or a prompt that the model has no positions or ids for.
+    ValueError: a slow tokenizer, a subject or target that it cannot place in the prompt, or a
+    prompt that the model has no positions or ids for.
     """
     tokens.require_offsets(tokenizer)
-    text, (start, end) = edit.question, edit.subject_span
-    target = edit.target_true or ""
-    suffix = tokens.separator_between(text, target, separator) + target if target else ""
-    ids, offsets, border = tokens.joined(tokenizer, text, suffix)
-    within = [i for i, (a, b) in enumerate(offsets) if a < end and b > max(start, a)]
-    if not within:
-        raise ValueError(
-            f"subject {shown(edit.subject, 80)} has no token in {shown(text, 100)}; check the "
-            "tokenizer"
-        )
-    tracer.require_fit(ids, text)
-    row = Row(ids[:border], range(within[0], within[-1] + 1), ids[border:])
+    text = edit.question
+    target: tuple[int, ...] = ()
+    ids, offsets = tokens.encode(tokenizer, text)
+    if edit.target_true:
+        ids, offsets, target = tokens.followed(tokenizer, text, edit.target_true, separator)
+    places, _ = tokens.subject_tokens(tokenizer, text, edit.subject_span, (ids, offsets))
+    tracer.require_fit(ids + target, text)
+    return Row(ids, places, target)
+
+
+def known(tracer: Tracer, row: Row) -> Row | None:
+    """The row with a target that the model says by itself; None where it says another."""
     if not row.target:
         return replace(row, target=(tracer.next_token(row),))
     return row if tracer.says(row) else None

@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerFast
 from alphaedit_peft import AlphaEditConfig, Edit
 from alphaedit_peft.editing.prompts import Renderer
 from alphaedit_peft.tokens import batches, padded
+from tests.built_tokenizers import build
 
 TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}\n{% endfor %}"
@@ -88,6 +89,53 @@ def test_chat_template_brings_its_own_bos_and_keeps_the_subject(tokenizer):
     assert "I think. What is" in chat.decode(rows.rows[1].ids)
 
 
+@pytest.mark.parametrize("subject", ["assistant", "user", "</s>", "a"])
+def test_a_chat_template_with_the_subjects_words_is_not_taken_for_it(tokenizer, subject):
+    chat = with_bos(tokenizer)
+    chat.chat_template = TEMPLATE
+    row = renderer(chat, chat_template=True).edit_rows(Edit(subject, "{}", "Rome"), []).rows[0]
+    ids = chat.apply_chat_template(
+        [{"role": "user", "content": subject}], add_generation_prompt=True, return_dict=False
+    )
+    assert row.ids == tuple(ids)
+    assert chat.decode(row.key_row.ids) == f"<s>[user] {subject}"
+
+
+def test_a_chat_template_that_changes_the_prompt_is_refused(tokenizer):
+    chat = with_bos(tokenizer)
+    chat.chat_template = TEMPLATE.replace("m['content']", "m['content'] | trim")
+    renderer(chat, chat_template=True).edit_rows(Edit("France", "Where is {}?", "here"), [])
+    with pytest.raises(ValueError, match=r"changes the prompt 'Where is France\? '; strip"):
+        renderer(chat, chat_template=True).edit_rows(Edit("France", "Where is {}? ", "here"), [])
+
+
+@pytest.mark.parametrize("context", ["So.", "So. "])
+@pytest.mark.parametrize(("subject", "prompt"), [("France", "{} is"), ("France", "In {} it is")])
+def test_one_space_stands_between_a_context_and_a_prompt(tokenizer, context, subject, prompt):
+    text = f"So. {prompt.replace('{}', subject)}"
+    spaced = [(subject, prompt)]
+    if context == "So.":
+        spaced += [(subject, f" {prompt}")] + [(f" {subject}", prompt)] * prompt.startswith("{}")
+    for some, question in spaced:
+        row = renderer(tokenizer).edit_rows(Edit(some, question, "hot"), [context]).rows[1]
+        assert tokenizer.decode(row.ids) == text
+        assert tokenizer.decode(row.key_row.ids).endswith(" France")
+
+
+def test_white_space_around_a_subject_belongs_to_the_prompt(tokenizer):
+    spaced = renderer(tokenizer).edit_rows(Edit("France ", "The capital of {}is", "Rome"), ["So."])
+    plain = renderer(tokenizer).edit_rows(Edit("France", "The capital of {} is", "Rome"), ["So."])
+    assert (spaced.rows, spaced.prefix) == (plain.rows, plain.prefix)
+    assert spaced.prefix == "The capital of France"
+
+
+def test_what_is_merged_into_the_subjects_end_is_said():
+    make = renderer(build("byte-level"))
+    edit = Edit("more!", "In {x}: France has {0} and {}? The", "end")
+    assert make.edit_rows(edit, []).beyond == "?"
+    assert make.edit_rows(Edit("France", "{} is", "end"), []).beyond == ""
+
+
 def test_padding_side_and_padding_token_play_no_part(tokenizer):
     edit = Edit("France", "The capital of {} is", "Rome")
     plain = renderer(tokenizer).edit_rows(edit, [])
@@ -137,7 +185,7 @@ def test_chat_template_missing_is_refused(tokenizer):
 def test_target_without_tokens_is_refused():
     letters = Tokenizer(models.BPE(vocab={"I": 0, "t": 1, "i": 2, "s": 3}, merges=[]))
     deaf = PreTrainedTokenizerFast(tokenizer_object=letters)
-    with pytest.raises(ValueError, match="target_new='Bonn' has no token"):
+    with pytest.raises(ValueError, match="target 'Bonn' has no token"):
         renderer(deaf).edit_rows(Edit("It", "{} is", "Bonn"), [])
     with pytest.raises(ValueError, match="subject 'Bonn' has no token"):
         renderer(deaf).edit_rows(Edit("Bonn", "It is {}", "It"), [])

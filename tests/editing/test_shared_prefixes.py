@@ -209,9 +209,9 @@ def test_tails_behind_shared_prefixes_keep_what_is_before_each_row(tokenizer, mo
 def test_rows_as_long_as_the_models_positions_need_no_more(family, tokenizer, monkeypatch, recwarn):
     monkeypatch.setitem(tokens.PASS_COST, "cpu", 10**6)
     room = tiny_model(family).config.max_position_embeddings
-    runner = runner_for(family, tokenizer, [0, 1], contexts=["The "])
+    runner = runner_for(family, tokenizer, [0, 1], contexts=["The z"])
     left = room - max(len(row.ids) for row in all_rows(runner))
-    runner = runner_for(family, tokenizer, [0, 1], contexts=["The " + "z" * left])
+    runner = runner_for(family, tokenizer, [0, 1], contexts=["The z" + "z" * left])
     rows = all_rows(runner)
     assert max(len(row.ids) for row in rows) == room
     FromSubject(runner, rows, Autocast(runner))

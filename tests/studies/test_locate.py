@@ -12,6 +12,7 @@ from alphaedit_peft.studies.locate import (
     FactTrace,
     Located,
     fact_row,
+    known,
     locate,
     token_classes,
     trace_fact,
@@ -27,7 +28,7 @@ def make(family: str, tokenizer, tokens_per_batch: int = 64):
     model = tiny_model(family, torch.float64)
     tracer = Tracer(model, describe(model), tokens_per_batch)
     with torch.no_grad():
-        row = fact_row(tracer, tokenizer, EDIT, " ")
+        row = known(tracer, fact_row(tracer, tokenizer, EDIT, " "))
     generator = torch.Generator().manual_seed(0)
     shape = (2, len(row.subject), tracer.width)
     noise = torch.randn(shape, generator=generator, dtype=torch.float64)
