@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from alphaedit_peft.messages import shown
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
@@ -94,11 +96,12 @@ def followed(
         fitting = [t for t in _alone(tokenizer, suffix) if _decoded(tokenizer, ids + t) in said]
     if not fitting:
         raise ValueError(
-            f"tokenizer {type(tokenizer).__name__} has no tokens that put {shown(suffix)!r} right "
-            f"after {shown(prompt)!r}; let a word end where the prompt does, or set a separator"
+            f"tokenizer {type(tokenizer).__name__} has no tokens that put {shown(suffix, SHOWN)} "
+            f"right after {shown(prompt, SHOWN)}; let a word end where the prompt does, or set a "
+            "separator"
         )
     if not _decoded(tokenizer, fitting[0]).strip():
-        raise ValueError(f"target {shown(target)!r} has no token; check the tokenizer")
+        raise ValueError(f"target {shown(target, SHOWN)} has no token; check the tokenizer")
     return ids, offsets, fitting[0]
 
 
@@ -140,11 +143,11 @@ def subject_tokens(
     """
     ids, offsets = encoded
     start, end = span
+    subject = shown(text[start:end], SHOWN)
     within = [i for i, (a, b) in enumerate(offsets) if a < end and b > max(start, a)]
     if not within:
         raise ValueError(
-            f"subject {shown(text[start:end])!r} has no token in {shown(text)!r}; check the "
-            "tokenizer"
+            f"subject {subject} has no token in {shown(text, SHOWN)}; check the tokenizer"
         )
     places = range(within[0], within[-1] + 1)
     head = encode(tokenizer, text[:end], special)[0]
@@ -152,10 +155,10 @@ def subject_tokens(
     if not beyond and head != ids[: places.stop]:
         beyond = _decoded(tokenizer, ids[: places.stop]).removeprefix(_decoded(tokenizer, head))
     if any(unicodedata.category(c)[0] in "LMNC" for c in beyond if not c.isspace()):
+        last = _decoded(tokenizer, ids[places.stop - 1 : places.stop])
         raise ValueError(
-            f"subject {shown(text[start:end])!r} ends within a token in {shown(text)!r}: its last "
-            f"one, {_decoded(tokenizer, ids[places.stop - 1 : places.stop])!r}, holds more of a "
-            "word; let the subject end where a word does"
+            f"subject {subject} ends within a token in {shown(text, SHOWN)}: its last one, {last!r}, "
+            "holds more of a word; let the subject end where a word does"
         )
     return places, beyond
 
@@ -163,11 +166,6 @@ def subject_tokens(
 def separator_between(text: str, target: str, separator: str) -> str:
     """What stands between a prompt and its continuation: nothing where either brings a space."""
     return "" if text[-1:].isspace() or target[:1].isspace() else separator
-
-
-def shown(text: str) -> str:
-    """A text as errors show it, cut where it is long."""
-    return text if len(text) <= SHOWN else text[: SHOWN - 3] + "..."
 
 
 def require_fit(
@@ -182,15 +180,15 @@ def require_fit(
         limits: how many positions the model has (None: any), and how many token ids it knows.
         advice: what to shorten.
     """
-    text, (positions, vocabulary) = shown(text), limits
+    (positions, vocabulary), prompt = limits, shown(text, SHOWN)
     if positions is not None and len(ids) > positions:
         raise ValueError(
-            f"prompt {text!r} and its target have {len(ids)} tokens, the model has {positions} "
+            f"prompt {prompt} and its target have {len(ids)} tokens, the model has {positions} "
             f"positions; {advice}"
         )
     if largest >= vocabulary:
         raise ValueError(
-            f"prompt {text!r} or its target has token id {largest}, the model has ids "
+            f"prompt {prompt} or its target has token id {largest}, the model has ids "
             f"0..{vocabulary - 1}; use the tokenizer that belongs to the model"
         )
 

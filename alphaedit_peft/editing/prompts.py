@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from alphaedit_peft import tokens
 from alphaedit_peft.edits import Edit, filled
 from alphaedit_peft.log_probs import Continuation
+from alphaedit_peft.messages import shown
 from alphaedit_peft.settings import EditOptions
 
 CONTENT = "\ue000"  # stands for a message, to see where a chat template puts it
@@ -106,7 +107,8 @@ class Renderer:
         before = before.replace(CONTENT, text)
         if rendered != before + text + after:
             raise ValueError(
-                f"the chat template changes the prompt {tokens.shown(text)!r}; strip its spaces"
+                f"the chat template changes the prompt {shown(text, tokens.SHOWN)}; strip its "
+                "spaces"
             )
         return rendered, (len(before) + start, len(before) + end)
 
