@@ -157,8 +157,8 @@ def subject_tokens(
     if any(unicodedata.category(c)[0] in "LMNC" for c in beyond if not c.isspace()):
         last = _decoded(tokenizer, ids[places.stop - 1 : places.stop])
         raise ValueError(
-            f"subject {subject} ends within a token in {shown(text, SHOWN)}: its last one, {last!r}, "
-            "holds more of a word; let the subject end where a word does"
+            f"subject {subject} ends within a token in {shown(text, SHOWN)}: {last!r} holds more "
+            "of a word; let the subject end where a word does"
         )
     return places, beyond
 
