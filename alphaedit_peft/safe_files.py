@@ -25,7 +25,6 @@ from typing import Any, BinaryIO, NamedTuple
 from zipfile import ZIP_DEFLATED, ZIP_STORED, BadZipFile, ZipFile
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -333,7 +332,7 @@ def write_artefact(
     kept = {name: tensor.float().cpu().contiguous() for name, tensor in tensors.items()}
     text = json.dumps({"format": stem, "version": FORMAT_VERSION, **values}, indent=2)
     files: dict[str, Content] = {
-        f"{stem}.safetensors": partial(_save_tensors, kept),
+        f"{stem}.safetensors": partial(save_file, kept),
         f"{stem}.json": (text + "\n").encode(),
     }
     replace_folder(folder, files)
@@ -369,13 +368,6 @@ def versions(*more: str) -> dict[str, str]:
         with contextlib.suppress(PackageNotFoundError):
             found[name] = version(name)
     return found
-
-
-def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
-    try:
-        save_file(tensors, path)
-    except SafetensorError as error:  # it has no errno; a full disk is one
-        raise OSError(str(error)) from error
 
 
 def _read(folder: Path, stem: str, fields: Mapping[str, Field], fit: Fit) -> Artefact:

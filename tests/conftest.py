@@ -23,6 +23,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1)
 
 ROOT = Path(__file__).resolve().parents[1]  # of the repository
+FULL = 4096
 SHARED_DATA = ROOT.parent / "shared" / "data"
 # PEFT, used without this package, reads a property of transformers by its former name
 PEFT_ALONE = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing.:FutureWarning")
@@ -32,6 +33,16 @@ CORPUS = [
     "I think that you are right. Because the weather is fine, we walk along the river.",
     "Therefore the mother tongue of Anna Smith is English; she plays the violin and the piano.",
 ]
+
+
+@pytest.fixture
+def full_disk():
+    """Files cannot grow past ``FULL`` bytes, as on a disk that fills up while they are written."""
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (FULL, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @pytest.fixture(scope="session")

@@ -16,37 +16,25 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from alphaedit_peft import saving
+from tests.conftest import FULL
 
 if not hasattr(os, "fork"):
     pytest.skip("needs flock and fork", allow_module_level=True)
-
-import resource
-
-LIMIT = 4096
-
-
-@pytest.fixture
-def full_disk():
-    """Files cannot grow past ``LIMIT`` bytes, as on a disk that fills up while they are written."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (LIMIT, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def fill(folder: Path) -> None:
     (folder / "small").write_bytes(b"new")
     (folder / "sub").mkdir()
-    save_file({"x": torch.zeros(2 * LIMIT)}, folder / "sub" / "large.safetensors")
+    save_file({"x": torch.zeros(2 * FULL)}, folder / "sub" / "large.safetensors")
 
 
 WRITES = {
-    "file": lambda path: saving.replace_file(path, b"x" * 2 * LIMIT),
-    "text": lambda path: saving.replace_file(path, "x" * 2 * LIMIT),
+    "file": lambda path: saving.replace_file(path, b"x" * 2 * FULL),
+    "text": lambda path: saving.replace_file(path, "x" * 2 * FULL),
     "tensors": lambda path: saving.replace_file(
-        path, lambda fresh: save_file({"x": torch.zeros(2 * LIMIT)}, fresh)
+        path, lambda fresh: save_file({"x": torch.zeros(2 * FULL)}, fresh)
     ),
-    "append": lambda path: saving.append(path, "x" * 2 * LIMIT),
+    "append": lambda path: saving.append(path, "x" * 2 * FULL),
 }
 
 
@@ -129,6 +117,7 @@ def test_what_a_killed_writer_left_goes_with_the_next_write(tmp_path):
 HOLDS = """
 import sys, time
 from alphaedit_peft import saving
+from tests.conftest import FULL
 with getattr(saving, sys.argv[1])(*sys.argv[2:]) as place:
     print(place, flush=True)
     time.sleep(60)

@@ -84,7 +84,7 @@ def compare(  # noqa: PLR0913
         data, edits + search, REST, split=split, target=target, snippets=snippets
     )
     suite = replace(suite, texts=(*suite.texts, *arguments.read_lines(texts)))
-    probes = replace(suite, cases=suite.cases[edits:], unedited=())
+    apart = suite.cases[edits:]
     suite = replace(suite, cases=suite.cases[:edits])
     origin = _origin(data, split, target, snippets)
     moments = arguments.load_moments(key_moments)
@@ -96,6 +96,7 @@ def compare(  # noqa: PLR0913
     searched: dict[str, Any] = {}
     with printing.kept(out):
         if search:
+            probes = replace(suite, cases=apart, unedited=())
             chosen, searched = studies.choose(study, chosen, probes, out, progress=printing.say)
         found = studies.compare(study, chosen, out, schedule, seeds=orders, progress=printing.say)
     facts = {"out": str(out), "edits": edits, "search": searched, **found.to_json()}

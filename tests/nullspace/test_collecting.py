@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from alphaedit_peft import saving
 from alphaedit_peft.nullspace import KeyMoments
 from alphaedit_peft.nullspace import moments as sums
 
@@ -66,6 +67,45 @@ def test_ctrl_c_within_a_batch_waits_for_its_end(tmp_path, model, tokenizer, tex
     assert sums.Checkpoint(path, subject_of(whole)).read().batches == 3
     found = KeyMoments.collect(model, tokenizer, texts, small, progress=False, resume=path)
     assert_same(found, whole)
+
+
+def test_sigterm_where_it_is_handled_waits_for_the_end_of_a_batch(
+    tmp_path, model, tokenizer, texts, small, whole
+):
+    def terminate(number, frame):
+        raise KeyboardInterrupt
+
+    runs = []
+
+    def come(*_):
+        runs.append(1)
+        if len(runs) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    hook = model.transformer.h[1].register_forward_hook(come)
+    path, before = tmp_path / "sums.safetensors", signal.signal(signal.SIGTERM, terminate)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            KeyMoments.collect(model, tokenizer, texts, small, progress=False, resume=path)
+        assert signal.getsignal(signal.SIGTERM) is terminate
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        hook.remove()
+    assert sums.Checkpoint(path, subject_of(whole)).read().batches == 3
+
+
+def test_a_full_disk_and_a_second_process_are_told_of_the_file(
+    tmp_path, model, tokenizer, texts, small, whole, full_disk
+):
+    path = tmp_path / "sums.safetensors"
+    with pytest.raises(OSError, match=r"saving .*sums\.safetensors failed: .*File too large"):
+        KeyMoments.collect(model, tokenizer, texts, small, progress=False, resume=path)
+    assert list(tmp_path.iterdir()) == []
+    with (
+        saving.alone(path),
+        pytest.raises(BlockingIOError, match=r"sums\.safetensors is being written by process"),
+    ):
+        KeyMoments.collect(model, tokenizer, texts, small, progress=False, resume=path)
 
 
 def test_a_crash_leaves_the_last_checkpoint(

@@ -5,11 +5,12 @@ from __future__ import annotations
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 
-from alphaedit_peft import get_alphaedit_model
+from alphaedit_peft import get_alphaedit_model, saving
 from alphaedit_peft.evaluation import evaluate
 from alphaedit_peft.studies import METHODS, Schedule, at_once, sequential, single
 from alphaedit_peft.studies.protocols import RunFolder
@@ -132,6 +133,39 @@ def test_a_run_stopped_within_a_save_or_a_judgement_ends_in_the_same_numbers(
             with pytest.raises(Stopped):
                 sequential(study, METHODS["memit"], tmp_path / "cut", TWOS)
     assert numbers(sequential(study, METHODS["memit"], tmp_path / "cut", TWOS)) == numbers(whole)
+
+
+def test_a_state_without_its_lines_is_refused_and_old_states_are_swept(study, tmp_path):
+    with pytest.raises(Stopped):
+        sequential(study, METHODS["alphaedit"], tmp_path, TWOS, progress=stopping_at(3))
+    results = tmp_path / "results.jsonl"
+    lines = results.read_text()
+    for rest in ("", lines.partition("\n")[0] + "\n"):  # emptied, and the head alone
+        results.write_text(rest)
+        with pytest.raises(ValueError, match=r"results\.jsonl lacks 2 batches .* past, 1 first"):
+            sequential(study, METHODS["alphaedit"], tmp_path, TWOS)
+    results.write_text(lines)
+    (tmp_path / "state-0001").mkdir()  # a kill between the new state and the end of the old one
+    (tmp_path / "state-0000").mkdir()
+    sequential(study, METHODS["alphaedit"], tmp_path, TWOS)
+    assert [path.name for path in tmp_path.glob("*state*")] == ["state-0003"]
+    cases = tmp_path / "cases-0003.jsonl"
+    cases.write_text(cases.read_text().partition("\n")[0] + "\n")
+    with pytest.raises(ValueError, match=r"cases-0003\.jsonl lacks 6 cases .* was past"):
+        sequential(study, METHODS["alphaedit"], tmp_path, TWOS)
+    cases.unlink()
+    with pytest.raises(ValueError, match=r"cases-0003\.jsonl lacks 6 cases"):
+        sequential(study, METHODS["alphaedit"], tmp_path, TWOS)
+
+
+def test_another_process_in_the_same_folder_is_refused(study, tmp_path):
+    for run in (partial(sequential, schedule=TWOS), single):
+        with (
+            saving.alone(tmp_path / "run"),
+            pytest.raises(BlockingIOError, match=r"run is being written by process"),
+        ):
+            run(study, METHODS["alphaedit"], tmp_path / "run")
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.slow
