@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from torch import Tensor
 
 from alphaedit_peft.algebra import LowRankDelta
-from alphaedit_peft.editing.edit_report import MomentProducts, layer_report
+from alphaedit_peft.editing.edit_report import EditResult, MomentProducts, layer_report
+from alphaedit_peft.edits import Edit
 from alphaedit_peft.nullspace import KeyMoments, NullSpace
 from alphaedit_peft.nullspace.spectrum import moment_quadratic
 
@@ -72,3 +75,19 @@ def test_the_report_is_that_of_the_dense_update():
     assert found.edited_change == pytest.approx(float(edited), rel=1e-4)
     without = layer_report(0, delta, 2, 1.0)
     assert without.preserved_change is without.edited_change is None
+
+
+@pytest.mark.parametrize(
+    ("why_not", "paraphrases", "beyond", "remark"),
+    [
+        ("", (True,), "", ""),
+        ("", (True,), "?", "its key holds '\\?' too, one token with the subject's end"),
+        ("", (False,), "?", r"it holds only as phrased.*; its key holds '\?' too"),
+        ("raise steps", (False,), "", "^not the likeliest: raise steps$"),
+    ],
+)
+def test_a_result_says_all_that_did_not_come_out_as_asked(why_not, paraphrases, beyond, remark):
+    edit = Edit("Leedstown (APA-56)", "What is {}?", "a ship")
+    result = EditResult(edit, why_not=why_not, paraphrases=paraphrases, beyond=beyond)
+    assert re.search(remark, result.remark)
+    assert bool(result.remark) == bool(remark)

@@ -54,7 +54,7 @@ def test_one_bad_edit_stops_the_call_before_anything_is_written(model, tokenizer
     deaf = {"subject": "France", "prompt": "{} is", "target_new": "☃"}
     model.resources.tokenizer = _without_snowmen(tokenizer)
     before = weights(model)
-    with pytest.raises(ValueError, match=r"target_new='☃' has no token"):
+    with pytest.raises(ValueError, match=r"target '☃' has no token"):
         model.edit([EDITS[0], deaf], batch_size=1, progress=False)
     assert same_bits(weights(model), before)
 
