@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from dataclasses import replace
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from alphaedit_peft.edits import Edit, as_edits, read_edits, write_edits
+from alphaedit_peft.text_files import DataError
 
 FULL = Edit(
     "Marie Curie",
@@ -356,3 +358,36 @@ def test_data_sets_as_they_are(shared_data):
     found = read_edits(shared_data / "zsre_eval_700.json")
     assert len(found) == 700
     assert all(edit.subject in edit.question for edit in found)
+
+
+JUNK = st.recursive(
+    st.none() | st.integers() | st.floats() | st.text(max_size=4) | st.just("{}"),
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.text(max_size=3), inner),
+    max_leaves=4,
+)
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(data=st.data(), layout=st.sampled_from(sorted(LAYOUTS)))
+def test_a_mutated_request_is_an_edit_that_can_be_kept_or_a_sentence(
+    tmp_path_factory, data, layout
+):
+    folder = tmp_path_factory.mktemp("mutated")
+    record = copy.deepcopy(LAYOUTS[layout][0])
+    place, key = record, data.draw(st.sampled_from(sorted(record)))
+    while data.draw(st.booleans()) and isinstance(place[key], (dict, list)) and place[key]:
+        place = place[key]
+        keys = sorted(place) if isinstance(place, dict) else list(range(len(place)))
+        key = data.draw(st.sampled_from(keys))
+    place[key] = data.draw(JUNK)
+    (folder / "given").write_text(json.dumps([record]))
+    told = "given, record 0"
+    try:
+        found = read_edits(folder / "given")
+    except DataError as error:
+        told = str(error)
+    else:
+        write_edits(found, folder / "kept")
+        assert read_edits(folder / "kept") == found
+    assert "given, record 0" in told
+    assert len(told) <= 400

@@ -6,7 +6,6 @@ cases by their names. torch and transformers are imported only when something is
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -17,6 +16,7 @@ from typer import Argument, BadParameter, Option
 
 from alphaedit_peft import saving
 from alphaedit_peft.cli import printing
+from alphaedit_peft.records import parse_json
 
 if TYPE_CHECKING:
     from alphaedit_peft.evaluation import Suite
@@ -94,9 +94,10 @@ def parse_layers(text: str | None) -> list[int] | None:
 def parse_value(text: str) -> Any:
     """The VALUE of ``--set``: JSON, else the text itself."""
     try:
-        return json.loads(text)
+        value, end = parse_json(text.strip())
     except ValueError:
         return text
+    return value if end == len(text.strip()) else text
 
 
 def check_folder(path: Path) -> None:

@@ -49,7 +49,7 @@ def benchmark(  # noqa: PLR0913
         Requests, Option(help="Whose lengths the made-up edits have.")
     ] = "counterfact",
     edits_file: Annotated[
-        Path | None, Option(metavar="FILE", help="Edits of your own, one JSON a line.")
+        Path | None, Option(metavar="FILE", help="Edits of your own, as for edit.")
     ] = None,
     objective: Annotated[str, Option(help="Of alphaedit and memit.")] = "alphaedit,memit",
     plain: Annotated[bool, Option("--plain", help="Time the plain way too.")] = False,

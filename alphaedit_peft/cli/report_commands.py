@@ -150,7 +150,7 @@ def _moved(shifts: Sequence[Shift]) -> list[Any]:
 
 def show_record(  # noqa: PLR0913
     layout: Annotated[Layout, Argument(help="What the file holds.")],
-    file: Annotated[Path, Argument(metavar="FILE", help="Of records, JSON or JSON Lines.")],
+    file: Annotated[Path, Argument(metavar="FILE", help="Of records, as for evaluate --data.")],
     *,
     case: Annotated[int, Option(min=0, help="The record's case_id; without one, its place.")] = 0,
     model: ModelOption = None,

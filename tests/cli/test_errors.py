@@ -56,6 +56,8 @@ def good(tmp_path):
         (["--set", "ridgge=1"], r"settings ['ridgge'] are unknown"),
         (["--set", "ridge=-1"], "ridge=-1"),
         (["--set", "kl_prompt=x"], "kl_prompt='x'"),
+        (["--set", "ridge=NaN"], "ridge='NaN' must be a number"),
+        (["--set", "kl_prompt=" + "[" * 20_000], "kl_prompt='[[["),
         (["--set", "base_model_name_or_path=7"], "base_model_name_or_path=7 must be of type"),
         (["--set", "task_type=x"], "settings ['task_type'] are unknown"),
         (["--config", "/no/config.json"], "/no/config.json: there is no such file"),
