@@ -77,7 +77,7 @@ def test_the_readme(weights, tmp_path):
 def test_the_comparison_and_its_picture(weights, tmp_path):
     pytest.importorskip("matplotlib")
     words = ["--edits", "2", "--batch-size", "1", "--every", "1", "--seeds", "0"]
-    words += ["--methods", "alphaedit", "finetuning", "--folder", tmp_path]
+    words += ["--search", "2", "--methods", "alphaedit", "finetuning", "--folder", tmp_path]
     text = run(EXAMPLES / "compare_editors.py", *words)
     assert "alphaedit" in text
     assert "seconds an edit" in text
