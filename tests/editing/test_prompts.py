@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, processors
 from transformers import PreTrainedTokenizerFast
 
-from alphaedit_peft import AlphaEditConfig, Edit
+from alphaedit_peft import AlphaEditConfig, Edit, tokens
 from alphaedit_peft.editing.prompts import Renderer
 from alphaedit_peft.tokens import batches, padded
-from tests.built_tokenizers import build
+from tests.built_tokenizers import MAKES, build
+from tests.test_tokens import PHRASES, TEXTS, decoded, tried, typed
 
 TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}\n{% endfor %}"
@@ -127,6 +132,33 @@ def test_white_space_around_a_subject_belongs_to_the_prompt(tokenizer):
     plain = renderer(tokenizer).edit_rows(Edit("France", "The capital of {} is", "Rome"), ["So."])
     assert (spaced.rows, spaced.prefix) == (plain.rows, plain.prefix)
     assert spaced.prefix == "The capital of France"
+
+
+@pytest.mark.parametrize("make", MAKES)
+@settings(deadline=None, derandomize=True, max_examples=20)
+@given(TEXTS, PHRASES, TEXTS, PHRASES, st.booleans(), st.booleans())
+def test_rows_are_what_a_user_gets_by_hand_behind_any_context(
+    make, before, subject, after, target, bos, twice
+):
+    tokenizer, edit = build(make, bos), Edit(subject, before + "{}" + after, target)
+    if twice:
+        edit = Edit(subject, subject + edit.prompt + subject, target)
+    contexts = ["In short,", "Well. "]
+    rows, refusal = tried(lambda: renderer(tokenizer).edit_rows(edit, contexts))
+    if rows is None:
+        assert re.search("has no token|ends within a token|has no tokens that put", refusal)
+        return
+    texts = [edit.question, *(f"{c.rstrip()} {edit.question.lstrip()}" for c in contexts)]
+    for row, text, context in zip(rows.rows, texts, ["", *contexts], strict=True):
+        if context and edit.question[:1].isspace():
+            text = context + edit.question
+        assert row.ids == typed(tokenizer, text)
+        assert row.key_row.ids == row.ids[: row.subject_last + 1]
+        assert tokens.followed(tokenizer, text, target)[2] == row.target
+    end = edit.subject_span[1]
+    assert rows.prefix == edit.question[:end] == edit.question[:end].rstrip()
+    key = decoded(tokenizer, rows.rows[0].key_row.ids)
+    assert rows.beyond or key == decoded(tokenizer, typed(tokenizer, rows.prefix))
 
 
 def test_what_is_merged_into_the_subjects_end_is_said():
