@@ -147,6 +147,16 @@ def _recoded(data: bytes, draw: Random) -> bytes:
     return text.encode(("utf-16", "utf-8-sig", "latin-1", "utf-32")[kind - 1], "replace")
 
 
+def _rows(data: bytes, draw: Random) -> bytes:
+    """Lines of a table or text: mixed, cut at other places, quoted or parted in another way."""
+    text = data.decode("utf-8")
+    old = draw.choice((",", "\n", '"', " ", "subject", "{}", "|", "Subject"))
+    new = draw.choice(
+        (";", "\t", "\r\n", "\r", '"', '""', "", "\0", "\u2028", ",,,", "x" * 200_000)
+    )
+    return text.replace(old, new, draw.choice((1, 1, -1))).encode()
+
+
 def _header(data: bytes, draw: Random) -> bytes:
     """Another list of tensors before the same numbers."""
     length = struct.unpack("<Q", data[:8])[0]
@@ -275,7 +285,8 @@ _ANY: tuple[Change, ...] = (_flipped, _cut, _inserted, _without_a_part, _replace
 _BY_SUFFIX: dict[str, tuple[Change, ...]] = {
     ".json": (_json, _json, _json, _json, _recoded),
     ".jsonl": (_json_line, _json_line, _json_line, _json_line, _recoded),
-    ".csv": (_recoded, _flipped, _without_a_part),
+    ".csv": (_recoded, _rows, _rows),
+    ".txt": (_recoded, _rows),
     ".safetensors": (_header, _tensors),
     ".npz": (_arrays, _members),
     ".pt": (_torch_file, _members),

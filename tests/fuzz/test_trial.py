@@ -16,7 +16,8 @@ import torch
 from alphaedit_peft.algebra import LowRankDelta
 from alphaedit_peft.nullspace import KeyMoments, NullSpace, read_projector, read_second_moments
 from alphaedit_peft.pack import EditPack, PackError
-from tests.fuzz.trial import KINDS, SEEDS, Trial
+from tests.fuzz.kinds import KINDS
+from tests.fuzz.trial import SEEDS, Trial
 from tests.pack.conftest import MODULES, make_pack
 
 CLEAR, STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
