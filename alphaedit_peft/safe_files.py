@@ -39,6 +39,7 @@ MAX_RESULTS_BYTES = 2**30  # of what studies keep
 MAX_LINE_BYTES = 16 * 2**20  # of it
 FORMAT_VERSION = 1
 REMEDY = "make or download it again"
+NAME = 100  # characters of a tensor's name in an error
 DTYPES = {
     **{"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16},
     **{"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8},
@@ -125,12 +126,10 @@ def check_fields(
         raise ValueError(f"{what or 'it'}={shown(values)} is not an object")
     missing = sorted(n for n, field in wanted.items() if n not in values and not field.optional)
     unknown = [] if others else sorted(set(values) - set(wanted))
-    if missing or unknown:
+    parts = (f"{shown(missing)} are missing", missing), (f"{shown(unknown)} are unknown", unknown)
+    if told := " and ".join(text for text, names in parts if names):
         of = f"of {what} " if what else ""
-        raise ValueError(
-            f"fields {of}{missing} are missing, fields {shown(unknown)} are unknown; it has "
-            f"{sorted(wanted)}"
-        )
+        raise ValueError(f"fields {of}{told}; it has {', '.join(sorted(wanted))}")
     for name, field in wanted.items():
         if name in values and (told := field.wrong(values[name])):
             raise ValueError(f"{what and what + '.'}{name}{told}")
@@ -428,7 +427,7 @@ def _listed(header: Any, start: int, size: int) -> tuple[dict[str, str], dict[st
 
 def shown_name(name: str) -> str:
     """A tensor's or module's name as it is, unless it is long or does not print."""
-    return name if name.isprintable() and len(name) <= SHOWN else shown(name)
+    return name if name.isprintable() and len(name) <= NAME else shown(name, NAME)
 
 
 def _allowed_roots(folder: Path) -> list[Path]:

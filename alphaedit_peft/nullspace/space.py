@@ -409,7 +409,7 @@ class NullSpace:
             n: LayerSpace(tensors[f"layers.{n}.basis"], tensors[f"layers.{n}.values"], bool(side))
             for n, side in values.pop("complement").items()
         }
-        with refusing(folder):
+        with refusing(folder / f"{STEM}.safetensors"):
             for layer, part in parts.items():
                 part.check(layer)
             return cls(parts, **values)

@@ -118,14 +118,12 @@ class LayerSpace:
         """Refuse shapes that do not fit, values that do not ascend from zero, and a skew basis."""
         check_shapes(layer, tuple(self.basis.shape), tuple(self.values.shape))
         if bool((self.values < 0).any()) or bool((self.values.diff() < 0).any()):
-            raise ValueError(f"layer {layer}: eigenvalues do not ascend from zero; damaged file")
+            raise ValueError(f"layer {layer}: eigenvalues do not ascend from zero")
         gram = self.basis.T @ self.basis
         gram.diagonal().sub_(1)
         errors = [abs(float(bound)) for bound in gram.aminmax()] if len(gram) else [0.0]
         if not all(error <= 1e-3 for error in errors):  # it may be NaN
-            raise ValueError(
-                f"layer {layer}: basis is off orthonormal by {max(errors):.2g}; damaged file"
-            )
+            raise ValueError(f"layer {layer}: basis is off orthonormal by {max(errors):.2g}")
 
 
 def check_shapes(

@@ -44,6 +44,13 @@ _HEAD = {
     "schedule": Field(dict, optional=True),
     "judging": Field(dict, optional=True),
 }
+_COMPARISON = {"methods": Field(dict, 1), "before": Field(dict, each=Field(dict))}
+_METHOD = {"runs": Field(list, 1, each=Field(dict))}
+_EVALUATION = {
+    "metrics": Field(dict, each=Field(dict)),
+    "before": Field(dict, each=Field(dict), optional=True),
+    "settings": Field(dict),
+}
 _RUN = {"head": Field(dict), "checkpoints": Field(list), "made": Field(int), "seconds": NUMBER}
 
 
@@ -143,6 +150,8 @@ def _run(path: Path, before: Scores) -> Run:
         with refusing(where, _none):
             lines.append(check_fields(line, LINE))
     with refusing(path, _none):
+        if not lines:
+            raise ValueError("it is empty")
         head = _head(lines[0]["run"])
         judged = {
             v["judged"]["batches"]: Checkpoint.from_json(v["judged"])
@@ -174,8 +183,9 @@ def _head(values: object) -> dict[str, Any]:
 def _values(values: Mapping[str, Any], name: str) -> list[Finding]:
     """JSON of a comparison, or of one evaluation."""
     if "methods" in values:
-        if not values["methods"]:
-            raise ValueError("it compares no method")
+        check_fields(values, _COMPARISON, others=True)
+        for found in values["methods"].values():
+            check_fields(found, _METHOD, "method", others=True)
         before = Scores(_estimates(values["before"]), ())
 
         def saved(run: Mapping[str, Any]) -> Run:
@@ -187,6 +197,7 @@ def _values(values: Mapping[str, Any], name: str) -> list[Finding]:
             _of_runs(method, name, before, tuple(saved(run) for run in found["runs"]))
             for method, found in values["methods"].items()
         ]
+    check_fields(values, _EVALUATION, others=True)
     metrics = _estimates(values["metrics"])
     origin = {"judging": dict(values["settings"])}
     unedited = _estimates(values.get("before", {}))

@@ -124,7 +124,7 @@ def test_findings_of_one_name_are_told_apart(compared, tmp_path):
 @pytest.mark.parametrize(
     ("name", "text", "said"),
     [
-        ("a.json", "{}", "no field 'metrics'"),
+        ("a.json", "{}", r"fields \['metrics', 'settings'\] are missing"),
         ("a.json", "[1]", "list"),
         ("a.json", "{", "Expecting"),
         ("a.jsonl", "", "holds no results"),
