@@ -225,8 +225,8 @@ def _pairs(shapes: Mapping[str, tuple[int, ...]], where: Path) -> dict[str, tupl
         if match is None:
             wrong = f"key {shown(key)} is not 'base_model.model.<module>.lora_A.weight' or lora_B"
             refuse(where, wrong)
-        if len(shape) != 2 or max(shape) > MAX_SIDE:
-            refuse(where, f"{shown_name(key)} {shape} is not a matrix of at most {MAX_SIDE} a side")
+        if len(shape) != 2 or not all(0 < size <= MAX_SIDE for size in shape):
+            refuse(where, f"{shown_name(key)} {shape} is not a matrix of 1 to {MAX_SIDE} a side")
         sides.setdefault(match["module"], {})[match["side"]] = key
     if not sides:
         refuse(where, "there is no tensor in it")
