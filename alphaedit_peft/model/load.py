@@ -30,7 +30,7 @@ from alphaedit_peft.model.rollback import loaded_or_not
 from alphaedit_peft.model.stack import require_parents, require_top
 from alphaedit_peft.pack import EditPack
 from alphaedit_peft.pack.compatible import check_fit, check_shape
-from alphaedit_peft.pack.files import locate
+from alphaedit_peft.pack.files import locate, own_folder
 from alphaedit_peft.pack.format import ADAPTER_CONFIG, PackError, read_lora
 from alphaedit_peft.saving import read_steadily
 from alphaedit_peft.solve_metric import kind
@@ -113,6 +113,8 @@ def load_adapter(
 ) -> Any:
     """Load an adapter beside the others; see :meth:`AlphaEditModel.load_adapter`."""
     require_path(model_id)
+    if not kwargs.get("subfolder") and Path(model_id).is_dir():
+        model_id = own_folder(Path(model_id))
     where = {key: kwargs[key] for key in kwargs.keys() & {"revision", "token", "subfolder"}}
     pack = None
     with suppress(FileNotFoundError):  # a LoRA without sidecar, or what PEFT refuses
@@ -271,7 +273,7 @@ def _hold_pack(model: EditedModel, name: str, pack: EditPack, model_id: str | Pa
     take_open(model, pack)
     journal = Journal(*what, made, pack.parents, pack.decisions)
     here = Path(model_id)
-    source = here.resolve().name if here.is_dir() else str(model_id)
+    source = own_folder(here).resolve().name if here.is_dir() else str(model_id)
     make_adapter(model, name, journal, source=source, compression=pack.compression)
 
 

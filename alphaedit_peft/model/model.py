@@ -27,11 +27,14 @@ from alphaedit_peft.editing.edit_report import EditReport
 from alphaedit_peft.editing.resources import Resources
 from alphaedit_peft.edits import Edit
 from alphaedit_peft.fingerprint import fingerprint
+from alphaedit_peft.messages import shown
 from alphaedit_peft.model import edit, load, lora_layer, merge, prepare
 from alphaedit_peft.model.adapter import Adapter, Moved, adapter_of, in_force, name_of, to_pack
 from alphaedit_peft.model.join_packs import JoinReport, join
 from alphaedit_peft.nullspace import KeyMoments, NullSpace
 from alphaedit_peft.pack import EditPack, EditRecord
+
+DEFAULT = "default"  # PEFT's name of an adapter that was given none
 
 
 def get_alphaedit_model(
@@ -41,7 +44,7 @@ def get_alphaedit_model(
     tokenizer: PreTrainedTokenizerBase | None = None,
     null_space: NullSpace | None = None,
     key_moments: KeyMoments | None = None,
-    adapter_name: str = "default",
+    adapter_name: str = DEFAULT,
 ) -> AlphaEditModel:
     """Wrap a base model for editing; without edits it computes the same bits as its base.
 
@@ -81,7 +84,7 @@ class AlphaEditModel(PeftModelForCausalLM):
         config: AlphaEditConfig,
         *,
         resources: Resources | None = None,
-        adapter_name: str = "default",
+        adapter_name: str = DEFAULT,
         plain_lora: LoraConfig | None = None,
     ) -> None:
         load.require_base(model)
@@ -120,7 +123,7 @@ class AlphaEditModel(PeftModelForCausalLM):
         tokenizer: PreTrainedTokenizerBase | None = None,
         null_space: NullSpace | None = None,
         key_moments: KeyMoments | None = None,
-        adapter_name: str = "default",
+        adapter_name: str = DEFAULT,
         allow_base_mismatch: bool = False,
         missing_parents: str = "error",
         revision: str | None = None,
@@ -488,20 +491,23 @@ class AlphaEditModel(PeftModelForCausalLM):
         safe_serialization: bool = True,
         selected_adapters: list[str] | None = None,
     ) -> None:
-        """Write an adapter as a pack: a standard LoRA folder with its sidecar.
+        """Write adapters as packs: standard LoRA folders with their sidecars, where PEFT has them.
+
+        The adapter ``default`` goes into the folder itself, any other into the folder of its name
+        in it; one that is alone there is found by the outer folder too.
 
         Of several processes (``accelerate launch``), which all have the same pack, the main one
         writes it.
 
         Args:
-            save_directory: where to; the folder is replaced in one step.
+            save_directory: where to; a pack's folder is replaced in one step.
             dtype: of the factors on disk; None: float32, which lets editing go on with the same
                 bits, or what the pack was compressed to.
             safe_serialization: as in PEFT; only True will do.
-            selected_adapters: as in PEFT, but one adapter; None: the active one.
+            selected_adapters: names, as in PEFT; None: the active one.
 
         Raises:
-            ValueError: another format, or several adapters, or one that is not loaded.
+            ValueError: another format, or an adapter that is not loaded, or none.
             RuntimeError: as ``to_pack``.
             OSError: the folder cannot be written; what was there is untouched.
         """
@@ -510,16 +516,17 @@ class AlphaEditModel(PeftModelForCausalLM):
                 f"safe_serialization={safe_serialization!r} asks for a pickle, and packs are "
                 "safetensors only; leave it out"
             )
-        chosen = [None] if selected_adapters is None else list(selected_adapters)
-        if len(chosen) != 1 or chosen[0] not in (None, *self.peft_config):
+        chosen = [name_of(self, None)] if selected_adapters is None else list(selected_adapters)
+        if not chosen or not {*chosen} <= {*self.peft_config}:
             raise ValueError(
-                f"selected_adapters={selected_adapters!r} cannot be saved, since a pack is one "
-                f"loaded adapter, of {[*self.peft_config]}; name one, or choose it with "
-                "set_adapter(name)"
+                f"selected_adapters={shown(selected_adapters)} cannot be saved: this model has "
+                f"{[*self.peft_config]}; name one or more of them, or leave it out for the active "
+                "one"
             )
-        pack = self.to_pack(chosen[0])
-        if parallel.is_main():
-            pack.save_pretrained(save_directory, dtype=dtype)
+        packs = {name: self.to_pack(name) for name in chosen}
+        for name, pack in packs.items() if parallel.is_main() else ():
+            place = Path(save_directory, "" if name == DEFAULT else name)
+            pack.save_pretrained(place, dtype=dtype)
 
     def push_to_hub(  # type: ignore[override]  # noqa: PLR0913
         self,

@@ -127,11 +127,12 @@ def locate(
     """The local folder of a pack; of a repository, ``fetch_folder`` gets the pack's own files.
 
     Raises:
-        FileNotFoundError: neither a folder here nor a repository that this token may read.
+        FileNotFoundError: neither a folder here nor a repository that this token may read; a
+            folder of several adapters.
     """
     folder = Path(path_or_repo) / (subfolder or "")
     if folder.is_dir():
-        return folder
+        return own_folder(folder)
     aside = saving.left_aside(folder)
     if aside is not None:
         return aside
@@ -140,6 +141,23 @@ def locate(
             f"{folder} is no folder here, and no Hub repository name either; check the path"
         )
     return fetch_folder(path_or_repo, FILES, revision=revision, token=token, subfolder=subfolder)
+
+
+def own_folder(folder: Path) -> Path:
+    """The folder itself, or, where adapters lie in it by name as PEFT saves them, that of the one.
+
+    Raises:
+        FileNotFoundError: it holds several.
+    """
+    if any((folder / name).exists() for name in (format.ADAPTER_CONFIG, SIDECAR_CONFIG)):
+        return folder
+    named = sorted(place.parent for place in folder.glob(f"*/{format.ADAPTER_CONFIG}"))
+    if len(named) > 1:
+        raise FileNotFoundError(
+            f"{folder} holds {count(len(named), 'adapter')} by name, such as {named[0].name!r} and "
+            f"{named[1].name!r}, and none itself; give the folder of one, such as {named[0]}"
+        )
+    return named[0] if named else folder
 
 
 def read_pack(folder: Path, kind: type[Pack]) -> Pack:

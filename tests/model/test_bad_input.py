@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from alphaedit_peft import (
     AlphaEditConfig,
@@ -16,13 +16,20 @@ from alphaedit_peft import (
     get_alphaedit_model,
 )
 from alphaedit_peft.fingerprint import fingerprint
-from tests.conftest import tiny_model
+from tests.conftest import CORPUS, tiny_config, tiny_model
 from tests.model.test_model import EDITS, SETTINGS, logits, same_bits, weights, wrap
 
 
 @pytest.fixture
 def model(tokenizer):
     return wrap(tiny_model("llama"), tokenizer)
+
+
+@pytest.fixture
+def saved(model, tmp_path):
+    model.edit(EDITS[:1], progress=False)
+    model.save_pretrained(tmp_path)
+    return tmp_path
 
 
 @pytest.mark.parametrize(
@@ -224,3 +231,35 @@ def _without_snowmen(tokenizer):
     inner = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
     inner.normalizer = normalizers.Replace("☃", "")
     return PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<s>", eos_token="</s>")
+
+
+def test_a_base_without_weights_is_refused(tokenizer, saved):
+    with torch.device("meta"):
+        base = AutoModelForCausalLM.from_config(tiny_config("llama"))
+    said = 'LlamaForCausalLM has no weights: .* "meta".* from_pretrained'
+    with pytest.raises(ValueError, match=said):
+        get_alphaedit_model(base, AlphaEditConfig())
+    with pytest.raises(ValueError, match=said):
+        AlphaEditModel.from_pretrained(base, saved)
+    with pytest.raises(ValueError, match=said):
+        KeyMoments.collect(base, tokenizer, CORPUS, AlphaEditConfig())
+
+
+def test_a_base_of_inference_mode_is_refused_and_adapters_of_it_are_made_outside(tokenizer, saved):
+    with torch.inference_mode():
+        base = AutoModelForCausalLM.from_config(tiny_config("llama"))
+    for wrapped in (
+        lambda base: wrap(base, tokenizer),
+        lambda base: AlphaEditModel.from_pretrained(base, saved, tokenizer=tokenizer),
+    ):
+        with pytest.raises(ValueError, match=r"within torch\.inference_mode.*torch\.no_grad"):
+            wrapped(base)
+        usual = tiny_model("llama")
+        with torch.inference_mode():
+            model = wrapped(usual)
+            model.add_adapter("b")
+            model.load_adapter(saved, "c")
+        model.resources.null_space = NullSpace.identity({0: 96, 1: 96})
+        for name in ("default", "b", "c"):
+            model.set_adapter(name)
+            model.edit(EDITS[2:3], progress=False)

@@ -14,6 +14,7 @@ from alphaedit_peft import (
     AlphaEditModel,
     Edit,
     EditPack,
+    KeyMoments,
     NullSpace,
     get_alphaedit_model,
 )
@@ -371,3 +372,32 @@ def test_an_unloaded_model_cannot_be_edited_or_merged(model, leave):
     for act in (lambda: model.edit(EDITS[1:], progress=False), model.rollback, model.merge):
         with pytest.raises(RuntimeError, match=r"this model was unloaded.*get_alphaedit_model"):
             act()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+def test_torchs_default_dtype_changes_nothing(dtype, tokenizer):
+    def made(base) -> list[str]:
+        config = AlphaEditConfig(**SETTINGS | {"contexts": None})
+        moments = KeyMoments.collect(base, tokenizer, CORPUS * 9, config, progress=False)
+        space = moments.null_space(0.1, "energy")
+        model = get_alphaedit_model(base, config, tokenizer=tokenizer, null_space=space)
+        found = [moments.digest(), space.digest()]
+        for change in (
+            lambda: model.edit(EDITS[:3], 2, progress=False),
+            lambda: model.edit(EDITS[3:], progress=False),
+            lambda: model.remove_edits([EDITS[0].id]),
+        ):
+            change()
+            found.append(model.to_pack().digest())
+        pack = model.to_pack()
+        smaller = pack.without([EDITS[1].id], max_share=1.0)
+        found += [smaller.digest(), pack.compress(rank=2).digest()]
+        return [*found, str(model.capacity(CORPUS[:1]))]
+
+    bases = [tiny_model("llama") for _ in range(2)]
+    wanted = made(bases[0])
+    torch.set_default_dtype(dtype)
+    try:
+        assert made(bases[1]) == wanted
+    finally:
+        torch.set_default_dtype(torch.float32)

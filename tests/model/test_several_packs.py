@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -82,7 +83,7 @@ def chain(tokenizer, tmp_path_factory) -> tuple[Path, Path]:
     model.add_adapter("b")
     model.set_adapter(["default", "b"])
     model.edit(CHILDREN, into="b", progress=False)
-    model.save_pretrained(tmp_path / "child", selected_adapters=["b"])
+    model.to_pack("b").save_pretrained(tmp_path / "child")
     return tmp_path / "parent", tmp_path / "child"
 
 
@@ -125,19 +126,42 @@ def test_two_active_packs_merge_unmerge_disable_and_unload_exactly(packs, tokeni
     assert torch.allclose(logits(merged, tokenizer), together, atol=1e-4)
 
 
-def test_each_pack_is_saved_by_its_name(packs, tokenizer, tmp_path):
+def test_each_pack_is_saved_by_its_name_where_peft_saves_it(packs, tokenizer, tmp_path):
     model = load(packs[0], tokenizer)
     model.load_adapter(packs[1], "b")
     model.set_adapter(["default", "b"])
     with pytest.raises(RuntimeError, match=r"\['default', 'b'\] are active; name the one"):
         model.save_pretrained(tmp_path / "none")
-    with pytest.raises(ValueError, match=r"selected_adapters=\['default', 'b'\] cannot be saved"):
-        model.save_pretrained(tmp_path / "none", selected_adapters=["default", "b"])
-    for name, folder in zip(("default", "b"), packs, strict=True):
-        model.save_pretrained(tmp_path / "again", selected_adapters=[name])
+    with pytest.raises(ValueError, match=r"selected_adapters=\[\] cannot be saved: .* one or more"):
+        model.save_pretrained(tmp_path / "none", selected_adapters=[])
+    assert not (tmp_path / "none").exists()
+    model.save_pretrained(tmp_path / "both", selected_adapters=["default", "b"])
+    model.save_pretrained(tmp_path / "one", selected_adapters=["b"])
+    model.set_adapter("b")
+    model.save_pretrained(tmp_path / "active")
+    PeftModel.save_pretrained(model, tmp_path / "peft")
+    weights = "adapter_model.safetensors"
+    for name, own, folder in (("default", ".", packs[0]), ("b", "b", packs[1])):
         wanted = EditPack.from_pretrained(folder).digest()
-        assert EditPack.from_pretrained(tmp_path / "again").digest() == wanted
+        assert EditPack.from_pretrained(tmp_path / "both" / own).digest() == wanted
         assert model.to_pack(name).digest() == wanted
+        tensors = load_file(tmp_path / "peft" / own / weights)
+        assert same_bits(load_file(tmp_path / "both" / own / weights), tensors)
+    for place in (tmp_path / "one", tmp_path / "one" / "b", tmp_path / "active"):
+        loaded = load(place, tokenizer)
+        loaded.load_adapter(place, "again")
+        assert loaded.to_pack("again").digest() == loaded.to_pack("default").digest() == wanted
+
+
+def test_of_several_adapters_in_a_folder_one_is_to_be_named(packs, tokenizer, tmp_path):
+    model = load(packs[0], tokenizer, adapter_name="a")
+    model.load_adapter(packs[1], "b")
+    model.save_pretrained(tmp_path, selected_adapters=["a", "b"])
+    with pytest.raises(FileNotFoundError, match=r"2 adapters by name, such as 'a' and 'b'.* give"):
+        EditPack.from_pretrained(tmp_path)
+    with pytest.raises(FileNotFoundError, match="give the folder of one"):
+        model.load_adapter(tmp_path, "c")
+    assert EditPack.from_pretrained(tmp_path, subfolder="a").edits == EDITS[:1]
 
 
 @pytest.mark.parametrize("names", ["none", [], ["b", "b"], ["default", "none"]])
@@ -550,3 +574,50 @@ def test_a_compressed_pack_is_used_but_not_edited(packs, tokenizer, tmp_path):
     model.set_adapter(["default", "b"])
     with pytest.raises(ValueError, match="one cannot edit on top"):
         model.edit([BORN], into="b", progress=False)
+
+
+def test_a_merged_pack_is_neither_replaced_nor_deleted(packs, tokenizer):
+    model = load(packs[0], tokenizer)
+    model.load_adapter(packs[1], "b")
+    model.merge()
+    merged = logits(model, tokenizer)
+    for change in (partial(model.load_adapter, packs[1]), model.delete_adapter):
+        with pytest.raises(ValueError, match=r"'default' is merged into the base .* unmerge"):
+            change("default")
+        assert torch.equal(logits(model, tokenizer), merged)
+        assert model.edits == EDITS[:1]
+    model.unmerge()
+    model.load_adapter(packs[1], "default")
+    assert model.edits == EDITS[1:]
+    assert torch.equal(logits(model, tokenizer), logits(load(packs[1], tokenizer), tokenizer))
+
+
+def test_what_acts_after_a_deletion_is_the_same_in_all_layers(packs, tokenizer):
+    model = load(packs[0], tokenizer)
+    with torch.random.fork_rng():
+        lora = LoraConfig(target_modules=["q_proj"], init_lora_weights=False)
+        model.add_adapter("style", lora)
+    model.load_adapter(packs[1], "b")
+    with pytest.warns(UserWarning, match="'default' was active; now 'b' is"):
+        model.delete_adapter("default")
+    assert model.active_adapters == ["b"]
+    assert model.edits == EDITS[1:]
+    assert torch.equal(logits(model, tokenizer), logits(load(packs[1], tokenizer), tokenizer))
+    model.delete_adapter("style")
+    with pytest.raises(ValueError, match=r"'b' cannot be deleted from \['b'\].*unload"):
+        model.delete_adapter("b")
+    with pytest.raises(ValueError, match=r"'c' cannot be deleted from \['b'\]"):
+        model.delete_adapter("c")
+
+
+def test_edits_are_those_of_the_merged_pack_whichever_is_active(packs, tokenizer, tmp_path):
+    model = load(packs[0], tokenizer)
+    model.load_adapter(packs[1], "b")
+    model.merge_adapter(["b"])
+    assert (model.active_adapters, model.edits) == (["default"], EDITS[1:])
+    model.save_pretrained(tmp_path)
+    assert EditPack.from_pretrained(tmp_path).edits == EDITS[1:]
+    model.unmerge()
+    assert model.edits == EDITS[:1]
+    model.unload()
+    assert model.edits == []
