@@ -21,11 +21,13 @@ from transformers import PreTrainedTokenizerBase
 
 from alphaedit_peft import safe_files, saving
 from alphaedit_peft.config import AlphaEditConfig
+from alphaedit_peft.editing.prompts import Renderer
 from alphaedit_peft.evaluation import Judging, Scores, Suite, evaluate
 from alphaedit_peft.fingerprint import fingerprint
 from alphaedit_peft.nullspace import KeyMoments, NullSpace
 from alphaedit_peft.progress import counting
 from alphaedit_peft.safe_files import Field
+from alphaedit_peft.settings import Settings
 
 Progress = Callable[[str], object]  # told a line of text after each step
 
@@ -63,6 +65,12 @@ class Base:
             model, tokenizer, texts, full, max_tokens=max_tokens, progress=progress
         )
         return cls(model, tokenizer, moments.null_space(config=full), moments)
+
+    def require_rows(self, suite: Suite, config: AlphaEditConfig) -> None:
+        """Refuse edits that the tokenizer cannot place, before anything is run; ValueError."""
+        renderer = Renderer(self.tokenizer, Settings.of(config.resolve(self.model)[0]))
+        for edit in suite.edits:
+            renderer.edit_rows(edit, ())
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,6 +138,7 @@ def judged_before(study: Study, folder: Path) -> Scores:
                 f"{path} is of another study: {', '.join(wrong)} differ; name another folder"
             )
         return scores
+    study.base.require_rows(study.suite, study.config)
     folder.mkdir(parents=True, exist_ok=True)
     with counting("the unedited model judged", 1, "model", bar=False):
         scores = study.judge(study.base.model, study.suite, folder / "before-cases.jsonl")

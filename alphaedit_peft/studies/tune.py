@@ -244,7 +244,8 @@ def tune(
         progress: called with a line of text after each setting.
 
     Raises:
-        ValueError: statistics that are missing, layers they lack, a threshold beyond their reach.
+        ValueError: statistics that are missing, layers they lack, a threshold beyond their reach,
+            an edit that the tokenizer cannot place.
     """
     # probes are taken back, so that they fill the model is no reason to warn
     common = replace(config or AlphaEditConfig(), on_conflict="replace", capacity_bound=0.0)
@@ -261,6 +262,7 @@ def tune(
             drift = text_divergence(reader, model.disable_adapter, suite.texts)
         return Tried(setting, scores, drift, made)
 
+    base.require_rows(suite, common)
     before = evaluate(base.model, base.tokenizer, asked, how=how)
     tried: list[Tried] = []
     with counting("settings tried", size, "setting", bar=False) as bar:

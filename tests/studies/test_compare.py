@@ -8,12 +8,13 @@ from dataclasses import replace
 
 import pytest
 
-from alphaedit_peft import AlphaEditConfig, EditPack, KeyMoments, NullSpace, embedded
-from alphaedit_peft.evaluation import embedded_suite
+from alphaedit_peft import AlphaEditConfig, Edit, EditPack, KeyMoments, NullSpace, embedded
+from alphaedit_peft.evaluation import Case, Suite, embedded_suite
 from alphaedit_peft.evaluation.summary import Estimate, bootstrap
 from alphaedit_peft.solve_metric import SHARE
 from alphaedit_peft.studies import METHODS, Base, Schedule, Study, choose, compare, find_methods
 from alphaedit_peft.studies.compare import RIDGES, THRESHOLDS, WEIGHTS, over_seeds, shown
+from alphaedit_peft.studies.tune import Grid, tune
 
 THREES = Schedule(batch_size=3, every=1)
 HALVES = slice(3), slice(3, 6)
@@ -91,6 +92,15 @@ def test_missing_statistics_are_told_before_anything_runs(study, tmp_path, missi
     with pytest.raises(ValueError, match=f"{name}.* needs .*{missing.replace('_', ' ')}"):
         compare(without, [METHODS["finetuning"], METHODS[name]], tmp_path, THREES)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_edit_that_the_tokenizer_cannot_place_is_told_before_anything_runs(study, tmp_path):
+    asked = replace(study, suite=Suite([*study.suite.cases, Case(Edit("capi", "{}tal is", "on"))]))
+    with pytest.raises(ValueError, match="subject 'capi' ends within a token in 'capital is'"):
+        compare(asked, [METHODS["alphaedit"]], tmp_path, THREES)
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(ValueError, match="subject 'capi' ends within a token in 'capital is'"):
+        tune(study.base, asked.suite, Grid(((0, 1),)), study.config)
 
 
 @pytest.mark.parametrize(
