@@ -190,8 +190,8 @@ def alone(target: str | Path) -> Iterator[None]:
 def temporary_folder() -> Iterator[Path]:
     """A folder where the system has its temporary ones, gone at the end.
 
-    It is locked while the block runs: what processes left that were killed is known by that, and
-    goes first.
+    The one around it is locked while the block runs: what processes left that were killed is known
+    by that, and goes first.
     """
     root = Path(tempfile.gettempdir())
     for left in root.glob(f"{_TEMPORARY}*"):
@@ -199,7 +199,9 @@ def temporary_folder() -> Iterator[Path]:
             if free:
                 shutil.rmtree(left, ignore_errors=True)
     with tempfile.TemporaryDirectory(prefix=_TEMPORARY) as place, _flocked(Path(place), wait=True):
-        yield Path(place)
+        inner = Path(place) / "files"  # saving into it locks it for itself
+        inner.mkdir()
+        yield inner
 
 
 def _lock(name: Path, target: str | Path) -> int:

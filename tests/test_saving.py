@@ -197,7 +197,9 @@ def test_temporary_folders_of_the_dead_are_swept_and_those_of_the_living_stay(
     mine = tmp_path / f"{saving._TEMPORARY[1:]}mine"
     mine.mkdir()
     with saving.temporary_folder() as place:
-        assert sorted(tmp_path.iterdir()) == sorted([place, Path(living.first), mine])
-    assert sorted(tmp_path.iterdir()) == sorted([Path(living.first), mine])
+        others = [Path(living.first).parent, mine]
+        assert sorted(tmp_path.iterdir()) == sorted([place.parent, *others])
+        saving.replace_file(place / "file", "x")
+    assert sorted(tmp_path.iterdir()) == sorted(others)
     with pytest.raises(ConnectionError, match="its own words"), saving.temporary_folder():
         raise ConnectionError("its own words")

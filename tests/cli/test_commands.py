@@ -1,7 +1,9 @@
 """Each command on the embedded model: what it writes, prints, and says in JSON."""
 
 import json
+import os
 import shutil
+import signal
 
 import pytest
 import torch
@@ -14,7 +16,9 @@ from alphaedit_peft import (
     NullSpace,
     embedded,
     read_edits,
+    saving,
 )
+from alphaedit_peft.nullspace import moments
 
 FAST = ("--set", "num_contexts=0", "--set", "steps=3")
 
@@ -137,21 +141,87 @@ def test_edits_that_contradict_need_a_rule(null_space, pack, run, shown, tmp_pat
     assert "Klingon" in [e.target_new for e in EditPack.from_pretrained(tmp_path / "out").edits]
 
 
-@pytest.mark.parametrize(("reason", "code"), [(KeyboardInterrupt(), 130), (RuntimeError("x"), 1)])
+@pytest.mark.parametrize(
+    ("stop", "code", "said"),
+    [
+        (lambda: signal.raise_signal(signal.SIGINT), 130, "interrupted"),
+        (lambda: signal.raise_signal(signal.SIGTERM), 143, "terminated"),
+        (lambda: int("x"), 1, "invalid literal"),
+    ],
+)
 def test_a_run_that_stops_keeps_its_finished_batches(
-    null_space, run, edits_file, tmp_path, monkeypatch, reason, code
+    null_space, run, edits_file, tmp_path, monkeypatch, stop, code, said
 ):
     whole = AlphaEditModel.edit
 
     def stops(self, edits, batch_size, *, after_batch):
-        whole(self, edits[:1], progress=False)
-        raise reason
+        whole(self, edits[:1], progress=False, after_batch=after_batch)
+        assert len(EditPack.from_pretrained(tmp_path / "pack").edits) == 1  # already
+        stop()
 
     monkeypatch.setattr(AlphaEditModel, "edit", stops)
     words = ["edit", "embedded", edits_file, "--null-space", null_space, *FAST]
     result = run(*words, "--out", tmp_path / "pack", code=code)
-    assert "the finished batches (1 edits) are in" in result.stderr
+    *_, kept, last = result.stderr.splitlines()
+    assert kept == f"alphaedit: stopped; the finished batches (1 edits) are in {tmp_path / 'pack'}"
+    assert last.startswith(f"alphaedit: {said}")
     assert len(EditPack.from_pretrained(tmp_path / "pack").edits) == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["edits.jsonl", "pack"]
+
+
+def test_a_pass_that_is_stopped_says_where_its_sums_are(embedded_model, run, tmp_path, monkeypatch):
+    add = moments._add
+
+    def last(*words):
+        add(*words)
+        signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(moments, "_add", last)
+    sums = tmp_path / "sums"
+    result = run("nullspace", "embedded", "--out", tmp_path / "ns", "--resume", sums, code=143)
+    *_, kept, said = result.stderr.splitlines()
+    assert kept.startswith(f"alphaedit: stopped; what is finished is in {sums}, and the same comm")
+    assert said == "alphaedit: terminated"
+    assert [path.name for path in tmp_path.iterdir()] == ["sums"]
+
+
+@pytest.mark.parametrize(
+    ("words", "names"),
+    [
+        (["nullspace", "embedded", "--max-tokens", 500, "--resume", "sums", "--out", "o"], "sums"),
+        (["nullspace", "embedded", "--max-tokens", 1500, "--out", "ns"], "ns"),
+        (["merge", "embedded", "PACK", "--out", "merged"], "merged"),
+        (["inspect", "PACK", "--html", "page.html"], "page.html"),
+        (["compress", "PACK", "--rank", 5, "--out", "small"], "small"),
+        (["evaluate", "embedded", "--data", "embedded", "--limit", 30, "--out", "j"], "j"),
+        (["compare", "embedded", "--edits", 20, "--out", "run"], "run/key_moments"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_full_disk_is_said_with_the_name_of_what_could_not_be_written(
+    pack, run, tmp_path, monkeypatch, full_disk, words, names
+):
+    monkeypatch.chdir(tmp_path)
+    result = run(*(pack if word == "PACK" else word for word in words), code=1)
+    last = result.stderr.splitlines()[-1]
+    assert last.startswith(f"alphaedit: saving {names} failed: ")
+    assert "File too large" in last
+    assert {path.name for path in tmp_path.iterdir()} <= {"run", "j"}
+    assert not [path for path in tmp_path.rglob("*") if path.is_file() and path.name != "j"]
+
+
+def test_an_output_that_another_command_writes_or_nobody_may(pack, run, tmp_path, monkeypatch):
+    out = tmp_path / "small"
+    words = ["compress", pack, "--rank", 5, "--out"]
+    with saving.alone(out):
+        assert "small is being written by process" in run(*words, out, code=1).stderr
+    run(*words, out)
+    assert [path.name for path in tmp_path.iterdir()] == ["small"]
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    page = tmp_path / "page.html"
+    assert "nothing may be written there" in run("inspect", pack, "--html", page, code=1).stderr
+    if os.path.isdir("/sys"):  # where nobody makes a folder
+        assert "saving /sys/pack failed: " in run(*words, "/sys/pack", code=1).stderr
 
 
 def test_inspect_shows_a_pack_without_a_model(pack, run, run_json):

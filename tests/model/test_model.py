@@ -272,6 +272,22 @@ def test_repour_gives_the_same_model_and_removes(model, tokenizer):
     assert torch.equal(emptied, logits(model.unload(), tokenizer))
 
 
+def test_after_each_batch_the_pack_can_be_saved(model):
+    seen = []
+
+    def after_batch():
+        seen.append(model.to_pack().digest())
+        if len(model.edits) == 2:
+            raise RuntimeError("the second batch is never made")
+
+    with pytest.raises(RuntimeError, match="never made"):
+        model.edit(EDITS, batch_size=2, progress=False, after_batch=after_batch)
+    assert seen == [model.to_pack().digest()]
+    model.edit(EDITS[2:], progress=False, after_batch=after_batch)
+    assert len(seen) == 2
+    assert seen[1] == model.to_pack().digest() != seen[0]
+
+
 def test_failed_batch_leaves_no_trace(model, tokenizer, monkeypatch):
     model.edit(EDITS[:1], progress=False)
     before, records, plain = weights(model), model.records, logits(model, tokenizer)
