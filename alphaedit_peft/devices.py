@@ -30,6 +30,21 @@ def computes_on(module: nn.Module) -> torch.device:
     return torch.device("cpu" if where is None else where)
 
 
+def supports_float64(device: torch.device) -> bool:
+    """Whether a device computes in float64, as solves do; Apple's GPUs do not."""
+    return device.type != "mps"
+
+
+def solving_on(device: torch.device) -> torch.device:
+    """Where values of a device are solved with: there, or on the CPU if it lacks float64."""
+    return device if supports_float64(device) else torch.device("cpu")
+
+
+def for_solving(values: Tensor) -> Tensor:
+    """Values where they can be made float64: what leaves a model for a solve goes through here."""
+    return values.to(solving_on(values.device))
+
+
 def reads_ids_on(model: Any) -> torch.device:
     """Where token ids go: the device of a model's input embeddings, or of any parameter.
 

@@ -17,10 +17,13 @@ from alphaedit_peft.architecture import describe
 from alphaedit_peft.devices import (
     brings_to_gpu,
     computes_on,
+    for_solving,
     held,
     in_place,
     keeps_elsewhere,
     require_whole,
+    solving_on,
+    supports_float64,
 )
 from alphaedit_peft.editing.runner import Runner
 from alphaedit_peft.fingerprint import fingerprint
@@ -262,3 +265,11 @@ def test_a_base_that_transformers_split_is_refused():
 def test_a_data_parallel_wrapper_is_refused():
     with pytest.raises(ValueError, match=r"wrapped in DataParallel.*pass model\.module"):
         get_alphaedit_model(nn.DataParallel(tiny_model("llama")), AlphaEditConfig())
+
+
+def test_where_a_device_lacks_float64_solves_are_on_the_cpu():
+    assert [supports_float64(torch.device(d)) for d in ("cpu", "cuda", "mps")] == [1, 1, 0]
+    assert solving_on(torch.device("mps")) == CPU
+    assert solving_on(torch.device("cuda", 1)) == torch.device("cuda", 1)
+    values = torch.zeros(2)
+    assert for_solving(values) is values

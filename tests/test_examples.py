@@ -74,6 +74,18 @@ def test_the_readme(weights, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("page", ["my_model", "not_holding"])
+def test_the_pages_for_a_first_model(weights, tmp_path, page):
+    text = (ROOT / "docs" / f"{page}.md").read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 80
+    script = tmp_path / "page.py"
+    script.write_text("\n".join(re.findall(r"```python\n(.*?)```", text, re.DOTALL)))
+    told = run(script, cwd=tmp_path)
+    wanted = {"my_model": "[0, 1] model.layers.{}.mlp.down_proj 1024", "not_holding": "(True,)"}
+    assert wanted[page] in told
+
+
+@pytest.mark.slow
 def test_the_comparison_and_its_picture(weights, tmp_path):
     pytest.importorskip("matplotlib")
     words = ["--edits", "2", "--batch-size", "1", "--every", "1", "--seeds", "0"]

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from alphaedit_peft import log_probs, parallel
+from alphaedit_peft.devices import for_solving
 from alphaedit_peft.editing.edit_report import EditResult
 from alphaedit_peft.editing.groups import Group, group_by_key
 from alphaedit_peft.editing.keys import take_keys
@@ -275,7 +276,7 @@ def _shared_targets(
         progress(len(groups) - len(own))
         return found
 
-    return Targets(*parallel.share(groups, optimise))
+    return Targets(*map(for_solving, parallel.share(groups, optimise)))
 
 
 def _without_failures(

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from alphaedit_peft.algebra import LowRankDelta
+from alphaedit_peft.devices import for_solving
 from alphaedit_peft.editing.state import protects
 from alphaedit_peft.pack.contents import PackContents
 
@@ -201,7 +202,7 @@ def prompt_drift(
         now = reader.log_probs(batch.inputs, where)  # (prompts, vocab)
         with without():
             then = reader.log_probs(batch.inputs, where)
-        total += float(metrics.divergence(then, now).double().sum())
+        total += float(for_solving(metrics.divergence(then, now)).double().sum())
     return total / len(rows)
 
 

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from alphaedit_peft import hooks
+from alphaedit_peft.devices import for_solving
 from alphaedit_peft.editing.memory import by_halves
 from alphaedit_peft.editing.prompts import EditRows, TokenRow
 from alphaedit_peft.editing.runner import Runner, at_least_float32
@@ -254,7 +255,8 @@ class Part:
         if values.ndim == 2:  # OPT's blocks flatten batch and tokens before their MLP
             values = values.unflatten(0, self.inputs["input_ids"].shape)
         rows = torch.arange(len(self.rows), device=values.device)
-        return at_least_float32(values[rows, self.subjects.to(values.device)])
+        found = at_least_float32(values[rows, self.subjects.to(values.device)])
+        return for_solving(found)
 
 
 # bare prompts, those behind contexts, and prefixes that some of these share

@@ -12,6 +12,7 @@ from dataclasses import replace
 
 import torch
 
+from alphaedit_peft.devices import solving_on
 from alphaedit_peft.editing.groups import Group
 from alphaedit_peft.editing.memory import within_budget
 from alphaedit_peft.editing.runner import Runner
@@ -56,7 +57,7 @@ def rebuild_state(
         ]
         members = [member for group in groups for member in group.members]
         runner = within_budget(runner, metric, members, len(members), state.rank)
-        values = stored.targets[rows].to(runner.device)
+        values = stored.targets[rows].to(solving_on(runner.device))
         made_for = [{r.edit.id for r in stored.records if r.row == row} for row in rows]
         partial = [i for i, rs in enumerate(of_row) if {r.edit.id for r in rs} != made_for[i]]
         if partial:

@@ -84,7 +84,7 @@ class _Sums:
 
     def add(self, texts: Sequence[int], values: Tensor) -> None:
         """Add one value to the text of each."""
-        column = values.double().cpu()
+        column = values.cpu().double()
         rows = torch.stack([column, torch.ones_like(column)], 1)  # (places, 2)
         self.sums.index_add_(0, torch.tensor(texts), rows)
 

@@ -17,7 +17,7 @@ from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
 from alphaedit_peft.algebra import LowRankDelta
-from alphaedit_peft.devices import computes_on, held, in_place
+from alphaedit_peft.devices import computes_on, for_solving, held, in_place
 
 ROUNDED = (torch.bfloat16, torch.float16)
 _NUMBERS = ("r", "lora_alpha", "scaling")
@@ -71,7 +71,8 @@ class ExactLinear(lora.Linear):
         weight = self.original if self.merged else held(base, "weight")
         rounded = self._sum(weight, names).to(weight.dtype)
         wide = torch.float32 if weight.element_size() < 4 else torch.float64
-        update = sum(self.get_delta_weight(name).to(wide) for name in names)
+        weight, rounded = for_solving(weight), for_solving(rounded)
+        update = sum(for_solving(self.get_delta_weight(name)).to(wide) for name in names)
         if isinstance(update, int) or not update.any():
             return 0.0
         return float((rounded.to(wide) - weight.to(wide) - update).norm() / update.norm())
@@ -183,7 +184,7 @@ def require_layers(model: nn.Module) -> dict[str, Any]:
 def read_factors(layer: Any, adapter: str, rank: int) -> LowRankDelta:
     """The first ``rank`` rows of the factors; none where one zero row stands for no edit."""
     A, B = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
-    return LowRankDelta(A.detach(), B.detach()).first(rank)
+    return LowRankDelta(for_solving(A.detach()), for_solving(B.detach())).first(rank)
 
 
 def write_factors(layer: Any, adapter: str, delta: LowRankDelta) -> None:

@@ -137,6 +137,7 @@ def collect_sums(
     *,
     checkpoint: Checkpoint | None = None,
     bar: Bar,
+    tell: bool = False,
 ) -> Sums:
     """Sum k k^T over all tokens of all batches.
 
@@ -145,6 +146,9 @@ def collect_sums(
         names: rewrite modules, the one that runs last at the end.
         batches: the same ones in the same order when going on from a checkpoint.
         checkpoint: where to keep the sums; written now and then, on Ctrl-C and at the end.
+
+        bar: counts the tokens.
+        tell: record the pace, once.
 
     Raises:
         ValueError: activations that are not finite, or a checkpoint of other texts.
@@ -155,7 +159,7 @@ def collect_sums(
         sums = Sums() if checkpoint is None else checkpoint.begin()
         bar.initial = sums.tokens
         bar.update(sums.tokens)
-        pace = Pace(bar)
+        pace = Pace(bar.total)
         try:
             for batch in _remaining(batches, sums):
                 # a batch half summed cannot be saved, so a signal waits for its end
@@ -167,7 +171,8 @@ def collect_sums(
                     sums.batches += 1
                     sums.texts = batch.texts
                 bar.update(batch.tokens)
-                pace.measure(sums.tokens)
+                if tell:
+                    pace.measure(sums.tokens)
                 if checkpoint and sums.batches % BATCHES_PER_CHECKPOINT == 0:
                     checkpoint.write(_combined(sums, names))
         except KeyboardInterrupt:
@@ -183,8 +188,8 @@ def collect_sums(
 class Pace:
     """Tells once, from the first few batches, how long a pass takes."""
 
-    def __init__(self, bar: Bar) -> None:
-        self.total, self.batches = bar.total, 0
+    def __init__(self, total: int | None) -> None:
+        self.total, self.batches = total, 0
         self.tokens, self.begun = 0, 0.0  # when the first batch was done
 
     def measure(self, tokens: int) -> None:

@@ -144,13 +144,14 @@ class KeyMoments:
         )
         held = expected_tokens(texts, tokenizer, text_column) if progress else None
         total = min((n for n in (held, max_tokens) if n is not None), default=None)
-        if progress and parallel.is_main():
+        tell = progress and parallel.is_main()
+        if tell:
             width = max(architecture.width(base, layer) for layer in modules)
             LOGGER.info("key moments: %s", _plan(len(modules), width, held, max_tokens))
         adapters_off = getattr(model, "disable_adapter", nullcontext)
         counted = counting("key moments", total, "token", shown=progress)
         with adapters_off(), hooks.evaluating(base), counted as bar:
-            sums = collect_sums(base, names, batches, checkpoint=checkpoint, bar=bar)
+            sums = collect_sums(base, names, batches, checkpoint=checkpoint, bar=bar, tell=tell)
         provenance = {
             "corpus": corpus_label(texts),
             "texts": sums.texts,

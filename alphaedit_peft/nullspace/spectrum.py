@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from alphaedit_peft import algebra
+from alphaedit_peft.devices import solving_on
 
 STEM = "null_space"
 WORKSPACE = 6  # float64 matrices of a moment's size that an eigen-decomposition takes on a GPU
@@ -30,7 +31,7 @@ def exact_spectrum(moment: Tensor) -> algebra.Spectrum:
     float64 because small eigenvalues are lost under a few huge ones otherwise, and some models
     have keys whose squared norm is 1e6 times the others'.
     """
-    device = moment.device
+    device = solving_on(moment.device)
     if device.type == "cpu" and torch.cuda.is_available():
         free, _ = torch.cuda.mem_get_info()
         if free > WORKSPACE * 8 * moment.numel():

@@ -162,7 +162,10 @@ def test_what_a_pass_takes_is_recorded_before_it_starts(
     assert words.format(f"{held:,}") in first
     paces = [text for text in caplog.messages[1:] if " tokens a second" in text]
     assert len(paces) == (count != 2 and most != 100)  # which is a batch or two
-    assert all(text.endswith(" left") for text in paces) or count is None
+    assert all(text.endswith(" left") for text in paces)
+    caplog.clear()
+    KeyMoments.collect(model, tokenizer, texts, config, progress=False)
+    assert caplog.messages == []
 
 
 def test_saved_then_loaded_has_the_same_bits(tmp_path, moments):

@@ -108,7 +108,7 @@ class Loss:
             if row.target:
                 said[slot[row.group]].append(all(here))
         weights = [row.weight / len(row.reads) for row in reads]
-        weighted = torch.tensor(weights, device=device, dtype=torch.float64).to(each) * each
+        weighted = torch.tensor(weights, dtype=torch.float64).to(each) * each
         owners = torch.tensor([slot[row.group] for row in reads], device=delta.device)
         return delta.new_zeros(len(slot)).index_add(0, owners, weighted.to(delta))
 
