@@ -28,7 +28,7 @@ from alphaedit_peft.pack.compatible import check_fit
 from alphaedit_peft.pack.conflicts import RULES, by_row, says
 from alphaedit_peft.pack.contents import require_rows
 from alphaedit_peft.pack.edit_record import asked
-from alphaedit_peft.pack.parents import stands_on
+from alphaedit_peft.pack.parents import parent_entry, stands_on
 from alphaedit_peft.settings import require_one_of
 
 
@@ -66,10 +66,7 @@ def join(
         for name, pack in named:
             beside = beside.with_pack(name, pack, module, on_conflict, bound)
         joined = [record.edit for record in beside.chosen if record.role == "own"]
-        ancestors = [
-            {"operation": "join", "name": name, "digest": p.digest(), "edits": len(p.edits)}
-            for name, p in named
-        ]
+        ancestors = [parent_entry("join", pack, name=name) for name, pack in named]
         for _, pack in named:
             take_open(model, pack)
         rebuild(model, adapter, beside.chosen, beside.stored, ancestors, contexts)

@@ -100,6 +100,8 @@ def require_joinable(packs: Sequence[Pack], names: Sequence[str], layers: str) -
 
 
 def _same_base(one: PackContents, other: PackContents, pair: str) -> None:
+    if one is other:
+        return
     if one.fan_in_fan_out != other.fan_in_fan_out:
         raise ValueError(f"{pair} are of different bases: one keeps its weights transposed")
     same = None if one.base is None or other.base is None else one.base.matches(other.base)
@@ -107,7 +109,7 @@ def _same_base(one: PackContents, other: PackContents, pair: str) -> None:
         warnings.warn(
             f"whether {pair} are of one base is not known: a fingerprint is missing, or was taken "
             "of quantised weights",
-            stacklevel=6,
+            stacklevel=5,  # of EditPack.join
         )
     elif not same:
         raise ValueError(

@@ -96,6 +96,13 @@ def test_the_models_own_edits_come_first(packs, tokenizer):
     assert parents == [{"operation": "join", "name": f"pack {i}", "edits": 2} for i in (1, 2)]
 
 
+def test_what_a_joined_pack_had_lost_by_rounding_is_recorded(packs, tokenizer):
+    rounded = packs[0].compress(dtype=torch.bfloat16)
+    model = double(tokenizer)
+    model.join([rounded])
+    assert model.to_pack().parents[0]["compression"] == rounded.compression.to_json()
+
+
 def test_joined_edits_are_removed_rolled_back_and_gone_on_from(packs, tokenizer, tmp_path):
     model = double(tokenizer)
     model.join(packs)

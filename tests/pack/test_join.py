@@ -278,8 +278,9 @@ def test_packs_that_do_not_go_together(make, change, message):
 
 
 def test_bases_that_cannot_be_compared_are_warned_of(make):
-    with pytest.warns(UserWarning, match=r"whether pack 1 and pack 2 are of one base"):
-        EditPack.join([make("a"), make("b", base=None)])
+    with pytest.warns(UserWarning, match=r"whether pack 1 and pack 2 are of one base") as told:
+        EditPack.join([make("a", base=None), make("b", base=None)])
+    assert [warning.filename for warning in told] == [__file__]
 
 
 def one_layer(pack, name):
