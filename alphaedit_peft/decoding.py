@@ -1,9 +1,8 @@
-"""Text written token by token, from the model's logits alone and its own settings of ``generate``.
+"""Text written token by token from a model's logits, whatever its ``generation_config`` holds.
 
 In: a causal language model, equally long rows of ids, a choice among logits. Out: the rows and what
-follows. Nothing of ``model.generation_config`` is read: each token is what ``choose`` makes of the
-logits after the tokens before it, as one pass over the whole row gives them. A cache saves running
-these again where the model keeps one that gives the same numbers.
+follows. Each token is what the choice makes of the logits that one pass over the whole row gives. A
+cache saves running the row again, where the model keeps one that gives the same numbers.
 """
 
 from __future__ import annotations
@@ -28,54 +27,49 @@ def likeliest(_: Tensor, logits: Tensor) -> Tensor:
     return logits.argmax(-1)
 
 
-@torch.no_grad()
-def decode(
-    model: nn.Module, ids: Tensor, new: int, choose: Choose, ends: Collection[int] = ()
-) -> list[list[int]]:
-    """Rows with up to ``new`` tokens more, each to the first of ``ends`` that it comes to.
-
-    Args:
-        ids: (rows, tokens), without padding, where the model reads ids.
-        choose: from ids (rows, tokens) and logits (rows, vocab) to the next ids (rows,).
-    """
-    start, steps = ids.shape[1], _Steps(model)
-    ended = torch.zeros(len(ids), dtype=torch.bool)
-    with hooks.evaluating(model):
-        for _ in range(new):
-            chosen = choose(ids, steps.logits(ids)).to(ids.device)  # (rows,)
-            ids = torch.cat([ids, chosen[:, None]], dim=1)
-            ended |= torch.tensor([token in ends for token in chosen.tolist()])
-            if ended.all():
-                break
-    return [_until(row, start, ends) for row in ids.tolist()]
-
-
-def _until(row: list[int], start: int, ends: Collection[int]) -> list[int]:
-    stop = next((k for k in range(start, len(row)) if row[k] in ends), len(row))
-    return row[: stop + 1]
-
-
-class _Steps:
-    """The logits behind rows that grow by a token at each call."""
+class Decoder:
+    """A model that writes on, behind a cache once that is seen to be true."""
 
     def __init__(self, model: nn.Module) -> None:
-        self.model = model
-        self.switches = position_switches(getattr(model, "config", None))
-        self.caching, self.compared = True, 0
-        self.cache: Any = None
+        self._model = model
+        self._switches = position_switches(getattr(model, "config", None))
+        self._caching, self._compared = True, 0
+        self._cache: Any = None
 
-    def logits(self, ids: Tensor) -> Tensor:
-        """Logits (rows, vocab) of the token behind ids (rows, tokens)."""
-        if self.cache is None or ids.shape[1] - 1 in self.switches:  # kept under other tables
+    @torch.no_grad()
+    def write(
+        self, ids: Tensor, new: int, choose: Choose, ends: Collection[int] = ()
+    ) -> list[list[int]]:
+        """Rows with up to ``new`` tokens more, each to the first of ``ends`` that it comes to.
+
+        Args:
+            ids: (rows, tokens), without padding, where the model reads ids.
+            choose: from ids (rows, tokens) and logits (rows, vocab) to the next ids (rows,).
+        """
+        start, self._cache = ids.shape[1], None
+        ended = torch.zeros(len(ids), dtype=torch.bool)
+        with hooks.evaluating(self._model):
+            for _ in range(new):
+                chosen = choose(ids, self._logits(ids)).to(ids.device)  # (rows,)
+                ids = torch.cat([ids, chosen[:, None]], dim=1)
+                ended |= torch.tensor([token in ends for token in chosen.tolist()])
+                if ended.all():
+                    break
+        self._cache = None
+        return [_until(row, start, ends) for row in ids.tolist()]
+
+    def _logits(self, ids: Tensor) -> Tensor:
+        """Logits (rows, vocab) of the token behind ids (rows, tokens), one more at each call."""
+        if self._cache is None or ids.shape[1] - 1 in self._switches:  # kept under other tables
             return self._run(ids)
-        if self.compared < COMPARED:
-            self.compared += 1
-            return self._compared(ids)
-        return self._run(ids, self.cache)
+        if self._compared < COMPARED:
+            self._compared += 1
+            return self._held_against_whole(ids)
+        return self._run(ids, self._cache)
 
-    def _compared(self, ids: Tensor) -> Tensor:
-        """As ``logits``, and whether the cache gives them is looked at for two of the rows."""
-        some, cache = sorted({0, len(ids) - 1}), self.cache
+    def _held_against_whole(self, ids: Tensor) -> Tensor:
+        """As ``_logits``, and whether the cache gives them is looked at for two of the rows."""
+        some, cache = sorted({0, len(ids) - 1}), self._cache
         whole = self._run(ids[some]).log_softmax(-1)
         try:
             found = self._run(ids, cache)
@@ -87,7 +81,7 @@ class _Steps:
             error = (found[some].log_softmax(-1) - whole).abs()
             if bool((error < SAME.get(whole.dtype, 0.02))[whole > -10].all()):
                 return found
-        self.caching = False
+        self._caching = False
         return self._run(ids)
 
     def _run(self, ids: Tensor, cache: Any = None) -> Tensor:
@@ -95,11 +89,16 @@ class _Steps:
         inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         if cache is not None:
             inputs |= {"input_ids": ids[:, -1:], "past_key_values": cache}
-        inputs["use_cache"] = self.caching
+        inputs["use_cache"] = self._caching
         where = [(row, -1) for row in range(len(ids))]
-        logits, output = hooks.logits_at(self.model, inputs, where)
-        self.cache = getattr(output, "past_key_values", None) if self.caching else None
-        if self.caching and self.cache is None:  # a state of its own; RWKV's mixes the rows
-            self.caching = False
+        logits, output = hooks.logits_at(self._model, inputs, where)
+        self._cache = getattr(output, "past_key_values", None) if self._caching else None
+        if self._caching and self._cache is None:  # a state of its own; RWKV's mixes the rows
+            self._caching = False
             return self._run(ids)
         return logits
+
+
+def _until(row: list[int], start: int, ends: Collection[int]) -> list[int]:
+    stop = next((k for k in range(start, len(row)) if row[k] in ends), len(row))
+    return row[: stop + 1]

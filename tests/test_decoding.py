@@ -9,11 +9,12 @@ import torch
 import transformers as hf
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from peft import PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from alphaedit_peft.decoding import decode, likeliest
-from tests.conftest import tiny_model
+from alphaedit_peft.decoding import Decoder, likeliest
+from tests.conftest import PEFT_ALONE, tiny_model
 from tests.test_architecture import GATED, IDS, OVERRIDDEN, VARIANTS, build
 
 MAMBA = IDS | {"hidden_size": 32, "num_hidden_layers": 3, "state_size": 8}
@@ -88,7 +89,9 @@ def test_every_family_writes_its_argmax(name):
     """Also over the length (16) above which LongRoPE's tables are others."""
     model, ids = built(name), rows(3, 13)
     model = model if name == "mixtral" else model.double()  # whose products torch has not
-    assert decode(model, ids, 7, likeliest) == [argmax_loop(model, row, 7) for row in ids.tolist()]
+    assert Decoder(model).write(ids, 7, likeliest) == [
+        argmax_loop(model, row, 7) for row in ids.tolist()
+    ]
 
 
 @settings(deadline=None, derandomize=True, max_examples=25)
@@ -97,15 +100,15 @@ def test_whatever_the_generation_config_holds_it_is_the_argmax(owns, count, leng
     model, ids = tiny_model("gpt2"), rows(count, length)
     for own in owns:
         set_all(model.generation_config, own)
-    found = decode(model, ids, 6, likeliest, ends=[5])
+    found = Decoder(model).write(ids, 6, likeliest, ends=[5])
     assert found == [argmax_loop(model, row, 6, {5}) for row in ids.tolist()]
 
 
 def test_each_row_ends_for_itself():
     model, ids = tiny_model("llama"), rows(4, 6)
-    whole = decode(model, ids, 8, likeliest)
+    whole = Decoder(model).write(ids, 8, likeliest)
     ends = [whole[0][7], whole[1][9]]
-    assert decode(model, ids, 8, likeliest, ends) == [
+    assert Decoder(model).write(ids, 8, likeliest, ends) == [
         argmax_loop(model, row, 8, ends) for row in ids.tolist()
     ]
 
@@ -137,14 +140,16 @@ class Forgets(nn.Module):
 def test_a_cache_that_gives_other_numbers_is_not_used(steps, error):
     inner, ids = tiny_model("llama"), rows(3, 6)
     model = Forgets(inner, steps, error)
-    assert decode(model, ids, 5, likeliest) == [argmax_loop(inner, row, 5) for row in ids.tolist()]
+    assert Decoder(model).write(ids, 5, likeliest) == [
+        argmax_loop(inner, row, 5) for row in ids.tolist()
+    ]
     assert [use for *_, use in model.passes[-2:]] == [False, False]
 
 
 def test_memory_that_runs_out_behind_a_cache_is_said():
     model = Forgets(tiny_model("llama"), 0, torch.OutOfMemoryError("out of memory"))
     with pytest.raises(torch.OutOfMemoryError, match="out of memory"):
-        decode(model, rows(1, 4), 3, likeliest)
+        Decoder(model).write(rows(1, 4), 3, likeliest)
 
 
 def test_behind_a_cache_only_the_last_tokens_run_and_the_head_sees_no_others():
@@ -153,6 +158,19 @@ def test_behind_a_cache_only_the_last_tokens_run_and_the_head_sees_no_others():
         lambda _m, _a, given: widths.append(given["input_ids"].shape[1]), with_kwargs=True
     )
     model.lm_head.register_forward_hook(lambda _m, args, _o: seen.append(args[0].shape[1]))
-    decode(model, rows(3, 6), 5, likeliest)
+    Decoder(model).write(rows(3, 6), 5, likeliest)
     assert widths == [6, 7, 1, 8, 1, 1, 1]  # 7 and 8: the cache is held against whole rows
     assert seen == [3, 2, 3, 2, 3, 3, 3]
+
+
+@PEFT_ALONE
+@pytest.mark.parametrize("kind", [PromptTuningConfig, PrefixTuningConfig])
+def test_an_adapter_that_puts_tokens_in_front_is_written_with(kind):
+    model = tiny_model("gpt2").double()
+    how = {"task_type": "CAUSAL_LM", "num_virtual_tokens": 3}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        wrapped = get_peft_model(model, kind(**how)).double().eval()
+    ids = rows(3, 6)
+    expected = [argmax_loop(wrapped, row, 5) for row in ids.tolist()]
+    assert Decoder(wrapped).write(ids, 5, likeliest) == expected

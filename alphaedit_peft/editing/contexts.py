@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from alphaedit_peft import tokens
-from alphaedit_peft.decoding import decode
+from alphaedit_peft.decoding import Decoder
 from alphaedit_peft.devices import reads_ids_on
 from alphaedit_peft.settings import EditOptions
 
@@ -51,6 +51,7 @@ def sample_contexts(
     streams = _Streams(options.seed, len(starts), options.context_length)
     lengths = [len(start) for start in starts]
     found: dict[int, list[int]] = {}
+    decoder = Decoder(model)
     for length in dict.fromkeys(lengths):  # equally long ones need no padding
         alike = [i for i, other in enumerate(lengths) if other == length]
         fitting = options.tokens_per_batch // (length + options.context_length)
@@ -58,7 +59,7 @@ def sample_contexts(
         for some in (alike[i : i + step] for i in range(0, len(alike), step)):
             ids = torch.tensor([starts[i] for i in some], device=reads_ids_on(model))
             drawn = _Drawn(streams, some, tokenizer.eos_token_id)
-            rows = decode(model, ids, options.context_length, drawn)
+            rows = decoder.write(ids, options.context_length, drawn)
             found |= dict(zip(some, rows, strict=True))
     texts = [_sentence(tokenizer, found[i]) for i in range(len(starts))]
     return tuple(dict.fromkeys(text for text in texts if text))

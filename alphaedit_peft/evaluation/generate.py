@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from alphaedit_peft import tokens
-from alphaedit_peft.decoding import decode, likeliest
+from alphaedit_peft.decoding import Decoder, likeliest
 from alphaedit_peft.log_probs import Reader
 from alphaedit_peft.messages import shown
 
@@ -93,15 +93,17 @@ def _generate(
             )
         waiting.setdefault((start, length), []).append((name, ids))
     found: dict[str, str] = {}
+    decoder = Decoder(reader.model)
     for (start, length), rows in waiting.items():
         step = max(1, reader.tokens_per_batch // length)
         for i in range(0, len(rows), step):
-            found |= _batch(reader, rows[i : i + step], length - start, sampling)
+            found |= _batch(reader, decoder, rows[i : i + step], length - start, sampling)
     return found
 
 
 def _batch(
     reader: Reader,
+    decoder: Decoder,
     rows: Sequence[tuple[str, tuple[int, ...]]],
     new: int,
     sampling: Sampling | None,
@@ -111,9 +113,9 @@ def _batch(
     ids = torch.tensor(every, device=reader.device)  # (rows, tokens)
     ends = _ends(reader)
     if sampling is None:
-        found = decode(reader.model, ids, new, likeliest, ends)
+        found = decoder.write(ids, new, likeliest, ends)
     else:
-        found = decode(reader.model, ids, new, _TopKNoise(names, sampling, ends))
+        found = decoder.write(ids, new, _TopKNoise(names, sampling, ends))
     texts = [_continuation(reader, row, ids.shape[1]) for row in found]
     return dict(zip(names, texts, strict=True))
 
