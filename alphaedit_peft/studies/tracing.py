@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from alphaedit_peft import hooks, tokens
 from alphaedit_peft.architecture import Architecture
 from alphaedit_peft.devices import computes_on
-from alphaedit_peft.log_probs import log_probs_at
+from alphaedit_peft.log_probs import Continuation, log_probs_at, score
 
 HIDDEN, MLP = "hidden", "mlp"
 STATES = (HIDDEN, MLP)
@@ -102,8 +102,8 @@ class Tracer:
 
     def says(self, row: Row) -> bool:
         """Whether greedy decoding gives the target after the prompt."""
-        found = self._log_probs([row.ids], row.target_places)[0].argmax(-1)  # (target,)
-        return tuple(found.tolist()) == row.target
+        batches = partial(tokens.batches, tokens_per_batch=len(row.ids), device=self.device)
+        return score(self.model, [Continuation(row.prompt, row.target)], batches)[0].greedy
 
     def clean(self, row: Row) -> tuple[float, dict[str, Tensor]]:
         """P(target) untouched, and every state by its module's name, (tokens, d)."""
