@@ -47,7 +47,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     model.eval()
     for module in model.modules():
         table: Any = getattr(module, "inv_freq", None)
-        if getattr(module, "rope_type", None) == "dynamic":
+        if getattr(module, "rope_type", None) == "dynamic" and not table.is_meta:
             module(table, torch.zeros(1, 1, device=table.device))
     try:
         yield

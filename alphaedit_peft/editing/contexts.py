@@ -105,7 +105,7 @@ class _Drawn:
         good = probabilities.isfinite().all(-1)
         if not good.all():
             raise ValueError(
-                f"the model's logits for token ids {ids[~good][0].tolist()} are not finite; the "
+                f"the model's logits for token ids {ids[~good.to(ids.device)][0].tolist()} are not finite; the "
                 "base model's weights hold NaN or infinity, or its dtype is too narrow"
             )
         q = torch.empty_like(scores)
