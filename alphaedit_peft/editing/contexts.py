@@ -104,9 +104,10 @@ class _Drawn:
         probabilities = scores.masked_fill(scores < least, -torch.inf).softmax(-1)
         good = probabilities.isfinite().all(-1)
         if not good.all():
+            first = ids[~good.to(ids.device)][0].tolist()
             raise ValueError(
-                f"the model's logits for token ids {ids[~good.to(ids.device)][0].tolist()} are not finite; the "
-                "base model's weights hold NaN or infinity, or its dtype is too narrow"
+                f"the model's logits for token ids {first} are not finite; the base model's "
+                "weights hold NaN or infinity, or its dtype is too narrow"
             )
         q = torch.empty_like(scores)
         generators = self.streams.generators(q[:1])
