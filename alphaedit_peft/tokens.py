@@ -93,7 +93,8 @@ def followed(
     unknown = ids[-1:] == (tokenizer.unk_token_id,)
     if whole[: len(ids)] != ids or (unknown and spans[len(ids) - 1][1] > len(prompt)):
         said = (_decoded(tokenizer, whole), _decoded(tokenizer, ids) + suffix)
-        fitting = [t for t in _alone(tokenizer, suffix) if _decoded(tokenizer, ids + t) in said]
+        own = [following for following in _alone(tokenizer, suffix) if following]
+        fitting = [following for following in own if _decoded(tokenizer, ids + following) in said]
     if not fitting:
         raise ValueError(
             f"tokenizer {type(tokenizer).__name__} has no tokens that put {shown(suffix, SHOWN)} "

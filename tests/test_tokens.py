@@ -128,7 +128,8 @@ def test_a_token_over_the_border_is_split_as_generation_would(tokenizer):
 
 
 @pytest.mark.parametrize(
-    ("make", "prompt", "target"), [("WordPiece", "The cap", "ital"), ("words", "Fr", "ance is")]
+    ("make", "prompt", "target"),
+    [("WordPiece", "The cap", "ital"), ("WordPiece", "00", "a"), ("words", "Fr", "ance is")],
 )
 def test_a_target_that_no_ids_put_there_is_refused(make, prompt, target):
     with pytest.raises(ValueError, match=f"no tokens that put '{target}' right after '{prompt}'"):
