@@ -1,20 +1,25 @@
-"""Saving an artefact replaces its two files together, or not at all."""
+"""Saving an artefact replaces its two files together, or not at all; files are read strictly."""
 
 from __future__ import annotations
 
 import errno
+import json
 import os
 import subprocess
 import sys
 import threading
+import zipfile
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors import SafetensorError
+from safetensors.torch import save_file
 
 from alphaedit_peft import safe_files, saving
+from alphaedit_peft.messages import LONGEST
 from alphaedit_peft.nullspace import KeyMoments, NullSpace
+from alphaedit_peft.safe_files import DamagedFileError, Field, check_fields, refusing
 
 KILLED_BETWEEN = """
 import os, signal, sys
@@ -185,3 +190,184 @@ def test_a_reader_beside_a_writer_sees_one_save(tmp_path):
         over.set()
         writer.join()
     assert seen <= {moments.digest() for moments in both}
+
+
+DEEP = "[" * 100_000
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "wrong"),
+    [
+        (Field(int), True, "=True is not a whole number"),
+        (Field((int, float)), "1", "='1' is not a whole number or a number"),
+        (Field((dict, type(None))), [], r"=\[\] is not an object or null"),
+        (Field(int, 0, 9), 10**400, r"=10{50,}.* is outside 0\.\.9"),
+        (Field(float, 0, 1), float("nan"), r"=nan is outside 0\.\.1"),
+        (Field(str, 1, 3), "", r"='' is shorter or longer than 1\.\.3"),
+        (
+            Field(list, each=Field(list, each=Field(int))),
+            [[1], [2, None]],
+            r"\[1\]\[1\]=None is not",
+        ),
+        (Field(dict, each=Field(str)), {"a": 1}, r"\['a'\]=1 is not text"),
+        (Field(dict, key=r"\d+"), {"a": 1}, " holds 'a', which is no name there"),
+    ],
+)
+def test_a_field_says_what_is_wrong_and_where(field, value, wrong):
+    with pytest.raises(ValueError, match=f"^thing.x{wrong}"):
+        check_fields({"x": value}, {"x": field}, "thing")
+
+
+@pytest.mark.parametrize(
+    ("values", "wrong"),
+    [
+        ([], r"^it=\[\] is not an object"),
+        ({}, r"^fields \['a'\] are missing; it has a, b$"),
+        ({"a": 1, "c": 2}, r"^fields \['c'\] are unknown; it has a, b$"),
+        ({"c": 2}, r"^fields \['a'\] are missing and \['c'\] are unknown; it has"),
+    ],
+)
+def test_fields_that_are_missing_or_unknown(values, wrong):
+    wanted = {"a": Field(int), "b": Field(int, optional=True)}
+    with pytest.raises(ValueError, match=wrong):
+        check_fields(values, wanted)
+    assert check_fields({"a": 1, "z": 2}, wanted, others=True) == {"a": 1, "z": 2}
+
+
+def test_what_checks_raise_is_said_of_the_file():
+    for raised, told in (
+        (ValueError("x" * 999), r"^f\.json: xxx.*xxx\.\.\.; make or download it again$"),
+        (KeyError("a"), "f.json: no field 'a'"),
+        (RecursionError(), "f.json: RecursionError"),
+        (OverflowError("too large"), "f.json: too large"),
+    ):
+        with pytest.raises(DamagedFileError, match=told) as caught, refusing("f.json"):
+            raise raised
+        assert len(str(caught.value)) <= LONGEST
+
+
+@pytest.mark.parametrize(
+    ("text", "wrong"),
+    [
+        (b"{", r"f\.json: not valid JSON \(Expecting"),
+        (b"\xff", r"not valid JSON \('utf-8' codec"),
+        (DEEP.encode(), "not valid JSON"),
+        (b'{"a": ' + b"9" * 5000 + b"}", "not valid JSON"),
+        (b'{"a": 1e999}', "1e999 is not a finite number"),
+        (b'{"a": NaN}', "NaN is not a finite number"),
+        (rb'{"a": "\ud800"}', "surrogates not allowed"),
+        (b"[1]", "holds a JSON list, not an object"),
+        (b'{"a": "' + b"x" * 200 + b'"}', "the file is larger than the limit of 200 bytes"),
+    ],
+    ids=["cut", "bytes", "deep", "digits", "overflow", "nan", "surrogate", "list", "long"],
+)
+def test_json_that_is_refused(tmp_path, text, wrong):
+    limit = 200 if b"xxx" in text else 2**20
+    (tmp_path / "f.json").write_bytes(text)
+    with pytest.raises(DamagedFileError, match=wrong) as caught:
+        safe_files.read_json(tmp_path / "f.json", limit=limit)
+    assert len(str(caught.value)) <= LONGEST
+
+
+def test_lines_are_read_one_by_one_and_named(tmp_path):
+    path = tmp_path / "f.jsonl"
+    path.write_bytes(b'{"a": 1}\n\n{"a": 2}\n{"a"')
+    found = list(safe_files.json_lines(path, cut=True))
+    assert [value for _, value in found] == [{"a": 1}, {"a": 2}]
+    assert found[1][0] == f"{path}, line 3"
+    with pytest.raises(DamagedFileError, match="line 4: not valid JSON"):
+        list(safe_files.json_lines(path))
+    with pytest.raises(DamagedFileError, match=r"line 1: its bytes are more than the limit of 7"):
+        list(safe_files.json_lines(path, limits=(99, 7)))
+    with pytest.raises(DamagedFileError, match=r"f.jsonl: the file is larger than the limit of 9"):
+        list(safe_files.json_lines(path, limits=(9, 9)))
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs pipes")
+def test_pipes_devices_and_links_out_of_the_folder_are_not_opened(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "zeros").symlink_to("/dev/zero")
+    (tmp_path / "out").symlink_to(Path(__file__))
+    for name, wrong in (
+        ("pipe", r"pipe: the file is missing \(what is there is no regular file\)"),
+        ("zeros", "no regular file"),
+        ("nothing", "nothing: the file is missing;"),
+        ("out", r"a link leads out of the folder, to .*test_safe_files\.py"),
+    ):
+        with pytest.raises(DamagedFileError, match=wrong):
+            safe_files.read_bytes(tmp_path / name, 99, within=tmp_path)
+
+
+ENTRY = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
+
+
+@pytest.mark.parametrize(
+    ("header", "wrong"),
+    [
+        ([], "its list of tensors is no JSON object"),
+        ({"a": 1}, "a=1 is not an object"),
+        ({"a": {**ENTRY, "dtype": "X9"}}, "a is of dtype 'X9'"),
+        ({"a": {**ENTRY, "shape": [-2]}}, r"a\.shape\[0\]=-2 is outside 0\.\."),
+        ({"a": {**ENTRY, "shape": [2**40, 2**40]}}, r"a \(.*\) does not fill bytes 0\.\.8"),
+        ({"a": {**ENTRY, "shape": [1], "data_offsets": [4, 8]}}, "nothing, or two tensors, are at"),
+        ({"a": ENTRY, "b": ENTRY}, "nothing, or two tensors, are at byte"),
+        ({"a": {**ENTRY, "shape": [1], "data_offsets": [0, 4]}}, r"it has \d+ bytes, and its ten"),
+        ({"a": ENTRY, "__metadata__": {"a": 1}}, r"__metadata__\['a'\]=1 is not text"),
+        ('{"a": 1, "a": 2}', r"a name occurs twice in \['a', 'a'\]"),
+        (DEEP, "not a safetensors file"),
+    ],
+)
+def test_a_list_of_tensors_that_cannot_be(tmp_path, header, wrong):
+    text = (header if isinstance(header, str) else json.dumps(header)).encode()
+    (tmp_path / "f").write_bytes(len(text).to_bytes(8, "little") + text + bytes(8))
+    with (
+        pytest.raises(DamagedFileError, match=rf"f: not a safetensors file.*{wrong}|^.*f: {wrong}"),
+        safe_files.opened_tensors(tmp_path / "f", 2**20),
+    ):
+        pass
+
+
+def test_tensors_are_read_as_they_were_saved(tmp_path):
+    kept = {
+        "a": torch.randn(3, 4),
+        "b": torch.arange(5, dtype=torch.bfloat16),
+        "c": torch.zeros(0, 7, dtype=torch.float16),
+        "d": torch.tensor(True),
+        "e": torch.tensor([2**62]),
+    }
+    save_file(kept, tmp_path / "f", {"note": "x"})
+    with safe_files.opened_tensors(tmp_path / "f", 2**20) as file:
+        assert file.notes == {"note": "x"}
+        assert all(torch.equal(file.read(name), tensor) for name, tensor in kept.items())
+        assert {name: stored.dtype for name, stored in file.tensors.items()} == {
+            name: tensor.dtype for name, tensor in kept.items()
+        }
+        with pytest.raises(DamagedFileError, match=r"e is torch\.int64, not one of"):
+            file.require([torch.float32])
+        os.truncate(tmp_path / "f", file.tensors["a"].end - 1)
+        with pytest.raises(DamagedFileError, match="a is cut off"):
+            file.read("a")
+    save_file({"a": torch.tensor([1.0, float("nan")])}, tmp_path / "f")
+    with (
+        safe_files.opened_tensors(tmp_path / "f", 2**20) as file,
+        pytest.raises(DamagedFileError, match="a holds NaN or infinity"),
+    ):
+        file.read("a")
+    with (
+        pytest.raises(DamagedFileError, match="larger than the limit of 9 bytes"),
+        safe_files.opened_tensors(tmp_path / "f", 9),
+    ):
+        pass
+
+
+def test_an_archive_that_unpacks_to_too_much_or_asks_for_too_much_at_once(tmp_path, monkeypatch):
+    path = tmp_path / "f.zip"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("a", bytes(10**6))
+    with pytest.raises(ValueError, match=r"it unpacks to 1000000 bytes, over 16 times its size"):
+        safe_files.opened_archive(path, 16).__enter__()
+    with pytest.raises(ValueError, match="it is packed or encrypted in a way that no such file"):
+        safe_files.opened_archive(path, 2000, [zipfile.ZIP_STORED]).__enter__()
+    monkeypatch.setattr(safe_files, "MAX_NAMES_BYTES", 40)
+    with pytest.raises(zipfile.BadZipFile, match="its directory takes more than 40 bytes"):
+        safe_files.opened_archive(path, 2000).__enter__()

@@ -19,6 +19,7 @@ from typing import Any
 from alphaedit_peft.evaluation import Scores, Suite
 from alphaedit_peft.evaluation.metrics import METRICS, PERCENT
 from alphaedit_peft.evaluation.summary import Estimate, bootstrap
+from alphaedit_peft.safe_files import Field, check_fields, read_json, refusing
 from alphaedit_peft.saving import replace_file
 from alphaedit_peft.solve_metric import kind
 from alphaedit_peft.studies.base import Progress, Study, judged_before
@@ -208,7 +209,11 @@ def choose(
     asked |= {"config": study.config.to_json(), "tried": [RIDGES, THRESHOLDS, WEIGHTS]}
     known = {"search": json.loads(json.dumps(asked)), "found": {}}
     if path.exists():
-        kept = json.loads(path.read_text(encoding="utf-8"))
+        kept = read_json(path)
+        with refusing(path):
+            check_fields(kept, {"search": Field(dict), "found": Field(dict, each=Field(dict))})
+            for found in kept["found"].values():
+                check_fields(found, {"recommended": Field(dict)}, "found", others=True)
         if kept["search"] != known["search"]:
             raise ValueError(f"{path} is of another search: name another folder, or delete it")
         known = kept
@@ -229,9 +234,9 @@ def choose(
                 what = {"method": method.to_json(), "setting": str(tuned.recommended.setting)}
                 found[method.name] = what | tuned.to_json()
                 replace_file(path, json.dumps(known) + "\n")
-            best = dict(found[method.name]["recommended"])
-            del best["rewrite_layers"], best["clamp_factor"]
-            method = method.with_settings(**best)
+            best = found[method.name]["recommended"].items()
+            changes = {n: v for n, v in best if n not in ("rewrite_layers", "clamp_factor")}
+            method = method.with_settings(**changes)
         chosen.append(method)
     return tuple(chosen), known["found"]
 

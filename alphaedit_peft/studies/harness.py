@@ -17,7 +17,9 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from alphaedit_peft import hooks
+from alphaedit_peft.messages import sentence
 from alphaedit_peft.tables import Table
+from alphaedit_peft.text_files import DataError, read_text
 
 # AlphaEdit, section 4.3: SST, MRPC, CoLA, RTE, NLI and MMLU
 PAPER_TASKS = ("sst2", "mrpc", "cola", "rte", "mnli", "mmlu")
@@ -119,15 +121,18 @@ def _task(task: str | Path) -> str | dict[str, Any]:
 
 
 def _read(path: Path) -> Any:
-    text = path.read_text(encoding="utf-8")
     try:
+        text = read_text(path)
         if path.suffix == ".json":
             return json.loads(text)
         import yaml
 
         return yaml.safe_load(text)
+    except DataError:
+        raise
     except Exception as error:  # yaml's errors are no ValueErrors
-        raise ValueError(f"{path} cannot be read as {path.suffix[1:]}: {error}") from error
+        wrong = f"it cannot be read as {path.suffix[1:]} ({' '.join(str(error).split())})"
+        raise ValueError(sentence(path, wrong, "give a task's config")) from error
 
 
 def _beside(folder: Path, files: Any) -> Any:

@@ -92,8 +92,8 @@ def test_tasks_are_a_list(tasks):
 @pytest.mark.parametrize(
     ("name", "text", "named"),
     [
-        ("a.json", "{", "a.json cannot be read as json"),
-        ("a.yaml", "a: [", "a.yaml cannot be read as yaml"),
+        ("a.json", "{", "a.json: it cannot be read as json"),
+        ("a.yaml", "a: [", "a.yaml: it cannot be read as yaml"),
         ("a.yaml", "a: 1", "a.yaml is no task's config"),
     ],
 )

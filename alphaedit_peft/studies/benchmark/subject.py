@@ -32,6 +32,7 @@ from alphaedit_peft.config import AlphaEditConfig
 from alphaedit_peft.devices import computes_on
 from alphaedit_peft.editing.contexts import STARTS
 from alphaedit_peft.edits import Edit
+from alphaedit_peft.messages import sentence
 from alphaedit_peft.nullspace import KeyMoments, NullSpace
 from alphaedit_peft.nullspace.spectrum import LayerSpace
 from alphaedit_peft.records import read_object
@@ -166,10 +167,8 @@ def read_shape(shape: str | Path) -> Shape:
         values = read_object(path)
         return Shape(values.pop("model_type"), values)
     except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise ValueError(
-            f"{path} is no model's config ({type(error).__name__}: {error}); it needs JSON with a "
-            "model_type"
-        ) from error
+        wrong = f"it is no model's config ({type(error).__name__}: {error})"
+        raise ValueError(sentence(path, wrong, "it needs JSON with a model_type")) from error
 
 
 def shape_config(shape: Shape) -> PretrainedConfig:
