@@ -124,9 +124,8 @@ class Adapter:
         self.keep(replace(held, **changes))
 
     def _stamp(self) -> tuple[int, ...]:
-        return tuple(
-            n for layer in self.layers.values() for n in lora_layer.stamp(layer, self.name)
-        )
+        there = [layer for layer in self.layers.values() if self.name in layer.lora_A]
+        return tuple(n for layer in there for n in lora_layer.stamp(layer, self.name))
 
 
 @dataclass(frozen=True)

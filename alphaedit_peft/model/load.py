@@ -86,6 +86,7 @@ def add_adapter(
             model, adapter_name, config, low_cpu_mem_usage, autocast_adapter_dtype
         )
         lora_layer.make_exact(model)
+        model.edit_adapters.pop(adapter_name, None)  # of one that PEFT itself deleted
         if peft_config is None:
             begin(model, adapter_name)
 

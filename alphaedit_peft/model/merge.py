@@ -14,6 +14,7 @@ from typing import Any
 from peft import PeftModelForCausalLM
 from torch import nn
 
+from alphaedit_peft.messages import shown
 from alphaedit_peft.model.lora_layer import (
     ExactLinear,
     lora_layers,
@@ -101,6 +102,12 @@ def _trained_as_before(model: Any, base: nn.Module) -> nn.Module:
 
 
 def _require_mergeable(model: Any, adapters: Sequence[str]) -> None:
+    unknown = [name for name in adapters if name not in model.peft_config]
+    if unknown:
+        raise ValueError(
+            f"adapters {shown(unknown)} are not loaded, so they cannot be merged; this model has "
+            f"{[*model.peft_config]}"
+        )
     make_exact(model)
     for layer in require_layers(model).values():
         if isinstance(layer, ExactLinear):

@@ -173,6 +173,16 @@ def test_merge_errors_are_what_rounding_changes_of_the_update(family, dtype, tok
     assert model.merge_errors(["second"]) != errors
 
 
+def test_an_adapter_that_is_not_loaded_is_not_merged(tokenizer):
+    model, names = random_model("llama", torch.float32, tokenizer)
+    for merge in (model.merge_adapter, model.merge_errors):
+        with pytest.raises(ValueError, match=r"\['b'\] are not loaded.* has \['default'\]"):
+            merge([*names, "b"])
+    with pytest.raises(ValueError, match="cannot be merged"):
+        model.merge_and_unload(adapter_names=["b"])
+    assert not model.merged
+
+
 def test_a_model_without_edits_loses_nothing(tokenizer):
     model = wrap(tiny_model("llama", torch.bfloat16), tokenizer)
     assert set(model.merge_errors().values()) == {0.0}

@@ -621,3 +621,14 @@ def test_edits_are_those_of_the_merged_pack_whichever_is_active(packs, tokenizer
     assert model.edits == EDITS[:1]
     model.unload()
     assert model.edits == []
+
+
+def test_an_adapter_that_peft_itself_deleted_is_forgotten(packs, tokenizer):
+    model = load(packs[0], tokenizer)
+    model.load_adapter(packs[1], "b")
+    model.base_model.delete_adapter("b")
+    model.edit(EDITS[1:2], progress=False)
+    assert model.edits == EDITS[:2]
+    model.add_adapter("b", LoraConfig(target_modules=["down_proj"]))
+    model.set_adapter("b")
+    assert model.edits == []
