@@ -107,7 +107,7 @@ def commands(given: Path, hub: HubServer) -> dict[str, Command]:
             content=lambda place: (compared(place), states(place)),
         ),
         "evaluate": Command(
-            (*evaluate, "--limit", 66, "--out", "out.jsonl"),
+            (*evaluate, "--limit", 12, "--out", "out.jsonl"),
             ("out.before.jsonl", "out.jsonl"),
             ("out.before.jsonl", "out.jsonl"),
             content=lambda place: [p.read_bytes() for p in sorted(place.glob("*.jsonl"))],
@@ -310,8 +310,7 @@ def main() -> None:
         while sum(killer.counts.values()) < asked.kills:
             for name, command in found.items():
                 killer.kill(name, command, *whole[name])
-                print(name, sum(killer.counts.values()), flush=True)
-        print(json.dumps(dict(sorted(killer.counts.items())), indent=1))
+            print(json.dumps(dict(sorted(killer.counts.items()))), flush=True)
 
 
 if __name__ == "__main__":
