@@ -66,10 +66,10 @@ def commands(given: Path, hub: HubServer) -> dict[str, Command]:
             assert len(EditPack.from_pretrained(place / "out").edits) in range(0, EDITS + 1, BATCH)
 
     def whole(place: Path) -> None:
-        if (place / "out").exists():
-            assert {"config.json", "model.safetensors", "tokenizer.json"} <= set(
-                files_in(place / "out")
-            )
+        if (place / "out").exists():  # whole, and not written a second time
+            needed = {"config.json", "model.safetensors", "tokenizer.json"}
+            assert needed <= set(files_in(place / "out"))
+            shutil.rmtree(place / "out")
 
     def whole_space(place: Path) -> None:
         if (place / "out").exists():
