@@ -51,7 +51,7 @@ def test_any_text_is_read_as_it_was_written(tmp_path_factory, text, encoding, ti
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (gzip.compress(b"x"), "it is gzip; gunzip it first"),
+        (gzip.compress(b"x", mtime=0), "it is gzip; gunzip it first"),
         (zipped("a.json"), "it is a zip archive; unzip it first"),
         (zipped("[Content_Types].xml"), r"an Office document \(.xlsx or .docx\); save the sheet"),
         (b"PAR1\x15\x04", r"it is Parquet; .*to_json\(NEW, orient='records', lines=True\)"),
