@@ -171,7 +171,8 @@ class AlphaEditModel(PeftModelForCausalLM):
     def edits(self) -> list[Edit]:
         """The edits in the adapters in force, in the order they were made; each has its id.
 
-        Those are the active adapters, or the merged ones where some are.
+        Those are the active adapters, or the merged ones where some are. An edit that was solved
+        anew, with a later one of its key, comes with that one.
 
         Raises:
             RuntimeError: an adapter's factors were changed behind this model's back.
