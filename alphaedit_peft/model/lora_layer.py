@@ -121,6 +121,18 @@ def make_exact(model: nn.Module) -> None:
             layer.merge = partial(refuse_merge, layer)  # PEFT's own calls end here too
 
 
+def merges(model: nn.Module) -> list[tuple[Any, list[str]]]:
+    """Every LoRA layer with the adapters that are merged in it, for ``merge_again``."""
+    return [(layer, list(layer.merged_adapters)) for layer in lora_layers(model).values()]
+
+
+def merge_again(before: list[tuple[Any, list[str]]]) -> None:
+    """Merge what was merged, by what ``merges`` gave ``before``, where nothing is any more."""
+    for layer, names in before:
+        if names and not layer.merged:
+            layer.merge(adapter_names=names)
+
+
 def require_factors(model: nn.Module, adapter: str) -> None:
     """Refuse an adapter whose factors PEFT left empty, as it does beside weights kept elsewhere."""
     for name, layer in lora_layers(model).items():

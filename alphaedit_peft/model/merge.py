@@ -19,6 +19,8 @@ from alphaedit_peft.model.lora_layer import (
     ExactLinear,
     lora_layers,
     make_exact,
+    merge_again,
+    merges,
     refuse_merge,
     require_layers,
     require_plain,
@@ -80,7 +82,7 @@ def unmerge(model: Any) -> None:
 @contextmanager
 def disabled(model: Any) -> Iterator[None]:
     """Compute with the base alone; see :meth:`AlphaEditModel.disable_adapter`."""
-    merged = [(layer, list(layer.merged_adapters)) for layer in lora_layers(model).values()]
+    merged, active = merges(model), list(model.active_adapters)
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     unmerge(model)
     try:
@@ -89,9 +91,8 @@ def disabled(model: Any) -> Iterator[None]:
     finally:
         for parameter, flag in flags:  # PEFT switches training on for adapters it enables
             parameter.requires_grad_(flag)
-        for layer, names in merged:
-            if names:
-                layer.merge(adapter_names=names)
+        if model.active_adapters == active:  # set_adapter unmerges, for the adapters it names
+            merge_again(merged)
 
 
 def _trained_as_before(model: Any, base: nn.Module) -> nn.Module:

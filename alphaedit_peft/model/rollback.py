@@ -30,13 +30,14 @@ def all_or_nothing(adapter: Adapter, before: EditState) -> Iterator[None]:
 def loaded_or_not(model: EditedModel, adapter_name: str) -> Iterator[None]:
     """Put an adapter back as it was, or take it out, if the block that loads it does not end."""
     base = model.get_base_model()
-    before = lora_layer.remembered(base, adapter_name)
+    before, merged = lora_layer.remembered(base, adapter_name), lora_layer.merges(base)
     config: Any = model.peft_config.get(adapter_name)
     rank, known = None if config is None else config.r, model.edit_adapters.get(adapter_name)
     try:
         yield
     except BaseException:
         lora_layer.put_back(base, adapter_name, before)
+        lora_layer.merge_again(merged)
         if config is None:
             model.peft_config.pop(adapter_name, None)
         else:

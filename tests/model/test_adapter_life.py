@@ -341,6 +341,14 @@ class AdapterLife(RuleBasedStateMachine):
             assert torch.equal(self.logits(self.model), self.logits(self.plain))
             self.weights_are({})
 
+    @rule(chosen=several)
+    def switch_while_disabled(self, chosen: list[str]) -> None:
+        active, merged = self.oracle.active, self.oracle.merged
+        with self.model.disable_adapter():
+            self.set_adapter(chosen)
+        if self.oracle.active == active:
+            self.oracle.merged = merged
+
     # copies, and the end
 
     @rule()

@@ -632,3 +632,22 @@ def test_an_adapter_that_peft_itself_deleted_is_forgotten(packs, tokenizer):
     model.add_adapter("b", LoraConfig(target_modules=["down_proj"]))
     model.set_adapter("b")
     assert model.edits == []
+
+
+def test_a_merge_outlives_a_load_that_fails_but_not_another_adapter(packs, tokenizer, tmp_path):
+    model = load(packs[0], tokenizer)
+    model.load_adapter(packs[1], "b")
+    wanted = logits(load(packs[1], tokenizer), tokenizer)
+    model.merge()
+    merged = logits(model, tokenizer)
+    plain = save_lora(tmp_path)
+    (plain / "adapter_model.safetensors").write_bytes(b"cut")
+    with pytest.warns(UserWarning, match="Unmerging"), pytest.raises(Exception, match="header"):
+        model.load_adapter(plain, "style")
+    assert model.merged
+    assert torch.equal(logits(model, tokenizer), merged)
+    with model.disable_adapter():
+        model.set_adapter("b")
+    assert not model.merged
+    assert model.edits == EDITS[1:]
+    assert torch.equal(logits(model, tokenizer), wanted)
