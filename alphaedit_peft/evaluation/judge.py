@@ -26,6 +26,7 @@ from alphaedit_peft.evaluation.results import JsonLines
 from alphaedit_peft.evaluation.summary import CaseScores, Estimate, Scores, bootstrap, gather
 from alphaedit_peft.log_probs import Reader
 from alphaedit_peft.messages import shown
+from alphaedit_peft.safe_files import refusing
 from alphaedit_peft.saving import alone
 
 if TYPE_CHECKING:
@@ -239,12 +240,8 @@ def _way(how: Judging, generate: bool, baseline: bool, references: list[str]) ->
 def _finished(file: JsonLines) -> dict[str, CaseScores]:
     """Scores in a results file, by case digest."""
     entries = file.read()
-    try:
+    with refusing(file.path):
         cases = [CaseScores.from_json(entry) for entry in entries]
-    except (ValueError, TypeError) as error:
-        raise ValueError(
-            f"{file.path} holds no results of an evaluation ({error}); name another file"
-        ) from error
     return {case.digest: case for case in cases}
 
 

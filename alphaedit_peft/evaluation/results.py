@@ -15,7 +15,13 @@ from typing import Any
 
 from alphaedit_peft import saving
 from alphaedit_peft.messages import cut, sentence
-from alphaedit_peft.safe_files import Field, check_fields, parse_json
+from alphaedit_peft.safe_files import (
+    MAX_RESULTS_BYTES,
+    Field,
+    check_fields,
+    parse_json,
+    read_bytes,
+)
 
 SHORT = 60  # characters of a value in an error
 
@@ -42,7 +48,7 @@ class JsonLines:
         """
         head = json.loads(json.dumps(self.head))
         first = json.dumps({self.kind: head}, ensure_ascii=False).encode() + b"\n"
-        found = self.path.read_bytes() if self.path.exists() else b""
+        found = read_bytes(self.path, MAX_RESULTS_BYTES) if self.path.exists() else b""
         if first.startswith(found) and found != first:  # new, or killed in the first line
             saving.replace_file(self.path, first)
             return []

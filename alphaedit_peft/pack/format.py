@@ -159,8 +159,9 @@ def opened_tensors(folder: Path, name: str) -> Iterator[TensorFile]:
         yield file
 
 
-def read_bytes(folder: Path, name: str, limit: int = MAX_TENSOR_BYTES) -> bytes:
+def read_bytes(folder: Path, name: str) -> bytes:
     """Read a regular file that lies within the folder and is no larger than its limit."""
+    limit = MAX_TENSOR_BYTES if name.endswith(".safetensors") else MAX_EDITS_BYTES
     return safe_files.read_bytes(folder / name, limit, damaged, within=folder)
 
 

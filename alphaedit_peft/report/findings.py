@@ -32,7 +32,7 @@ from alphaedit_peft.safe_files import (
     refusing,
 )
 from alphaedit_peft.studies.compare import Comparison
-from alphaedit_peft.studies.protocols import LINE, Checkpoint, Run
+from alphaedit_peft.studies.protocols import Checkpoint, Run, check_line
 
 COMPARISON, RUN, BEFORE = "comparison.json", "results.jsonl", "before.json"
 ADVICE = "give what alphaedit evaluate or compare wrote"
@@ -148,7 +148,8 @@ def _run(path: Path, before: Scores) -> Run:
     lines = []
     for where, line in json_lines(path, _none, cut=True):
         with refusing(where, _none):
-            lines.append(check_fields(line, LINE))
+            check_line(line)
+            lines.append(line)
     with refusing(path, _none):
         if not lines:
             raise ValueError("it is empty")

@@ -54,17 +54,17 @@ class Schedule:
         return batches == last or (self.every > 0 and batches % self.every == 0)
 
 
-LINE = {  # of a run's results
-    "run": Field(dict, optional=True),
-    "batch": Field(int, 0, 2**31, optional=True),
-    "made": Field(int, 0, 2**31, optional=True),
-    "seconds": Field((int, float), 0, 1e12, optional=True),
-    "case": Field(dict, optional=True),
-    "judged": Field(dict, optional=True),
+_WHOLE = Field(int, 0, 2**31)
+_SPENT = {"made": _WHOLE, "seconds": Field((int, float), 0, 1e12)}
+LINES = {  # of a run's results, by the field that tells which
+    "run": {"run": Field(dict)},
+    "batch": {"batch": _WHOLE, **_SPENT},
+    "case": {"case": Field(dict), **_SPENT},
+    "judged": {"judged": Field(dict)},
 }
 _CHECKPOINT = {
-    "batches": Field(int, 0, 2**31),
-    "edits": Field(int, 0, 2**31),
+    "batches": _WHOLE,
+    "edits": _WHOLE,
     "metrics": Field(dict),
     "by_batch": Field(dict, each=Field(list, each=NUMBER)),
 }
@@ -94,6 +94,16 @@ class Checkpoint:
         metrics = estimates_from_json(values["metrics"])
         by_batch = {name: tuple(means) for name, means in values["by_batch"].items()}
         return cls(values["batches"], values["edits"], metrics, by_batch)
+
+
+def check_line(line: Mapping[str, Any]) -> None:
+    """Refuse what is no line of a run's results."""
+    kind = next((name for name in LINES if name in line), "batch")
+    check_fields(line, LINES[kind])
+    if kind == "judged":
+        Checkpoint.from_json(line["judged"])
+    elif kind == "case":
+        CaseScores.from_json(line["case"])
 
 
 @dataclass(frozen=True)
@@ -218,7 +228,7 @@ def single(
 def _each_alone(
     study: Study, method: Method, place: RunFolder, before: Scores | None, progress: Progress
 ) -> Run:
-    done = {line["case"]["digest"] for line in place.begin()}
+    done = {line["case"]["digest"] for line in place.begin() if "case" in line}
     before = before or judged_before(study, place.path)
     with counting(f"{method.name}, edits", len(study.suite.cases), "edit", bar=False) as bar:
         bar.initial = len(done)
@@ -233,7 +243,7 @@ def _each_alone(
             done.add(case.digest)
             bar.update(1)
             progress(f"{method.name}: {len(done)} of {len(study.suite.cases)} edits judged")
-    by_digest = {line["case"]["digest"]: line for line in place.begin()}
+    by_digest = {line["case"]["digest"]: line for line in place.begin() if "case" in line}
     lines = [by_digest[case.digest] for case in study.suite.cases]
     cases = tuple(CaseScores.from_json(line["case"]) for line in lines)
     metrics = gather(cases, study.how.level, study.how.seed).metrics
@@ -305,7 +315,11 @@ class RunFolder:
         """
         self.path.mkdir(parents=True, exist_ok=True)
         self._drop_old()  # where a kill left it
-        return self._lines.read()
+        lines = self._lines.read()
+        with refusing(self.path / "results.jsonl"):
+            for line in lines:
+                check_line(line)
+        return lines
 
     def add(self, **line: Any) -> None:
         """Append a finished step."""

@@ -36,7 +36,7 @@ from alphaedit_peft.nullspace.moments import Sums as Running
 from alphaedit_peft.pack import EditPack
 from alphaedit_peft.pack.files import StoredPack, read_pack
 from alphaedit_peft.report import pack_page, read_findings, scores_markdown, scores_page
-from alphaedit_peft.studies.protocols import Checkpoint
+from alphaedit_peft.studies.protocols import Checkpoint, RunFolder
 from tests.evaluation.data.test_layouts import COUNTERFACT, MQUAKE, OWN, RECENT, ZSRE
 from tests.pack.conftest import edit, make_pack
 
@@ -165,6 +165,10 @@ def _make_comparison(folder: Path) -> None:
 
 def _read_runs(folder: Path, again: Path) -> None:
     _shown(folder)
+    for name, head in (("ours-0", HEAD), ("one-0", {**HEAD, "method": {"name": "one"}})):
+        (again / name).mkdir(parents=True)
+        shutil.copy(folder / name / "results.jsonl", again / name)
+        RunFolder(again / name, head).begin()
 
 
 def _shown(path: Path) -> None:
