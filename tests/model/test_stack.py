@@ -20,6 +20,7 @@ from alphaedit_peft import (
 )
 from alphaedit_peft.evaluation import Case, embedded_suite, evaluate
 from alphaedit_peft.pack.card import PARENT
+from tests.conftest import PEFT_ALONE
 from tests.hub_server import HubServer, client_of
 
 pytestmark = [
@@ -82,6 +83,7 @@ def test_without_a_link_of_the_chain_it_does_not(chain, tmp_path):
     assert (logits(model, edits) - live).abs().max() > live.std()
 
 
+@PEFT_ALONE
 def test_the_code_of_the_card_on_the_hub_runs_and_computes_what_the_live_chain_does(
     chain, tmp_path, monkeypatch
 ):
