@@ -11,6 +11,7 @@ from tests.killer import killing
 
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning"),
     pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork and signals"),
 ]
 
