@@ -221,10 +221,20 @@ def _lock(name: Path, target: str | Path) -> int:
             return handle
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(handle), os.stat(name)):
-                os.ftruncate(handle, 0)
-                os.write(handle, f"process {os.getpid()} on {socket.gethostname()}".encode())
+                _sign(handle, name)
                 return handle
         os.close(handle)  # its owner went and took the name along
+
+
+def _sign(handle: int, name: Path) -> None:
+    """Write into a lock file whose it is; where the disk is full, the name goes again."""
+    try:
+        os.ftruncate(handle, 0)
+        os.write(handle, f"process {os.getpid()} on {socket.gethostname()}".encode())
+    except OSError:
+        name.unlink(missing_ok=True)
+        os.close(handle)
+        raise
 
 
 @contextlib.contextmanager

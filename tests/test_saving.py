@@ -157,6 +157,18 @@ def test_the_second_process_is_told_of_the_first(tmp_path, holding):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_full_disk_leaves_no_lock(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "write", full)
+        said = r"saving .*sums failed: No space left on device"
+        with pytest.raises(OSError, match=said), saving.alone(tmp_path / "sums"):
+            pytest.fail("no lock")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_alone_where_there_are_no_locks(tmp_path, monkeypatch):
     def none(*_):
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
