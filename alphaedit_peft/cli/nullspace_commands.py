@@ -51,7 +51,7 @@ def nullspace(  # noqa: PLR0913
     threshold_mode: ModeOption = None,
     preset: PresetOption = "auto",
     max_tokens: Annotated[
-        int | None, Option(min=1, help="Stop after so many; ten times d_in is a minimum.")
+        int | None, Option(min=1, help="Stop after so many; ten times d_in are advised.")
     ] = None,
     tokens_per_batch: Annotated[int, Option(min=1, help="Bounds memory.")] = 8192,
     resume: Annotated[

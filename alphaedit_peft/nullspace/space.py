@@ -43,6 +43,7 @@ from alphaedit_peft.nullspace.threshold import (
     check_reach,
     decompose,
     null_dimension,
+    require_in_range,
 )
 from alphaedit_peft.progress import counting
 from alphaedit_peft.safe_files import Field, read_artefact, refusing, versions, write_artefact
@@ -115,8 +116,9 @@ class KeyMoments:
                 on from when it exists, to the same bits on the same hardware.
 
         Raises:
-            ValueError: a model that cannot be edited or is split among processes, no tokens, keys
-                that are not finite, or a resume file of another run.
+            ValueError: a model that cannot be edited or is split among processes, a threshold that
+                its layers cannot have, no tokens, keys that are not finite, or a resume file of
+                another run.
         """
         if max_tokens is not None and max_tokens < 1:
             raise ValueError(
@@ -128,6 +130,9 @@ class KeyMoments:
         full, architecture = resolve(config, base)
         modules = {layer: architecture.rewrite_name(layer) for layer in full.rewrite_layers or ()}
         names = list(modules.values())
+        width = max(architecture.width(base, layer) for layer in modules)
+        if full.threshold is not None and full.threshold_mode is not None:  # not after hours
+            require_in_range(full.threshold, full.threshold_mode, width)
         made_for = fingerprint(base, max(modules), architecture)
         subject = {"fingerprint": made_for.to_json(), "modules": names}
         checkpoint = Checkpoint(Path(resume), subject) if resume else None
@@ -146,7 +151,6 @@ class KeyMoments:
         total = min((n for n in (held, max_tokens) if n is not None), default=None)
         tell = progress and parallel.is_main()
         if tell:
-            width = max(architecture.width(base, layer) for layer in modules)
             LOGGER.info("key moments: %s", _plan(len(modules), width, held, max_tokens))
         adapters_off = getattr(model, "disable_adapter", nullcontext)
         counted = counting("key moments", total, "token", shown=progress)
@@ -483,7 +487,8 @@ def _read(
 def _plan(layers: int, width: int, held: int | None, max_tokens: int | None) -> str:
     """How many tokens a pass takes, and how many are enough for this model."""
     least, advised = f"{width:,}", f"{ADVISED * width:,}"
-    told = f"{layers} layers of d_in {width:,} need {least} tokens at least, better {advised}; "
+    need = f"{layers} layer{'s' * (layers > 1)} of d_in {width:,} need{'s' * (layers == 1)}"
+    told = f"{need} {least} tokens at least, better {advised}; "
     if held is None:
         told += "how many these texts hold is not known"
     else:

@@ -42,10 +42,7 @@ def null_dimension(values: Tensor, threshold: float, mode: str = "absolute") -> 
     Raises:
         ValueError: an unknown mode, or a threshold outside its range.
     """
-    require_one_of("threshold_mode", mode, THRESHOLD_MODES)
-    top = _largest(mode, len(values))
-    if not 0 <= threshold <= top:
-        raise ValueError(f"threshold={threshold} is outside 0..{top} for mode {mode!r}")
+    require_in_range(threshold, mode, len(values))
     if mode == "absolute":
         return int((values < threshold).sum())
     if mode == "relative":
@@ -54,6 +51,14 @@ def null_dimension(values: Tensor, threshold: float, mode: str = "absolute") -> 
         cumulative = values.double().cumsum(0)
         return int((cumulative <= threshold * cumulative[-1]).sum())
     return len(values) - int(threshold)
+
+
+def require_in_range(threshold: float, mode: str, width: int) -> None:
+    """Refuse an unknown mode, or a threshold that none of this width can have."""
+    require_one_of("threshold_mode", mode, THRESHOLD_MODES)
+    top = _largest(mode, width)
+    if not 0 <= threshold <= top:
+        raise ValueError(f"threshold={threshold} is outside 0..{top} for mode {mode!r}")
 
 
 def _largest(mode: str, width: int) -> float:

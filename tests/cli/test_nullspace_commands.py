@@ -95,3 +95,18 @@ def test_tokens_and_time_are_told_before_and_what_to_do_next_after(
     told = run_json(*words)
     assert (told["next"], told["advised_tokens"]) == (then, 10_240)
     assert told["seconds"] > 0
+
+
+def test_a_threshold_that_the_layers_cannot_have_is_refused_before_the_pass(
+    run, embedded_model, tmp_path
+):
+    words = ["nullspace", "embedded", "--layers", "0", "--out", tmp_path / "ns"]
+    words += ["--threshold-mode", "rank", "--threshold", "5000"]
+    done = run(*words, code=1)
+    assert done.stderr == "alphaedit: threshold=5000.0 is outside 0..1024.0 for mode 'rank'\n"
+
+
+def test_one_layer_is_told_of_in_the_singular(run, embedded_model, tmp_path):
+    words = ["nullspace", "embedded", "--layers", "0", "--max-tokens", "5"]
+    done = run(*words, "--out", tmp_path / "ns", code=1)
+    assert "1 layer of d_in 1,024 needs 1,024 tokens at least" in done.stderr
