@@ -312,6 +312,10 @@ def _value(text: str, at: int, place: str, remedy: str) -> tuple[Any, int]:
 def _no_json(text: str, at: int, place: str, why: str, remedy: str) -> DataError:
     """What stands where JSON should, and what it may be instead."""
     around = text[max(at - 20, text.rfind("\n", 0, at) + 1) : at + 20].partition("\n")[0]
+    if why.startswith("Unterminated string"):
+        begun = shown(text[at : at + 40].rstrip())
+        wrong = f"the text ends within the string {begun}"
+        return fault(place, wrong, "close or download it again")
     if at >= len(text.rstrip()):
         return fault(place, f"the text ends in the middle ({why})", "write or download it again")
     if text.startswith("'", at):
@@ -366,6 +370,9 @@ def _cells(names: list[str], row: list[str], place: str) -> dict[str, Any]:
     for name, cell in zip(names, row, strict=True):
         if not cell:
             continue
+        if not name:
+            wrong = f"{shown(cell, 40)} stands in a column without a name"
+            raise fault(place, wrong, "name it or take it out; pandas: to_csv(..., index=False)")
         found[name] = [cell] if name in LISTS else cell
         if cell.startswith(("[", '{"')) and name not in _TEXTS:
             where, remedy = f"{place}, column {name}", "write a JSON list"
