@@ -35,6 +35,7 @@ from alphaedit_peft.studies.compare import Comparison
 from alphaedit_peft.studies.protocols import Checkpoint, Run, check_line
 
 COMPARISON, RUN, BEFORE = "comparison.json", "results.jsonl", "before.json"
+CASES = b'{"judging": '  # the beginning of what evaluate --out keeps
 ADVICE = "give what alphaedit evaluate or compare wrote"
 LEVEL, SEED = 0.95, 0  # of intervals over a file of cases, as Judging has them
 _ORDER = Field((int, type(None)), 0, 2**63, optional=True)
@@ -107,9 +108,17 @@ def _read(path: Path) -> list[Finding]:
     with refusing(path, _none):
         if path.is_dir():
             return _folder(path)
-        if path.suffix == ".jsonl":
+        if path.suffix == ".jsonl" or _begins_as_cases(path):
             return [_cases(path)]
         return _values(_json(path), path.stem)
+
+
+def _begins_as_cases(path: Path) -> bool:
+    """Whether it is a file of judged cases, whatever its name ends in."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return file.read(len(CASES)) == CASES
 
 
 def _none(where: str | Path, wrong: str) -> DamagedFileError:

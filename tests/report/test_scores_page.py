@@ -99,7 +99,8 @@ def test_a_run_that_was_stopped_is_read_as_far_as_it_was_judged(tmp_path):
     assert (place / "results.jsonl").read_text() == text
 
 
-def test_judged_cases_are_gathered_with_those_of_before(tmp_path):
+@pytest.mark.parametrize("end", [".jsonl", ".txt", ""])
+def test_judged_cases_are_gathered_with_those_of_before(tmp_path, end):
     def write(path, shares):
         lines = [{"judging": {"seed": 0}}] + [
             {"id": f"e{i}", "digest": f"d{i}", "metrics": {"efficacy": s}, "tops": {}, "texts": {}}
@@ -107,9 +108,9 @@ def test_judged_cases_are_gathered_with_those_of_before(tmp_path):
         ]
         path.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
-    write(tmp_path / "mine.jsonl", (1.0, 0.0, 1.0, 1.0))
-    write(tmp_path / "mine.before.jsonl", (0.0, 0.0, 1.0, 0.0))
-    (found,) = read_findings([tmp_path / "mine.jsonl"])
+    write(tmp_path / f"mine{end}", (1.0, 0.0, 1.0, 1.0))
+    write(tmp_path / f"mine.before{end}", (0.0, 0.0, 1.0, 0.0))
+    (found,) = read_findings([tmp_path / f"mine{end}"])
     assert (found.before["efficacy"].value, found.final["efficacy"].value) == (0.25, 0.75)
 
 
