@@ -7,11 +7,17 @@ after SIGTERM. The commands are imported once either can be answered.
 
 from __future__ import annotations
 
+import os
+import sys
+
 from alphaedit_peft.cli.stopping import stoppable
 
 
 def main() -> None:
     """Run the command line of this process, to its exit."""
+    for name in ("stdin", "stdout", "stderr"):
+        if getattr(sys, name) is None:  # it was closed, and a file would take its number
+            setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))  # noqa: SIM115
     with stoppable(for_good=True):
         from alphaedit_peft.cli.commands import app
 

@@ -16,6 +16,7 @@ from typer import Argument, BadParameter, Option
 
 from alphaedit_peft import saving
 from alphaedit_peft.cli import printing
+from alphaedit_peft.messages import cut, shown
 from alphaedit_peft.records import parse_json
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 EMBEDDED = "embedded"
 EMBEDDED_CASES = 50
+LONGEST_NUMBER = 4  # digits of a block's number
 STATISTICS_TEXTS = 2500  # of the embedded world, where a command makes its statistics
 PAGES = (".html", ".htm")
 
@@ -85,6 +87,8 @@ def parse_layers(text: str | None) -> list[int] | None:
         first, dash, last = part.strip().partition("-")
         if not first.isdecimal() or (dash and not last.isdecimal()):
             raise BadParameter(f"--layers {text!r} is not a list such as 4,5,6 or 4-8")
+        if max(len(first), len(last)) > LONGEST_NUMBER:
+            raise BadParameter(f"--layers {shown(text)} names blocks that no model has")
         layers += range(int(first), int(last or first) + 1)
     if not layers:
         raise BadParameter(f"--layers {text!r} counts backwards; write 4-8")
@@ -111,7 +115,7 @@ def check_folder(path: Path) -> None:
     """
     for place in (path, *path.parents):
         if place.exists() and not place.is_dir():
-            raise FileExistsError(f"{place} is a file; --out {path} needs a folder")
+            raise FileExistsError(f"{place} is a file; {path} has to be a folder")
     saving.check_folder(path)
     if os.environ.get("RANK", "0") == "0":
         printing.until_the_end(saving.alone(path))
@@ -206,6 +210,8 @@ def load_model(model: str, dtype: Dtype, device: str | None) -> tuple[Any, Any]:
     hush()
     parallel.count()  # of several processes, each gets a GPU of its own
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    _check_model(model)
+    _check_device(device)
     if model == EMBEDDED:
         from alphaedit_peft import embedded
 
@@ -222,6 +228,34 @@ def load_model(model: str, dtype: Dtype, device: str | None) -> tuple[Any, Any]:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise ValueError(f"model {model!r} cannot be loaded: {reason}") from error
     return base.eval(), tokenizer
+
+
+def _check_model(model: str) -> None:
+    """Refuse a place here that holds no model; what is not here may be on the Hub."""
+    place = Path(model)
+    if place.is_file():
+        raise ValueError(f"model {shown(model)} cannot be loaded: it is a file; give its folder")
+    names = ("config.json", "adapter_config.json")
+    if place.is_dir() and not any((place / name).is_file() for name in names):
+        raise ValueError(
+            f"model {shown(model)} cannot be loaded: the folder holds no config.json; give one "
+            "that save_pretrained wrote, or a Hub id"
+        )
+
+
+def _check_device(device: str) -> None:
+    """Refuse a device that torch does not know, or that this machine lacks."""
+    import torch
+
+    if device == "auto":
+        return
+    try:
+        torch.empty(0, device=device)
+    except Exception as error:  # torch has several, some of many lines
+        why = str(error).strip().partition("\n")[0].partition(" device type at start")[0]
+        raise ValueError(
+            f"--device {shown(device)} cannot be used: {cut(why, 200)}; name another, such as cpu"
+        ) from error
 
 
 def load_pack(base: Any, pack: str) -> Any:

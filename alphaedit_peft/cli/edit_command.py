@@ -8,12 +8,14 @@ saved after each batch, so that a run that stops or is killed keeps those that w
 from __future__ import annotations
 
 from dataclasses import replace
+from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Argument, BadParameter, Option
 
 from alphaedit_peft.cli import arguments, printing
+from alphaedit_peft.messages import shown
 from alphaedit_peft.records import read_object
 from alphaedit_peft.settings import EditOptions, about
 
@@ -103,7 +105,11 @@ def _settings(path: Path | None, given: dict[str, Any], assignments: list[str]) 
     known = list(EditOptions().to_json())
     unknown = sorted(set(values) - set(known))
     if unknown:
-        raise ValueError(f"settings {unknown} are unknown; there are {', '.join(known)}")
+        near = get_close_matches(unknown[0], known, n=3, cutoff=0.5)
+        told = f"did you mean {' or '.join(near)}? " if near else ""
+        raise ValueError(
+            f"settings {shown(unknown, 150)} are unknown; {told}docs/settings.md lists all"
+        )
     return values
 
 

@@ -14,7 +14,7 @@ import os
 import sys
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
@@ -217,7 +217,7 @@ class CommandGroup(TyperGroup):
 
     def make_context(self, *words: Any, **options: Any) -> Any:
         """Read the command line, which a signal ends as it does the command itself."""
-        with stoppable():
+        with stoppable(), errors_in_one_line():
             return super().make_context(*words, **options)
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
@@ -235,19 +235,24 @@ class CommandGroup(TyperGroup):
 
     def invoke(self, ctx: Any) -> Any:
         """Run the command asked for."""
-        try:
-            with ExitStack() as at_work, stoppable(), warnings_in_one_line():
-                at_work.callback(AT_WORK.reset, AT_WORK.set(at_work))
-                at_work.enter_context(optional_kernel_unmentioned())
-                at_work.enter_context(records_told())
-                return super().invoke(ctx)
-        except (typer.Exit, typer.Abort, BrokenPipeError):
-            raise
-        except EXPECTED as error:
-            if ctx.params.get("traceback"):
-                raise
-            say(one_line(error))
-            raise typer.Exit(1) from error
+        told = nullcontext() if ctx.params.get("traceback") else errors_in_one_line()
+        with told, ExitStack() as at_work, stoppable(), warnings_in_one_line():
+            at_work.callback(AT_WORK.reset, AT_WORK.set(at_work))
+            at_work.enter_context(optional_kernel_unmentioned())
+            at_work.enter_context(records_told())
+            return super().invoke(ctx)
+
+
+@contextmanager
+def errors_in_one_line() -> Iterator[None]:
+    """Say what is ``EXPECTED`` in one line, and end with status 1."""
+    try:
+        yield
+    except (typer.Exit, typer.Abort, BrokenPipeError):
+        raise
+    except EXPECTED as error:
+        say(one_line(error))
+        raise typer.Exit(1) from error
 
 
 def say(text: str) -> None:

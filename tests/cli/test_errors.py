@@ -2,8 +2,12 @@
 
 import json
 import logging
+import os
 import shutil
+import subprocess
+import sys
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import typer
@@ -11,6 +15,7 @@ from typer.testing import CliRunner
 
 from alphaedit_peft.cli import app, printing
 from alphaedit_peft.cli.printing import CommandGroup, one_line
+from alphaedit_peft.messages import LONGEST
 
 EDIT = {"subject": "Ada", "prompt": "{} was born in", "target_new": "Rome"}
 
@@ -63,13 +68,22 @@ def good(tmp_path):
         (["--config", "/no/config.json"], "/no/config.json: there is no such file"),
         (["--layers", "40"], "rewrite_layers=[40] is outside this model's"),
         ([], "no null space was given"),
-        (["--device", "moon"], "moon"),
+        (["--device", "moon"], "--device 'moon' cannot be used"),
+        (["--device", "cuda:99"], "--device 'cuda:99' cannot be used"),
+        (["--set", "rige=1"], "settings ['rige'] are unknown; did you mean ridge"),
+        (["--set", "=".join("x" * 999)], "are unknown; docs/settings.md lists all"),
     ],
 )
 def test_unusable_settings(run, tmp_path, good, embedded_model, words, message):
     result = run("edit", "embedded", good, "--out", tmp_path / "p", *words, code=1)
     assert message in said(result)
+    assert len(said(result)) <= len("alphaedit: ") + LONGEST
     assert not (tmp_path / "p").exists()
+
+
+def test_layers_that_no_model_has_are_refused_at_once(run, tmp_path, good):
+    words = ["edit", "embedded", good, "--out", tmp_path / "p", "--layers", "1-9999999999"]
+    assert "names blocks that no model has" in " ".join(run(*words, code=2).stderr.split())
 
 
 @pytest.mark.parametrize("text", ["{", "[]"])
@@ -95,7 +109,10 @@ def test_missing_texts(run, tmp_path):
 
 def test_a_folder_without_a_model(run, tmp_path, good):
     result = run("edit", tmp_path, good, "--out", tmp_path / "p", code=1)
-    assert f"model '{tmp_path}' cannot be loaded" in said(result)
+    told = said(result)
+    assert f"model '{tmp_path}' cannot be loaded: the folder holds no config.json" in told
+    result = run("edit", good, good, "--out", tmp_path / "p", code=1)
+    assert f"model '{good}' cannot be loaded: it is a file" in said(result)
 
 
 def test_a_file_where_the_output_folder_should_be(run, good):
@@ -215,3 +232,38 @@ def test_a_missing_folder_that_could_be_a_repository(shell, tmp_path, good, what
     assert len(done.stderr.splitlines()) == 1
     assert "no-such-pack: no such folder here" in done.stderr
     assert "no Hub repository" in done.stderr
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+@pytest.mark.parametrize("words", ["--help", "edit --help", "--version"])
+def test_help_on_a_full_disk(words):
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "alphaedit_peft.cli", *words.split()],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+    assert done.returncode == 1
+    assert "No space left on device" in said(SimpleNamespace(stdout="", stderr=done.stderr))
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs a shell")
+@pytest.mark.parametrize("closed", ["1>&-", "2>&-", "0<&- 1>&- 2>&-"])
+def test_standard_streams_that_are_closed(shown, tmp_path, closed):
+    words = [sys.executable, "-m", "alphaedit_peft.cli", "remove", str(shown[0] / "pack")]
+    words += [edit_id(shown[0] / "pack"), "--out", str(tmp_path / "smaller")]
+    done = subprocess.run(
+        ["sh", "-c", f'"$@" {closed}', "sh", *words], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert (tmp_path / "smaller" / "adapter_model.safetensors").is_file()
+    words[4] = str(tmp_path / "nothing")
+    done = subprocess.run(["sh", "-c", f'"$@" {closed}', "sh", *words], check=False)
+    assert done.returncode == 1
+
+
+def edit_id(pack):
+    with open(pack / "alphaedit" / "edits.jsonl", encoding="utf-8") as file:
+        return json.loads(file.readline())["edit"]["id"]
