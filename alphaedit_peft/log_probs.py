@@ -213,18 +213,23 @@ class Reader:
         tokenizer: its fast tokenizer; no setting of it is touched.
         tokens_per_batch: most tokens in a batch, padding included.
         separator: stands between a prompt and its continuation, where neither brings a space.
+        chat_template: put prompts through the tokenizer's chat template, as a user's message; the
+            continuation is then the beginning of the answer, without a separator.
 
     Raises:
-        ValueError: a tokenizer without offsets, or a batch of no token.
+        ValueError: a tokenizer without offsets or a chat template, or a batch of no token.
     """
 
     model: nn.Module
     tokenizer: PreTrainedTokenizerBase
     tokens_per_batch: int = 4096
     separator: str = " "
+    chat_template: bool = False
 
     def __post_init__(self) -> None:
         tokens.require_offsets(self.tokenizer)
+        if self.chat_template:
+            tokens.require_chat_template(self.tokenizer)
         if self.tokens_per_batch < 1:
             raise ValueError(
                 f"tokens_per_batch={self.tokens_per_batch} holds no token; use 1 or more"
@@ -252,7 +257,9 @@ class Reader:
         Raises:
             ValueError: as there; a prompt without tokens, or more than the model takes.
         """
-        ids, _, following = tokens.followed(self.tokenizer, prompt, target, self.separator)
+        text, chat = self._asked(prompt), self.chat_template
+        separator = "" if chat else self.separator
+        ids, _, following = tokens.followed(self.tokenizer, text, target, separator, not chat)
         if not ids:
             raise ValueError(
                 f"prompt {prompt!r} has no token, so nothing foretells what follows it"
@@ -260,6 +267,13 @@ class Reader:
         row = Continuation(ids, following)
         self.require_fit(row.scoring_ids, max(ids + following), prompt)
         return row
+
+    def prompt_ids(self, prompt: str) -> tuple[int, ...]:
+        """Ids of a prompt alone, as ``encode`` gives them."""
+        return tokens.encode(self.tokenizer, self._asked(prompt), not self.chat_template)[0]
+
+    def _asked(self, prompt: str) -> str:
+        return tokens.in_chat(self.tokenizer, prompt)[0] if self.chat_template else prompt
 
     def require_fit(self, ids: Sequence[int], largest: int, text: str) -> None:
         """Raise ValueError for more ids than positions, or one without an embedding."""

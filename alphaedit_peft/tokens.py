@@ -28,6 +28,7 @@ SHOWN = 80  # characters of a prompt in an error
 # Padded tokens that take as long as one more pass of fewer: thin products and calls on a CPU, the
 # launches of hundreds of kernels on a GPU.
 PASS_COST = {"cpu": 32, "cuda": 512}
+CONTENT = "\ue000"  # stands for a message, to see where a chat template puts it
 
 Offsets = list[tuple[int, int]]
 
@@ -40,6 +41,39 @@ def require_offsets(tokenizer: PreTrainedTokenizerBase) -> None:
             "subject and the target; load a fast one (AutoTokenizer.from_pretrained(..., "
             "use_fast=True))"
         )
+
+
+def require_chat_template(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse a tokenizer without a chat template, where prompts are to go through one."""
+    if not tokenizer.chat_template:
+        name = type(tokenizer).__name__
+        raise ValueError(
+            f"chat_template=True, but tokenizer {name} has no chat template; set one or use "
+            "chat_template=False"
+        )
+
+
+def in_chat(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[str, int]:
+    """A user's message in the chat template, ready for the answer, and where it begins there.
+
+    The template brings its own special tokens and spaces.
+
+    Raises:
+        ValueError: a template that changes the message.
+    """
+    rendered = _chat(tokenizer, text)
+    before, _, after = _chat(tokenizer, CONTENT).rpartition(CONTENT)
+    before = before.replace(CONTENT, text)
+    if rendered != before + text + after:
+        raise ValueError(
+            f"the chat template changes the prompt {shown(text, SHOWN)}; strip its spaces"
+        )
+    return rendered, len(before)
+
+
+def _chat(tokenizer: PreTrainedTokenizerBase, content: str) -> str:
+    messages = [{"role": "user", "content": content}]
+    return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
 
 
 def encode(

@@ -61,13 +61,15 @@ def evaluate(  # noqa: PLR0913
         suite = arguments.read_suite(data, limit, split=split, target=target, snippets=snippets)
     suite = replace(suite, texts=(*suite.texts, *arguments.read_lines(texts)))
     base, tokenizer = arguments.load_model(model, dtype, device)
-    before, now = None, base
+    before, now = None, base if pack is None else arguments.load_pack(base, pack)
+    how = evaluation.Judging() if pack is None else evaluation.Judging.of(now.alphaedit_config)
+    ways: dict[str, Any] = {"generate": generate, "how": how}
     with printing.kept(out):
         if pack is not None:
             first = None if out is None else out.with_name(f"{out.stem}.before{out.suffix}")
-            before = _judged(base, tokenizer, suite, generate=generate, results=first)
-            now = arguments.load_pack(base, pack)
-        scores = _judged(now, tokenizer, suite, baseline=before, generate=generate, results=out)
+            with now.disable_adapter():
+                before = _judged(now, tokenizer, suite, results=first, **ways)
+        scores = _judged(now, tokenizer, suite, baseline=before, results=out, **ways)
     found = scores.to_json()
     facts = {"cases": len(suite.cases), "metrics": found["metrics"], "settings": found["settings"]}
     if before is not None:

@@ -14,10 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from alphaedit_peft import tokens
 from alphaedit_peft.edits import Edit, filled
 from alphaedit_peft.log_probs import Continuation
-from alphaedit_peft.messages import shown
 from alphaedit_peft.settings import EditOptions
-
-CONTENT = "\ue000"  # stands for a message, to see where a chat template puts it
 
 
 @dataclass(frozen=True)
@@ -65,12 +62,8 @@ class Renderer:
 
     def __post_init__(self) -> None:
         tokens.require_offsets(self.tokenizer)
-        if self.settings.chat_template and not self.tokenizer.chat_template:
-            name = type(self.tokenizer).__name__
-            raise ValueError(
-                f"chat_template=True, but tokenizer {name} has no chat template; set one or use "
-                "chat_template=False"
-            )
+        if self.settings.chat_template:
+            tokens.require_chat_template(self.tokenizer)
 
     def edit_rows(self, edit: Edit, contexts: Sequence[str]) -> EditRows:
         """Tokenise an edit's prompt bare and behind every context, and its KL prompt.
@@ -102,22 +95,8 @@ class Renderer:
         text, (start, end) = filled(prompt, subject)
         if not self.settings.chat_template:
             return text, (start, end)
-        rendered = self._chat(text)
-        before, _, after = self._chat(CONTENT).rpartition(CONTENT)
-        before = before.replace(CONTENT, text)
-        if rendered != before + text + after:
-            raise ValueError(
-                f"the chat template changes the prompt {shown(text, tokens.SHOWN)}; strip its "
-                "spaces"
-            )
-        return rendered, (len(before) + start, len(before) + end)
-
-    def _chat(self, content: str) -> str:
-        """A user's message in the chat template, ready for the answer."""
-        messages = [{"role": "user", "content": content}]
-        return str(
-            self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        )
+        rendered, before = tokens.in_chat(self.tokenizer, text)
+        return rendered, (before + start, before + end)
 
     def _followed(
         self, text: str, target: str | None

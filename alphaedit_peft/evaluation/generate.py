@@ -77,7 +77,7 @@ def _generate(
     """Continuations by name; ``length_for`` a prompt of so many tokens, both together."""
     waiting: dict[tuple[int, int], list[tuple[str, tuple[int, ...]]]] = {}
     for name, prompt in prompts:
-        ids = tokens.encode(reader.tokenizer, prompt)[0]
+        ids = reader.prompt_ids(prompt)
         start, length = len(ids), length_for(len(ids))
         if not ids:
             raise ValueError(f"prompt {shown(prompt)} has no token, so nothing can go on from it")

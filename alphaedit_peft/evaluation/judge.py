@@ -28,6 +28,7 @@ from alphaedit_peft.log_probs import Reader
 from alphaedit_peft.messages import shown
 from alphaedit_peft.safe_files import refusing
 from alphaedit_peft.saving import alone
+from alphaedit_peft.settings import EditOptions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -41,10 +42,13 @@ SAME = 0.02  # largest difference of a probability between two runs of one model
 class Judging:
     """How to judge.
 
+    Prompts are to be read as the edits were made: ``Judging.of`` takes that from their settings.
+
     Attributes:
         tokens_per_batch: most tokens in a batch, padding included.
         cases_at_once: cases whose prompts are sorted into batches together, and then written.
         separator: between a prompt and its continuation.
+        chat_template: put prompts through the tokenizer's chat template.
         answer_tokens: how far the model may write after a prompt, for exact match.
         text_tokens: length of the texts for fluency, prompt included.
         top_k: among how many tokens these texts are sampled.
@@ -58,6 +62,7 @@ class Judging:
     tokens_per_batch: int = 4096
     cases_at_once: int = 64
     separator: str = " "
+    chat_template: bool = False
     answer_tokens: int = 16
     text_tokens: int = 100
     top_k: int = 5
@@ -71,6 +76,15 @@ class Judging:
                 raise ValueError(f"{name}={value} is too small; use 1 or more")
         if not 0 < self.level < 1:
             raise ValueError(f"level={self.level} is no share of draws; use 0 < level < 1")
+
+    @classmethod
+    def of(cls, settings: EditOptions) -> Judging:
+        """Prompts as ``settings`` (a config's or a pack's) say, all else by default."""
+        return cls(separator=settings.separator, chat_template=settings.chat_template)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values; without a chat template those of before there was a choice."""
+        return {k: v for k, v in asdict(self).items() if k != "chat_template" or v}
 
 
 def evaluate(
@@ -113,7 +127,7 @@ def evaluate(
     told = dict.fromkeys(text for case in suite.cases for text in case.references)
     references = list(told) if generate else []  # the documents of TF-IDF
     group = _Group(
-        Reader(model, tokenizer, how.tokens_per_batch, how.separator),
+        Reader(model, tokenizer, how.tokens_per_batch, how.separator, how.chat_template),
         how,
         generate,
         _baseline(baseline, suite.cases),
@@ -138,7 +152,7 @@ def evaluate(
             if progress:
                 progress(count, len(suite.cases))
     judged = [done[case.digest] for case in suite.cases]
-    scores = gather(judged, how.level, how.seed, {**asdict(how), "generate": generate})
+    scores = gather(judged, how.level, how.seed, {**how.to_json(), "generate": generate})
     return replace(scores, metrics={**scores.metrics, **_around(group.reader, suite, how)})
 
 
@@ -230,7 +244,7 @@ def _baseline(
 
 def _way(how: Judging, generate: bool, baseline: bool, references: list[str]) -> dict[str, Any]:
     """What a case's scores depend on, beside the case and the model."""
-    way = {k: v for k, v in asdict(how).items() if k not in ("level", "cases_at_once")}
+    way = {k: v for k, v in how.to_json().items() if k not in ("level", "cases_at_once")}
     way |= {"generate": generate, "baseline": baseline}
     if generate:
         way["references"] = hashlib.sha256("\n".join(references).encode()).hexdigest()[:16]

@@ -84,9 +84,14 @@ class Study:
     base: Base
     suite: Suite  # the cases, and what else is asked
     config: AlphaEditConfig = field(default_factory=lambda: AlphaEditConfig(on_conflict="replace"))
-    how: Judging = field(default_factory=Judging)
+    how: Judging | None = None  # None: prompts as in ``config``, all else by default
     generate: bool = False  # whether the model also writes (see ``evaluate``); slow
     data: Mapping[str, Any] = field(default_factory=dict)  # its origin, as JSON, for provenance
+
+    @property
+    def judging(self) -> Judging:
+        """How to judge: as ``how`` says, or ``config``."""
+        return self.how or Judging.of(self.config)
 
     def judge(
         self, model: nn.Module, suite: Suite, results: Path | None, before: Scores | None = None
@@ -99,7 +104,7 @@ class Study:
             baseline=before,
             generate=self.generate,
             results=results,
-            how=self.how,
+            how=self.judging,
         )
 
     def provenance(self) -> dict[str, Any]:
@@ -117,7 +122,7 @@ class Study:
             "key_moments": None if moments is None else moments.digest(),
             "data": {**self.data, "digest": suite_digest(self.suite)},
             "cases": len(self.suite.cases),
-            "judging": {**asdict(self.how), "generate": self.generate},
+            "judging": {**self.judging.to_json(), "generate": self.generate},
         }
 
 

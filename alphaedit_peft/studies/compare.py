@@ -230,7 +230,7 @@ def choose(
                 def say(text: str, name: str = method.name) -> None:
                     progress(f"search, {name}: {text}")
 
-                tuned = tune(study.base, probes, grid, config, how=study.how, progress=say)
+                tuned = tune(study.base, probes, grid, config, how=study.judging, progress=say)
                 what = {"method": method.to_json(), "setting": str(tuned.recommended.setting)}
                 found[method.name] = what | tuned.to_json()
                 replace_file(path, json.dumps(known) + "\n")

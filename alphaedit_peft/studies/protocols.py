@@ -246,7 +246,7 @@ def _each_alone(
     by_digest = {line["case"]["digest"]: line for line in place.begin() if "case" in line}
     lines = [by_digest[case.digest] for case in study.suite.cases]
     cases = tuple(CaseScores.from_json(line["case"]) for line in lines)
-    metrics = gather(cases, study.how.level, study.how.seed).metrics
+    metrics = gather(cases, study.judging.level, study.judging.seed).metrics
     checkpoint = Checkpoint(len(cases), len(cases), metrics)
     return Run(place.head, before, (checkpoint,), cases, *_spent(lines))
 

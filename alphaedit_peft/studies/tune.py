@@ -240,7 +240,7 @@ def tune(
         suite: the probe cases; its texts, held out, measure drift.
         grid: what to try.
         config: all other settings, and the objective.
-        how: how to judge.
+        how: how to judge; None: prompts as in ``config``, all else by default.
         progress: called with a line of text after each setting.
 
     Raises:
@@ -253,12 +253,12 @@ def tune(
         if getattr(base, name) is None:
             raise ValueError(f"{name}=None: settings are tried with it; make it of texts first")
     size, solves = grid.size_for(common.objective), grid.solves(common.objective)
-    asked = replace(suite, texts=())
+    asked, how = replace(suite, texts=()), how or Judging.of(common)
 
     def judge(setting: Setting, model: AlphaEditModel, made: int) -> Tried:
         scores, drift = evaluate(model, base.tokenizer, asked, how=how), None
         if suite.texts:
-            reader = Reader(model, base.tokenizer, (how or Judging()).tokens_per_batch)
+            reader = Reader(model, base.tokenizer, how.tokens_per_batch)
             drift = text_divergence(reader, model.disable_adapter, suite.texts)
         return Tried(setting, scores, drift, made)
 

@@ -64,6 +64,22 @@ def test_evaluate_shows_a_pack_before_and_after(shown, embedded_model, run, run_
     assert "before" in run(*words).stdout
 
 
+def test_evaluate_asks_as_the_packs_edits_were_made(
+    shown, embedded_model, run_json, own_cases, tmp_path
+):
+    words = ["edit", embedded_model, own_cases, "--null-space", shown[0] / "null_space"]
+    words += ["--set", "separator=.", "--set", "steps=2", "--out", tmp_path / "pack"]
+    made = run_json(*words)["results"][0]
+    values = run_json("evaluate", embedded_model, "--pack", tmp_path / "pack", "--limit", "1")
+    assert values["settings"]["separator"] == "."
+    record = json.loads(own_cases.read_text(encoding="utf-8").splitlines()[0])
+    tokenizer = embedded.load()[1]
+    target = tokenizer("." + record["target_new"], add_special_tokens=False).input_ids
+    for name, scores in (("after", values["metrics"]), ("before", values["before"])):
+        told = made[f"probability_{name}"] ** (1 / len(target))  # a mean over its tokens
+        assert scores["efficacy_probability"]["value"] == pytest.approx(told, rel=1e-3)
+
+
 def test_evaluate_says_how_far_a_pack_moves_held_out_texts(
     shown, embedded_model, run, run_json, tmp_path
 ):

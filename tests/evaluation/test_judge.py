@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import math
 
 import pytest
 import torch
 
-from alphaedit_peft import Edit, tokens
+from alphaedit_peft import AlphaEditConfig, Edit, NullSpace, get_alphaedit_model, tokens
 from alphaedit_peft.evaluation import Case, Judging, Question, Scores, Suite, evaluate
 from alphaedit_peft.evaluation.metrics import METRICS
 from tests.conftest import CORPUS, tiny_model
@@ -273,3 +275,48 @@ def test_judging_leaves_the_model_as_it_was(tokenizer):
         assert torch.equal(torch.get_rng_state(), state)
     assert model.training
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+CHAT = (
+    "<s>{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}\n{% endfor %}"
+    "{% if add_generation_prompt %}[assistant] {% endif %}"
+)
+
+
+@pytest.mark.parametrize("chat", [False, True])
+@pytest.mark.parametrize("separator", [" ", ""])
+def test_prompts_are_read_as_the_edits_were_made(tokenizer, separator, chat):
+    own = copy.deepcopy(tokenizer)
+    own.chat_template = CHAT
+    config = AlphaEditConfig(
+        rewrite_layers=[0, 1], steps=2, contexts=[], separator=separator, chat_template=chat
+    )
+    space = NullSpace.identity({0: 96, 1: 96})
+    model = get_alphaedit_model(tiny_model("llama"), config, tokenizer=own, null_space=space)
+    result = model.edit([CASES[0].edit], progress=False).results[0]
+    scores = evaluate(model, own, CASES[:1], generate=True, how=Judging.of(model.alphaedit_config))
+    asked = own(result.edit.question).input_ids
+    if chat:
+        told = [{"role": "user", "content": result.edit.question}]
+        asked = own.apply_chat_template(told, add_generation_prompt=True).input_ids
+    target = own(("" if chat else separator) + "Rome").input_ids
+    with torch.no_grad():
+        logits = model(input_ids=torch.tensor([asked + target])).logits[0].log_softmax(-1)
+    by_hand = [logits[len(asked) - 1 + i, token].item() for i, token in enumerate(target)]
+    mean = scores.cases[0].metrics["efficacy_probability"]
+    assert mean == pytest.approx(math.exp(sum(by_hand) / len(target)), rel=1e-4)
+    assert result.probability_after == pytest.approx(math.exp(sum(by_hand)), rel=1e-4)
+    first = own.decode([logits[len(asked) - 1].argmax()])
+    assert scores.cases[0].texts["answer"][0].startswith(first)
+
+
+def test_results_of_before_there_was_a_chat_template_go_on(tokenizer, tmp_path):
+    path = tmp_path / "results.jsonl"
+    evaluate(Uniform(), tokenizer, CASES, results=path)
+    assert "chat_template" not in path.read_text()
+    with pytest.raises(ValueError, match="chat_template=True, but tokenizer"):
+        evaluate(Uniform(), tokenizer, CASES, how=Judging(chat_template=True))
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = CHAT
+    with pytest.raises(ValueError, match="name another"):
+        evaluate(Uniform(), tokenizer, CASES, results=path, how=Judging(chat_template=True))

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 
 from alphaedit_peft import AlphaEditConfig, Edit, EditPack, KeyMoments, NullSpace, embedded
-from alphaedit_peft.evaluation import Case, Suite, embedded_suite
+from alphaedit_peft.evaluation import Case, Judging, Suite, embedded_suite
 from alphaedit_peft.evaluation.summary import Estimate, bootstrap
 from alphaedit_peft.solve_metric import SHARE
 from alphaedit_peft.studies import METHODS, Base, Schedule, Study, choose, compare, find_methods
@@ -201,3 +201,9 @@ def test_memit_edits_the_embedded_model_at_the_weight_that_auto_decides(weights,
     decision = next(d for d in pack.decisions if d["name"] == "moment_weight")
     shares = [float(share) / 100 for share in re.findall(r"(\d+)% in layer", decision["reason"])]
     assert shares == pytest.approx([SHARE, SHARE], abs=0.05)
+
+
+def test_a_study_asks_as_its_edits_are_made(study):
+    other = replace(study, config=replace(study.config, separator=""))
+    assert other.judging == Judging(separator="")
+    assert replace(other, how=Judging()).judging == study.judging == Judging()
