@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
+from alphaedit_peft.messages import one_line
+
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
@@ -284,7 +286,7 @@ def refusal(what: str, error: BaseException) -> OSError | None:
         )
     if status >= _FAILS:
         return ConnectionError(f"{what}: the Hub itself fails (status {status}); try again later")
-    said = " ".join(str(answer).split())[:_SHOWN]
+    said = one_line(answer)[:_SHOWN]
     return ConnectionError(
         f"{what}: the Hub refuses it with status {status} ({said}); look at the repository's page "
         "there"

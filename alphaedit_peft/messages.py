@@ -27,6 +27,11 @@ def cut(text: str, most: int) -> str:
     return text if len(text) <= most else text[: most - 3] + "..."
 
 
+def one_line(text: object) -> str:
+    """A text from elsewhere without line breaks, or escapes for the terminal."""
+    return " ".join("".join(c if c.isprintable() else " " for c in str(text)).split())
+
+
 def tail(text: str, most: int) -> str:
     """As ``cut``, but the beginning is left out: of a path, its end says more."""
     return text if len(text) <= most else "..." + text[3 - most :]

@@ -188,18 +188,13 @@ def read_record(line: str, path: str | Path, number: int) -> Record:
     place, remedy = f"{path}, line {number}", "write one JSON object a line"
     if len(line) > MAX_LINE:
         raise fault(place, f"the line is longer than {MAX_LINE:,} characters", remedy)
-    values, end = _value(line, _after_blank(line, 0), place, HOW)
-    if _after_blank(line, end) < len(line):
-        raise _no_json(line, end, place, "something follows the object", remedy)
-    return Record(values, str(path), f"line {number}")
+    return Record(_only_value(line, place, HOW, remedy), str(path), f"line {number}")
 
 
 def read_object(path: str | Path) -> dict[str, Any]:
     """The one JSON object that a file holds, such as settings; raises as ``read_records``."""
-    text, remedy = read_text(path), "write one JSON object"
-    values, end = _value(text, _after_blank(text, 0), str(path), remedy)
-    if _after_blank(text, end) < len(text):
-        raise _no_json(text, end, str(path), "something follows the object", remedy)
+    remedy = "write one JSON object"
+    values = _only_value(read_text(path), str(path), remedy, remedy)
     if not isinstance(values, dict):
         raise fault(path, f"it holds a {type(values).__name__}, not an object", remedy)
     if wrong := _unsound(values):
@@ -210,20 +205,27 @@ def read_object(path: str | Path) -> dict[str, Any]:
 def json_kind(line: str) -> type | None:
     """What JSON value a line holds, and nothing else: dict, list ...; None for other text."""
     try:
-        value, end = parse_json(line, _after_blank(line, 0))
+        return type(parse_json(line))
     except ValueError:
         return None
-    return type(value) if _after_blank(line, end) == len(line) else None
 
 
-def parse_json(text: str, at: int = 0) -> tuple[Any, int]:
-    """A JSON value from a place in a text on, and where it ends; strict.
+def parse_json(text: str) -> Any:
+    """The JSON value that a text is, read strictly; blanks may stand around it.
 
     Raises:
-        json.JSONDecodeError: no JSON.
+        json.JSONDecodeError: no JSON, or more than that.
         ValueError: NaN or infinity, a field that is there twice, a number of many digits, or
             nesting beyond what the interpreter can follow.
     """
+    value, end = _parsed(text, _after_blank(text, 0))
+    if (end := _after_blank(text, end)) < len(text):
+        raise json.JSONDecodeError("something follows it", text, end)
+    return value
+
+
+def _parsed(text: str, at: int) -> tuple[Any, int]:
+    """A JSON value from a place in a text on, and where it ends; raises as ``parse_json``."""
     try:
         return _DECODER.raw_decode(text, at)
     except RecursionError:
@@ -277,7 +279,7 @@ def _of_lines(text: str, path: str | Path) -> Iterator[Record]:
     """Objects one a line; or over several lines, where the first line is none by itself."""
     first = text.lstrip().partition("\n")[0]
     try:
-        parse_json(first[:MAX_LINE])
+        _parsed(first[:MAX_LINE], 0)
     except json.JSONDecodeError:
         if len(first) <= MAX_LINE:
             yield from _of_objects(text, path)
@@ -298,9 +300,17 @@ def _of_objects(text: str, path: str | Path) -> Iterator[Record]:
         yield Record(values, str(path), f"line {number}")
 
 
+def _only_value(text: str, place: str, remedy: str, alone: str) -> Any:
+    """The value that a text is; ``alone``: what to do where more stands there."""
+    value, end = _value(text, _after_blank(text, 0), place, remedy)
+    if _after_blank(text, end) < len(text):
+        raise _no_json(text, end, place, "something follows it", alone)
+    return value
+
+
 def _value(text: str, at: int, place: str, remedy: str) -> tuple[Any, int]:
     try:
-        return parse_json(text, at)
+        return _parsed(text, at)
     except json.JSONDecodeError as error:
         below = text.count("\n", at, error.pos)
         why = error.msg + (f", {below} lines below" if below else "")
@@ -375,10 +385,8 @@ def _cells(names: list[str], row: list[str], place: str) -> dict[str, Any]:
             raise fault(place, wrong, "name it or take it out; pandas: to_csv(..., index=False)")
         found[name] = [cell] if name in LISTS else cell
         if cell.startswith(("[", '{"')) and name not in _TEXTS:
-            where, remedy = f"{place}, column {name}", "write a JSON list"
-            found[name], end = _value(cell, 0, where, remedy)
-            if cell[end:].strip():
-                raise _no_json(cell, end, where, "something follows the list", remedy)
+            remedy = "write a JSON list"
+            found[name] = _only_value(cell, f"{place}, column {name}", remedy, remedy)
     return found
 
 

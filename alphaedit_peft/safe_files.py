@@ -28,8 +28,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from alphaedit_peft import parallel
-from alphaedit_peft.messages import SHOWN, cut, sentence, shown
+from alphaedit_peft import parallel, records
+from alphaedit_peft.messages import SHOWN, cut, one_line, sentence, shown
 from alphaedit_peft.saving import Content, left_aside, read_steadily, replace_folder
 
 MAX_JSON_BYTES = 16 * 2**20
@@ -101,7 +101,8 @@ class Field:
         """What is wrong with a value, and where in it, to be put after its name; "" for nothing."""
         kinds = self.types if isinstance(self.types, tuple) else (self.types,)
         if type(value) not in kinds:
-            return f"={shown(value)} is not {' or '.join(_WORDS[kind] for kind in kinds)}"
+            names = [_WORDS[kind] for kind in kinds if kind is not int or float not in kinds]
+            return f"={shown(value)} is not {' or '.join(names)}"
         if isinstance(value, (int, float)):
             within = self.low <= value <= self.high
             return "" if within else f"={shown(value)} is outside {self.low}..{self.high}"
@@ -166,14 +167,13 @@ def read_bytes(
 
 
 def parse_json(data: bytes, where: str | Path, error: Damaged = damaged) -> dict[str, Any]:
-    """Parse a JSON object with finite numbers."""
+    """Parse a JSON object, as strictly as a record, of texts that can be saved again."""
     try:
-        value = json.loads(data.decode("utf-8"), parse_constant=_finite, parse_float=_finite)
-        if b"\\ud" in data.lower():  # half a surrogate pair is no text: it could not be saved again
+        value = records.parse_json(data.decode("utf-8"))
+        if b"\\ud" in data.lower():  # half a surrogate pair is no text
             json.dumps(value, ensure_ascii=False).encode("utf-8")
-    except (ValueError, RecursionError) as raised:
-        why = cut(" ".join(str(raised).split()), SHOWN)
-        raise error(where, f"not valid JSON ({why})") from raised
+    except ValueError as raised:
+        raise error(where, f"not valid JSON ({cut(one_line(raised), SHOWN)})") from raised
     if not isinstance(value, dict):
         raise error(where, f"holds a JSON {type(value).__name__}, not an object")
     return value
@@ -247,9 +247,9 @@ class TensorFile:
         if length > MAX_NAMES_BYTES:
             raise self._damaged(f"a list of tensors of {length} bytes, more than {MAX_NAMES_BYTES}")
         try:
-            header = json.loads(file.read(length).decode("utf-8"), object_pairs_hook=_each_once)
+            header = records.parse_json(file.read(length).decode("utf-8"))
             self.notes, self.tensors = _listed(header, 8 + length, size)
-        except (*_WRONG, RecursionError) as raised:
+        except _WRONG as raised:
             raise self._damaged(str(raised)) from raised
 
     def require(self, dtypes: Collection[torch.dtype]) -> None:
@@ -391,13 +391,6 @@ def _read(folder: Path, stem: str, fields: Mapping[str, Field], fit: Fit) -> Art
     return tensors, {name: values[name] for name in fields}
 
 
-def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        raise ValueError(f"a name occurs twice in {shown(sorted(name for name, _ in pairs))}")
-    return found
-
-
 def _listed(header: Any, start: int, size: int) -> tuple[dict[str, str], dict[str, Stored]]:
     """Notes and tensors of a header; they have to fill the file from ``start`` to its end."""
     if not isinstance(header, dict):
@@ -442,10 +435,3 @@ def _allowed_roots(folder: Path) -> list[Path]:
         if parent.name == "snapshots" and parent.parent.name.startswith("models--")
     ]
     return [here, *(repository / "blobs" for repository in repositories)]
-
-
-def _finite(text: str) -> float:
-    value = float(text)
-    if not math.isfinite(value):
-        raise ValueError(f"{cut(text, SHOWN)} is not a finite number")
-    return value

@@ -87,7 +87,7 @@ def test_tables_with_spaces_after_separators(path):
         (f"{ONE}\n[1]", r"line 2: \[1\] is a list, no JSON object; an edit or case is an object"),
         (f"{ONE}\nnull", "line 2: None is a NoneType"),
         (f"{ONE}\n1e2", "line 2: 100.0 is a float"),
-        (f"{ONE} {ONE}", "line 1: .* is no JSON .something follows the object"),
+        (f"{ONE} {ONE}", "line 1: .* is no JSON .something follows it"),
         (f"{ONE[:-1]}\n{ONE}", "line 1: .* is no JSON .Expecting ',' delimiter, 1 lines below"),
         (f"{ONE}\n{ONE[:-4]}", "line 2: the text ends in the middle .*; write or download"),
         ("{'subject': 'a'}", "line 1: .* it looks like Python, and JSON wants double quotes"),
@@ -117,7 +117,7 @@ def test_tables_with_spaces_after_separators(path):
         ("subject,prompt,Subject\n", "line 1: the column 'subject' is there twice; name each once"),
         ('subject,x\n\na,"b', "line 3: the table cannot be read from here on: unexpected end"),
         ("subject,x\na,[1", "line 2, column x: the text ends in the middle"),
-        ("subject,x\na,[1] b", "line 2, column x: .* .something follows the list.; write a JSON"),
+        ("subject,x\na,[1] b", "line 2, column x: .* .something follows it.; write a JSON"),
         (f'subject,x\na,{"b" * 200_000}', "line 2: .* field larger than field limit"),
     ],
 )  # fmt: skip
@@ -194,7 +194,7 @@ def test_one_object_of_a_file(path):
     for text, message in [
         ("[]", "facts.data: it holds a list, not an object; write one JSON object"),
         ("", "facts.data: the text ends in the middle"),
-        ("{}{}", "facts.data: .*something follows the object"),
+        ("{}{}", "facts.data: .*something follows it"),
         ("oops", "facts.data: 'oops' is no JSON"),
         ('{"a": "\\ud800"}', "facts.data: .* holds half a surrogate pair"),
     ]:

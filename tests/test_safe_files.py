@@ -199,7 +199,7 @@ DEEP = "[" * 100_000
     ("field", "value", "wrong"),
     [
         (Field(int), True, "=True is not a whole number"),
-        (Field((int, float)), "1", "='1' is not a whole number or a number"),
+        (Field((int, float)), "1", "='1' is not a number"),
         (Field((dict, type(None))), [], r"=\[\] is not an object or null"),
         (Field(int, 0, 9), 10**400, r"=10{50,}.* is outside 0\.\.9"),
         (Field(float, 0, 1), float("nan"), r"=nan is outside 0\.\.1"),
@@ -253,8 +253,8 @@ def test_what_checks_raise_is_said_of_the_file():
         (b"\xff", r"not valid JSON \('utf-8' codec"),
         (DEEP.encode(), "not valid JSON"),
         (b'{"a": ' + b"9" * 5000 + b"}", "not valid JSON"),
-        (b'{"a": 1e999}', "1e999 is not a finite number"),
-        (b'{"a": NaN}', "NaN is not a finite number"),
+        (b'{"a": 1e999}', "1e999 is no finite number"),
+        (b'{"a": NaN}', "NaN is no finite number"),
         (rb'{"a": "\ud800"}', "surrogates not allowed"),
         (b"[1]", "holds a JSON list, not an object"),
         (b'{"a": "' + b"x" * 200 + b'"}', "the file is larger than the limit of 200 bytes"),
@@ -313,7 +313,7 @@ ENTRY = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
         ({"a": ENTRY, "b": ENTRY}, "nothing, or two tensors, are at byte"),
         ({"a": {**ENTRY, "shape": [1], "data_offsets": [0, 4]}}, r"it has \d+ bytes, and its ten"),
         ({"a": ENTRY, "__metadata__": {"a": 1}}, r"__metadata__\['a'\]=1 is not text"),
-        ('{"a": 1, "a": 2}', r"a name occurs twice in \['a', 'a'\]"),
+        ('{"a": 1, "a": 2}', "the field 'a' is there twice"),
         (DEEP, "not a safetensors file"),
     ],
 )

@@ -7,8 +7,7 @@ cases by their names. torch and transformers are imported only when something is
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -98,10 +97,9 @@ def parse_layers(text: str | None) -> list[int] | None:
 def parse_value(text: str) -> Any:
     """The VALUE of ``--set``: JSON, else the text itself."""
     try:
-        value, end = parse_json(text.strip())
+        return parse_json(text)
     except ValueError:
         return text
-    return value if end == len(text.strip()) else text
 
 
 def check_folder(path: Path) -> None:
@@ -258,12 +256,22 @@ def _check_device(device: str) -> None:
         ) from error
 
 
-def load_pack(base: Any, pack: str) -> Any:
-    """The model with the edits of a folder or Hub id on it, as ``AlphaEditModel`` loads them."""
-    from alphaedit_peft import AlphaEditModel
+def load_pack(base: Any, pack: str, resources: Mapping[str, Any] | None = None) -> Any:
+    """The model with the edits of a folder or Hub id on it, as ``AlphaEditModel`` loads them.
 
-    with finding(pack):
-        return AlphaEditModel.from_pretrained(base, pack)
+    Raises:
+        ValueError: a pack that stands on another, with what to do on the command line.
+    """
+    from alphaedit_peft import AlphaEditModel
+    from alphaedit_peft.pack.parents import MissingParentError
+
+    try:
+        return AlphaEditModel.from_pretrained(base, pack, **(resources or {}))
+    except MissingParentError as error:
+        raise ValueError(
+            f"{pack}: {error.missing} and acts as made only beside it; join the two first: "
+            f"alphaedit join PARENT {pack} --out both"
+        ) from error
 
 
 def hush() -> None:
@@ -295,9 +303,8 @@ def load_model_and_space(
     base, tokenizer = load_model(model, dtype, device)
     if null_space is None or not several:
         return base, tokenizer, only
-    with finding(null_space):
-        found = NullSpace.from_pretrained(null_space, fingerprint=fingerprint_of(base))
-    return base, tokenizer, found
+    own = fingerprint_of(base)
+    return base, tokenizer, NullSpace.from_pretrained(null_space, fingerprint=own)
 
 
 def _holds_several(path: str) -> bool:
@@ -305,12 +312,10 @@ def _holds_several(path: str) -> bool:
     from alphaedit_peft.hub import fetch_folder
     from alphaedit_peft.nullspace.sharing import HEADER
 
-    inside = f"*/{HEADER}"
-    with finding(path):
-        root = Path(path)
-        if not root.exists():
-            root = fetch_folder(path, (HEADER, inside))
-        return any(root.glob(inside))
+    inside, root = f"*/{HEADER}", Path(path)
+    if not root.exists():
+        root = fetch_folder(path, (HEADER, inside))
+    return any(root.glob(inside))
 
 
 def fingerprint_of(base: Any) -> BaseFingerprint:
@@ -326,10 +331,7 @@ def load_null_space(path: str | None) -> NullSpace | None:
     """The null space of a folder or Hub id; None where none was given."""
     from alphaedit_peft.nullspace import NullSpace
 
-    if path is None:
-        return None
-    with finding(path):
-        return NullSpace.from_pretrained(path)
+    return None if path is None else NullSpace.from_pretrained(path)
 
 
 def load_moments(path: Path | None) -> KeyMoments | None:
@@ -339,46 +341,11 @@ def load_moments(path: Path | None) -> KeyMoments | None:
     return None if path is None else KeyMoments.from_pretrained(path)
 
 
-@contextmanager
-def finding(path: str) -> Iterator[None]:
-    """Say plainly that a path is neither a folder here nor to be had from the Hub, or not alone.
-
-    Raises:
-        FileNotFoundError: instead of what the Hub's client raises within.
-        ValueError: a pack that stands on another, with what to do on the command line.
-    """
-    try:
-        yield
-    except Exception as error:
-        from huggingface_hub import errors
-
-        from alphaedit_peft.pack.parents import MissingParentError
-
-        if isinstance(error, MissingParentError):
-            raise ValueError(
-                f"{path}: {error.missing} and acts as made only beside it; join the two first: "
-                f"alphaedit join PARENT {path} --out both"
-            ) from error
-        offline = (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled)
-        if not isinstance(error, (errors.EntryNotFoundError, errors.HfHubHTTPError, *offline)):
-            raise
-        if isinstance(error, offline):
-            why = " that could be asked for; check the path or the connection"
-        elif isinstance(error, errors.RepositoryNotFoundError):
-            why = " of that name; check the path, or log in if it is private"
-        else:
-            why = f" that has it: {str(error).strip().splitlines()[0]}"
-        raise FileNotFoundError(
-            f"{path}: no such folder here, and no Hub repository{why}"
-        ) from error
-
-
 def read_pack(pack: str) -> StoredPack:
     """The pack of a folder or Hub id, read without PEFT."""
     from alphaedit_peft.pack import files
 
-    with finding(pack):
-        return files.read_pack(files.locate(pack), files.StoredPack)
+    return files.read_pack(files.locate(pack), files.StoredPack)
 
 
 def read_alone(pack: str, refusal: str, then: str = "") -> StoredPack:

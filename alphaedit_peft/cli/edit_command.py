@@ -117,7 +117,7 @@ def _model(
     base: Any, pack: str | None, values: dict[str, Any], resources: dict[str, Any]
 ) -> AlphaEditModel:
     """A new editable model with these settings, or one that goes on from a pack."""
-    from alphaedit_peft import AlphaEditConfig, AlphaEditModel, get_alphaedit_model
+    from alphaedit_peft import AlphaEditConfig, get_alphaedit_model
 
     if pack is None:
         return get_alphaedit_model(base, AlphaEditConfig.from_json(values), **resources)
@@ -127,8 +127,7 @@ def _model(
             f"{', '.join(fixed)} cannot be changed while going on from {pack}: its edits were made "
             "with its own; leave them out, or start a new pack"
         )
-    with arguments.finding(pack):
-        edited = AlphaEditModel.from_pretrained(base, pack, **resources)
+    edited: AlphaEditModel = arguments.load_pack(base, pack, resources)
     edited.alphaedit_config = replace(edited.alphaedit_config, **values)
     return edited
 

@@ -106,11 +106,9 @@ def _judged(model: Any, tokenizer: Any, suite: Suite, **options: Any) -> Scores:
 
 
 def _suite_of_pack(pack: str, limit: int | None) -> Suite:
-    from alphaedit_peft import EditPack
     from alphaedit_peft.evaluation import Case, Suite
 
-    with arguments.finding(pack):
-        edits = EditPack.from_pretrained(pack).edits[:limit]
+    edits = arguments.read_pack(pack).edits[:limit]
     if not edits:
         raise ValueError(f"{pack} holds no edit to judge; give --data FILE")
     return Suite([Case(edit, paraphrases=edit.paraphrases) for edit in edits])

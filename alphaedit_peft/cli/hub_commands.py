@@ -51,9 +51,8 @@ def push(  # noqa: PLR0913
     from alphaedit_peft.pack.files import StoredPack, locate, push_pack, read_pack, stored_dtype
 
     _hush()
-    with arguments.finding(pack):
-        folder = locate(pack)
-        read = read_pack(folder, StoredPack)
+    folder = locate(pack)
+    read = read_pack(folder, StoredPack)
     to = Destination(repo, private or None, None, revision, create_pr, subfolder)
     url = push_pack(read, to, not no_texts, message, stored_dtype(folder))
     facts = {"repo": repo, "url": url, "edits": len(read.edits), "texts_in_card": not no_texts}

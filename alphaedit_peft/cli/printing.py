@@ -27,6 +27,7 @@ from rich.table import Table
 from rich.text import Text
 from typer.core import TyperGroup
 
+from alphaedit_peft import messages
 from alphaedit_peft.cli.stopping import stoppable
 from alphaedit_peft.tables import cell
 from alphaedit_peft.tables import count as count
@@ -267,8 +268,7 @@ def one_line(error: object) -> str:
         name = "" if error.filename is None else f"{error.filename}: "
         text = f"{name}{error.strerror}"
     text = text.encode(errors="backslashreplace").decode()  # a file's name may be no UTF-8
-    shown = "".join(c if c.isprintable() else " " for c in text)  # it may quote a stranger's pack
-    return " ".join(shown.split()) or type(error).__name__
+    return messages.one_line(text) or type(error).__name__
 
 
 @contextmanager

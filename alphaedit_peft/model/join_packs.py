@@ -28,6 +28,7 @@ from alphaedit_peft.pack.compatible import check_fit
 from alphaedit_peft.pack.conflicts import RULES, by_row, says
 from alphaedit_peft.pack.contents import require_rows
 from alphaedit_peft.pack.edit_record import asked
+from alphaedit_peft.pack.pack import require_packs
 from alphaedit_peft.pack.parents import parent_entry, stands_on
 from alphaedit_peft.settings import require_one_of
 
@@ -48,10 +49,8 @@ def join(
     on_conflict: str,
 ) -> JoinReport:
     """Pour packs into an adapter; see :meth:`AlphaEditModel.join`."""
-    if isinstance(packs, str | Path | EditPack):
-        raise TypeError(f"packs={shown(packs)} is one pack; pass a list of packs")
     require_one_of("on_conflict", on_conflict, RULES)
-    named = [_named(pack, i) for i, pack in enumerate(packs, 1)]
+    named = [_named(pack, i) for i, pack in enumerate(require_packs(packs), 1)]
     if not named:
         raise ValueError("packs=[] names no pack; pass one or more")
     contexts = named[0][1].contexts
@@ -136,11 +135,6 @@ def _check_parents_joined(
 def _named(pack: EditPack | str | Path, number: int) -> tuple[str, EditPack]:
     if isinstance(pack, EditPack):
         return f"pack {number}", pack
-    if not isinstance(pack, str | Path):
-        raise TypeError(
-            f"packs holds {shown(pack)}, a {type(pack).__name__}; pass EditPacks, folders or Hub "
-            "ids"
-        )
     folder = Path(pack)
     name = folder.resolve().name if folder.is_dir() else str(pack)
     return f"pack {name!r}", EditPack.from_pretrained(pack)

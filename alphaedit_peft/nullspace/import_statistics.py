@@ -27,7 +27,7 @@ from torch import Tensor
 
 from alphaedit_peft.architecture import describe
 from alphaedit_peft.fingerprint import BaseFingerprint, bare_model, fingerprint
-from alphaedit_peft.messages import sentence, shown
+from alphaedit_peft.messages import one_line, sentence, shown
 from alphaedit_peft.nullspace.space import KeyMoments, NullSpace
 from alphaedit_peft.nullspace.spectrum import MAX_WIDTH, PROJECTOR, LayerSpace
 from alphaedit_peft.safe_files import (
@@ -217,7 +217,7 @@ def _parsing(path: Path, kind: str, of: str) -> Iterator[None]:
     except ForeignFileError:
         raise
     except Exception as error:  # each parser has errors of its own
-        why = " ".join(str(error).split()) or type(error).__name__
+        why = one_line(error) or type(error).__name__
         raise _foreign(path, f"it is no readable {kind} ({why})") from error
 
 

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 from alphaedit_peft import embedded
 from alphaedit_peft.fingerprint import BaseFingerprint
 from alphaedit_peft.hub import Destination, fetch_folder, push_folder, repository_name
+from alphaedit_peft.messages import one_line
 from alphaedit_peft.nullspace.spectrum import STEM, LayerSummary
 from alphaedit_peft.safe_files import read_json
 from alphaedit_peft.saving import left_aside, replace_file, temporary_folder
@@ -208,5 +209,4 @@ def _base(about: About) -> str:
 
 def _one_line(text: object) -> str:
     """Text from elsewhere, in one line and without Markdown's brackets."""
-    shown = " ".join("".join(c if c.isprintable() else " " for c in str(text)).split())
-    return shown.translate(str.maketrans("", "", "<>[]|`"))[:200]
+    return one_line(text).translate(str.maketrans("", "", "<>[]|`"))[:200]

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 from alphaedit_peft import embedded
 from alphaedit_peft.hub import repository_name
+from alphaedit_peft.messages import cut, one_line
 from alphaedit_peft.pack.contents import PackContents
 from alphaedit_peft.pack.edit_record import ROLES
 from alphaedit_peft.pack.parents import parent_in_words, stands_on
@@ -285,8 +286,7 @@ def _escaped(text: str) -> str:
 
 
 def _one_line(text: str) -> str:
-    shown = " ".join("".join(c if c.isprintable() else " " for c in text).split())
-    return shown if len(shown) <= MAX_CELL else shown[: MAX_CELL - 3] + "..."
+    return cut(one_line(text), MAX_CELL)
 
 
 def _flat(values: dict[str, Any]) -> str:

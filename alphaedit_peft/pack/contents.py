@@ -27,10 +27,18 @@ from alphaedit_peft.messages import shown
 from alphaedit_peft.pack import format
 from alphaedit_peft.pack.edit_record import EditRecord
 from alphaedit_peft.pack.format import ADAPTER_MODEL, EDITS, TARGETS, Factors, tensor_bytes
-from alphaedit_peft.safe_files import finite, shown_name
+from alphaedit_peft.safe_files import Field, check_fields, finite, shown_name
 from alphaedit_peft.settings import EditOptions
 
 DTYPE_NAMES = {str(dtype).removeprefix("torch."): dtype for dtype in format.DTYPES}
+_ERRORS = Field(dict, each=Field((int, float), 0, 1e300))
+_COMPRESSION = {
+    "rows": Field(int, 0, 2**31),
+    "mixed": Field(bool),
+    "dtype": Field(str),
+    "delta_errors": _ERRORS,
+    "output_errors": _ERRORS,
+}
 
 
 @dataclass(frozen=True)
@@ -52,23 +60,9 @@ class Compression:
     output_errors: dict[str, float]
 
     def __post_init__(self) -> None:
-        if type(self.rows) is not int or not 0 <= self.rows < 2**31:
-            raise ValueError(
-                f"compression rows={shown(self.rows)} must be a whole number from 0 on"
-            )
-        if type(self.mixed) is not bool:
-            raise ValueError(f"compression mixed={shown(self.mixed)} must be true or false")
-        if not isinstance(self.dtype, str) or self.dtype not in DTYPE_NAMES:
+        check_fields(vars(self), _COMPRESSION, "compression")
+        if self.dtype not in DTYPE_NAMES:
             raise ValueError(f"compression dtype={shown(self.dtype)} is none of {[*DTYPE_NAMES]}")
-        for name in ("delta_errors", "output_errors"):
-            errors = getattr(self, name)
-            if not isinstance(errors, dict) or not all(
-                isinstance(module, str) and type(error) in (int, float) and 0 <= error < torch.inf
-                for module, error in errors.items()
-            ):
-                raise ValueError(
-                    f"compression {name}={shown(errors)} must be numbers from 0 on, by module"
-                )
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values."""
@@ -76,11 +70,8 @@ class Compression:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Compression:
-        """Read back ``to_json``'s values; a ValueError names missing and unknown fields."""
-        known = set(cls.__dataclass_fields__)
-        if set(values) != known:
-            raise ValueError(f"compression fields {sorted(values)} are not {sorted(known)}")
-        return cls(**values)
+        """Read back ``to_json``'s values; a ValueError for other fields or types of them."""
+        return cls(**check_fields(values, _COMPRESSION, "compression"))
 
     def __str__(self) -> str:
         """What was done, and what it cost at most, in a line."""

@@ -27,7 +27,14 @@ from torch import Tensor
 from alphaedit_peft import algebra, safe_files
 from alphaedit_peft.algebra import LowRankDelta
 from alphaedit_peft.messages import sentence, shown
-from alphaedit_peft.safe_files import DamagedFileError, TensorFile, shown_name
+from alphaedit_peft.safe_files import (
+    DamagedFileError,
+    Field,
+    TensorFile,
+    check_fields,
+    refusing,
+    shown_name,
+)
 
 FORMAT_VERSION = 1
 ADAPTER_CONFIG = "adapter_config.json"
@@ -51,12 +58,19 @@ Factors = dict[str, LowRankDelta]
 _KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
 _MOST = 2**31
 _USE_PEFT = "load it with peft.PeftModel.from_pretrained instead"
-_CHECKED = {"peft_type", "r", "lora_alpha", "target_modules", "fan_in_fan_out", "use_rslora"}
+_LORA = {
+    "r": Field(int, 1, _MOST),
+    "lora_alpha": Field((int, float), 0, _MOST),
+    "target_modules": Field((str, list, type(None)), each=Field(str), optional=True),
+    "fan_in_fan_out": Field(bool, optional=True),
+    "use_rslora": Field(bool, optional=True),
+}
 _ALLOWED: dict[str, tuple[object, ...]] = {
     "bias": ("none",),
     "init_lora_weights": (True, False, "gaussian"),  # others (PiSSA, LoftQ ...) change the base
 }
 _NO_EFFECT = {
+    "peft_type",  # read first
     "auto_mapping",
     "base_model_name_or_path",
     "inference_mode",
@@ -192,27 +206,16 @@ def _lora_facts(folder: Path) -> LoraFacts:
     where = folder / ADAPTER_CONFIG
     if raw.get("peft_type") != "LORA":
         refuse(where, f"peft_type={shown(raw.get('peft_type'))} is not 'LORA'", _USE_PEFT)
-    for name in sorted(set(raw) - _CHECKED - _NO_EFFECT):
+    for name in sorted(set(raw) - {*_LORA} - _NO_EFFECT):
         if raw[name] not in _ALLOWED.get(name, (None, False, {}, [])):
             wrong = f"{shown_name(name)}={shown(raw[name])} is more than plain LoRA"
             refuse(where, wrong, _USE_PEFT)
-    rank: Any = raw.get("r")
-    alpha: Any = raw.get("lora_alpha")
-    if type(rank) is not int or not 1 <= rank <= _MOST:
-        refuse(where, f"r={shown(rank)} is not a whole number in 1..{_MOST}")
-    if type(alpha) not in (int, float) or not 0 <= alpha <= _MOST:
-        refuse(where, f"lora_alpha={shown(alpha)} is not a number in 0..{_MOST}")
-    for name in ("fan_in_fan_out", "use_rslora"):
-        if not isinstance(raw.get(name, False), bool):
-            refuse(where, f"{name}={shown(raw[name])} is neither true nor false")
-    modules = raw.get("target_modules")
-    if not isinstance(modules, (str, list, type(None))) or not all(
-        isinstance(name, str) for name in modules or ()
-    ):
-        refuse(where, f"target_modules={shown(modules)} is not a list of module names")
+    with refusing(where, damaged):
+        check_fields(raw, _LORA, others=True)
+    rank, modules = raw["r"], raw.get("target_modules")
     return LoraFacts(
         rank=rank,
-        scaling=alpha / (math.sqrt(rank) if raw.get("use_rslora") else rank),
+        scaling=raw["lora_alpha"] / (math.sqrt(rank) if raw.get("use_rslora") else rank),
         target_modules=frozenset(modules) if isinstance(modules, list) else None,
         fan_in_fan_out=raw.get("fan_in_fan_out", False),
     )

@@ -188,7 +188,7 @@ class EditPack(PackContents):
                 one that is not given; the joined pack stands on that then.
         """
         how = JoinOptions(on_conflict, key_cosine, ridge, ridge_mode, norm_guard, layers)
-        return join(_opened(packs), how, names).pack
+        return join([_opened(pack) for pack in require_packs(packs)], how, names).pack
 
     def compress(
         self,
@@ -256,8 +256,8 @@ class EditPack(PackContents):
         )
 
 
-def _opened(packs: Sequence[EditPack | str | Path]) -> list[EditPack]:
-    """The packs, read where they are folders or repositories."""
+def require_packs(packs: Sequence[EditPack | str | Path]) -> list[EditPack | str | Path]:
+    """Packs, their folders or repositories; a TypeError for a single one, or for what is none."""
     if isinstance(packs, (str, Path, EditPack)):
         one = "one EditPack" if isinstance(packs, EditPack) else shown(str(packs))
         raise TypeError(f"packs={one} is one pack; pass a list of packs, folders or Hub ids")
@@ -268,4 +268,8 @@ def _opened(packs: Sequence[EditPack | str | Path]) -> list[EditPack]:
                 f"packs holds {shown(pack)}, a {type(pack).__name__}; pass EditPacks, folders or "
                 "Hub ids"
             )
-    return [p if isinstance(p, EditPack) else EditPack.from_pretrained(p) for p in given]
+    return given
+
+
+def _opened(pack: EditPack | str | Path) -> EditPack:
+    return pack if isinstance(pack, EditPack) else EditPack.from_pretrained(pack)

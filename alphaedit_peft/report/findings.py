@@ -32,7 +32,7 @@ from alphaedit_peft.safe_files import (
     refusing,
 )
 from alphaedit_peft.studies.compare import Comparison
-from alphaedit_peft.studies.protocols import Checkpoint, Run, check_line
+from alphaedit_peft.studies.protocols import Checkpoint, Run, check_line, run_of
 
 COMPARISON, RUN, BEFORE = "comparison.json", "results.jsonl", "before.json"
 CASES = b'{"judging": '  # the beginning of what evaluate --out keeps
@@ -162,23 +162,7 @@ def _run(path: Path, before: Scores) -> Run:
     with refusing(path, _none):
         if not lines:
             raise ValueError("it is empty")
-        head = _head(lines[0]["run"])
-        judged = {
-            v["judged"]["batches"]: Checkpoint.from_json(v["judged"])
-            for v in lines
-            if "judged" in v
-        }
-        made = {v["batch"]: v for v in lines if "batch" in v}
-        single = [v for v in lines if "case" in v]
-        points = [judged[step] for step in sorted(judged)]
-        if single:
-            judging = head.get("judging", {})
-            cases = [CaseScores.from_json(v["case"]) for v in single]
-            metrics = gather(cases, judging.get("level", LEVEL), judging.get("seed", SEED)).metrics
-            points = [Checkpoint(len(cases), len(cases), metrics)]
-        done = [*made.values(), *single]
-        total, seconds = sum(v["made"] for v in done), sum(v["seconds"] for v in done)
-    return Run(head, before, tuple(points), (), total, seconds)
+        return run_of(_head(lines[0]["run"]), lines, before)
 
 
 def _head(values: object) -> dict[str, Any]:

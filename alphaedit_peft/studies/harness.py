@@ -7,7 +7,6 @@ tasks of the harness download their data, a task file of one's own can name loca
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,7 +16,8 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from alphaedit_peft import hooks
-from alphaedit_peft.messages import sentence
+from alphaedit_peft.messages import one_line, sentence
+from alphaedit_peft.records import parse_json
 from alphaedit_peft.tables import Table
 from alphaedit_peft.text_files import DataError, read_text
 
@@ -124,14 +124,14 @@ def _read(path: Path) -> Any:
     try:
         text = read_text(path)
         if path.suffix == ".json":
-            return json.loads(text)
+            return parse_json(text)
         import yaml
 
         return yaml.safe_load(text)
     except DataError:
         raise
     except Exception as error:  # yaml's errors are no ValueErrors
-        wrong = f"it cannot be read as {path.suffix[1:]} ({' '.join(str(error).split())})"
+        wrong = f"it cannot be read as {path.suffix[1:]} ({one_line(error)})"
         raise ValueError(sentence(path, wrong, "give a task's config")) from error
 
 

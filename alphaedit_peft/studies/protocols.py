@@ -20,7 +20,7 @@ from statistics import mean
 from typing import Any
 
 from alphaedit_peft import saving
-from alphaedit_peft.evaluation import Case, CaseScores, Scores
+from alphaedit_peft.evaluation import Case, CaseScores, Judging, Scores
 from alphaedit_peft.evaluation.results import JsonLines
 from alphaedit_peft.evaluation.summary import NUMBER, Estimate, estimates_from_json, gather
 from alphaedit_peft.progress import counting
@@ -190,16 +190,9 @@ def _gone_on(
                 place.keep(step, editor.save)
                 bar.update(1)
                 progress(f"{method.name}: batch {step} of {len(batches)} made")
-    lines = place.begin()
-    judged = {line["judged"]["batches"]: line["judged"] for line in lines if "judged" in line}
     scores = place.judged_cases(len(batches), cases)
-    return Run(
-        place.head,
-        before,
-        tuple(Checkpoint.from_json(judged[step]) for step in sorted(judged)),
-        tuple(scores[case.digest] for case in cases),
-        *_spent({line["batch"]: line for line in lines if "batch" in line}.values()),
-    )
+    run = run_of(place.head, place.begin(), before)
+    return replace(run, cases=tuple(scores[case.digest] for case in cases))
 
 
 def at_once(study: Study, method: Method, folder: str | Path, **options: Any) -> Run:
@@ -245,10 +238,22 @@ def _each_alone(
             progress(f"{method.name}: {len(done)} of {len(study.suite.cases)} edits judged")
     by_digest = {line["case"]["digest"]: line for line in place.begin() if "case" in line}
     lines = [by_digest[case.digest] for case in study.suite.cases]
-    cases = tuple(CaseScores.from_json(line["case"]) for line in lines)
-    metrics = gather(cases, study.judging.level, study.judging.seed).metrics
-    checkpoint = Checkpoint(len(cases), len(cases), metrics)
-    return Run(place.head, before, (checkpoint,), cases, *_spent(lines))
+    return run_of(place.head, lines, before)
+
+
+def run_of(head: Mapping[str, Any], lines: Sequence[Mapping[str, Any]], before: Scores) -> Run:
+    """What the lines of finished steps say of a run, as far as it was judged."""
+    judged = {line["judged"]["batches"]: line["judged"] for line in lines if "judged" in line}
+    points = [Checkpoint.from_json(judged[step]) for step in sorted(judged)]
+    made = [*{line["batch"]: line for line in lines if "batch" in line}.values()]
+    single = [line for line in lines if "case" in line]
+    cases = tuple(CaseScores.from_json(line["case"]) for line in single)
+    if cases:
+        how = asdict(Judging()) | head.get("judging", {})
+        metrics = gather(cases, how["level"], how["seed"]).metrics
+        points, made = [Checkpoint(len(cases), len(cases), metrics)], single
+    spent = sum(line["made"] for line in made), sum(line["seconds"] for line in made)
+    return Run(head, before, tuple(points), cases, *spent)
 
 
 def _head(study: Study, method: Method, protocol: str, schedule: dict[str, Any]) -> dict[str, Any]:
@@ -266,12 +271,6 @@ def _made(editor: Editor, batch: Sequence[Case]) -> dict[str, Any]:
     start = time.process_time()
     made = editor.edit([case.edit for case in batch])
     return {"made": made, "seconds": time.process_time() - start}
-
-
-def _spent(lines: Iterable[Mapping[str, Any]]) -> tuple[int, float]:
-    """Edits that were made, and the processor's seconds."""
-    kept = list(lines)
-    return sum(line["made"] for line in kept), sum(line["seconds"] for line in kept)
 
 
 BY_BATCH = ("efficacy", "efficacy_recall", "generalization", "generalization_recall")

@@ -8,9 +8,10 @@ import json
 from pathlib import Path
 
 import matplotlib.pyplot as plt
+from benchmark_tables import page_with, title
 
 from alphaedit_peft.editing.runner import PHASES
-from alphaedit_peft.studies.benchmark.pages import lines, page_with, title
+from alphaedit_peft.studies.benchmark.pages import lines
 
 CURVES = {"edits": "rows in place", "widths": "d_in", "depths": "blocks", "hidden": "hidden size"}
 

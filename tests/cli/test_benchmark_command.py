@@ -106,7 +106,10 @@ def test_a_wrong_command_line_is_refused_before_any_work(run, words, named):
         (("--shape", "lab-gpt2", "--device", "auto"), "--device auto spreads a checkpoint"),
         (("--shape", "lab-gpt2", "--device", "abacus"), "--device 'abacus' is no device"),
         (("--shape", "lab-gpt2", "--out", "no/such/file.json"), "there is no folder no/such"),
-        (("--shape", "lab-gpt2", "--edits-file", "none.jsonl"), "none.jsonl: No such file"),
+        (
+            ("--shape", "lab-gpt2", "--edits-file", "none.jsonl"),
+            "none.jsonl: there is no such file",
+        ),
     ],
 )
 def test_what_cannot_be_measured_is_said_in_one_line(run, words, said):

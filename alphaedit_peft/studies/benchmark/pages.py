@@ -1,19 +1,17 @@
-"""A benchmark's figures in tables, for a terminal and as Markdown, from the JSON that it wrote.
+"""A benchmark's figures in tables for a terminal, from the JSON that it wrote.
 
-In: what ``Findings.to_json`` or ``Growth.to_json`` gave, with the ``requests`` of its edits; for
-Markdown, a page with two marks. Out: tables as values and sentences, or the page with its tables
-between the marks, so that pages hold no figures but these.
+In: what ``Findings.to_json`` or ``Growth.to_json`` gave, with the ``requests`` of its edits. Out:
+tables as values, and sentences. ``docs/figures/benchmark_tables.py`` makes Markdown of the same.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from alphaedit_peft.editing.runner import PHASES
 from alphaedit_peft.tables import Table, count
 
-BEGIN, END = "<!-- tables: docs/figures/plot_benchmark.py -->", "<!-- end of tables -->"
 MEBI, GIGA = 2**20, 10**9
 Values = Mapping[str, Any]
 
@@ -60,7 +58,7 @@ def lines(found: Values) -> list[Line]:
     return rows
 
 
-def _forwards(found: Values, rank: str = "") -> list[list[str]]:
+def forwards(found: Values, rank: str = "") -> list[list[str]]:
     """A row for each model whose forward pass was timed; ``rank`` is how its number is written."""
     base = found["inference"][0]["milliseconds"]
     return [
@@ -100,7 +98,7 @@ def measured(found: Values) -> Iterator[tuple[str, Table] | str]:
     place = machine.get("gpu", machine["processor"])
     yield (
         f"Matrix rates of this machine ({place}, {count(machine['threads'], 'thread')}), "
-        f"measured in this run, in 10^9 operations a second: {_rates(found, '.3g')}"
+        f"measured in this run, in 10^9 operations a second: {rates(found, '.3g')}"
     )
     if found["statistics"]:
         yield f"Statistics, made once a model: {found['head']['statistics']}"
@@ -108,14 +106,15 @@ def measured(found: Values) -> Iterator[tuple[str, Table] | str]:
         yield "Seconds of statistics", Table(["what", ">seconds"], rows)
     if found["inference"]:
         what = f"A forward pass of {found['inference'][0]['tokens']} tokens, {model['dtype']}"
-        yield what, Table(["model", *(f">{name}" for name in FORWARD)], _forwards(found))
+        yield what, Table(["model", *(f">{name}" for name in FORWARD)], forwards(found))
 
 
 def _seconds(value: float) -> str:
     return f"{value:.3f}" if value < 10 else f"{value:.1f}"
 
 
-def _rates(found: Values, form: str) -> str:
+def rates(found: Values, form: str) -> str:
+    """Matrix rates in 10^9 operations a second, by dtype."""
     return ", ".join(f"{name} {rate / GIGA:{form}}" for name, rate in found["rates"].items())
 
 
@@ -124,12 +123,12 @@ def _about(found: Values) -> str:
     layers, stop = ",".join(map(str, settings["rewrite_layers"])), settings["stop_loss"]
     runs = f"down to a loss of {stop:g}" if stop else "all of them run (stop_loss 0)"
     return (
-        f"{name}: {', '.join(_model(found))}; rewrite layers {layers}; "
+        f"{name}: {', '.join(described(found))}; rewrite layers {layers}; "
         f"{count(settings['steps'], 'step')}, {runs}; edits {found['requests']}"
     )
 
 
-def _model(found: Values) -> tuple[str, str, str]:
+def described(found: Values) -> tuple[str, str, str]:
     """A model's size, its dtype with autocast's, and whose weights it has."""
     model = found["head"]["model"]
     return (
@@ -190,82 +189,3 @@ def _point(point: Values) -> list[str | None]:
         None if point["method"] == "batch" else f"{point['state'] / MEBI:,.1f}",
         f"{point['memory'] / MEBI:,.0f}",
     ]
-
-
-def page_with(page: str, models: Iterable[Values]) -> str:
-    """A page with the tables of these models between its two marks.
-
-    Raises:
-        ValueError: a page without the marks, or with them the wrong way round.
-    """
-    head, begin, rest = page.partition(BEGIN)
-    _, end, tail = rest.partition(END)
-    if not begin or not end:
-        raise ValueError(f"the page needs the lines {BEGIN!r} and {END!r}, in this order")
-    body = "\n\n".join(tables(found) for found in models)
-    return f"{head}{BEGIN}\n\n{body}\n\n{END}{tail}"
-
-
-def tables(found: Values) -> str:
-    """All tables of one model: seconds by phase, shares of the first batch, forward passes."""
-    rows = [[line.name, *line.cells("{:.3f}".format)] for line in lines(found)]
-    seconds = _markdown(["seconds", *PHASES, "total", "MiB"], rows)
-    parts = [_heading(found), seconds, _sentence(found)]
-    if any(session["floor"] for session in found["sessions"]):
-        parts.append(_profile(found))
-    if found["inference"]:
-        head = f"forward pass of {found['inference'][0]['tokens']} tokens"
-        parts.append(_markdown([head, *FORWARD], _forwards(found, rank=",")))
-    return "\n\n".join(parts)
-
-
-def title(found: Values) -> str:
-    """Which model, dtype, edits: "lab-llama, float32, 20 edits made up as counterfact"."""
-    name, edits = found["head"]["model"]["name"], found["head"]["plan"]["edits"]
-    return f"{name}, {_model(found)[1]}, {edits} edits {found['requests']}"
-
-
-def _heading(found: Values) -> str:
-    settings, plan, machine = (found["head"][name] for name in ("settings", "plan", "machine"))
-    place = machine.get("gpu") or f"{machine['processor']}, threads: {machine['threads']}"
-    size, _, weights = _model(found)
-    return (
-        f"### {title(found)}\n\n{size}, {weights}; {settings['steps']} steps, stop_loss "
-        f"{settings['stop_loss']:g}; median of runs: {plan['repeats']}. {place}, torch "
-        f"{machine['versions']['torch']}."
-    )
-
-
-def _sentence(found: Values) -> str:
-    said = []
-    if ratio := found["alphaedit_to_memit"]:
-        said.append(f"AlphaEdit takes {ratio_in_words(ratio)} times MEMIT's seconds")
-    if ratio := found["plain_to_ours"]:
-        times = f"{ratio_in_words(ratio)} times AlphaEdit's"
-        said.append(f"the plain way takes {times}, without contexts")
-    said.append(f"matrix rates in 10^9 operations a second: {_rates(found, ',.0f')}")
-    if made := ", ".join(f"{what} {value:.2f}" for what, value in found["statistics"].items()):
-        said.append(f"statistics ({found['head']['statistics']}), seconds: {made}")
-    text = "; ".join(said)
-    return f"{text[0].upper()}{text[1:]}."
-
-
-def _profile(found: Values) -> str:
-    """What part of each objective's first batch a phase is, and how far from its floor."""
-    rows = []
-    for session in found["sessions"]:
-        if not session["floor"]:
-            continue
-        batch, least = session["batches"][0], session["floor"]["seconds"]
-        row = [session["objective"]]
-        for phase in PHASES:
-            seconds = batch["seconds"].get(phase, 0.0)
-            near = f", {seconds / least[phase]:.1f} x" if least.get(phase) else ""
-            row.append(f"{100 * seconds / batch['total']:.0f} %{near}")
-        rows.append(row)
-    return _markdown(["share of batch 1, times its floor", *PHASES], rows)
-
-
-def _markdown(head: list[str], rows: list[list[str]]) -> str:
-    cells = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(row)} |" for row in cells)

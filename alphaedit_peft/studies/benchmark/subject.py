@@ -32,7 +32,7 @@ from alphaedit_peft.config import AlphaEditConfig
 from alphaedit_peft.devices import computes_on
 from alphaedit_peft.editing.contexts import STARTS
 from alphaedit_peft.edits import Edit
-from alphaedit_peft.messages import sentence
+from alphaedit_peft.messages import SHOWN, cut, one_line, sentence
 from alphaedit_peft.nullspace import KeyMoments, NullSpace
 from alphaedit_peft.nullspace.spectrum import LayerSpace
 from alphaedit_peft.records import read_object
@@ -206,8 +206,7 @@ def random_model(
 
 def _shortly(error: Exception) -> str:
     """An error of transformers, which may be long, in one line."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 200 else text[:197] + "..."
+    return cut(one_line(error) or type(error).__name__, SHOWN)
 
 
 WORDS = ("</s>", "<unk>", ".", "is", "a", *STARTS)
