@@ -209,7 +209,7 @@ def load_model(model: str, dtype: Dtype, device: str | None) -> tuple[Any, Any]:
     parallel.count()  # of several processes, each gets a GPU of its own
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     _check_model(model)
-    _check_device(device)
+    check_device(device)
     if model == EMBEDDED:
         from alphaedit_peft import embedded
 
@@ -241,7 +241,7 @@ def _check_model(model: str) -> None:
         )
 
 
-def _check_device(device: str) -> None:
+def check_device(device: str) -> None:
     """Refuse a device that torch does not know, or that this machine lacks."""
     import torch
 

@@ -170,10 +170,9 @@ def _device(device: str | None) -> torch.device:
 
     if device == "auto":
         raise ValueError("--device auto spreads a checkpoint; name one device for random weights")
-    try:
-        return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    except RuntimeError as error:
-        raise ValueError(f"--device {device!r} is no device of torch; use cpu or cuda") from error
+    chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    arguments.check_device(chosen)
+    return torch.device(chosen)
 
 
 def _subject(

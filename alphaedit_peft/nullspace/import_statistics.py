@@ -360,8 +360,7 @@ def _origin(
     architecture.check_layers(sorted(matrices))
     modules = {layer: architecture.rewrite_name(layer) for layer in matrices}
     for layer, name in modules.items():
-        weight = base.get_submodule(name)
-        width = weight.weight.shape[0] if architecture.conv1d else weight.in_features
+        width = architecture.width(base, layer)
         if len(matrices[layer]) != width:
             raise ValueError(
                 f"the matrix for layer {layer} is {len(matrices[layer])} wide, but {name} of this "

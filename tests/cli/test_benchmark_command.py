@@ -104,7 +104,7 @@ def test_a_wrong_command_line_is_refused_before_any_work(run, words, named):
     [
         (("--shape", "gpt-9"), "shape 'gpt-9' is neither one of"),
         (("--shape", "lab-gpt2", "--device", "auto"), "--device auto spreads a checkpoint"),
-        (("--shape", "lab-gpt2", "--device", "abacus"), "--device 'abacus' is no device"),
+        (("--shape", "lab-gpt2", "--device", "abacus"), "--device 'abacus' cannot be used"),
         (("--shape", "lab-gpt2", "--out", "no/such/file.json"), "there is no folder no/such"),
         (
             ("--shape", "lab-gpt2", "--edits-file", "none.jsonl"),

@@ -379,5 +379,4 @@ def _rewritten(subject: Subject) -> tuple[dict[int, str], int]:
     """The rewrite modules' names by layer, and their d_in."""
     full, architecture = subject.config.resolve(subject.model)
     names = {layer: architecture.rewrite_name(layer) for layer in full.rewrite_layers or [0]}
-    weight: Tensor = subject.model.get_submodule(next(iter(names.values()))).weight  # type: ignore[assignment]
-    return names, int(weight.shape[0 if architecture.conv1d else 1])
+    return names, architecture.width(subject.model, next(iter(names)))
