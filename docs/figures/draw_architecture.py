@@ -13,6 +13,7 @@ import sys
 import textwrap
 from collections import Counter
 from collections.abc import Iterator
+from itertools import cycle
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -92,7 +93,7 @@ def draw(out: Path) -> None:
     total = sum(heights) + GAP * len(rows)
     figure, panel = plt.subplots(figsize=(13, total))
     edges, top = [], total
-    for colour, (title, purpose, lines), height in zip(COLOURS, texts, heights, strict=False):
+    for colour, (title, purpose, lines), height in zip(cycle(COLOURS), texts, heights):
         shape = {"boxstyle": "round,pad=0,rounding_size=.06", "facecolor": PAPER}
         box = FancyBboxPatch((0, top - height), WIDE, height, edgecolor=colour, lw=1.8, **shape)
         panel.add_patch(box)
@@ -111,7 +112,7 @@ def draw(out: Path) -> None:
         start, end = (_point(edges, found, end, (a, b)) for end in (0, 1))
         bend = -0.75 if a < b else 0.75
         arc = FancyArrowPatch(start, end, connectionstyle=f"arc3,rad={bend}", arrowstyle="-|>")
-        arc.set(color=COLOURS[a] if a < b else WRONG, linewidth=0.6 + count**0.5 / 3)
+        arc.set(color=COLOURS[a % len(COLOURS)] if a < b else WRONG, linewidth=0.6 + count**0.5 / 3)
         arc.set(mutation_scale=9, alpha=0.85)
         panel.add_patch(arc)
     panel.set(xlim=(-0.1, 13), ylim=(top, total + 0.1))
