@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -217,12 +217,18 @@ def _load_dataset(name: str) -> Any:
             f"texts={shown(name, 80)} is neither a file nor a dataset's name; to give one text, "
             "pass a list of it"
         )
+    load = dataset_loader(f"texts={shown(name, 80)}")
+    repo, config, split = (*name.split(":"), "", "")[:3]
+    return load(repo, config or None, split=split or "train", streaming=True)
+
+
+def dataset_loader(given: str) -> Callable[..., Any]:
+    """``datasets.load_dataset``; an ImportError about what was ``given`` where it is missing."""
     try:
         from datasets import load_dataset
     except ImportError as error:
         raise ImportError(
-            f"texts={shown(name, 80)} is no file, and to read it as a dataset needs `pip install "
-            "datasets`; or pass the texts themselves"
+            f"{given} is no file, and to read it as a dataset needs `pip install datasets`; or "
+            "pass what it holds"
         ) from error
-    repo, config, split = (*name.split(":"), "", "")[:3]
-    return load_dataset(repo, config or None, split=split or "train", streaming=True)
+    return load_dataset

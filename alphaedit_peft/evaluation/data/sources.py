@@ -15,6 +15,7 @@ from typing import Any
 
 from alphaedit_peft.evaluation.cases import Case
 from alphaedit_peft.messages import PLACE, shown, tail
+from alphaedit_peft.nullspace.corpus import dataset_loader
 from alphaedit_peft.records import Record, as_records, read_records
 from alphaedit_peft.text_files import DataError
 
@@ -48,27 +49,14 @@ def raw_records(
     if split is not None and path.is_file():
         raise DataError(f"split={shown(split)} is for datasets, but {path} is a file; leave it out")
     if split is not None:
-        return f"{source}:{split}", as_records(
-            islice(_dataset(str(source), split), limit), str(source)
-        )
+        found = dataset_loader(f"source={shown(str(source))}")(str(source), split=split)
+        return f"{source}:{split}", as_records(islice(found, limit), str(source))
     if not path.exists() or path.is_dir():
         raise FileNotFoundError(
             f"{tail(str(path), PLACE)} is no file; to read a dataset of that name, give its split "
             "too, such as train"
         )
     return path.name, read_records(path)[:limit]
-
-
-def _dataset(name: str, split: str) -> Iterable[Any]:
-    try:
-        from datasets import load_dataset
-    except ImportError as error:
-        raise ImportError(
-            f"source={shown(name)} is no file, and to read it as a dataset needs "
-            "`pip install datasets`"
-        ) from error
-    found: Iterable[Any] = load_dataset(name, split=split)
-    return found
 
 
 @dataclass(frozen=True)
