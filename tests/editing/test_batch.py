@@ -1,4 +1,4 @@
-"""The river against the plain oracle: targets, keys and updates, family by family, in float64."""
+"""Batches against the plain oracle: targets, keys and updates, family by family, in float64."""
 
 from __future__ import annotations
 
