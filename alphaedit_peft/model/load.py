@@ -80,6 +80,8 @@ def add_adapter(
     autocast_adapter_dtype: bool,
 ) -> None:
     """Add an adapter; see :meth:`AlphaEditModel.add_adapter`."""
+    require_name(adapter_name)
+    lora_layer.require_layers(model.get_base_model())
     config = peft_config or model.alphaedit_config.lora_config(model.architecture, 1)
     with loaded_or_not(model, adapter_name):
         PeftModelForCausalLM.add_adapter(
@@ -114,6 +116,8 @@ def load_adapter(
 ) -> Any:
     """Load an adapter beside the others; see :meth:`AlphaEditModel.load_adapter`."""
     require_path(model_id)
+    require_name(adapter_name)
+    lora_layer.require_layers(model.get_base_model())
     if not kwargs.get("subfolder") and Path(model_id).is_dir():
         model_id = own_folder(Path(model_id))
     where = {key: kwargs[key] for key in kwargs.keys() & {"revision", "token", "subfolder"}}
@@ -211,6 +215,16 @@ def require_base(model: object) -> None:
         raise ValueError(
             f"this {kind} carries PEFT adapters already; pass the bare model, "
             "which unload() or merge_and_unload() gives"
+        )
+
+
+def require_name(adapter_name: object) -> None:
+    """Refuse, by a ValueError, what torch's modules or a pack's folder cannot be called."""
+    named = isinstance(adapter_name, str) and adapter_name
+    if not named or any(c in str(adapter_name) for c in "./\\"):
+        raise ValueError(
+            f"adapter_name={shown(adapter_name)} cannot name an adapter, since modules and a "
+            "folder are called by it; use a text without '.', '/' and '\\', such as 'people'"
         )
 
 

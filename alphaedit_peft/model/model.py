@@ -88,6 +88,7 @@ class AlphaEditModel(PeftModelForCausalLM):
         plain_lora: LoraConfig | None = None,
     ) -> None:
         load.require_base(model)
+        load.require_name(adapter_name)
         if not isinstance(config, AlphaEditConfig):
             raise TypeError(
                 f"config is a {type(config).__name__}, not an AlphaEditConfig; pass "
@@ -392,7 +393,8 @@ class AlphaEditModel(PeftModelForCausalLM):
         """Add an adapter: as in PEFT what a config describes, or without one a pack to edit into.
 
         Raises:
-            ValueError: a name that is taken.
+            ValueError: a name that is taken, or that nothing can be called.
+            RuntimeError: a model that was unloaded.
         """
         how = (low_cpu_mem_usage, autocast_adapter_dtype)
         with torch.inference_mode(False):

@@ -263,3 +263,28 @@ def test_a_base_of_inference_mode_is_refused_and_adapters_of_it_are_made_outside
         for name in ("default", "b", "c"):
             model.set_adapter(name)
             model.edit(EDITS[2:3], progress=False)
+
+
+@pytest.mark.parametrize("name", ["", "a.b", "a/b", "a\\b", None, 3])
+def test_a_name_that_no_adapter_can_have(model, saved, name):
+    before, base = weights(model), tiny_model("llama")
+    for named in (
+        lambda: get_alphaedit_model(base, AlphaEditConfig(**SETTINGS), adapter_name=name),
+        lambda: AlphaEditModel.from_pretrained(base, saved, adapter_name=name),
+        lambda: model.add_adapter(name),
+        lambda: model.load_adapter(saved, name),
+    ):
+        with pytest.raises(ValueError, match=r"adapter_name=.* cannot name an adapter.*'people'"):
+            named()
+    assert same_bits(weights(model), before)
+    assert list(model.peft_config) == ["default"]
+    wrap(base, model.resources.tokenizer)  # nothing was left in it
+
+
+def test_an_unloaded_model_takes_no_adapter(model, saved):
+    base = model.unload()
+    for take in (lambda: model.add_adapter("b"), lambda: model.load_adapter(saved, "b")):
+        with pytest.raises(RuntimeError, match=r"was unloaded.*wrap its base again"):
+            take()
+    assert model.edits == []
+    wrap(base, model.resources.tokenizer)
