@@ -205,7 +205,7 @@ def fact_row(tracer: Tracer, tokenizer: PreTrainedTokenizerBase, edit: Edit, sep
         ids, offsets, target = tokens.followed(tokenizer, text, edit.target_true, separator)
     places, _ = tokens.subject_tokens(tokenizer, text, edit.subject_span, (ids, offsets))
     tracer.require_fit(ids + target, text)
-    return Row(ids, places, target)
+    return Row(ids, target, places)
 
 
 def known(tracer: Tracer, row: Row) -> Row | None:
@@ -223,7 +223,7 @@ def token_classes(row: Row) -> tuple[str, ...]:
     after it.
     """
     first, last = row.subject[0], row.subject[-1]
-    end = len(row.prompt) - 1
+    end = len(row.ids) - 1
     names = dict.fromkeys(row.subject, CLASSES[1])
     names |= dict.fromkeys(range(last + 1, end + 1), CLASSES[4])
     names |= {end: CLASSES[5], first: CLASSES[0]}
@@ -247,7 +247,7 @@ def trace_fact(
     neighbours are restored for block l, l - w // 2 the first.
     """
     clean, states = tracer.clean(row)
-    places = range(row.subject[0], len(row.prompt))
+    places = range(row.subject[0], len(row.ids))
     samples, blocks = range(len(noise)), range(tracer.architecture.num_blocks)
     runs = [Run(sample) for sample in samples]
     for state, place, block in product(STATES, places, blocks):
@@ -264,7 +264,7 @@ def trace_fact(
         str(tokenizer.decode(list(row.target))).strip(),
         clean,
         corrupted,
-        tuple(str(tokenizer.decode([row.prompt[place]])) for place in places),
+        tuple(str(tokenizer.decode([row.ids[place]])) for place in places),
         token_classes(row),
         {state: tuple(map(tuple, lines)) for state, lines in by_state.items()},
     )

@@ -24,22 +24,10 @@ STATES = (HIDDEN, MLP)
 
 
 @dataclass(frozen=True)
-class Row:
-    """A fact as ids: the prompt, the subject's positions in it, the target that should follow."""
+class Row(Continuation):
+    """A fact as ids: the prompt, the target that should follow, the subject's positions."""
 
-    prompt: tuple[int, ...]
     subject: range
-    target: tuple[int, ...]
-
-    @property
-    def ids(self) -> tuple[int, ...]:
-        """What the model reads to predict every target token."""
-        return self.prompt + self.target[:-1]
-
-    @property
-    def target_places(self) -> range:
-        """Positions whose logits predict the target's tokens."""
-        return range(len(self.prompt) - 1, len(self.ids))
 
 
 @dataclass(frozen=True)
@@ -92,18 +80,18 @@ class Tracer:
 
     def deviation(self, rows: Sequence[Row]) -> float:
         """Standard deviation of all entries of the subjects' embeddings, as in ROME's code."""
-        ids = [row.prompt[place] for row in rows for place in row.subject]
+        ids = [row.ids[place] for row in rows for place in row.subject]
         found = self.embeddings(torch.tensor([ids], device=self.device))  # (1, tokens, d)
         return float(found.double().std())
 
     def next_token(self, row: Row) -> int:
         """The id that greedy decoding puts after the prompt."""
-        return int(self._log_probs([row.prompt], [len(row.prompt) - 1])[0, 0].argmax())
+        return int(self._log_probs([row.ids], [len(row.ids) - 1])[0, 0].argmax())
 
     def says(self, row: Row) -> bool:
         """Whether greedy decoding gives the target after the prompt."""
-        batches = partial(tokens.batches, tokens_per_batch=len(row.ids), device=self.device)
-        return score(self.model, [Continuation(row.prompt, row.target)], batches)[0].greedy
+        batches = partial(tokens.batches, tokens_per_batch=len(row.scoring_ids), device=self.device)
+        return score(self.model, [row], batches)[0].greedy
 
     def clean(self, row: Row) -> tuple[float, dict[str, Tensor]]:
         """P(target) untouched, and every state by its module's name, (tokens, d)."""
@@ -130,7 +118,7 @@ class Tracer:
         ``states`` are the clean outputs by module, from ``clean``; ``noise`` (samples, subject's
         tokens, d) is added to the subject's embeddings.
         """
-        size = max(1, self.tokens_per_batch // len(row.ids))
+        size = max(1, self.tokens_per_batch // len(row.scoring_ids))
         parts = [runs[start : start + size] for start in range(0, len(runs), size)]
         return torch.cat([self._together(row, states, noise, part) for part in parts])
 
@@ -160,7 +148,7 @@ class Tracer:
 
     def _target_probs(self, row: Row, copies: int) -> Tensor:
         """P(target) in each of several equal rows, the product over its tokens, (copies,)."""
-        log_probs = self._log_probs([row.ids] * copies, row.target_places)
+        log_probs = self._log_probs([row.scoring_ids] * copies, row.target_positions)
         target = torch.tensor(row.target, device=log_probs.device)
         chosen = log_probs.gather(2, target.expand(copies, -1)[..., None])  # (copies, target, 1)
         if chosen.isnan().any():

@@ -32,7 +32,7 @@ def make(family: str, tokenizer, tokens_per_batch: int = 64):
     generator = torch.Generator().manual_seed(0)
     shape = (2, len(row.subject), tracer.width)
     noise = torch.randn(shape, generator=generator, dtype=torch.float64)
-    return tracer, Row(row.prompt, row.subject, (*row.target, 7, 9)), noise
+    return tracer, Row(row.ids, (*row.target, 7, 9), row.subject), noise
 
 
 def plain(model, row: Row, noise=None, restore=None) -> float:
@@ -54,10 +54,10 @@ def plain(model, row: Row, noise=None, restore=None) -> float:
             return hooks.with_hidden(output, hidden)
 
         handles.append(model.get_submodule(name).register_forward_hook(put))
-    logits = model(torch.tensor([row.ids]), use_cache=False).logits[0].double()
+    logits = model(torch.tensor([row.scoring_ids]), use_cache=False).logits[0].double()
     for handle in handles:
         handle.remove()
-    found = logits[len(row.prompt) - 1 :].log_softmax(-1)
+    found = logits[len(row.ids) - 1 :].log_softmax(-1)
     return float(found[range(len(row.target)), list(row.target)].sum().exp())
 
 
@@ -67,7 +67,7 @@ def test_restoring_everything_gives_the_clean_probability(family, tokenizer):
     tracer, row, noise = make(family, tokenizer)
     clean, states = tracer.clean(row)
     every = tuple(tracer.names("hidden", 1, 9))
-    whole = Run(1, every, tuple(range(len(row.ids))))
+    whole = Run(1, every, tuple(range(len(row.scoring_ids))))
     found = tracer.probabilities(row, states, noise, [Run(1), whole])
     assert abs(found[0] - clean) > 1e-9  # the noise matters
     assert float(found[1]) == pytest.approx(clean, rel=1e-9)
@@ -93,7 +93,7 @@ def test_all_at_once_equals_one_run_at_a_time(family, state, tokenizer):
     assert traced.clean == pytest.approx(plain(tracer.model, row), rel=1e-9)
     corrupted = sum(plain(tracer.model, row, n) for n in noise) / 2
     assert traced.corrupted == pytest.approx(corrupted, rel=1e-9)
-    for place in (row.subject[-1], len(row.prompt) - 1):
+    for place in (row.subject[-1], len(row.ids) - 1):
         for block in range(tracer.architecture.num_blocks):
             around = [block] if state == "hidden" else range(max(0, block - 1), min(4, block + 2))
             names = [name for b in around for name in tracer.names(state, b)]
@@ -106,7 +106,7 @@ def test_all_at_once_equals_one_run_at_a_time(family, state, tokenizer):
 @torch.no_grad()
 def test_the_last_block_before_the_last_token_restores_nothing(tokenizer):
     tracer, row, noise = make("llama", tokenizer)
-    row = Row(row.prompt, row.subject, row.target[:1])
+    row = Row(row.ids, row.target[:1], row.subject)
     traced = trace_fact(tracer, tokenizer, EDIT, row, noise, window=1)
     before = traced.effects["hidden"][:-1]
     assert max(abs(line[-1]) for line in before) < 1e-12
@@ -124,7 +124,7 @@ def test_the_last_block_before_the_last_token_restores_nothing(tokenizer):
     ],
 )
 def test_every_token_from_the_subject_on_has_one_class(subject, end, classes):
-    row = Row(tuple(range(end)), subject, (1,))
+    row = Row(tuple(range(end)), (1,), subject)
     assert token_classes(row) == tuple(CLASSES[i] for i in classes)
 
 
