@@ -59,21 +59,30 @@ def in_chat(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[str, int]:
     The template brings its own special tokens and spaces.
 
     Raises:
-        ValueError: a template that changes the message.
+        ValueError: a template that fails, or changes the message.
     """
     rendered = _chat(tokenizer, text)
     before, _, after = _chat(tokenizer, CONTENT).rpartition(CONTENT)
     before = before.replace(CONTENT, text)
     if rendered != before + text + after:
         raise ValueError(
-            f"the chat template changes the prompt {shown(text, SHOWN)}; strip its spaces"
+            f"the chat template changes the prompt {shown(text, SHOWN)}; strip its spaces, or set "
+            "a template that takes it as it is"
         )
     return rendered, len(before)
 
 
 def _chat(tokenizer: PreTrainedTokenizerBase, content: str) -> str:
-    messages = [{"role": "user", "content": content}]
-    return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+    said: list[dict[str, str]] = [{"role": "user", "content": content}]
+    try:
+        found = tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=True)
+    except Exception as error:  # Jinja's own, or what the template raises
+        raise ValueError(
+            f"the chat template of tokenizer {type(tokenizer).__name__} does not take a user's "
+            f"message alone: {shown(str(error), SHOWN)}; set another one or use "
+            "chat_template=False"
+        ) from error
+    return str(found)
 
 
 def encode(

@@ -106,6 +106,14 @@ def test_a_chat_template_with_the_subjects_words_is_not_taken_for_it(tokenizer, 
     assert chat.decode(row.key_row.ids) == f"<s>[user] {subject}"
 
 
+@pytest.mark.parametrize("template", ["{{ raise_exception('no system role') }}", "{% for"])
+def test_a_chat_template_that_fails_is_refused(tokenizer, template):
+    chat = with_bos(tokenizer)
+    chat.chat_template = template
+    with pytest.raises(ValueError, match=r"does not take a user's message alone: .*; set another"):
+        renderer(chat, chat_template=True).edit_rows(Edit("France", "Where is {}?", "here"), [])
+
+
 def test_a_chat_template_that_changes_the_prompt_is_refused(tokenizer):
     chat = with_bos(tokenizer)
     chat.chat_template = TEMPLATE.replace("m['content']", "m['content'] | trim")
