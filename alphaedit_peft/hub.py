@@ -19,13 +19,14 @@ from alphaedit_peft.messages import one_line
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
 
 LOGIN = "log in with 'hf auth login' or pass token="
 _MAIN = "main"
 # as huggingface_hub's validate_repo_id, which takes longer to import than a pack to read
 _NAME = re.compile(r"(\b[\w.-]{1,96}\b/)?\b[\w.-]{1,96}\b", re.ASCII)
 _CONFLICTS = (409, 412)  # another push at the same time; the parent commit is no longer the last
-_UNKNOWN, _FORBIDDEN, _TOO_MANY, _FAILS = 401, 403, 429, 500  # and above
+_UNKNOWN, _FORBIDDEN, _MISSING, _TOO_MANY, _FAILS = 401, 403, 404, 429, 500  # and above
 _SHOWN = 160  # characters of an answer that is quoted
 _NETWORK = {"httpx", "httpx2", "httpcore", "httpcore2", "requests", "urllib3"}
 
@@ -206,6 +207,9 @@ def _pushing(to: Destination) -> Iterator[None]:
             ) from error
         raise told from error
     except Exception as error:
+        if isinstance(error, UnicodeEncodeError):
+            told = refusal(f"{to.repo_id} was not pushed", error)
+            raise told or error from error
         broken = _broken(error)
         if isinstance(error, ValueError) or broken is None:
             raise
@@ -249,6 +253,20 @@ def _in_plain_words(repo_id: str, revision: str | None, token: str | bool | None
         ) from error
 
 
+@contextmanager
+def answers_told(what: str) -> Iterator[None]:
+    """Raise the ``refusal`` instead of what another library makes of the Hub's answer."""
+    try:
+        yield
+    except Exception as error:
+        answer = _answer(error)
+        missing = answer is not None and answer.response.status_code == _MISSING
+        told = None if missing else refusal(what, error)  # what is missing, the library knows best
+        if told is None:
+            raise
+        raise told from error
+
+
 def refusal(what: str, error: BaseException) -> OSError | None:
     """What the Hub's answer among an error's causes means, and what to do.
 
@@ -257,7 +275,14 @@ def refusal(what: str, error: BaseException) -> OSError | None:
     """
     from huggingface_hub import errors
 
-    answer = next((e for e in _causes(error) if isinstance(e, errors.HfHubHTTPError)), None)
+    header = next((e for e in _causes(error) if isinstance(e, UnicodeEncodeError)), None)
+    if header is not None and str(header.object).startswith("Bearer "):
+        wrong = header.object[header.start : header.end]
+        return PermissionError(
+            f"{what}: the token holds {wrong!r}, as none does; log in anew with 'hf auth login', "
+            "or pass another token="
+        )
+    answer = _answer(error)
     if answer is None:
         return None
     status = answer.response.status_code
@@ -319,6 +344,13 @@ def _broken(error: BaseException) -> str | None:
         for cause in chain
     )
     return (str(chain[-1]) or type(chain[-1]).__name__) if network else None
+
+
+def _answer(error: BaseException) -> HfHubHTTPError | None:
+    """What the Hub answered, among an error's causes."""
+    from huggingface_hub import errors
+
+    return next((e for e in _causes(error) if isinstance(e, errors.HfHubHTTPError)), None)
 
 
 def _causes(error: BaseException) -> list[BaseException]:

@@ -318,6 +318,7 @@ class _Handler(BaseHTTPRequestHandler):
         return 200, {**facts, "private": repo.private, "gated": "manual" if repo.gated else False}
 
     def other(self, name: str) -> tuple:
+        _ = self.user  # a token that nobody has is refused first, as everywhere
         if name not in self.hub.others:
             raise Refusal(404, "RepoNotFound", "Repository not found")
         return 200, {"id": name.partition("/")[2], "sha": "0" * 40, "siblings": [], "tags": []}
@@ -491,6 +492,7 @@ _ROUTES = (
     ("POST", r"/api/validate-yaml", "validate"),
     ("GET", rf"/api/models/{_NAME}", "info"),
     ("GET", r"/api/(?P<name>(datasets|spaces)/[^/]+/[^/]+)", "other"),
+    ("HEAD", r"/(?P<name>datasets/[^/]+/[^/]+)/resolve/.+", "other"),
     ("GET", rf"/api/models/{_NAME}/revision/{_REV}", "info"),
     ("GET", rf"/api/models/{_NAME}/tree/{_REV}(/(?P<folder>.+))?", "tree"),
     ("POST", rf"/api/models/{_NAME}/paths-info/{_REV}", "paths_info"),

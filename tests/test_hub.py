@@ -29,8 +29,10 @@ from alphaedit_peft import (
 )
 from alphaedit_peft.algebra import LowRankDelta
 from alphaedit_peft.cli.arguments import load_model
+from alphaedit_peft.evaluation import read_cases
 from alphaedit_peft.fingerprint import BaseFingerprint, fingerprint
 from alphaedit_peft.hub import Destination, repository_name
+from alphaedit_peft.nullspace.corpus import read_texts
 from alphaedit_peft.pack import EditRecord
 from tests.conftest import PEFT_ALONE, ROOT, tiny_model
 from tests.hub_server import HubServer, client_of
@@ -329,6 +331,29 @@ def test_a_token_that_is_not_valid_is_said_to_be(hub, pack, folder, kept):
     hub.patch.setenv("HF_TOKEN", "wrong")
     with pytest.raises(PermissionError, match=f"model 'me/base' was not downloaded: {invalid}"):
         load_model("me/base", "auto", "cpu")
+
+
+def test_a_token_that_is_not_valid_is_said_to_be_for_datasets_too(hub):
+    datasets = pytest.importorskip("datasets")
+    hub.patch.setattr(datasets.config, "HF_ENDPOINT", hub.url)
+    hub.patch.setenv("HF_TOKEN", "wrong")
+    said = "='me/data' was not downloaded: the Hub does not know this token"
+    with pytest.raises(PermissionError, match=said):
+        read_cases("me/data", split="train")
+    with pytest.raises(PermissionError, match=said):
+        next(iter(read_texts("me/data")))
+    hub.patch.delenv("HF_TOKEN")
+    with pytest.raises(FileNotFoundError, match="me/data"):
+        read_cases("me/data", split="train")
+
+
+def test_a_token_that_cannot_be_one(hub, pack):
+    pack.push_to_hub("me/pack", token="mine")
+    said = "the token holds '\u201c', as none does; log in anew"
+    with pytest.raises(PermissionError, match=f"me/pack was not downloaded: {said}"):
+        EditPack.from_pretrained("me/pack", token="\u201cmine\u201d")
+    with pytest.raises(PermissionError, match=f"me/pack was not pushed: {said}"):
+        make_pack().push_to_hub("me/pack", token="\u201cmine\u201d")
 
 
 ANSWERS = [

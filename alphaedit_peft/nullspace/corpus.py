@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from alphaedit_peft.hub import answers_told
 from alphaedit_peft.messages import shown
 from alphaedit_peft.records import json_kind, read_record
 from alphaedit_peft.text_files import fault, read_lines
@@ -223,7 +224,11 @@ def _load_dataset(name: str) -> Any:
 
 
 def dataset_loader(given: str) -> Callable[..., Any]:
-    """``datasets.load_dataset``; an ImportError about what was ``given`` where it is missing."""
+    """``datasets.load_dataset``, whose errors, or that it is missing, are about what was ``given``.
+
+    Raises:
+        ImportError: ``datasets`` is not installed.
+    """
     try:
         from datasets import load_dataset
     except ImportError as error:
@@ -231,4 +236,5 @@ def dataset_loader(given: str) -> Callable[..., Any]:
             f"{given} is no file, and to read it as a dataset needs `pip install datasets`; or "
             "pass what it holds"
         ) from error
-    return load_dataset
+    loader: Callable[..., Any] = answers_told(f"{given} was not downloaded")(load_dataset)
+    return loader
