@@ -57,23 +57,26 @@ def files_in(folder: Path) -> dict[str, bytes]:
     }
 
 
+def whole_batches(place: Path) -> None:
+    if (place / "out").exists():
+        assert len(EditPack.from_pretrained(place / "out").edits) in range(0, EDITS + 1, BATCH)
+
+
+def whole(place: Path) -> None:
+    if (place / "out").exists():  # whole, and not written a second time
+        needed = {"config.json", "model.safetensors", "tokenizer.json"}
+        assert needed <= set(files_in(place / "out"))
+        shutil.rmtree(place / "out")
+
+
+def whole_space(place: Path) -> None:
+    if (place / "out").exists():
+        NullSpace.from_pretrained(place / "out")
+
+
 def commands(given: Path, hub: HubServer) -> dict[str, Command]:
     """Every command that takes long or writes much, over inputs in ``given``."""
     space, pack = given / "ns", given / "pack"
-
-    def whole_batches(place: Path) -> None:
-        if (place / "out").exists():
-            assert len(EditPack.from_pretrained(place / "out").edits) in range(0, EDITS + 1, BATCH)
-
-    def whole(place: Path) -> None:
-        if (place / "out").exists():  # whole, and not written a second time
-            needed = {"config.json", "model.safetensors", "tokenizer.json"}
-            assert needed <= set(files_in(place / "out"))
-            shutil.rmtree(place / "out")
-
-    def whole_space(place: Path) -> None:
-        if (place / "out").exists():
-            NullSpace.from_pretrained(place / "out")
 
     def pushed(place: Path) -> None:
         if "me/pack" in hub.repos and hub.repos["me/pack"].files().get("adapter_config.json"):

@@ -136,24 +136,32 @@ def evaluate(
     way = _way(how, generate, baseline is not None, references)
     file = JsonLines(Path(results), "judging", way) if results else None
     with alone(file.path) if file else nullcontext():
-        done = _finished(file) if file else {}
-        asked = [p for case in suite.cases if case.digest not in done for p in pairs_of(case)]
-        for pair in dict.fromkeys([*asked, *((q.prompt, q.answer) for q in suite.unedited)]):
-            group.reader.encode(*pair)  # what cannot be read is told before anything is run
-        there = [case for case in suite.cases if case.digest in done]
-        if there:
-            _require_same_model(group, there[0], done[there[0].digest], results)
-        count = len(there)
-        for found in group.missing(suite.cases, done):
-            done |= {case.digest: case for case in found}
-            count += len(found)
-            if file:
-                file.add(case.to_json() for case in found)
-            if progress:
-                progress(count, len(suite.cases))
+        done = _judged(group, suite, file, progress)
     judged = [done[case.digest] for case in suite.cases]
     scores = gather(judged, how.level, how.seed, {**how.to_json(), "generate": generate})
     return replace(scores, metrics={**scores.metrics, **_around(group.reader, suite, how)})
+
+
+def _judged(
+    group: _Group, suite: Suite, file: JsonLines | None, progress: Progress | None
+) -> dict[str, CaseScores]:
+    """Scores of all cases by digest: those in the file, and the others, which are added to it."""
+    done = _finished(file) if file else {}
+    asked = [p for case in suite.cases if case.digest not in done for p in pairs_of(case)]
+    for pair in dict.fromkeys([*asked, *((q.prompt, q.answer) for q in suite.unedited)]):
+        group.reader.encode(*pair)  # what cannot be read is told before anything is run
+    there = [case for case in suite.cases if case.digest in done]
+    if file and there:
+        _require_same_model(group, there[0], done[there[0].digest], file.path)
+    count = len(there)
+    for found in group.missing(suite.cases, done):
+        done |= {case.digest: case for case in found}
+        count += len(found)
+        if file:
+            file.add(case.to_json() for case in found)
+        if progress:
+            progress(count, len(suite.cases))
+    return done
 
 
 @dataclass(frozen=True)
@@ -259,9 +267,7 @@ def _finished(file: JsonLines) -> dict[str, CaseScores]:
     return {case.digest: case for case in cases}
 
 
-def _require_same_model(
-    group: _Group, case: Case, before: CaseScores, file: str | Path | None
-) -> None:
+def _require_same_model(group: _Group, case: Case, before: CaseScores, file: Path) -> None:
     """Judge one finished case again, without free text, and compare."""
     again = replace(group, generate=False).judge([case])[0].metrics
     for name in (name for name in again if name.endswith("_probability")):

@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -27,7 +27,13 @@ from alphaedit_peft.devices import require_whole
 from alphaedit_peft.fingerprint import BaseFingerprint, bare_model, fingerprint, require_same_base
 from alphaedit_peft.hub import Destination
 from alphaedit_peft.messages import shown
-from alphaedit_peft.nullspace.corpus import corpus_label, expected_tokens, read_texts, token_batches
+from alphaedit_peft.nullspace.corpus import (
+    TokenBatch,
+    corpus_label,
+    expected_tokens,
+    read_texts,
+    token_batches,
+)
 from alphaedit_peft.nullspace.moments import Checkpoint, collect_sums
 from alphaedit_peft.nullspace.sharing import About, find_folder, push_null_space
 from alphaedit_peft.nullspace.spectrum import (
@@ -120,11 +126,6 @@ class KeyMoments:
                 its layers cannot have, no tokens, keys that are not finite, or a resume file of
                 another run.
         """
-        if max_tokens is not None and max_tokens < 1:
-            raise ValueError(
-                f"max_tokens={max_tokens} leaves no token to collect; give at least 1, better ten "
-                "times d_in, or None for the whole corpus"
-            )
         base = bare_model(model)
         require_whole(base)
         full, architecture = resolve(config, base)
@@ -136,17 +137,8 @@ class KeyMoments:
         made_for = fingerprint(base, max(modules), architecture)
         subject = {"fingerprint": made_for.to_json(), "modules": names}
         checkpoint = Checkpoint(Path(resume), subject) if resume else None
-        most = full.tokens_per_batch
-        window = min(getattr(base.config, "max_position_embeddings", None) or most, most)
         corpus = read_texts(texts, text_column)
-        batches = token_batches(
-            corpus,
-            tokenizer,
-            window=window,
-            tokens_per_batch=most,
-            max_tokens=max_tokens,
-            switches=position_switches(base.config),
-        )
+        batches = _batches(base, tokenizer, corpus, full.tokens_per_batch, max_tokens)
         held = expected_tokens(texts, tokenizer, text_column) if progress else None
         total = min((n for n in (held, max_tokens) if n is not None), default=None)
         tell = progress and parallel.is_main()
@@ -482,6 +474,25 @@ def _read(
     with refusing(Path(folder) / f"{stem}.json"):
         values["fingerprint"] = None if found is None else BaseFingerprint.from_json(found)
     return tensors, values
+
+
+def _batches(
+    base: Any, tokenizer: Any, corpus: Iterable[str], most: int, max_tokens: int | None
+) -> Iterator[TokenBatch]:
+    """The corpus in batches of ``most`` tokens, as the model takes them."""
+    if max_tokens is not None and max_tokens < 1:
+        raise ValueError(
+            f"max_tokens={max_tokens} leaves no token to collect; give at least 1, better ten "
+            "times d_in, or None for the whole corpus"
+        )
+    return token_batches(
+        corpus,
+        tokenizer,
+        window=min(getattr(base.config, "max_position_embeddings", None) or most, most),
+        tokens_per_batch=most,
+        max_tokens=max_tokens,
+        switches=position_switches(base.config),
+    )
 
 
 def _plan(layers: int, width: int, held: int | None, max_tokens: int | None) -> str:

@@ -154,7 +154,6 @@ def locate(  # noqa: PLR0913
             that of these embeddings over all facts; ROME's is 3.
         samples: draws of the noise for each fact, by ``seed``.
         window: neighbouring MLP outputs restored together; None: a fifth of the blocks.
-        seed: of the noise.
         progress: called with a line of text after each fact.
 
     Raises:
