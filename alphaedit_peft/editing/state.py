@@ -15,6 +15,7 @@ from torch import Tensor
 
 from alphaedit_peft.algebra import LowRankDelta
 from alphaedit_peft.cholesky import KeptFactor
+from alphaedit_peft.config import AlphaEditConfig
 from alphaedit_peft.pack.edit_record import EditRecord
 
 
@@ -90,6 +91,7 @@ class Journal(_Recorded):
         null_space: provenance of the null space a loaded pack was made with.
         parents: of a loaded pack.
         decisions: what ``auto`` decided at the first edits, as JSON values.
+        config: a loaded pack's own, until more is made; None: the model's.
     """
 
     records: tuple[EditRecord, ...]
@@ -99,6 +101,7 @@ class Journal(_Recorded):
     null_space: dict[str, Any] | None = None
     parents: tuple[dict[str, Any], ...] = ()
     decisions: tuple[dict[str, Any], ...] = ()
+    config: AlphaEditConfig | None = None
 
     @classmethod
     def empty(cls, hidden_size: int) -> Journal:

@@ -121,7 +121,7 @@ class Adapter:
         self.compression, self.kept = None, state.kept
         targets = state.targets if state.targets.isfinite().all() else None
         held = replace(self.journal, records=state.records, targets=targets, rank=state.rank)
-        self.keep(replace(held, **changes))
+        self.keep(replace(held, config=None, **changes))
 
     def _stamp(self) -> tuple[int, ...]:
         there = [layer for layer in self.layers.values() if self.name in layer.lora_A]
@@ -250,7 +250,7 @@ def to_pack(model: EditedModel, adapter: Adapter) -> EditPack:
     journal, name = adapter.journal, model.architecture.rewrite_name
     pack = EditPack(
         factors={name(layer): delta.to("cpu") for layer, delta in adapter.factors.items()},
-        config=model.alphaedit_config,
+        config=journal.config or model.alphaedit_config,
         records=journal.records,
         targets=None if journal.targets is None else journal.targets.float().cpu(),
         contexts=journal.contexts or (),

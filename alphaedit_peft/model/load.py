@@ -286,7 +286,8 @@ def _hold_pack(model: EditedModel, name: str, pack: EditPack, model_id: str | Pa
     if made is not None:  # earlier versions recorded these settings in the config alone
         made = kind(pack.config.objective).settings_of_rows(pack.config) | made
     take_open(model, pack)
-    journal = Journal(*what, made, pack.parents, pack.decisions)
+    own = pack.config if pack.records else None
+    journal = Journal(*what, made, pack.parents, pack.decisions, own)
     here = Path(model_id)
     source = own_folder(here).resolve().name if here.is_dir() else str(model_id)
     make_adapter(model, name, journal, source=source, compression=pack.compression)

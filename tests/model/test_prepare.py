@@ -333,3 +333,20 @@ def test_going_on_at_another_threshold_waits_for_pouring_again(tokenizer):
         model.edit(EDITS[2:], progress=False)
     model.repour()
     assert model.resources.provenance()["threshold"] == 0.15
+
+
+def test_a_pack_that_is_loaded_and_saved_says_how_it_was_made(tokenizer, tmp_path):
+    made = memit(tokenizer, moment_weight=3.0, separator="", steps=2)
+    made.edit(EDITS[:2], progress=False)
+    made.save_pretrained(tmp_path / "pack")
+    model = memit(tokenizer, moment_weight=7.0)
+    model.load_adapter(tmp_path / "pack", "b")
+    model.set_adapter("b")
+    model.save_pretrained(tmp_path / "again")
+    again = EditPack.from_pretrained(tmp_path / "again" / "b")
+    assert again.config.to_json() == made.to_pack().config.to_json()
+    given = {"tokenizer": tokenizer, "key_moments": statistics()}
+    on = AlphaEditModel.from_pretrained(tiny_model("gpt2"), tmp_path / "again" / "b", **given)
+    on.edit(EDITS[2:], progress=False)
+    model.repour()  # by the model's settings
+    assert model.to_pack().config.moment_weight == 7.0
