@@ -115,6 +115,8 @@ def check_folder(path: Path) -> None:
         if place.exists() and not place.is_dir():
             raise FileExistsError(f"{place} is a file; {path} has to be a folder")
     saving.check_folder(path)
+    if path.is_dir() and not os.access(path, os.W_OK):
+        raise PermissionError(f"{path}: nothing may be written there; name another")
     if os.environ.get("RANK", "0") == "0":
         printing.until_the_end(saving.alone(path))
 

@@ -120,6 +120,15 @@ def test_a_file_where_the_output_folder_should_be(run, good):
     assert f"{good} is a file" in said(result)
 
 
+@pytest.mark.parametrize("command", ["compare embedded --edits 4", "demo"])
+def test_a_folder_that_may_not_be_written_is_refused_before_any_work(
+    run, tmp_path, monkeypatch, command
+):
+    monkeypatch.setattr(os, "access", lambda _, how: how != os.W_OK)
+    result = run(*command.split(), "--out", tmp_path, code=1)
+    assert said(result) == f"alphaedit: {tmp_path}: nothing may be written there; name another"
+
+
 def test_merge_does_not_write_over_what_is_there(run, tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     result = run("merge", "embedded", "pack", "--out", tmp_path, code=1)
