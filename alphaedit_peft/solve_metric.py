@@ -388,12 +388,14 @@ def make_metric(
     if "null_space" in needed and null_space is None:
         raise ValueError(
             "no null space was given, and the update must be projected; pass null_space=, or set "
-            "null_space in the config, or make one with NullSpace.from_texts"
+            "null_space in the config, or make one with NullSpace.from_texts; on the command line "
+            "--null-space DIR, which 'alphaedit nullspace' writes"
         )
     if "key_moments" in needed and key_moments is None:
         raise ValueError(
             f"objective={settings.objective!r} needs key moments; pass "
-            "key_moments=KeyMoments.collect(...)"
+            "key_moments=KeyMoments.collect(...), on the command line --key-moments DIR, which "
+            "'alphaedit nullspace --moments-out DIR' writes"
         )
     return chosen.of(settings, Given(null_space, key_moments))
 
