@@ -22,6 +22,7 @@ from alphaedit_peft.architecture import Architecture, mlp_width
 from alphaedit_peft.devices import held_parameters
 from alphaedit_peft.messages import shown
 from alphaedit_peft.safe_files import Field, check_fields
+from alphaedit_peft.tokens import text_config
 
 SAMPLES = 64
 _STAGE = 8  # hex digits of the digest for the embeddings, and for each block
@@ -123,13 +124,14 @@ def fingerprint(model: nn.Module, last_layer: int, architecture: Architecture) -
         for p in stage.values()
     )
     digest = "".join(map(_hash, parameters)) if readable else None
+    config = text_config(base.config)
     shape = {
         "model_type": architecture.model_type,
         "layers": architecture.num_blocks,
-        "hidden": base.config.hidden_size,
+        "hidden": config.hidden_size,
         "intermediate": mlp_width(base.config),
-        "heads": base.config.num_attention_heads,
-        "vocab": base.config.vocab_size,
+        "heads": getattr(config, "num_attention_heads", None),
+        "vocab": config.vocab_size,
     }
     return BaseFingerprint(shape, digest, last_layer)
 

@@ -23,12 +23,12 @@ class _Stop(Exception):
 
 def hidden_of(output: Any) -> Tensor:
     """The hidden state (batch, tokens, d) in a block's output."""
-    return output[0] if isinstance(output, tuple) else output
+    return output[0] if isinstance(output, (tuple, list)) else output
 
 
 def with_hidden(output: Any, hidden: Tensor) -> Any:
     """A block's output with its hidden state exchanged."""
-    return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+    return type(output)([hidden, *output[1:]]) if isinstance(output, (tuple, list)) else hidden
 
 
 def form_of(output: Any) -> Any:
@@ -79,6 +79,22 @@ def watching_output(model: nn.Module, name: str, see: Callable[[Any], object]) -
         see(output)
 
     with model.get_submodule(name).register_forward_hook(watch):
+        yield
+
+
+@contextmanager
+def watching_calls(
+    model: nn.Module, names: Sequence[str], see: Callable[[str, Any, Any, Any], None]
+) -> Iterator[None]:
+    """Call ``see(name, args, kwargs, output)`` whenever one of the modules has run."""
+
+    def watch(name: str, _module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        see(name, args, kwargs, output)
+
+    with ExitStack() as stack:
+        for name in names:
+            register = model.get_submodule(name).register_forward_hook
+            stack.enter_context(register(partial(watch, name), with_kwargs=True))
         yield
 
 

@@ -243,7 +243,7 @@ class Reader:
     @property
     def positions(self) -> int | None:
         """How many positions the model has; None where it does not say."""
-        return getattr(getattr(self.model, "config", None), "max_position_embeddings", None)
+        return tokens.positions_of(self.model)
 
     def batches(self, rows: Sequence[Sequence[int]]) -> Iterator[tokens.PaddedBatch]:
         """Token rows in padded batches, as few as go where each pass brings weights to a GPU."""

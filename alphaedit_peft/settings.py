@@ -69,8 +69,8 @@ class EditOptions:
         "auto", "auto (the default) or paper, for settings left out", ("auto", "paper")
     )
     rewrite_layers: list[int] | None = _set(None, "blocks to rewrite; None: by model or depth")
-    rewrite_module: str | None = _set(None, "module name with {} for the block, other families")
-    block_module: str | None = _set(None, "block name with {} for its number, other families")
+    rewrite_module: str | None = _set(None, "module name with {} for the block; None: found")
+    block_module: str | None = _set(None, "block name with {} for its number; None: found")
 
     objective: str = _set("alphaedit", "alphaedit (projector) or memit (inverse key moment)")
     history: bool = _set(True, "protect earlier batches' keys; MEMIT's released code: False")

@@ -14,10 +14,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from alphaedit_peft.messages import shown
 
@@ -205,6 +205,16 @@ def subject_tokens(
             "of a word; let the subject end where a word does"
         )
     return places, beyond
+
+
+def positions_of(model: nn.Module) -> int | None:
+    """How many positions a model's config states; None where it states none."""
+    return getattr(text_config(getattr(model, "config", None)), "max_position_embeddings", None)
+
+
+def text_config(config: Any) -> Any:
+    """The part of a model's config that is about text, of one that also sees or hears."""
+    return getattr(config, "get_text_config", lambda: config)()
 
 
 def separator_between(text: str, target: str, separator: str) -> str:

@@ -1,4 +1,4 @@
-"""Every row of the families' table, taken through an edit; what is refused, and how it is said.
+"""Families of decoders, taken through an edit; what is refused, and how it is said.
 
 The law: with P = I and next to no ridge, the hidden state at the subject's last token after the
 last rewrite layer reaches the target value z. It fails where a wrong module is rewritten, where a
@@ -7,6 +7,7 @@ block does more to its MLP's output than add it, or where resuming above a block
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -16,11 +17,16 @@ from peft import PeftModel
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from alphaedit_peft import AlphaEditConfig, Edit, NullSpace, get_alphaedit_model
+from alphaedit_peft import (
+    AlphaEditConfig,
+    Edit,
+    NullSpace,
+    architecture,
+    get_alphaedit_model,
+    structure,
+)
 from alphaedit_peft.architecture import (
-    FAMILIES,
     PAPER_PRESETS,
-    REFUSED,
     default_rewrite_layers,
     describe,
     paper_preset,
@@ -57,7 +63,7 @@ LONGROPE = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [
 LONG = {"original_max_position_embeddings": 16, "rope_parameters": ROPE | LONGROPE}
 DYNAMIC = {"rope_parameters": {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4}}
 
-# row of the table, and what is special -> config class and its arguments
+# model type, and what is special -> config class and its arguments
 VARIANTS = {
     "gpt2": (hf.GPT2Config, GPT),
     "gptj": (hf.GPTJConfig, GPT | {"rotary_dim": 8}),
@@ -83,26 +89,10 @@ VARIANTS = {
         FALCON | {"new_decoder_architecture": True, "num_kv_heads": 2},
     ),
     "falcon/alibi": (hf.FalconConfig, FALCON | {"alibi": True}),
-}
-
-# families outside the table: blocks and rewrite module are named by the user
-OVERRIDDEN = {
-    "bloom": (
-        (hf.BloomConfig, IDS | {"hidden_size": 24, "n_layer": 4, "n_head": 4}),
-        ("transformer.h.{}", "transformer.h.{}.mlp.dense_4h_to_h"),
-    ),
-    "gpt_neo": (
-        (hf.GPTNeoConfig, NEO),
-        ("transformer.h.{}", "transformer.h.{}.mlp.c_proj"),
-    ),
-    "gemma": (
-        (hf.GemmaConfig, GATED | {"head_dim": 8}),
-        ("model.layers.{}", "model.layers.{}.mlp.down_proj"),
-    ),
-    "cohere": (
-        (hf.CohereConfig, GATED),
-        ("model.layers.{}", "model.layers.{}.mlp.down_proj"),
-    ),
+    "bloom": (hf.BloomConfig, IDS | {"hidden_size": 24, "n_layer": 4, "n_head": 4}),
+    "gpt_neo": (hf.GPTNeoConfig, NEO),
+    "gemma": (hf.GemmaConfig, GATED | {"head_dim": 8}),
+    "cohere": (hf.CohereConfig, GATED),
 }
 
 EDITS = [
@@ -113,7 +103,7 @@ EDITS = [
 
 def build(name: str) -> nn.Module:
     """A random model of a variant, whose activations are of order one."""
-    kind, arguments = VARIANTS[name] if name in VARIANTS else OVERRIDDEN[name][0]
+    kind, arguments = {**VARIANTS, "olmo2": (hf.Olmo2Config, GATED)}[name]
     config = kind(**arguments)
     config.initializer_range = 0.2
     with torch.random.fork_rng():
@@ -124,11 +114,8 @@ def build(name: str) -> nn.Module:
 def wrapped(name: str, layers: list[int], tokenizer):
     """A fresh base, and the same wrapped with P = I and next to no ridge."""
     base = build(name)
-    names = OVERRIDDEN[name][1] if name in OVERRIDDEN else (None, None)
     config = AlphaEditConfig(
         rewrite_layers=layers,
-        block_module=names[0],
-        rewrite_module=names[1],
         ridge=1e-9,
         ridge_mode="absolute",
         steps=5,
@@ -165,12 +152,8 @@ def logits(model: nn.Module, tokenizer) -> torch.Tensor:
         return model(input_ids=ids, use_cache=False).logits
 
 
-def test_the_table_is_covered():
-    assert {name.partition("/")[0] for name in VARIANTS} == set(FAMILIES)
-
-
 @pytest.mark.parametrize("layers", [[1], [0, 2]], ids=str)
-@pytest.mark.parametrize("name", [*VARIANTS, *OVERRIDDEN])
+@pytest.mark.parametrize("name", VARIANTS)
 def test_the_hidden_state_reaches_the_target_value(name, layers, tokenizer):
     model = wrapped(name, layers, tokenizer)
     before = all_hidden(model, layers[-1], tokenizer)
@@ -203,64 +186,66 @@ def test_plain_lora_computes_what_the_merged_model_does(name, tokenizer, tmp_pat
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_weights_lie_as_the_table_says(name):
+def test_weights_lie_as_they_are_found(name):
     model = build(name)
-    architecture = describe(model)
-    module = model.get_submodule(architecture.rewrite_name(3))
-    d_out, d_in = 32, WIDTH
-    expected = (d_in, d_out) if architecture.conv1d else (d_out, d_in)
+    found = describe(model)
+    module = model.get_submodule(found.rewrite_name(3))
+    d_out = model.get_input_embeddings().weight.shape[1]
+    d_in = 4 * d_out if name == "bloom" else WIDTH
+    expected = (d_in, d_out) if found.conv1d else (d_out, d_in)
     assert module.weight.shape == expected
-    assert architecture.conv1d == (type(module).__name__ == "Conv1D")
-    assert architecture.num_blocks == 4
-    assert architecture.model_type == name.partition("/")[0]
+    assert found.conv1d == (type(module).__name__ == "Conv1D")
+    assert found.num_blocks == 4
+    assert found.model_type == name.partition("/")[0]
 
 
-MOE = GATED | {"num_experts": 4, "moe_intermediate_size": 32}
+MOE = GATED | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 
 
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (hf.Gemma2Config(**GATED), "model_type='gemma2' .*norm after the MLP"),
-        (hf.Gemma3TextConfig(**GATED), "model_type='gemma3_text' .*norm after the MLP"),
-        (hf.Olmo2Config(**GATED), "model_type='olmo2' .*norm after the MLP"),
-        (hf.MixtralConfig(**GATED), "model_type='mixtral' .*mixtures of experts"),
-        (hf.Qwen3MoeConfig(**MOE), "model_type='qwen3_moe' .*mixtures of experts"),
-        (hf.T5Config(vocab_size=320), "model_type='t5' .*encoder-decoder"),
-        (hf.OpenAIGPTConfig(), "model_type='openai-gpt' .*norm after the MLP"),
-        (hf.GraniteConfig(residual_multiplier=0.22), "model_type='granite' .*scale the MLP"),
-        (hf.LlamaConfig(use_post_norm=True), "model_type='llama' .*norm after the MLP"),
-        (
-            hf.OPTConfig(**OPT, do_layer_norm_before=False),
-            "model_type='opt' .*norm after the MLP",
-        ),
+        (hf.MixtralConfig(**GATED), "no block has a matrix that writes.*routed experts"),
+        (hf.Qwen3MoeConfig(**MOE), "no block has a matrix that writes.*routed experts"),
+        (hf.BertConfig(**GATED), "BertLMHeadModel reads what comes after a token too"),
     ],
     ids=lambda value: getattr(value, "model_type", ""),
 )
 def test_refused(config, message):
-    model = nn.Module()  # the config alone decides
-    model.config = config
     with pytest.raises(ValueError, match=message):
-        describe(model)
+        describe(AutoModelForCausalLM.from_config(config).eval())
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        hf.Gemma2Config(**GATED, head_dim=8),
+        hf.Olmo2Config(**GATED),
+        hf.GraniteConfig(**GATED, residual_multiplier=0.22),
+        hf.OPTConfig(**OPT, do_layer_norm_before=False),
+    ],
+    ids=lambda config: config.model_type,
+)
+def test_what_stands_behind_the_rewrite_module_is_told(config):
+    message = r"its blocks do not add what model\..*layers\.0\..* puts out as it is \(a norm or a"
     with pytest.raises(ValueError, match=message):
-        describe(model, "model.layers.{}", "model.layers.{}.mlp.down_proj")
+        describe(AutoModelForCausalLM.from_config(config).eval())
+
+
+def test_an_encoder_decoder_is_refused():
+    config = hf.T5Config(vocab_size=320, d_model=32, d_kv=8, d_ff=WIDTH, num_layers=2, num_heads=4)
+    with pytest.raises(ValueError, match="T5ForConditionalGeneration is an encoder-decoder model"):
+        describe(hf.T5ForConditionalGeneration(config))
 
 
 def test_a_refused_family_would_break_the_law(monkeypatch, tokenizer):
-    monkeypatch.delitem(REFUSED, "olmo2")
-    names = ("model.layers.{}", "model.layers.{}.mlp.down_proj")
-    monkeypatch.setitem(OVERRIDDEN, "olmo2", ((hf.Olmo2Config, GATED), names))
+    found = structure.find_structure(build("olmo2"))
+    plain = [None if part is None else replace(part, adds=True) for part in found.rewrites]
+    monkeypatch.setattr(
+        architecture, "find_structure", lambda *_: replace(found, rewrites=tuple(plain))
+    )
     report = wrapped("olmo2", [1], tokenizer).edit(EDITS, progress=False)
     assert all(abs(result.total_share - 1) > 0.05 for result in report)
-
-
-def test_no_family_is_both_known_and_refused():
-    assert not set(FAMILIES) & set(REFUSED)
-
-
-def test_unknown_family_asks_for_names():
-    with pytest.raises(ValueError, match=r"model_type='bloom' is not in the table.*block_module="):
-        describe(build("bloom"))
 
 
 @pytest.mark.parametrize(
@@ -283,8 +268,12 @@ def test_wrong_module_names(names, message):
 def test_a_rewrite_module_can_be_named_within_a_known_family():
     module = "model.layers.{}.self_attn.o_proj"
     assert describe(build("llama"), rewrite_module=module).rewrite_name(2) == module.format(2)
-    c_fc = describe(build("gpt2"), rewrite_module="transformer.h.{}.mlp.c_fc")
-    assert c_fc.conv1d
+    assert describe(build("gpt2"), rewrite_module="transformer.h.{}.attn.c_proj").conv1d
+
+
+def test_a_named_module_must_write():
+    with pytest.raises(ValueError, match=r"'mlp\.c_fc' of GPT2Block does not write into the block"):
+        describe(build("gpt2"), rewrite_module="transformer.h.{}.mlp.c_fc")
 
 
 def test_a_model_without_config_is_refused():

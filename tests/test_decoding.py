@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from alphaedit_peft.decoding import Decoder, likeliest
 from tests.conftest import PEFT_ALONE, tiny_model
-from tests.test_architecture import GATED, IDS, OVERRIDDEN, VARIANTS, build
+from tests.test_architecture import GATED, IDS, VARIANTS, build
 
 MAMBA = IDS | {"hidden_size": 32, "num_hidden_layers": 3, "state_size": 8}
 CONV = {"layer_types": ["conv", "full_attention"] * 2, "block_auto_adjust_ff_dim": False}
@@ -84,7 +84,7 @@ def rows(count: int, length: int) -> torch.Tensor:
     return torch.randint(2, 320, (count, length), generator=torch.Generator().manual_seed(count))
 
 
-@pytest.mark.parametrize("name", [*VARIANTS, *OVERRIDDEN, *OTHERS])
+@pytest.mark.parametrize("name", [*VARIANTS, *OTHERS])
 def test_every_family_writes_its_argmax(name):
     """Also over the length (16) above which LongRoPE's tables are others."""
     model, ids = built(name), rows(3, 13)

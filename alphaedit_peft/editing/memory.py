@@ -35,6 +35,7 @@ from alphaedit_peft.editing.prompts import EditRows
 from alphaedit_peft.editing.runner import Runner
 from alphaedit_peft.settings import byte_count, bytes_in_words
 from alphaedit_peft.solve_metric import Metric
+from alphaedit_peft.tokens import text_config
 
 Part = TypeVar("Part")
 Found = TypeVar("Found")
@@ -167,10 +168,11 @@ def estimate(
 
 def _widths(runner: Runner) -> tuple[int, int, int]:
     """Of hidden states, of the MLP, and of keys (and of values) in a cache."""
-    config: Any = runner.model.config
+    model: Any = runner.model
+    config = text_config(model.config)
     module: Any = runner.model.get_submodule(runner.architecture.rewrite_name(runner.layers[0]))
     weight = getattr(module, "base_layer", module).weight
-    hidden, heads = config.hidden_size, config.num_attention_heads
+    hidden, heads = config.hidden_size, getattr(config, "num_attention_heads", None) or 1
     pairs = getattr(config, "num_key_value_heads", None) or heads
     head = getattr(config, "head_dim", None) or hidden // heads
     width = weight.numel() // hidden if weight.is_floating_point() else module.in_features

@@ -21,7 +21,7 @@ from alphaedit_peft.architecture import Architecture, position_switches
 from alphaedit_peft.devices import brings_to_gpu, reads_ids_on
 from alphaedit_peft.editing.prompts import Renderer, TokenRow
 from alphaedit_peft.settings import Settings
-from alphaedit_peft.tokens import PaddedBatch, batches
+from alphaedit_peft.tokens import PaddedBatch, batches, positions_of
 
 PHASES = ("contexts", "keys", "targets", "solve", "write", "score")
 
@@ -99,7 +99,7 @@ class Runner:
     @property
     def renderer(self) -> Renderer:
         """Writes out and tokenises prompts for this model."""
-        positions = getattr(self.model.config, "max_position_embeddings", None)
+        positions = positions_of(self.model)
         vocabulary = len(self.model.get_input_embeddings().weight)  # type: ignore[operator]
         return Renderer(self.tokenizer, self.settings, (positions, vocabulary))
 

@@ -100,7 +100,7 @@ def begin(model: EditedModel, adapter_name: str) -> None:
         lora: Any = base.get_submodule(model.architecture.rewrite_name(layer))
         empty = lora_layer.read_factors(lora, adapter_name, 0)
         lora_layer.write_factors(lora, adapter_name, empty)
-    make_adapter(model, adapter_name, Journal.empty(base.config.hidden_size))
+    make_adapter(model, adapter_name, Journal.empty(empty.B.shape[0]))
 
 
 def load_adapter(

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from alphaedit_peft.algebra import LowRankDelta
 from alphaedit_peft.devices import computes_on, for_solving, held, in_place
+from alphaedit_peft.messages import shown
 
 ROUNDED = (torch.bfloat16, torch.float16)
 _NUMBERS = ("r", "lora_alpha", "scaling")
@@ -131,6 +132,22 @@ def merge_again(before: list[tuple[Any, list[str]]]) -> None:
     for layer, names in before:
         if names and not layer.merged:
             layer.merge(adapter_names=names)
+
+
+def require_placed(model: Any, names: Iterable[str]) -> None:
+    """Refuse, and unload, a model where PEFT put a LoRA elsewhere than on the named modules.
+
+    In some families with experts it renames ``target_modules`` that end as their experts' did once,
+    and a shared expert's end so too.
+    """
+    missing = [n for n in names if n not in lora_layers(model.get_base_model())]
+    if missing:
+        elsewhere = [n for n in lora_layers(model.get_base_model()) if n not in missing]
+        model.unload()
+        raise ValueError(
+            f"PEFT puts the LoRA of {missing[0]} on {shown(elsewhere)} instead, as it renames "
+            "targets of models with experts; this model cannot be edited yet"
+        )
 
 
 def require_factors(model: nn.Module, adapter: str) -> None:

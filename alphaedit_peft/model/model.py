@@ -103,9 +103,12 @@ class AlphaEditModel(PeftModelForCausalLM):
             # PEFT reads a property by its former name
             warnings.filterwarnings("ignore", ".is_gradient_checkpointing.", FutureWarning)
             super().__init__(model, plain_lora or full.lora_config(architecture, 1), adapter_name)
+            self.trained_before = frozenset(trained)
+            if plain_lora is None:
+                names = map(architecture.rewrite_name, full.rewrite_layers or ())
+                lora_layer.require_placed(self, names)
             lora_layer.make_exact(self)
             lora_layer.place_factors(self)
-            self.trained_before = frozenset(trained)
             self.alphaedit_config, self.architecture = full, architecture
             self.base_fingerprint = own_fingerprint
             self.resources = resources or Resources()

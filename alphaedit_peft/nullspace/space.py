@@ -21,7 +21,7 @@ from typing import Any
 
 from torch import Tensor
 
-from alphaedit_peft import hooks, parallel
+from alphaedit_peft import hooks, parallel, tokens
 from alphaedit_peft.architecture import position_switches, resolve
 from alphaedit_peft.devices import require_whole
 from alphaedit_peft.fingerprint import BaseFingerprint, bare_model, fingerprint, require_same_base

@@ -74,7 +74,7 @@ class Tracer:
 
     def require_fit(self, ids: Sequence[int], text: str) -> None:
         """Refuse a prompt that the model has no positions or ids for; ValueError says which."""
-        positions = getattr(self.model.config, "max_position_embeddings", None)
+        positions = tokens.positions_of(self.model)
         limits = (positions, len(self.embeddings.weight))  # type: ignore[arg-type]
         tokens.require_fit(ids, max(ids), text, limits, "leave the fact out")
 

@@ -11,7 +11,7 @@ from alphaedit_peft import AlphaEditConfig
 from alphaedit_peft.editing import contexts
 from alphaedit_peft.editing.contexts import STARTS, sample_contexts
 from tests.conftest import tiny_model
-from tests.test_architecture import OVERRIDDEN, VARIANTS
+from tests.test_architecture import VARIANTS
 from tests.test_decoding import OTHERS, OWN, built, set_all
 
 
@@ -95,7 +95,7 @@ def test_on_the_cpu_no_other_generator_is_touched(tokenizer, monkeypatch):
     assert sample_contexts(model, tokenizer, AlphaEditConfig())
 
 
-@pytest.mark.parametrize("name", [*VARIANTS, *OVERRIDDEN, *OTHERS])
+@pytest.mark.parametrize("name", [*VARIANTS, *OTHERS])
 def test_every_familys_contexts_are_those_sampled_one_after_another(name, tokenizer):
     model = built(name)
     config = AlphaEditConfig(num_contexts=7, context_length=6, seed=3)

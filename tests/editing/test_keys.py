@@ -12,7 +12,7 @@ from alphaedit_peft.editing.runner import Runner
 from alphaedit_peft.settings import Settings
 from tests import oracle
 from tests.editing.test_batch import CONTEXTS, EDITS
-from tests.test_architecture import OVERRIDDEN, VARIANTS, build
+from tests.test_architecture import VARIANTS, build
 
 # in a float64 model, Bloom's position biases and the attention scores of GPT-J and GPT-Neo are
 # float32, and a matrix product's last bits depend on its shape
@@ -22,10 +22,7 @@ LAYERS = ([1, 2], [0, 2])
 
 def runner_for(name: str, tokenizer, layers, contexts=CONTEXTS, **changes) -> Runner:
     model = build(name).double()
-    names = OVERRIDDEN[name][1] if name in OVERRIDDEN else (None, None)
-    config = AlphaEditConfig(
-        rewrite_layers=list(layers), block_module=names[0], rewrite_module=names[1], **changes
-    )
+    config = AlphaEditConfig(rewrite_layers=list(layers), **changes)
     full, architecture = config.resolve(model)
     return Runner(model, tokenizer, Settings.of(full), architecture, tuple(contexts))
 
@@ -73,7 +70,7 @@ def agree(found, expected, tolerance: float = 1e-12) -> bool:
 
 
 @pytest.mark.parametrize("layers", LAYERS, ids=str)
-@pytest.mark.parametrize("name", [*VARIANTS, *OVERRIDDEN])
+@pytest.mark.parametrize("name", VARIANTS)
 def test_every_familys_readings_are_the_plain_paths(name, layers, tokenizer):
     runner = runner_for(name, tokenizer, layers, tokens_per_batch=40)
     edits, tolerance = tokenised(runner), TOLERANCE.get(name, 1e-12)

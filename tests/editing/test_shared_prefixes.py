@@ -15,7 +15,7 @@ from alphaedit_peft.editing.targets.continuation import FromSubject
 from tests.conftest import tiny_model
 from tests.editing.targets.test_continuation import all_rows, with_cache, without_what_was_before
 from tests.editing.test_keys import agree, plain, runner_for, tokenised
-from tests.test_architecture import OVERRIDDEN, VARIANTS
+from tests.test_architecture import VARIANTS
 
 
 def saved(found) -> int:
@@ -108,7 +108,7 @@ def test_no_more_prefixes_than_fit_in_a_pass(tokenizer, monkeypatch):
     assert len(some.prefixes) == 1 < len(every.prefixes)
 
 
-@pytest.mark.parametrize("name", [*VARIANTS, *OVERRIDDEN])
+@pytest.mark.parametrize("name", VARIANTS)
 def test_every_family_goes_on_from_shared_prefixes_to_the_plain_paths_keys(
     name, tokenizer, monkeypatch
 ):

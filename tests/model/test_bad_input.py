@@ -16,6 +16,7 @@ from alphaedit_peft import (
     get_alphaedit_model,
 )
 from alphaedit_peft.fingerprint import fingerprint
+from alphaedit_peft.structure import find_structure
 from tests.conftest import CORPUS, tiny_config, tiny_model
 from tests.model.test_model import EDITS, SETTINGS, logits, same_bits, weights, wrap
 
@@ -70,9 +71,12 @@ def test_one_bad_edit_stops_the_call_before_anything_is_written(model, tokenizer
 @pytest.mark.parametrize("name", ["model.layers.0.mlp.down_proj", "model.layers.3.mlp.up_proj"])
 def test_base_that_is_not_finite(tokenizer, name, value):
     base = tiny_model("llama")
-    with torch.no_grad():
-        base.get_submodule(name).weight[3, 3] = value
     model = wrap(base, tokenizer)
+    with torch.no_grad():
+        part = base.get_submodule(name)
+        getattr(part, "base_layer", part).weight[3, 3] = value
+    with pytest.raises(ValueError, match=rf"not finite: {name}.*\.weight holds NaN or infinity"):
+        find_structure(base)
     before, calls = model.factors, []
     try:
         report = model.edit(EDITS, progress=False)

@@ -16,6 +16,7 @@ from alphaedit_peft.config import AlphaEditConfig
 from alphaedit_peft.nullspace import KeyMoments
 from alphaedit_peft.nullspace.corpus import expected_tokens
 from tests.conftest import PEFT_ALONE
+from tests.nullspace.test_collecting import is_probe
 
 
 def naive_moment(model: nn.Module, tokenizer, texts, module: str) -> Tensor:
@@ -85,8 +86,9 @@ def test_padding_and_batch_size_change_nothing(size, model, tokenizer, texts, co
 
 
 def test_blocks_above_the_last_rewrite_layer_never_run(model, tokenizer, texts, config):
-    def never(*_):
-        raise AssertionError("ran")
+    def never(_module, args):
+        if not is_probe(args):
+            raise AssertionError("ran")
 
     model.transformer.h[3].register_forward_pre_hook(never)
     model.lm_head.register_forward_pre_hook(never)
@@ -183,8 +185,9 @@ def test_no_tokens(model, tokenizer, config):
 
 
 def test_keys_that_are_not_finite_are_named(model, tokenizer, texts, config):
-    with torch.no_grad():
-        model.transformer.h[2].mlp.c_fc.bias[0] = float("nan")
+    model.transformer.h[2].mlp.c_fc.register_forward_hook(
+        lambda _module, args, output: output if is_probe(args) else output * float("nan")
+    )
     with pytest.raises(ValueError, match=r"transformer\.h\.2\.mlp\.c_proj hold NaN .*float32"):
         KeyMoments.collect(model, tokenizer, texts, config, progress=False)
 

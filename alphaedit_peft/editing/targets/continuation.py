@@ -231,7 +231,8 @@ class _Suffixes:
         A rewrite module that the user names may be part of something that mixes tokens.
         """
         architecture, last = self.runner.architecture, self.runner.blocks[-1]
-        name = architecture.rewrite_name(architecture.num_blocks - 1).rpartition(".")[0]
+        found = architecture.rewrites[-1]
+        name = last if found is None else found.module.rpartition(".")[0]
         if self.runner.settings.rewrite_module is not None or name == last:
             return nullcontext()
         return hooks.running_at(self.runner.model, name, where)

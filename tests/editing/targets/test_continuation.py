@@ -18,7 +18,7 @@ from tests.conftest import tiny_model
 from tests.editing.test_batch import EDITS, settings
 from tests.editing.test_batch import runner_for as runner_of
 from tests.editing.test_keys import runner_for, tokenised
-from tests.test_architecture import GATED, OVERRIDDEN, VARIANTS
+from tests.test_architecture import GATED, VARIANTS
 
 LAYERS = [0, 1]
 
@@ -43,7 +43,7 @@ def everything(continuation, rows, moved):
     return torch.cat([found[i] for i in range(len(rows))]), len(batches)
 
 
-@pytest.mark.parametrize("name", [*VARIANTS, *OVERRIDDEN])
+@pytest.mark.parametrize("name", VARIANTS)
 def test_tails_give_what_whole_rows_give_wherever_they_are_cut(name, tokenizer, monkeypatch):
     runner = runner_for(name, tokenizer, LAYERS, tokens_per_batch=60)
     rows, autocast = all_rows(runner), Autocast(runner)
@@ -65,7 +65,7 @@ def test_tails_give_what_whole_rows_give_wherever_they_are_cut(name, tokenizer, 
             assert (unmoved - expected).abs().max() > 1e-2
 
 
-@pytest.mark.parametrize("name", [*VARIANTS, *OVERRIDDEN])
+@pytest.mark.parametrize("name", VARIANTS)
 def test_every_familys_float32_targets_are_the_plain_oracles(name, tokenizer):
     adam = {"steps": 4, "learning_rate": 0.1, "learning_rate_mode": "absolute", "clamp_factor": 0.5}
     runner = runner_for(name, tokenizer, LAYERS, **adam)
