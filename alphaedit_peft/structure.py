@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from alphaedit_peft import hooks
 from alphaedit_peft.devices import reads_ids_on
+from alphaedit_peft.tokens import text_config
 
 TOKENS = 7  # of the probe; the last but one is looked at
 ALIKE = 1e-3  # of the vector added: the block puts it out as it is; bfloat16 rounds at 4e-3 a step
@@ -60,7 +61,8 @@ def find_structure(
 ) -> Structure:
     """Find a model's blocks and their rewrite modules by running it on a few tokens.
 
-    Blocks made of the same modules of the same sizes are probed once.
+    Blocks made of the same modules of the same sizes are probed once. Of a model on torch's meta
+    device only sizes are known: nothing is proved there.
 
     Args:
         block_module: a block's name with ``{}`` for its number, where another is meant.
@@ -71,6 +73,8 @@ def find_structure(
             later ones, whose blocks cannot be told, or run more than once; names that it does not
             have, or a module that does not write.
     """
+    if next(model.parameters()).is_meta and rewrite_module is None:
+        return _by_sizes(model)
     with hooks.evaluating(model):
         ids = _probe_ids(model)
         stack = _stack_of(model, ids) if block_module is None else _stem(model, block_module)
@@ -94,6 +98,28 @@ def find_structure(
                 part = known[kind]
             rewrites.append(None if part is None else _rewrite(model, f"{name}.{part[0]}", part[1]))
     return Structure(tuple(blocks), tuple(rewrites))
+
+
+def _by_sizes(model: nn.Module) -> Structure:
+    """What a model without weights shows: in each block the widest matrix that puts out d."""
+    config: Any = model.config
+    features = text_config(config).hidden_size
+    lists = {name: part for name, part in model.named_modules() if isinstance(part, nn.ModuleList)}
+    stack = max(lists, key=lambda name: len(lists[name]), default=None)
+    blocks = {} if stack is None else dict(lists[stack].named_children())
+    rewrites: list[Rewrite | None] = []
+    for number, block in blocks.items():
+        found = None
+        for name, part in block.named_modules():
+            if not _weight(part) or type(part) is nn.Embedding:
+                continue
+            rewrite = _rewrite(model, f"{stack}.{number}.{name}", True)
+            weight: Any = part.weight
+            d_in, d_out = weight.shape if rewrite.conv1d else weight.shape[::-1]
+            if d_out == features and (found is None or d_in >= found[0]):
+                found = d_in, rewrite
+        rewrites.append(None if found is None else found[1])
+    return Structure(tuple(f"{stack}.{number}" for number in blocks), tuple(rewrites))
 
 
 def _block(model: nn.Module, name: str, call: _Call) -> _Block:
@@ -241,6 +267,8 @@ class _Block:
 
     def __init__(self, module: nn.Module, call: _Call) -> None:
         self.module, self.call = module, call
+        if hasattr(call.output, "_make"):
+            raise TypeError(f"it puts out a named tuple {type(call.output).__name__}")
         self.output = hooks.hidden_of(call.output)
         self.axis = [k for k, size in enumerate(self.output.shape[:-1]) if size == TOKENS][-1]
         self.candidates = self._candidates()

@@ -60,7 +60,7 @@ def test_paper_preset_holds_the_papers_numbers(paper_model):
     layers, module, steps, rate, weight = PAPER[name]
     full, architecture = AlphaEditConfig(preset="paper").resolve(model)
     assert full.rewrite_layers == layers
-    assert architecture.rewrite == module
+    assert architecture.rewrite_name(0) == module.replace("{}", "0")
     assert architecture.conv1d == (name == "gpt2-xl")
     assert (full.steps, full.learning_rate, full.moment_weight) == (steps, rate, weight)
     assert values(full, COMMON) == COMMON

@@ -61,7 +61,10 @@ _MAMBA = {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8}
 _INDEXED = {"num_key_value_heads": 4, "head_dim": 4, "index_topk": 4, "index_head_dim": 8}
 _ZAMBA = ["mamba", "mamba", "hybrid", "mamba", "hybrid"]
 OWN: dict[str, dict[str, Any]] = {
-    **{kind: {"num_key_value_heads": 4} for kind in ("axk1", "axk2", "minicpm3", "youtu")},
+    **{
+        kind: {"num_key_value_heads": 4}
+        for kind in ("axk1", "axk2", "kimi_linear", "minicpm3", "youtu")
+    },
     "deepseek_v32": {**_INDEXED, "index_n_heads": 2},
     "glm_moe_dsa": {**_INDEXED, "index_n_heads": 2},
     "longcat_flash": {"head_dim": 4},
@@ -95,9 +98,10 @@ OWN: dict[str, dict[str, Any]] = {
         "layers_block_type": _ZAMBA,
     },
 }
-# composite ones, whose towers for pictures and sound stay large whatever their text part is
+# composite ones, whose towers for pictures and sound stay large whatever their text part is, and one
+# whose linear attention takes minutes without its own kernels
 LARGE = frozenset(
-    "dots3_note dots3_note_text fuyu gemma3 gemma4 got_ocr2 longcat_flash moss_transcribe_diarize "
+    "dots3_note dots3_note_text fuyu kimi_linear gemma3 gemma4 got_ocr2 longcat_flash moss_transcribe_diarize "
     "qwen4_exp qwen4_exp_text".split()
 )
 ENTRIES: dict[str, str] = {
@@ -161,7 +165,7 @@ def judge(model_type: str) -> dict[str, str]:
     """What becomes of an entry: its class, its rewrite modules, and ``edited`` or the reason."""
     row = {"class": ENTRIES[model_type], "modules": ""}
     if model_type in LARGE:
-        return row | {"result": "not tried: its tiny config is still large"}
+        return row | {"result": "not tried: even its tiny config is large or slow"}
     try:
         base = build(model_type)
     except Exception as error:

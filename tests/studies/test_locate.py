@@ -160,7 +160,7 @@ def test_logits_that_are_not_finite_are_refused(tokenizer):
     model = tiny_model("llama")
     with torch.no_grad():
         model.lm_head.weight.fill_(float("nan"))
-    with pytest.raises(ValueError, match="logits are not finite"):
+    with pytest.raises(ValueError, match="are not finite: lm_head"):
         locate(model, tokenizer, [EDIT], AlphaEditConfig(), samples=1)
 
 
