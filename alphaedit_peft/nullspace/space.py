@@ -488,7 +488,7 @@ def _batches(
     return token_batches(
         corpus,
         tokenizer,
-        window=min(getattr(base.config, "max_position_embeddings", None) or most, most),
+        window=min(tokens.positions_of(base) or most, most),
         tokens_per_batch=most,
         max_tokens=max_tokens,
         switches=position_switches(base.config),

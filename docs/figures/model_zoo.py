@@ -98,11 +98,11 @@ OWN: dict[str, dict[str, Any]] = {
         "layers_block_type": _ZAMBA,
     },
 }
-# composite ones, whose towers for pictures and sound stay large whatever their text part is, and one
-# whose linear attention takes minutes without its own kernels
+# composite ones, whose towers for pictures and sound stay large whatever the text part is, and one
+# whose linear attention takes minutes without kernels of its own
 LARGE = frozenset(
-    "dots3_note dots3_note_text fuyu kimi_linear gemma3 gemma4 got_ocr2 longcat_flash moss_transcribe_diarize "
-    "qwen4_exp qwen4_exp_text".split()
+    "dots3_note dots3_note_text fuyu gemma3 gemma4 got_ocr2 kimi_linear longcat_flash "
+    "moss_transcribe_diarize qwen4_exp qwen4_exp_text".split()
 )
 ENTRIES: dict[str, str] = {
     kind: name if isinstance(name, str) else name[0]
