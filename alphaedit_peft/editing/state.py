@@ -8,15 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from alphaedit_peft.algebra import LowRankDelta
 from alphaedit_peft.cholesky import KeptFactor
-from alphaedit_peft.config import AlphaEditConfig
 from alphaedit_peft.pack.edit_record import EditRecord
+
+if TYPE_CHECKING:  # what a page shows of a pack needs no PEFT
+    from alphaedit_peft.config import AlphaEditConfig
 
 
 class _Recorded:
