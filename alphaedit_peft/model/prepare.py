@@ -179,11 +179,14 @@ def _require_same_null_space(model: EditedModel, adapter: Adapter) -> None:
         if journal.rank == 0 or journal.null_space is None or given is None:
             continue
         names = ("digest", *kind(model.alphaedit_config.objective).rows_depend_on)
-        if any(journal.null_space.get(name) != given[name] for name in names):
+        made = {key: (journal.null_space.get(key), given[key]) for key in names}
+        other = {key: (old, new) for key, (old, new) in made.items() if old != new}
+        if other:
+            told = ", ".join(f"{key} {old}, not {new}" for key, (old, new) in other.items())
+            first = "pass that null space" if "digest" in other else "set the first"
             raise ValueError(
-                f"the edits of adapter {name!r} were made with null space "
-                f"{journal.null_space}, and {given} was given; rows of two projectors do not "
-                "go together: pass the first, or make the edits anew"
+                f"the edits of adapter {name!r} were made with {told}; rows of two projectors do "
+                f"not go together: {first}, or make the edits anew"
             )
 
 

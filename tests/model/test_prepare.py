@@ -190,7 +190,7 @@ def test_memit_goes_on_at_the_recorded_weight(tokenizer, tmp_path):
         other = memit(tokenizer, moment_weight=3.0)
         other.load_adapter(tmp_path / name, "pack")
         other.set_adapter("pack")
-        with pytest.raises(ValueError, match=r"'moment_weight': 3.0.* do not go together"):
+        with pytest.raises(ValueError, match=r"moment_weight 16\.0, not 3\.0; .* set the first"):
             other.edit(EDITS[2:], progress=False)
 
 
