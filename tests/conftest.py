@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,10 @@ from alphaedit_peft import embedded
 # tests run in as many processes as there are cores: one thread for each, and for what they start
 os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1)
+
+# a shell that runs the tests in the background lets them ignore Ctrl-C, which some of them send
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ROOT = Path(__file__).resolve().parents[1]  # of the repository
 FULL = 4096
