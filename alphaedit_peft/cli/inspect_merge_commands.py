@@ -143,7 +143,7 @@ def rollback(  # noqa: PLR0913
 ) -> None:
     """Take back a pack's last batches of edits, and write what remains as a pack.
 
-    What remains is poured again from its stored target values, as if the others had never been
+    What remains is written again from its stored target values, as if the others had never been
     made; nothing is optimised anew.
 
     `alphaedit rollback MODEL pack --null-space ns --out smaller-pack`

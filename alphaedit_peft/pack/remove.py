@@ -18,7 +18,7 @@ from alphaedit_peft.pack.contents import Pack, PackContents, require_projected, 
 from alphaedit_peft.pack.edit_record import EditRecord, asked, few
 from alphaedit_peft.pack.parents import parent_entry
 
-REPOUR = "AlphaEditModel.remove_edits, which pours the others again,"
+REPOUR = "AlphaEditModel.remove_edits, which writes the others again,"
 
 
 @dataclass(frozen=True)
