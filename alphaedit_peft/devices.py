@@ -81,6 +81,11 @@ def keeps_elsewhere(model: nn.Module) -> bool:
     return any(parameter.is_meta for parameter in model.parameters())
 
 
+def has_no_weights(model: nn.Module) -> bool:
+    """Whether a model was made on the meta device: nothing brings in what its weights are."""
+    return keeps_elsewhere(model) and not any(map(_offloading, model.modules()))
+
+
 def brings_to_gpu(model: nn.Module) -> bool:
     """Whether each pass brings weights over to a GPU, which takes as long as thousands of tokens.
 
@@ -118,7 +123,7 @@ def require_whole(model: nn.Module) -> None:
             f"the base model is wrapped in {kind}, whose module is what can be edited; pass "
             "model.module, and let each process have all of it"
         )
-    if keeps_elsewhere(model) and not any(_offloading(module) for module in model.modules()):
+    if has_no_weights(model):
         raise ValueError(
             f'{kind} has no weights: it was made on the device "meta", where parameters are shapes '
             "alone; load it with from_pretrained, or give it weights first (to_empty, then "

@@ -1,6 +1,6 @@
 """Find the decoder blocks and rewrite modules of any causal language model, and prove them.
 
-In: a model from transformers. Out: :class:`Found` by block: which module an edit rewrites, and
+In: a model from transformers. Out: a :class:`Rewrite` a block: which module an edit rewrites, and
 whether the block adds its output to the residual stream as it is. Nothing is guessed from names: a
 forward pass over a few tokens tells what runs, and a random vector added to a module's output tells
 where it goes. Blocks are the outermost ``ModuleList`` whose children put out hidden states. In a
@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from alphaedit_peft import hooks
-from alphaedit_peft.devices import reads_ids_on
+from alphaedit_peft.devices import has_no_weights, reads_ids_on
 from alphaedit_peft.tokens import text_config
 
 TOKENS = 7  # of the probe; the last but one is looked at
@@ -73,13 +73,14 @@ def find_structure(
             later ones, whose blocks cannot be told, or run more than once; names that it does not
             have, or a module that does not write.
     """
-    if next(model.parameters()).is_meta and rewrite_module is None:
+    if has_no_weights(model) and rewrite_module is None:
         return _by_sizes(model)
+    named_stack = [] if block_module is None else [_stem(model, block_module)]
     with hooks.evaluating(model):
-        ids = _probe_ids(model)
-        stack = _stack_of(model, ids) if block_module is None else _stem(model, block_module)
-        blocks = [f"{stack}.{name}" for name, _ in model.get_submodule(stack).named_children()]
-        calls = _calls_of(model, ids, blocks)
+        calls = _calls_in(model, named_stack or _lists(model))
+        stack = named_stack[0] if named_stack else _stack_of(model, calls)
+        blocks = _children(model, stack)
+        calls = {name: calls[name] for name in blocks if name in calls}
         if any(len(some) > 1 for some in calls.values()):
             raise ValueError(
                 f"{type(model).__name__} runs its blocks {stack} more than once in a pass: one "
@@ -91,11 +92,7 @@ def find_structure(
             named = None if rewrite_module is None else _within(model, name, rewrite_module, number)
             part = None
             if name in calls:
-                block = _block(model, name, calls[name][0])
-                kind = block.kind()
-                if kind not in known:
-                    known[kind] = block.rewrite() if named is None else block.proved(named)
-                part = known[kind]
+                part = _proved(model, name, calls[name][0], named, known)
             rewrites.append(None if part is None else _rewrite(model, f"{name}.{part[0]}", part[1]))
     return Structure(tuple(blocks), tuple(rewrites))
 
@@ -104,27 +101,39 @@ def _by_sizes(model: nn.Module) -> Structure:
     """What a model without weights shows: in each block the widest matrix that puts out d."""
     config: Any = model.config
     features = text_config(config).hidden_size
-    lists = {name: part for name, part in model.named_modules() if isinstance(part, nn.ModuleList)}
-    stack = max(lists, key=lambda name: len(lists[name]), default=None)
-    blocks = {} if stack is None else dict(lists[stack].named_children())
+    stack = max(_lists(model), key=lambda name: len(_children(model, name)), default=None)
+    blocks = [] if stack is None else _children(model, stack)
     rewrites: list[Rewrite | None] = []
-    for number, block in blocks.items():
+    for block in blocks:
         found = None
-        for name, part in block.named_modules():
+        for name, part in model.get_submodule(block).named_modules():
             if not _weight(part) or type(part) is nn.Embedding:
                 continue
-            rewrite = _rewrite(model, f"{stack}.{number}.{name}", True)
+            rewrite = _rewrite(model, f"{block}.{name}", True)
             weight: Any = part.weight
             d_in, d_out = weight.shape if rewrite.conv1d else weight.shape[::-1]
             if d_out == features and (found is None or d_in >= found[0]):
                 found = d_in, rewrite
         rewrites.append(None if found is None else found[1])
-    return Structure(tuple(f"{stack}.{number}" for number in blocks), tuple(rewrites))
+    return Structure(tuple(blocks), tuple(rewrites))
 
 
-def _block(model: nn.Module, name: str, call: _Call) -> _Block:
+def _proved(
+    model: nn.Module,
+    name: str,
+    call: _Call,
+    named: str | None,
+    known: dict[Any, tuple[str, bool] | None],
+) -> tuple[str, bool] | None:
+    """What ``_Block`` finds in a block, or found in one of its kind; ``known`` keeps it."""
     try:
-        return _Block(model.get_submodule(name), call)
+        block = _Block(model.get_submodule(name), call)
+        kind = block.kind()
+        if kind not in known:
+            known[kind] = block.rewrite() if named is None else block.proved(named)
+        return known[kind]
+    except torch.OutOfMemoryError:
+        raise
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError) as error:
         raise ValueError(
             f"block {name} of {type(model).__name__} does not run by itself as it ran in the model "
@@ -179,21 +188,27 @@ class _Call:
     output: Any
 
 
-def _probe_ids(model: nn.Module) -> Tensor:
-    """A row of distinct ids, (1, tokens), spread over the vocabulary, that the model can read.
+def _calls_in(model: nn.Module, stacks: Sequence[str]) -> dict[str, list[_Call]]:
+    """By name, the calls of the children of modules in one pass over ``_probe_ids``.
 
-    Whether a token's logits depend on those behind it is tried on the way.
+    Whether a token's logits depend on those behind it is tried with a second one.
+
+    Raises:
+        ValueError: they do; the model does not run on ids alone, or its logits are not finite.
     """
-    embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
-    if not isinstance(getattr(embedding, "weight", None), Tensor):
-        raise ValueError(f"{type(model).__name__} has no token embedding; pass a causal LM")
-    count = len(embedding.weight)
-    ids = torch.arange(1, TOKENS + 1, device=reads_ids_on(model)) * max(count // (TOKENS + 1), 1)
-    ids = (ids % count)[None]
-    turned = ids[:, [0, *range(TOKENS - 1, 0, -1)]]
-    first, second = (_logits(model, some)[0, 0] for some in (ids, turned))
+    calls: dict[str, list[_Call]] = {}
+
+    def see(name: str, args: Any, kwargs: Any, output: Any) -> None:
+        calls.setdefault(name, []).append(_Call(_copied(args), _copied(kwargs), _copied(output)))
+
+    ids = _probe_ids(model)
+    children = [child for stack in stacks for child in _children(model, stack)]
+    with hooks.watching_calls(model, children, see):
+        first = _logits(model, ids)[0, 0]
+    second = _logits(model, ids[:, [0, *range(TOKENS - 1, 0, -1)]])[0, 0]
     if not (first.isfinite().all() and second.isfinite().all()):
-        bad = next((n for n, w in model.named_parameters() if not w.isfinite().all()), None)
+        weights = ((n, w) for n, w in model.named_parameters() if not w.is_meta)
+        bad = next((n for n, w in weights if not w.isfinite().all()), None)
         why = "its dtype is too narrow; load it in float32 or bfloat16"
         raise ValueError(
             f"the logits of {type(model).__name__} are not finite: "
@@ -205,12 +220,24 @@ def _probe_ids(model: nn.Module) -> Tensor:
             f"{type(model).__name__} reads what comes after a token too: it is an encoder; use a "
             "causal language model (is_decoder=True in its config, where it can be one)"
         )
-    return ids
+    return calls
+
+
+def _probe_ids(model: nn.Module) -> Tensor:
+    """A row of distinct ids, (1, tokens), spread over the vocabulary."""
+    embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
+    if not isinstance(getattr(embedding, "weight", None), Tensor):
+        raise ValueError(f"{type(model).__name__} has no token embedding; pass a causal LM")
+    count = len(embedding.weight)
+    ids = torch.arange(1, TOKENS + 1, device=reads_ids_on(model)) * max(count // (TOKENS + 1), 1)
+    return (ids % count)[None]
 
 
 def _logits(model: nn.Module, ids: Tensor) -> Tensor:
     try:
         return model(input_ids=ids, use_cache=False).logits  # (1, tokens, vocab)
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:
         raise ValueError(
             f"{type(model).__name__} does not run on token ids alone: {type(error).__name__}: "
@@ -218,27 +245,25 @@ def _logits(model: nn.Module, ids: Tensor) -> Tensor:
         ) from error
 
 
-def _stack_of(model: nn.Module, ids: Tensor) -> str:
+def _lists(model: nn.Module) -> list[str]:
+    return [name for name, part in model.named_modules() if isinstance(part, nn.ModuleList)]
+
+
+def _children(model: nn.Module, name: str) -> list[str]:
+    return [f"{name}.{child}" for child, _ in model.get_submodule(name).named_children()]
+
+
+def _stack_of(model: nn.Module, calls: Mapping[str, Sequence[_Call]]) -> str:
     """Name of the outermost ModuleList whose children put out hidden states, the longest one."""
-    shapes: dict[str, set[tuple[int, ...]]] = {}
-
-    def see(name: str, _args: Any, _kwargs: Any, output: Any) -> None:
-        hidden = hooks.hidden_of(output)
-        if isinstance(hidden, Tensor) and hidden.is_floating_point():
-            shapes.setdefault(name, set()).add(tuple(hidden.shape))
-
-    lists = {name: part for name, part in model.named_modules() if isinstance(part, nn.ModuleList)}
-    children = [f"{name}.{k}" for name, part in lists.items() for k, _ in part.named_children()]
-    with hooks.watching_calls(model, children, see):
-        model(input_ids=ids, use_cache=False)
     found: dict[str, int] = {}
-    for name, part in lists.items():
+    for name in _lists(model):
         if any(name.startswith(f"{outer}.") for outer in found):
             continue
-        seen = [shapes.get(f"{name}.{child}", set()) for child, _ in part.named_children()]
-        ran = [some for some in seen if some]
-        alike = bool(ran) and len(set().union(*ran)) == 1
-        if alike and TOKENS in next(iter(ran[0]))[:-1]:
+        ran = [calls[child] for child in _children(model, name) if child in calls]
+        outputs = [hooks.hidden_of(call.output) for some in ran for call in some]
+        states = [o for o in outputs if isinstance(o, Tensor) and o.is_floating_point()]
+        shapes = {tuple(state.shape) for state in states}
+        if len(shapes) == 1 and TOKENS in next(iter(shapes))[:-1]:
             found[name] = len(ran)
     most = [name for name in found if found[name] == max(found.values())]
     if len(most) != 1:
@@ -248,18 +273,6 @@ def _stack_of(model: nn.Module, ids: Tensor) -> str:
             "block_module='model.layers.{}', rewrite_module='model.layers.{}.mlp.down_proj'"
         )
     return most[0]
-
-
-def _calls_of(model: nn.Module, ids: Tensor, names: Sequence[str]) -> dict[str, list[_Call]]:
-    """Calls of the named modules in one forward pass, of those that run."""
-    calls: dict[str, list[_Call]] = {}
-
-    def see(name: str, args: Any, kwargs: Any, output: Any) -> None:
-        calls.setdefault(name, []).append(_Call(_copied(args), _copied(kwargs), _copied(output)))
-
-    with hooks.watching_calls(model, names, see):
-        model(input_ids=ids, use_cache=False)
-    return calls
 
 
 class _Block:
@@ -405,10 +418,11 @@ class _Block:
 
 
 def _weight(module: nn.Module) -> bool:
-    """Whether a module multiplies by a matrix: a linear layer, or a LoRA layer around one."""
+    """Whether a module multiplies by a matrix: a linear layer, packed or not, or a LoRA around."""
     weight = getattr(module, "weight", None)
     alone = not list(module.children()) or hasattr(module, "base_layer")
-    return alone and isinstance(weight, Tensor) and weight.ndim == 2
+    packed = weight is None and isinstance(getattr(module, "in_features", None), int)
+    return alone and (packed or (isinstance(weight, Tensor) and weight.ndim == 2))
 
 
 def _by_token(values: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ import runpy
 import warnings
 from types import SimpleNamespace
 
+import accelerate
 import pytest
 import torch
 import transformers
@@ -66,6 +67,63 @@ def test_a_lora_around_the_module_is_seen_through():
         warnings.simplefilter("ignore", FutureWarning)
         get_peft_model(model, config)
     assert find_structure(model) == expected
+
+
+@pytest.mark.parametrize("kind", ["gemma2", "llama"])
+def test_offloaded_weights_are_proved_too(kind, tmp_path):
+    model = ZOO.build(kind)
+    expected = find_structure(model)
+    accelerate.disk_offload(model, tmp_path)
+    assert all(weight.is_meta for weight in model.model.layers.parameters())
+    assert find_structure(model) == expected
+    assert expected.rewrites[0].adds == (kind == "llama")
+
+
+class Packed(nn.Module):
+    """A linear layer whose weight has another name, as some quantised ones have."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.register_buffer("packed_weight", linear.weight.detach().clone())
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.packed_weight)
+
+
+def test_layers_with_packed_weights_are_seen():
+    model = tiny_model("llama")
+    expected = find_structure(model)
+    for layer in model.model.layers:
+        layer.mlp.down_proj = Packed(layer.mlp.down_proj)
+    assert find_structure(model) == expected
+
+
+def test_a_block_that_does_not_run_by_itself_is_refused():
+    model = tiny_model("llama")
+    ran, own = [], model.model.layers[0].forward
+
+    def once(*args, **kwargs):
+        ran.append(1)
+        if len(ran) > 2:  # the two passes of the model
+            raise RuntimeError("no state left")
+        return own(*args, **kwargs)
+
+    model.model.layers[0].forward = once
+    message = r"block model\.layers\.0 of Llama.* does not run by itself .*no state left.*cannot be"
+    with pytest.raises(ValueError, match=message):
+        find_structure(model)
+
+
+def test_memory_that_runs_out_is_told_as_such():
+    model = tiny_model("llama")
+
+    def full(**_):
+        raise torch.OutOfMemoryError("no room")
+
+    model.forward = full
+    with pytest.raises(torch.OutOfMemoryError, match="no room"):
+        find_structure(model)
 
 
 def test_what_does_not_run_on_token_ids_is_refused():
